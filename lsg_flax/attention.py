@@ -1,0 +1,386 @@
+"""LSG attention (arXiv 2210.15497) as pure functions of arrays: usable with any model, JAX library
+or training loop.
+
+`lsg_attention` is the linear-cost computation, `lsg_attention_reference` the same pattern written
+out over all pairs of tokens, slow and obvious; tests hold the first to the second. `full_attention`
+is ordinary attention in linear
+memory.
+
+Axes: B batch, T tokens, N heads, H head width, G global tokens, R sparse representatives.
+    Arrays are [B, T, N, H] in and out.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from lsg_flax import blocked, sparsity
+from lsg_flax.blocked import Source, Spec, Window
+from lsg_flax.config import LSGConfig as LSGConfig
+
+GlobalTokens = Literal["prepended", "first_token", "none"]
+Implementation = Literal["xla"]
+DEFAULT_LSH_SEED = 0
+FULL_ATTENTION_BLOCK = (
+    256  # queries per block of full attention: affects speed and memory, not numerics
+)
+
+
+def lsg_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    mask: Bool[Array, "B T"] | None = None,
+    *,
+    config: LSGConfig,
+    causal: bool = False,
+    global_tokens: GlobalTokens = "prepended",
+    dropout_rate: float = 0.0,
+    dropout_key: PRNGKeyArray | None = None,
+    lsh_key: PRNGKeyArray | None = None,
+    lsh_rotations: tuple[Float[Array, "N H _"], ...] | None = None,
+    implementation: Implementation | None = None,
+    blocks_per_step: int | None = None,
+) -> Float[Array, "B T N H"]:
+    """Local + sparse + global attention, linear in the number of tokens.
+
+    A query attends to its own block and both neighbours (the previous one only, if causal), to
+    `sparse_block_size` representatives on either side of those, and to the globals, under one
+    softmax. Up to two blocks of tokens it is
+    full attention.
+
+    Args:
+        query, key, value: projected inputs; key and value may have fewer heads (K divides N).
+            Any length: they are padded to whole blocks here.
+        mask: True for real tokens, all by default. A query that sees nothing gets zeros and
+            passes no gradient.
+        config: the pattern. `pool_with_global` and `mask_first_token` concern models and are
+            not used here.
+        causal: no token sees a later one. As in the reference, the outputs of prepended globals
+            are then their queries.
+        global_tokens: "prepended": the first `config.num_global_tokens` positions are globals,
+            outside the blocks; they see and are seen by everything. "first_token": token 0 of the
+            sequence is the one global (the
+            reference's standalone `attention_layers`). "none": no globals.
+        dropout_rate: probability of dropping an attention weight, in steps of 2^-16; needs
+            `dropout_key`.
+        lsh_key: for sparsity_type "lsh", the key its rotations are drawn from; a fixed seed by
+            default, so that results repeat.
+        lsh_rotations: the rotations themselves, instead of a key (see `sparsity.lsh_rotations`).
+        implementation: None picks the fastest correct one for the device.
+        blocks_per_step: query blocks computed at once. Trades memory for parallelism; affects
+            speed, not numerics.
+
+    Returns:
+        The attended values in the dtype of `query`.
+
+    Raises:
+        ValueError: for shapes that do not fit together (both are named), or a length that the
+            settings do not allow.
+    """
+    if implementation not in (None, "xla"):
+        raise ValueError(
+            f"implementation={implementation!r} is unknown; choose 'xla', or None for the fastest."
+        )
+    parts = _split(query, key, value, mask, config, global_tokens)
+    split, tokens = parts.split, parts.tokens
+    dropout = _check_dropout(dropout_rate, dropout_key)
+    if tokens.query.shape[1] <= 2 * config.block_size:
+        context = full_attention(*parts.everything, causal=causal, **dropout)
+    else:
+        context = _block_rows(
+            parts,
+            config,
+            causal,
+            _rotations(config, query, lsh_key, lsh_rotations),
+            blocks_per_step,
+            dropout,
+        )
+        rows = _full_rows(config, causal, global_tokens)
+        if rows:
+            whole = parts.everything
+            if dropout["dropout_key"] is not None:
+                dropout["dropout_key"] = jax.random.fold_in(dropout["dropout_key"], 1)
+            first = full_attention(
+                whole.query[:, :rows], whole.key, whole.value, whole.mask, **dropout
+            )
+            context = jnp.concatenate([first, context[:, rows - split :]], axis=1)
+        elif split:
+            context = jnp.concatenate([query[:, :split], context], axis=1)
+    if (
+        causal and split
+    ):  # the reference returns the raw queries of prepended globals: they never see the input
+        context = context.at[:, :split].set(query[:, :split])
+    return context
+
+
+def lsg_attention_reference(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    mask: Bool[Array, "B T"] | None = None,
+    *,
+    config: LSGConfig,
+    causal: bool = False,
+    global_tokens: GlobalTokens = "prepended",
+    lsh_key: PRNGKeyArray | None = None,
+    lsh_rotations: tuple[Float[Array, "N H _"], ...] | None = None,
+) -> Float[Array, "B T N H"]:
+    """`lsg_attention` without dropout, by the full [tokens, tokens + representatives] pattern:
+    quadratic, for tests and reading."""
+    parts = _split(query, key, value, mask, config, global_tokens)
+    split, tokens, (_, all_keys, all_values, all_mask) = parts.split, parts.tokens, parts.everything
+    length, block = tokens.query.shape[1], config.block_size
+    place = jnp.arange(length)
+    block_of = place // block
+    if length <= 2 * block:
+        seen = jnp.ones((length, length), bool)
+    else:
+        seen = jnp.abs(block_of[:, None] - block_of) <= 1  # [T, T]
+    if causal:
+        seen &= place <= place[:, None]
+    pattern = jnp.concatenate([jnp.ones((length, split), bool), seen], axis=1)  # [T, G + T]
+    rows = split + length
+    if length > 2 * block:
+        if global_tokens == "first_token":
+            pattern = pattern.at[:, 0].set(True)
+        if config.is_sparse:
+            padded = _pad_tokens(tokens, config)
+            chosen = _representatives(
+                padded, config, global_tokens, _rotations(config, query, lsh_key, lsh_rotations)
+            )
+            step, wide = config.sparse_step, config.sparse_block_size
+            unit, first = jnp.arange(chosen[0].shape[1]), (block_of[:, None] - 1) * step
+            past_last = _right_offset(config) + block_of[:, None] * step
+            sees_left = (first - wide <= unit) & (unit < first)
+            sees_right = (past_last <= unit) & (unit < past_last + wide)
+            pattern = jnp.concatenate(
+                [pattern, sees_left | (sees_right & (not causal))], axis=1
+            )  # [T, G + T + R]
+            all_keys, all_values = (
+                jnp.concatenate([x, c], axis=1)
+                for x, c in ((all_keys, chosen[0]), (all_values, chosen[1]))
+            )
+    top = jnp.ones((split, pattern.shape[1]), bool).at[:, rows:].set(False)
+    pattern = jnp.concatenate([top, pattern])  # [G + T, G + T + R]
+    if length > 2 * block and (full := _full_rows(config, causal, global_tokens)):
+        pattern = pattern.at[:full].set(jnp.arange(pattern.shape[1]) < rows)
+    allowed = jnp.broadcast_to(all_mask[:, None], (query.shape[0], query.shape[2], rows))
+    if pattern.shape[1] > rows:
+        allowed = jnp.concatenate([allowed, chosen[2]], axis=-1)
+    scores = (
+        jnp.einsum("btnh,bsnh->bnts", parts.everything.query, all_keys).astype(jnp.float32)
+        / query.shape[-1] ** 0.5
+    )
+    weights = sparsity.masked_softmax(scores, pattern & allowed[:, :, None])
+    context = jnp.einsum("bnts,bsnh->btnh", weights.astype(all_values.dtype), all_values).astype(
+        query.dtype
+    )
+    return context.at[:, :split].set(query[:, :split]) if causal and split else context
+
+
+def full_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S N H"],
+    value: Float[Array, "B S N H"],
+    mask: Bool[Array, "B S"] | None = None,
+    *,
+    causal: bool = False,
+    dropout_rate: float = 0.0,
+    dropout_key: PRNGKeyArray | None = None,
+) -> Float[Array, "B T N H"]:
+    """Ordinary attention of every query to every key, in memory linear in the length.
+
+    Args:
+        mask: True for keys that may be attended to, all by default.
+        causal: query t sees keys 0..t.
+    """
+    if mask is None:
+        mask = jnp.ones(key.shape[:2], bool)
+    shared = Source(_features_first(key), _features_first(value), mask[:, None])
+    block = min(query.shape[1], FULL_ATTENTION_BLOCK)
+    spec = Spec(block, shared_causal=causal, dropout_rate=dropout_rate)
+    return _tokens_first(blocked.attend(_scaled(query), (), shared, spec, dropout_key))
+
+
+class _Tokens(NamedTuple):
+    query: Float[Array, "B T N H"]
+    key: Float[Array, "B T N H"]
+    value: Float[Array, "B T N H"]
+    mask: Bool[Array, "B T"]
+
+
+class _Parts(NamedTuple):
+    """A checked call: everything, the tokens in blocks, what all of them see, and how many globals
+    come first."""
+
+    everything: _Tokens
+    tokens: _Tokens
+    split: int
+    global_tokens: GlobalTokens
+
+
+def _split(query, key, value, mask, config: LSGConfig, global_tokens: GlobalTokens) -> _Parts:
+    if global_tokens not in ("prepended", "first_token", "none"):
+        raise ValueError(
+            f"global_tokens={global_tokens!r} is unknown; choose 'prepended', 'first_token' or "
+            "'none'."
+        )
+    if query.ndim != 4 or key.ndim != 4:
+        raise ValueError(
+            f"query and key must be [batch, tokens, heads, head width], got {query.shape} and "
+            f"{key.shape}."
+        )
+    if key.shape != value.shape:
+        raise ValueError(
+            f"key and value must have the same shape, got {key.shape} and {value.shape}."
+        )
+    same = (query.shape[0], query.shape[1], query.shape[3]) == (
+        key.shape[0],
+        key.shape[1],
+        key.shape[3],
+    )
+    if not same or query.shape[2] % key.shape[2]:
+        raise ValueError(
+            f"query {query.shape} and key {key.shape} do not fit: batch, tokens and head width "
+            "must agree, "
+            "and the heads of key must divide those of query."
+        )
+    if mask is None:
+        mask = jnp.ones(query.shape[:2], bool)
+    if mask.shape != query.shape[:2] or mask.dtype != jnp.bool_:
+        raise ValueError(
+            f"mask must be boolean of shape {query.shape[:2]} (batch, tokens; True = real), got "
+            f"{mask.dtype} {mask.shape}; "
+            "make one from Hugging Face's 0/1 mask with mask.astype(bool)."
+        )
+    split = config.num_global_tokens if global_tokens == "prepended" else 0
+    if query.shape[1] < split:
+        raise ValueError(
+            f"the first num_global_tokens={split} positions are the globals, but there are only "
+            f"{query.shape[1]} positions."
+        )
+    repeats = query.shape[2] // key.shape[2]
+    key, value = (jnp.repeat(x, repeats, axis=2) if repeats > 1 else x for x in (key, value))
+    everything = _Tokens(query, key, value, mask)
+    return _Parts(everything, _Tokens(*(x[:, split:] for x in everything)), split, global_tokens)
+
+
+def _check_dropout(rate: float, key: PRNGKeyArray | None) -> dict:
+    if not 0.0 <= rate < 1.0:
+        raise ValueError(f"dropout_rate={rate} must lie in [0, 1).")
+    if rate and key is None:
+        raise ValueError(f"dropout_rate={rate} needs a dropout_key.")
+    return {"dropout_rate": rate, "dropout_key": key if rate else None}
+
+
+def _rotations(config: LSGConfig, query, key: PRNGKeyArray | None, rotations):
+    if not config.is_sparse or sparsity.effective_type(config) != "lsh" or rotations is not None:
+        return rotations
+    key = jax.random.key(DEFAULT_LSH_SEED) if key is None else key
+    return sparsity.lsh_rotations(key, config, num_heads=query.shape[2], head_dim=query.shape[3])
+
+
+def _full_rows(config: LSGConfig, causal: bool, global_tokens: GlobalTokens) -> int:
+    """How many first positions attend to everything."""
+    if causal:
+        return 0
+    if global_tokens == "prepended":
+        return config.num_global_tokens
+    # The reference's bos_pooling gives token 0 the full row that it computed for the weights,
+    # globals wanted or not.
+    forced = config.strict_reference and config.is_sparse and config.sparsity_type == "bos_pooling"
+    return int(global_tokens == "first_token" or forced)
+
+
+def _pad_tokens(tokens: _Tokens, config: LSGConfig) -> _Tokens:
+    extra = config.needs_padding(tokens.query.shape[1])
+    return (
+        _Tokens(*(jnp.pad(x, [(0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 2)) for x in tokens))
+        if extra
+        else tokens
+    )
+
+
+def _right_offset(config: LSGConfig) -> int:
+    """First representative of block 0's right-hand window. At one representative per block the
+    reference starts at the block itself."""
+    return 2 * config.sparse_step if config.sparse_step > 1 else 0
+
+
+def _representatives(tokens: _Tokens, config: LSGConfig, global_tokens: GlobalTokens, rotations):
+    """Representatives of whole blocks of tokens: keys and values [B, R, N, H], mask [B, N, R]."""
+    mask = tokens.mask.at[:, 0].set(False) if global_tokens == "first_token" else tokens.mask
+    key, value, chosen = sparsity.select(
+        tokens.key.swapaxes(1, 2),
+        tokens.value.swapaxes(1, 2),
+        mask,
+        config=config,
+        bos_query=tokens.query[:, 0],
+        bos_mask=tokens.mask,
+        rotations=rotations,
+    )
+    if (
+        config.strict_reference
+        and config.sparsity_type == "pooling"
+        and global_tokens != "prepended"
+        and config.sparsity_factor > 1
+    ):
+        chosen = jnp.ones_like(
+            chosen
+        )  # the standalone layers' mean of masks overflows and unmasks groups of padding
+    return key.swapaxes(1, 2), value.swapaxes(1, 2), chosen
+
+
+def _block_rows(
+    parts: _Parts,
+    config: LSGConfig,
+    causal: bool,
+    rotations,
+    blocks_per_step: int | None,
+    dropout: dict,
+):
+    """Context of the tokens in blocks, [B, T, N, H]."""
+    block, step, wide = (
+        config.block_size,
+        config.sparse_step if config.is_sparse else 0,
+        config.sparse_block_size,
+    )
+    tokens = _pad_tokens(parts.tokens, config)
+    mask, shared = tokens.mask, None
+    if parts.global_tokens == "first_token":
+        mask = mask.at[:, 0].set(False)  # seen once, as the global
+    if parts.global_tokens != "none":
+        first = _Tokens(*(x[:, : parts.split or 1] for x in parts.everything))
+        shared = Source(
+            _features_first(first.key), _features_first(first.value), first.mask[:, None]
+        )
+    sources = [Source(_features_first(tokens.key), _features_first(tokens.value), mask[:, None])]
+    windows = [Window(0, -block, block, (2 if causal else 3) * block, causal=causal)]
+    if config.is_sparse:
+        key, value, chosen = _representatives(tokens, config, parts.global_tokens, rotations)
+        sources.append(Source(_features_first(key), _features_first(value), chosen))
+        windows.append(Window(1, -step - wide, step, wide))
+        if not causal:
+            windows.append(Window(1, _right_offset(config), step, wide))
+    spec = Spec(
+        block, tuple(windows), blocks_per_step=blocks_per_step, dropout_rate=dropout["dropout_rate"]
+    )
+    context = blocked.attend(
+        _scaled(tokens.query), tuple(sources), shared, spec, dropout["dropout_key"]
+    )
+    return _tokens_first(context)[:, : parts.tokens.query.shape[1]]
+
+
+def _scaled(query: Float[Array, "B T N H"]) -> Float[Array, "B N H T"]:
+    return _features_first(query * query.shape[-1] ** -0.5)
+
+
+def _features_first(x: Float[Array, "B T N H"]) -> Float[Array, "B N H T"]:
+    return x.transpose(0, 2, 3, 1)
+
+
+def _tokens_first(x: Float[Array, "B N H T"]) -> Float[Array, "B T N H"]:
+    return x.transpose(0, 3, 1, 2)

@@ -1,0 +1,247 @@
+"""Tensors of a PyTorch checkpoint <-> our parameters, by the families' key tables. Strict: every
+name is used, tied or ignored.
+
+This file knows names and shapes; files are hub.py's, and turning full attention into LSG is
+to_lsg.py's.
+"""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lsg_flax.config import EncoderConfig
+from lsg_flax.models.families import FAMILIES, Family, Key, family_of, modern_name
+from lsg_flax.models.heads import Model, Task
+
+HEAD_SEED = 0  # of head weights that a checkpoint does not have
+_LISTED = 12
+
+Params = dict[str, Any]
+
+
+def params_from_torch(tensors: Mapping[str, np.ndarray], model: Model) -> Params:
+    """Our parameters from the tensors of a PyTorch state dict.
+
+    Weights of the head or pooler that are missing are drawn from a fixed seed and named in one
+    warning, as are those of another head that are left over.
+
+    Args:
+        tensors: by name, as stored, of a plain or LSG checkpoint with or without a head.
+        model: whose config, task and parameter dtype are wanted.
+
+    Raises:
+        ValueError: for any other missing or unexpected tensor (both are listed), or one of
+            another shape.
+    """
+    config, family = model.config, family_of(model.config.model_type)
+    tensors = {modern_name(name): tensor for name, tensor in tensors.items()}
+    keys = _keys(family, model.task, config)
+    tensors = _with_prefix(tensors, family, model.task)
+    shapes = _leaf_shapes(model)
+    found = {key.torch for key in keys} & tensors.keys()
+    missing = [key for key in keys if key.torch not in found]
+    strictly_missing = [key.torch for key in missing if key.path.startswith("encoder/")]
+    other_heads, unexpected = _sort_unused(tensors, found, family, model.task, config)
+    if strictly_missing or unexpected:
+        raise ValueError(_mismatch(strictly_missing, unexpected, family, config))
+    leaves: dict[str, Any] = {}
+    for path, of_leaf in _by_path(keys).items():
+        if any(key.torch not in found for key in of_leaf):
+            continue
+        leaves[path] = _read_leaf(tensors, of_leaf, shapes[path]).astype(model.param_dtype)
+    absent = sorted(shapes.keys() - leaves.keys())
+    if absent or other_heads:
+        _warn_heads(absent, other_heads, model)
+    leaves |= {
+        path: np.asarray(value) for path, value in initial_leaves(model, absent, HEAD_SEED).items()
+    }
+    return flax.traverse_util.unflatten_dict(
+        {path: jnp.asarray(leaf) for path, leaf in leaves.items()}, sep="/"
+    )
+
+
+def params_to_torch(params: Params, model: Model) -> dict[str, np.ndarray]:
+    """The tensors of the PyTorch class for `model`, by name; tied ones are written out, so that it
+    loads them strictly.
+
+    Raises:
+        ValueError: if `params` are not those of `model`.
+    """
+    config, family = model.config, family_of(model.config.model_type)
+    leaves = flax.traverse_util.flatten_dict(params, sep="/")
+    shapes = _leaf_shapes(model)
+    wrong = sorted(
+        path for path in shapes.keys() & leaves.keys() if tuple(leaves[path].shape) != shapes[path]
+    )
+    if shapes.keys() != leaves.keys() or wrong:
+        raise ValueError(
+            f"params are not those of this {model.task} model: missing "
+            f"{sorted(shapes.keys() - leaves.keys())[:_LISTED]}, "
+            f"unexpected {sorted(leaves.keys() - shapes.keys())[:_LISTED]}, "
+            "of another shape "
+            f"{[(path, tuple(leaves[path].shape), shapes[path]) for path in wrong[:_LISTED]]}."
+        )
+    tensors = {}
+    for path, of_leaf in _by_path(_keys(family, model.task, config)).items():
+        leaf = np.asarray(leaves[path])
+        for key in of_leaf:
+            tensor = leaf if key.layer is None else leaf[key.layer]
+            tensors[key.torch] = np.ascontiguousarray(tensor.T if key.transposed else tensor)
+    for name, source in family.tied_names(model.task, tied=config.tie_word_embeddings).items():
+        tensors[name] = tensors[source].copy()
+    return tensors
+
+
+def initial_leaves(model: Model, paths: list[str], seed: int) -> dict[str, jax.Array]:
+    """Freshly drawn parameters at `paths`; only these are computed."""
+    if not paths:
+        return {}
+
+    def draw(key):
+        drawn = flax.traverse_util.flatten_dict(
+            model.init(key, example_ids(model))["params"], sep="/"
+        )
+        return {path: drawn[path] for path in paths}
+
+    return jax.jit(draw)(jax.random.key(seed))
+
+
+def example_ids(model: Model) -> np.ndarray:
+    """The smallest input a model takes: what shapes are inferred from."""
+    return np.zeros((1, 1, 2) if model.task == "multiple_choice" else (1, 2), np.int32)
+
+
+def _leaf_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    abstract = jax.eval_shape(lambda key: model.init(key, example_ids(model)), jax.random.key(0))[
+        "params"
+    ]
+    return {
+        path: tuple(leaf.shape)
+        for path, leaf in flax.traverse_util.flatten_dict(abstract, sep="/").items()
+    }
+
+
+def _keys(family: Family, task: Task, config: EncoderConfig) -> list[Key]:
+    return family.keys(
+        task,
+        layers=config.num_hidden_layers,
+        lsg=config.lsg is not None,
+        tied=config.tie_word_embeddings,
+    )
+
+
+def _by_path(keys: list[Key]) -> dict[str, list[Key]]:
+    grouped: dict[str, list[Key]] = {}
+    for key in keys:
+        grouped.setdefault(key.path, []).append(key)
+    return grouped
+
+
+def _with_prefix(
+    tensors: dict[str, np.ndarray], family: Family, task: Task
+) -> dict[str, np.ndarray]:
+    """Names as a model of `task` has them: encoder tensors carry the prefix, except in the base
+    model."""
+    prefix = f"{family.prefix}."
+    stored_with = any(name.startswith(prefix) for name in tensors)
+    if stored_with and task == "base":
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    if not stored_with and task != "base":
+        parts = {row[1].split(".")[0] for row in (*family.encoder, *family.pooler)}
+        return {
+            prefix + name if name.split(".")[0] in parts else name: tensor
+            for name, tensor in tensors.items()
+        }
+    return tensors
+
+
+def _sort_unused(
+    tensors, found: set[str], family: Family, task: Task, config: EncoderConfig
+) -> tuple[list[str], list[str]]:
+    """Unused names: those of another head of the family, and those that nothing explains. Ties are
+    checked on the way."""
+    unused = (
+        tensors.keys()
+        - found
+        - {name for buffer in family.ignored for name in (buffer, f"{family.prefix}.{buffer}")}
+    )
+    for other in family.heads:
+        for name, source in family.tied_names(other, tied=config.tie_word_embeddings).items():
+            place = source if source in tensors else source.removeprefix(f"{family.prefix}.")
+            if name in unused and place in tensors:
+                if not np.array_equal(tensors[name], tensors[place]):
+                    raise ValueError(
+                        f"{name} differs from {source}, but tie_word_embeddings is true; "
+                        "set tie_word_embeddings to false in config.json if the model has its own "
+                        "output weights."
+                    )
+                unused = unused - {name}
+    others = set(_names_of_heads(family, config))
+    if task == "base":
+        others |= {name.removeprefix(f"{family.prefix}.") for name in others}
+    return sorted(unused & others), sorted(unused - others)
+
+
+def _names_of_heads(family: Family, config: EncoderConfig):
+    for task in family.heads:
+        yield from (
+            key.torch for key in _keys(family, task, config) if not key.path.startswith("encoder/")
+        )
+        yield from family.head(task).tied
+
+
+def _read_leaf(tensors, keys: list[Key], shape: tuple[int, ...]) -> np.ndarray:
+    stacked = keys[0].layer is not None
+    expected = shape[1:] if stacked else shape
+    parts = []
+    for key in keys:
+        tensor = tensors[key.torch]
+        tensor = tensor.T if key.transposed else tensor
+        if tuple(tensor.shape) != expected:
+            given = tensors[key.torch].shape
+            raise ValueError(
+                f"{key.torch} has shape {tuple(given)}, but config.json asks for "
+                f"{expected[::-1] if key.transposed else expected}; "
+                "the file belongs to another config.json, or the config was overridden "
+                "(num_labels, vocab_size, ...)."
+            )
+        parts.append(tensor)
+    return np.stack(parts) if stacked else parts[0]
+
+
+def _mismatch(
+    missing: list[str], unexpected: list[str], family: Family, config: EncoderConfig
+) -> str:
+    def listing(sign, names):
+        rest = [f"  {sign} ... and {len(names) - _LISTED} more"] if len(names) > _LISTED else []
+        return [f"  {sign} {name}" for name in names[:_LISTED]] + rest
+
+    lines = [
+        f"the checkpoint does not match its config ({family.model_type}, "
+        f"{'LSG' if config.lsg else 'full'} attention):"
+    ]
+    lines += [f"missing from the file: {len(missing)}", *listing("-", missing)]
+    lines += [f"in the file but not in the model: {len(unexpected)}", *listing("+", unexpected)]
+    if any("global_embeddings" in name for name in unexpected):
+        lines.append('This is an LSG checkpoint: its config.json needs "base_model_prefix": "lsg".')
+    return "\n".join(lines)
+
+
+def _warn_heads(absent: list[str], other_heads: list[str], model: Model) -> None:
+    parts = []
+    if absent:
+        parts.append(
+            f"not in the checkpoint and drawn from seed {HEAD_SEED}: {', '.join(absent)} "
+            "(fine-tune before use)"
+        )
+    if other_heads:
+        parts.append(f"of another head and not used: {', '.join(other_heads[:_LISTED])}")
+    warnings.warn(f"weights for task={model.task!r} " + "; ".join(parts) + ".", stacklevel=4)
+
+
+assert all(family.model_type == name for name, family in FAMILIES.items())

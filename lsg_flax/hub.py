@@ -1,0 +1,365 @@
+"""Checkpoints as folders: Hugging Face's config.json with model.safetensors (whole or sharded) or
+pytorch_model.bin.
+
+Reading gives numpy arrays by name; writing happens in a temporary folder whose files are renamed
+into place at the end.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from typing import Any
+
+import flax.traverse_util
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax.typing import Dtype
+
+from lsg_flax.config import EncoderConfig, LSGConfig
+from lsg_flax.convert_from_torch import Params, params_from_torch, params_to_torch
+from lsg_flax.models.families import family_of
+from lsg_flax.models.heads import Model, Task
+from lsg_flax.to_lsg import LSGOptions, to_lsg
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_HUB_FILES = ["*.json", "*.safetensors", "pytorch_model*.bin", "*.txt", "*.model"]
+
+
+def from_pretrained(
+    path_or_id: str | os.PathLike,
+    task: Task | None = None,
+    *,
+    dtype: Dtype = jnp.float32,
+    param_dtype: Dtype = jnp.float32,
+    check: bool = False,
+    **config_overrides: Any,
+) -> tuple[Model, Params]:
+    """Loads a model and its parameters from a local folder or a hub id: plain, LSG, or saved by
+    lsg_flax.
+
+    Args:
+        path_or_id: folder with config.json and weights, or the name of a repository on the
+            Hugging Face hub.
+        task: which head; None takes that of `architectures` in config.json (the base model
+            where there is none).
+        dtype: of the computation (float32, bfloat16, float16).
+        param_dtype: of the parameters.
+        check: also look for NaN and infinity in the weights.
+        **config_overrides: fields of config.json to change, such as `num_labels=3` or
+        `sparsity_type="lsh"`.
+
+    Returns:
+        A Linen module for `model.apply({"params": params}, input_ids=...)`, and its parameters.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint.
+        ValueError: for an unsupported model_type or setting, tensors that do not match the
+            config, a damaged file.
+    """
+    folder = resolve(path_or_id)
+    values = read_config(folder)
+    config = EncoderConfig.from_dict(values).with_overrides(**config_overrides)
+    task = task or _task_of(values, config)
+    family_of(config.model_type).head(task)
+    if task == "causal_lm" and not config.is_decoder:
+        config = replace(config, is_decoder=True)
+    model = Model(config, task, dtype=dtype, param_dtype=param_dtype)
+    params = params_from_torch(read_tensors(folder), model)
+    if check:
+        check_finite(params)
+    return model, params
+
+
+def save_pretrained(
+    path: str | os.PathLike, model: Model, params: Params, tokenizer: Any = None
+) -> None:
+    """Writes config.json and model.safetensors (and the tokenizer's files) so that PyTorch's class
+    of the same name loads them.
+
+    The folder is written aside and renamed file by file at the end: an interrupted save leaves
+        old files as they were.
+
+    Raises:
+        ValueError: if `params` are not those of `model`.
+        OSError: if the files cannot be written.
+    """
+    tensors = params_to_torch(params, model)
+    path = pathlib.Path(path)
+    with _written_aside(path) as aside:
+        safetensors.numpy.save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
+        (aside / CONFIG).write_text(
+            json.dumps(config_values(model, tensors), indent=2, sort_keys=True) + "\n"
+        )
+        if tokenizer is not None:
+            tokenizer.save_pretrained(aside)
+
+
+def convert_checkpoint(
+    source: str | os.PathLike,
+    target: str | os.PathLike | None = None,
+    *,
+    max_sequence_length: int = 4096,
+    task: Task | None = None,
+    random_global_init: bool = False,
+    global_positional_stride: int = 64,
+    keep_first_global_token: bool = False,
+    resize_lsg: bool = False,
+    use_token_ids: bool = True,
+    seed: int = 123,
+    **lsg_overrides: Any,
+) -> tuple[Model, Params]:
+    """Turns a checkpoint into an LSG one that reads `max_sequence_length` tokens, with the same
+    weights.
+
+    Options and numbers are those of the reference's LSGConverter, see `to_lsg.LSGOptions`.
+
+    Args:
+        source: folder or hub id of a plain or LSG checkpoint, with its tokenizer.
+        target: folder to save the result and the tokenizer to; None only returns it.
+        task: as in `from_pretrained`.
+        **lsg_overrides: fields of `LSGConfig` and of config.json, such as `num_global_tokens=7` or
+        `block_size=64`.
+
+    Raises:
+        ValueError: for options that do not fit the source, and as `from_pretrained`.
+    """
+    folder = resolve(source)
+    model, params = from_pretrained(folder, task)
+    names = {f.name for f in fields(LSGConfig)}
+    chosen = {name: lsg_overrides.pop(name) for name in names & lsg_overrides.keys()}
+    lsg = replace(model.config.lsg, **chosen) if model.config.lsg else LSGConfig(**chosen)
+    tokenizer = read_tokenizer(folder)
+    options = LSGOptions(
+        max_sequence_length,
+        random_global_init,
+        global_positional_stride,
+        keep_first_global_token,
+        resize_lsg,
+        use_token_ids,
+        seed,
+    )
+    extra = json.loads(model.config.extra)
+    bos, mask = extra.get("bos_token_id"), extra.get("mask_token_id")
+    if tokenizer is not None:
+        bos = next(
+            (i for i in (tokenizer.bos_token_id, tokenizer.cls_token_id, bos) if i is not None),
+            None,
+        )
+        mask = mask if tokenizer.mask_token_id is None else tokenizer.mask_token_id
+        tokenizer.model_max_length = max_sequence_length
+    params, config = to_lsg(
+        params, model.config, options, lsg=lsg, bos_token_id=bos, mask_token_id=mask
+    )
+    model = model.clone(config=config.with_overrides(**lsg_overrides))
+    if target is not None:
+        save_pretrained(target, model, params, tokenizer)
+    return model, params
+
+
+def resolve(path_or_id: str | os.PathLike) -> pathlib.Path:
+    """The local folder of a checkpoint, downloaded from the hub if it is not one already.
+
+    Raises:
+        FileNotFoundError: if there is neither such a folder nor such a repository.
+    """
+    folder = pathlib.Path(path_or_id)
+    if folder.is_dir():
+        return folder
+    name = str(path_or_id)
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(
+            f"{name} is not a folder; give the folder that holds {CONFIG}, or a hub id such as "
+            "'bert-base-uncased'."
+        )
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"{name} is neither a local folder nor a repository that the hub gave us: {error}"
+        ) from error
+
+
+def read_config(folder: pathlib.Path) -> dict[str, Any]:
+    """The fields of config.json.
+
+    Raises:
+        FileNotFoundError, ValueError: if there is none, it is not JSON, or names no supported
+            family.
+    """
+    file = folder / CONFIG
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{folder} has no {CONFIG}; it holds {sorted(p.name for p in folder.iterdir())[:10]}."
+        )
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    family_of(values.get("model_type", "<none>"))
+    return values
+
+
+def config_values(model: Model, tensors: dict[str, np.ndarray] | None = None) -> dict[str, Any]:
+    """The fields of config.json for `model`, with the class that PyTorch should make of it."""
+    config, family = model.config, family_of(model.config.model_type)
+    lsg = config.lsg is not None
+    values = config.to_dict()
+    values["architectures"] = [family.class_name(model.task, lsg=lsg)]
+    if lsg:
+        values["auto_map"] = {
+            auto: f"{family.module}.LSG{family.architecture}{name}"
+            for auto, name in family.auto_classes.items()
+        }
+    if tensors:
+        values["torch_dtype"] = str(next(iter(tensors.values())).dtype)
+    return values
+
+
+def _task_of(values: dict[str, Any], config: EncoderConfig) -> Task:
+    family = family_of(config.model_type)
+    architectures = values.get("architectures") or [family.class_name("base", lsg=False)]
+    task = family.task_of(architectures[0])
+    if task is None:
+        names = [family.class_name(task, lsg=False) for task in family.heads]
+        raise ValueError(
+            f"architectures={architectures} in {CONFIG} is none of {names}; pass task=, one of "
+            f"{', '.join(family.heads)}."
+        )
+    return task
+
+
+def read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """Every tensor of a checkpoint by its PyTorch name.
+
+    Raises:
+        FileNotFoundError: if there are no weights or a shard is missing.
+        ValueError: if a file is damaged, or a pickle holds anything but weights.
+    """
+    if (folder / WEIGHTS).exists():
+        return _read_safetensors(folder / WEIGHTS)
+    if (folder / INDEX).exists():
+        return _read_shards(folder, INDEX, _read_safetensors)
+    if (folder / BIN).exists():
+        return _read_bin(folder / BIN)
+    if (folder / BIN_INDEX).exists():
+        return _read_shards(folder, BIN_INDEX, _read_bin)
+    raise FileNotFoundError(
+        f"{folder} has no weights: none of {WEIGHTS}, {INDEX}, {BIN}, {BIN_INDEX}."
+    )
+
+
+def _read_shards(folder: pathlib.Path, index: str, read) -> dict[str, np.ndarray]:
+    places: dict[str, str] = json.loads((folder / index).read_text())["weight_map"]
+    tensors: dict[str, np.ndarray] = {}
+    for shard in sorted(set(places.values())):
+        if not (folder / shard).exists():
+            raise FileNotFoundError(
+                f"{folder / index} names the shard {shard}, which is not there; download the "
+                "checkpoint again."
+            )
+        tensors |= read(folder / shard)
+    lost = sorted(places.keys() - tensors.keys())
+    if lost:
+        raise ValueError(
+            f"{folder / index} names tensors that its shards do not hold: {lost[:10]}."
+        )
+    return tensors
+
+
+def _read_safetensors(file: pathlib.Path) -> dict[str, np.ndarray]:
+    try:
+        return safetensors.numpy.load_file(file)
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{file} is damaged or cut short ({error}); copy or download it again."
+        ) from error
+
+
+def _read_bin(file: pathlib.Path) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(
+            f"{file} is a PyTorch pickle; reading it needs torch: pip install 'lsg-flax[torch]'."
+        ) from error
+    import pickle
+
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{file} holds more than weights and was not opened, since unpickling it could run "
+            f"code: {error}"
+        ) from error
+    except (RuntimeError, EOFError, KeyError) as error:
+        raise ValueError(
+            f"{file} is damaged or cut short ({error}); copy or download it again."
+        ) from error
+    if not isinstance(tensors, dict) or not all(
+        isinstance(t, torch.Tensor) for t in tensors.values()
+    ):
+        raise ValueError(f"{file} is not a state dict: it should hold tensors by name.")
+    return {name: _to_numpy(tensor) for name, tensor in tensors.items()}
+
+
+def _to_numpy(tensor: Any) -> np.ndarray:
+    """numpy has no bfloat16 of its own; its bits travel as int16."""
+    import torch
+
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
+    return tensor.numpy()
+
+
+def read_tokenizer(folder: pathlib.Path) -> Any | None:
+    """The tokenizer in `folder`, None if there are no tokenizer files."""
+    if not any(
+        (folder / name).exists()
+        for name in (
+            "tokenizer.json",
+            "vocab.txt",
+            "tokenizer_config.json",
+            "sentencepiece.bpe.model",
+        )
+    ):
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(folder))
+
+
+def check_finite(params: Params) -> None:
+    """Raises ValueError naming every parameter that holds NaN or infinity."""
+    leaves = flax.traverse_util.flatten_dict(params, sep="/")
+    broken = [path for path, leaf in leaves.items() if not bool(jnp.isfinite(leaf).all())]
+    if broken:
+        raise ValueError(
+            f"NaN or infinity in {len(broken)} of {len(leaves)} parameters: "
+            f"{', '.join(broken[:12])}."
+        )
+
+
+@contextlib.contextmanager
+def _written_aside(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary folder whose files move to `path` if all goes well, and vanish if not."""
+    path.mkdir(parents=True, exist_ok=True)
+    aside = pathlib.Path(tempfile.mkdtemp(prefix=".unfinished-", dir=path))
+    try:
+        yield aside
+        for file in sorted(p for p in aside.rglob("*") if p.is_file()):
+            place = path / file.relative_to(aside)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, place)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

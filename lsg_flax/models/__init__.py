@@ -1,0 +1,1 @@
+"""The models: one encoder, its heads, the families of checkpoints it reads."""

@@ -1,0 +1,112 @@
+"""The one encoder: embeddings, a scanned stack of layers, pooler. Families and attention kinds are
+values of its config.
+
+Axes: B batch, T tokens, G global tokens, D model width, L layers.
+"""
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
+
+from lsg_flax.attention import DEFAULT_LSH_SEED
+from lsg_flax.layers import Embeddings, EncoderLayer, Part
+
+Remat = Literal["none", "full", "dots"]
+REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
+
+class Encoder(Part):
+    """Embeddings and layers.
+
+    Attributes:
+        remat: what the backward pass recomputes: "none", "full" (a layer keeps only its input),
+            "dots" (keeps its projections).
+        unroll: layers per iteration of the scan; more compiles longer and may run faster.
+        keep_states: also return every layer's output.
+    """
+
+    remat: Remat = "none"
+    unroll: int = 1
+    keep_states: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        input_ids: Int[Array, "B T"] | None = None,
+        attention_mask: Array | None = None,
+        token_type_ids: Int[Array, "B T"] | None = None,
+        position_ids: Int[Array, "#B T"] | None = None,
+        inputs_embeds: Float[Array, "B T D"] | None = None,
+    ) -> tuple[
+        Float[Array, "B T D"], tuple[Float[Array, "B GT D"], ...] | None, Float[Array, "V D"]
+    ]:
+        """Returns the last state (without globals and padding), all states (with them) if kept, and
+        the word table."""
+        lsg = self.config.lsg
+        x, words = Embeddings(**self.inherited(), name="embeddings")(
+            input_ids, token_type_ids, position_ids, inputs_embeds
+        )
+        globals_ = lsg.num_global_tokens if lsg else 0
+        length = x.shape[1] - globals_
+        mask = (
+            jnp.ones((x.shape[0], length), bool)
+            if attention_mask is None
+            else attention_mask.astype(bool)
+        )
+        if lsg:
+            if lsg.mask_first_token:
+                mask = mask.at[:, 0].set(False)
+            extra = lsg.needs_padding(length)  # once here, not in each layer
+            mask = jnp.pad(
+                jnp.pad(mask, ((0, 0), (0, extra))), ((0, 0), (globals_, 0)), constant_values=True
+            )  # [B, G + T]
+            x = jnp.pad(x, ((0, 0), (0, extra), (0, 0)))
+        last, states = self._layers(x, mask)
+        if lsg and lsg.pool_with_global:
+            last = last.at[:, globals_].set(last[:, 0])
+        if states is not None:  # the reference pools in place, so its last entry shows it
+            states = (x, *states[:-1], last)
+        return last[:, globals_ : globals_ + length], states, words
+
+    def _layers(self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"]):
+        """The scan over stacked layers: parameters have a leading axis of layers, and compile time
+        does not grow with depth."""
+        step: Any = _Step
+        if self.remat != "none":
+            step = nn.remat(step, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        count = self.config.num_hidden_layers
+        stack = nn.scan(
+            step,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(nn.broadcast, 0),
+            length=count,
+            unroll=min(self.unroll, count),
+        )
+        return stack(**self.inherited(), keep_states=self.keep_states, name="layers")(
+            x, mask, self._lsh_keys()
+        )
+
+    def _lsh_keys(self) -> Key[Array, "L"] | None:
+        """One key per layer, from the "lsh" rng or a fixed seed."""
+        lsg = self.config.lsg
+        if not lsg or lsg.sparsity_type != "lsh":
+            return None
+        key = self.make_rng("lsh") if self.has_rng("lsh") else jax.random.key(DEFAULT_LSH_SEED)
+        return jax.random.split(key, self.config.num_hidden_layers)
+
+
+class _Step(EncoderLayer):
+    """A layer as a scan step: its output is carried on and, if asked for, kept."""
+
+    keep_states: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"], lsh_key: PRNGKeyArray | None
+    ):
+        x = super().__call__(x, mask, lsh_key)
+        return x, x if self.keep_states else None

@@ -1,0 +1,16 @@
+"""Strict settings for the whole suite: 8 fake CPU devices, no silent rank promotion, shapes checked
+against their annotations."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import jax
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+install_import_hook("lsg_flax", "beartype.beartype")
