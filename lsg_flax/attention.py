@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from lsg_flax import blocked, sparsity
@@ -64,7 +65,7 @@ def lsg_attention(
             outside the blocks; they see and are seen by everything. "first_token": token 0 of the
             sequence is the one global (the
             reference's standalone `attention_layers`). "none": no globals.
-        dropout_rate: probability of dropping an attention weight, in steps of 2^-16; needs
+        dropout_rate: probability of dropping an attention weight; needs
             `dropout_key`.
         lsh_key: for sparsity_type "lsh", the key its rotations are drawn from; a fixed seed by
             default, so that results repeat.
@@ -85,34 +86,23 @@ def lsg_attention(
             f"implementation={implementation!r} is unknown; choose 'xla', or None for the fastest."
         )
     parts = _split(query, key, value, mask, config, global_tokens)
-    split, tokens = parts.split, parts.tokens
-    dropout = _check_dropout(dropout_rate, dropout_key)
-    if tokens.query.shape[1] <= 2 * config.block_size:
-        context = full_attention(*parts.everything, causal=causal, **dropout)
+    split, rotations = parts.split, _rotations(config, query, lsh_key, lsh_rotations)
+    dropout = _Dropout.checked(dropout_rate, dropout_key)
+    seen_by_all = _source(parts.everything)
+    short = parts.tokens.query.shape[1] <= 2 * config.block_size
+    if short:
+        context = _full(query, seen_by_all, dropout, causal=causal)
     else:
         context = _block_rows(
-            parts,
-            config,
-            causal,
-            _rotations(config, query, lsh_key, lsh_rotations),
-            blocks_per_step,
-            dropout,
+            parts, seen_by_all, config, causal, rotations, blocks_per_step, dropout
         )
-        rows = _full_rows(config, causal, global_tokens)
-        if rows:
-            whole = parts.everything
-            if dropout["dropout_key"] is not None:
-                dropout["dropout_key"] = jax.random.fold_in(dropout["dropout_key"], 1)
-            first = full_attention(
-                whole.query[:, :rows], whole.key, whole.value, whole.mask, **dropout
-            )
-            context = jnp.concatenate([first, context[:, rows - split :]], axis=1)
-        elif split:
-            context = jnp.concatenate([query[:, :split], context], axis=1)
-    if (
-        causal and split
-    ):  # the reference returns the raw queries of prepended globals: they never see the input
-        context = context.at[:, :split].set(query[:, :split])
+    if causal:  # as in the reference, the outputs of prepended globals are their raw queries
+        tokens = context[:, split:] if short else context
+        return jnp.concatenate([query[:, :split], tokens], axis=1) if split else context
+    rows = 0 if short else _full_rows(config, global_tokens)
+    if rows:
+        first = _full(query[:, :rows], seen_by_all, dropout.other())
+        context = jnp.concatenate([first, context[:, rows - split :]], axis=1)
     return context
 
 
@@ -131,54 +121,65 @@ def lsg_attention_reference(
     """`lsg_attention` without dropout, by the full [tokens, tokens + representatives] pattern:
     quadratic, for tests and reading."""
     parts = _split(query, key, value, mask, config, global_tokens)
-    split, tokens, (_, all_keys, all_values, all_mask) = parts.split, parts.tokens, parts.everything
-    length, block = tokens.query.shape[1], config.block_size
-    place = jnp.arange(length)
-    block_of = place // block
-    if length <= 2 * block:
-        seen = jnp.ones((length, length), bool)
-    else:
-        seen = jnp.abs(block_of[:, None] - block_of) <= 1  # [T, T]
+    _, keys, values, real = parts.everything
+    length = parts.tokens.query.shape[1]
+    real = jnp.broadcast_to(real[:, None], (*real.shape[:1], query.shape[2], real.shape[1]))
+    if config.is_sparse and length > 2 * config.block_size:
+        rotations = _rotations(config, query, lsh_key, lsh_rotations)
+        padded = _pad_tokens(parts.tokens, config)
+        key, value, chosen = _representatives(padded, config, global_tokens, rotations)
+        keys, values = jnp.concatenate([keys, key], 1), jnp.concatenate([values, value], 1)
+        real = jnp.concatenate([real, chosen], axis=-1)  # [B, N, G + T + R]
+    pattern = attention_pattern(config, length, causal=causal, global_tokens=global_tokens)
+    scores = jnp.einsum("btnh,bsnh->bnts", query, keys).astype(jnp.float32)
+    weights = sparsity.masked_softmax(
+        scores * query.shape[-1] ** -0.5, jnp.asarray(pattern)[None, None] & real[:, :, None]
+    )
+    context = jnp.einsum("bnts,bsnh->btnh", weights.astype(values.dtype), values)
+    if causal and parts.split:
+        context = context.at[:, : parts.split].set(query[:, : parts.split])
+    return context.astype(query.dtype)
+
+
+def attention_pattern(
+    config: LSGConfig,
+    length: int,
+    *,
+    causal: bool = False,
+    global_tokens: GlobalTokens = "prepended",
+) -> Bool[np.ndarray, "T S"]:
+    """Which query may see which key: rows are globals and tokens, columns those and
+    representatives.
+
+    Args:
+        length: tokens, without prepended globals.
+
+    Returns:
+        [G + T, G + T + R]; representatives are those of the tokens padded to whole blocks, none up
+        to two blocks. The rows of prepended globals are all True, or unused if causal.
+    """
+    block, split = config.block_size, config.num_global_tokens * (global_tokens == "prepended")
+    token, total = np.arange(length), split + length
+    of = token[:, None] // block  # the block of each query
+    blocked_path = length > 2 * block
+    tokens = abs(of - token // block) <= 1 if blocked_path else np.ones((length, length), bool)
     if causal:
-        seen &= place <= place[:, None]
-    pattern = jnp.concatenate([jnp.ones((length, split), bool), seen], axis=1)  # [T, G + T]
-    rows = split + length
-    if length > 2 * block:
-        if global_tokens == "first_token":
-            pattern = pattern.at[:, 0].set(True)
-        if config.is_sparse:
-            padded = _pad_tokens(tokens, config)
-            chosen = _representatives(
-                padded, config, global_tokens, _rotations(config, query, lsh_key, lsh_rotations)
-            )
-            step, wide = config.sparse_step, config.sparse_block_size
-            unit, first = jnp.arange(chosen[0].shape[1]), (block_of[:, None] - 1) * step
-            past_last = _right_offset(config) + block_of[:, None] * step
-            sees_left = (first - wide <= unit) & (unit < first)
-            sees_right = (past_last <= unit) & (unit < past_last + wide)
-            pattern = jnp.concatenate(
-                [pattern, sees_left | (sees_right & (not causal))], axis=1
-            )  # [T, G + T + R]
-            all_keys, all_values = (
-                jnp.concatenate([x, c], axis=1)
-                for x, c in ((all_keys, chosen[0]), (all_values, chosen[1]))
-            )
-    top = jnp.ones((split, pattern.shape[1]), bool).at[:, rows:].set(False)
-    pattern = jnp.concatenate([top, pattern])  # [G + T, G + T + R]
-    if length > 2 * block and (full := _full_rows(config, causal, global_tokens)):
-        pattern = pattern.at[:full].set(jnp.arange(pattern.shape[1]) < rows)
-    allowed = jnp.broadcast_to(all_mask[:, None], (query.shape[0], query.shape[2], rows))
-    if pattern.shape[1] > rows:
-        allowed = jnp.concatenate([allowed, chosen[2]], axis=-1)
-    scores = (
-        jnp.einsum("btnh,bsnh->bnts", parts.everything.query, all_keys).astype(jnp.float32)
-        / query.shape[-1] ** 0.5
-    )
-    weights = sparsity.masked_softmax(scores, pattern & allowed[:, :, None])
-    context = jnp.einsum("bnts,bsnh->btnh", weights.astype(all_values.dtype), all_values).astype(
-        query.dtype
-    )
-    return context.at[:, :split].set(query[:, :split]) if causal and split else context
+        tokens &= token <= token[:, None]
+    if blocked_path and global_tokens == "first_token":
+        tokens[:, 0] = True
+    parts = [np.ones((length, split), bool), tokens]
+    if blocked_path and config.is_sparse:
+        step, wide = config.sparse_step, config.sparse_block_size
+        unit = np.arange((length + config.needs_padding(length)) // config.sparsity_factor)
+        left, right = (of - 1) * step - wide, of * step + _right_offset(config)  # first ones seen
+        sees_left = (left <= unit) & (unit < left + wide)
+        sees_right = (right <= unit) & (unit < right + wide)
+        parts.append(sees_left if causal else sees_left | sees_right)
+    pattern = np.concatenate(parts, axis=1)  # [T, G + T + R]
+    pattern = np.concatenate([np.zeros((split, pattern.shape[1]), bool), pattern])
+    full_rows = _full_rows(config, global_tokens) if blocked_path and not causal else split
+    pattern[:full_rows] = np.arange(pattern.shape[1]) < total
+    return pattern
 
 
 def full_attention(
@@ -199,10 +200,32 @@ def full_attention(
     """
     if mask is None:
         mask = jnp.ones(key.shape[:2], bool)
-    shared = Source(_features_first(key), _features_first(value), mask[:, None])
+    source = Source(_features_first(key), _features_first(value), mask[:, None])
+    return _full(query, source, _Dropout.checked(dropout_rate, dropout_key), causal=causal)
+
+
+def _full(query, source: Source, dropout: "_Dropout", *, causal: bool = False):
     block = min(query.shape[1], FULL_ATTENTION_BLOCK)
-    spec = Spec(block, shared_causal=causal, dropout_rate=dropout_rate)
-    return _tokens_first(blocked.attend(_scaled(query), (), shared, spec, dropout_key))
+    spec = Spec(block, shared_causal=causal, dropout_rate=dropout.rate)
+    return _tokens_first(blocked.attend(_scaled(query), (), source, spec, dropout.key))
+
+
+class _Dropout(NamedTuple):
+    rate: float
+    key: PRNGKeyArray | None
+
+    @classmethod
+    def checked(cls, rate: float, key: PRNGKeyArray | None) -> "_Dropout":
+        """Raises ValueError for a rate outside [0, 1), or one without a key."""
+        if not 0.0 <= rate < 1.0:
+            raise ValueError(f"dropout_rate={rate} must lie in [0, 1).")
+        if rate and key is None:
+            raise ValueError(f"dropout_rate={rate} needs a dropout_key.")
+        return cls(rate, key if rate else None)
+
+    def other(self) -> "_Dropout":
+        """The same rate with an independent key."""
+        return self if self.key is None else self._replace(key=jax.random.fold_in(self.key, 1))
 
 
 class _Tokens(NamedTuple):
@@ -268,14 +291,6 @@ def _split(query, key, value, mask, config: LSGConfig, global_tokens: GlobalToke
     return _Parts(everything, _Tokens(*(x[:, split:] for x in everything)), split, global_tokens)
 
 
-def _check_dropout(rate: float, key: PRNGKeyArray | None) -> dict:
-    if not 0.0 <= rate < 1.0:
-        raise ValueError(f"dropout_rate={rate} must lie in [0, 1).")
-    if rate and key is None:
-        raise ValueError(f"dropout_rate={rate} needs a dropout_key.")
-    return {"dropout_rate": rate, "dropout_key": key if rate else None}
-
-
 def _rotations(config: LSGConfig, query, key: PRNGKeyArray | None, rotations):
     if not config.is_sparse or sparsity.effective_type(config) != "lsh" or rotations is not None:
         return rotations
@@ -283,16 +298,18 @@ def _rotations(config: LSGConfig, query, key: PRNGKeyArray | None, rotations):
     return sparsity.lsh_rotations(key, config, num_heads=query.shape[2], head_dim=query.shape[3])
 
 
-def _full_rows(config: LSGConfig, causal: bool, global_tokens: GlobalTokens) -> int:
-    """How many first positions attend to everything."""
-    if causal:
-        return 0
+def _full_rows(config: LSGConfig, global_tokens: GlobalTokens) -> int:
+    """How many first positions attend to everything, in the bidirectional pattern."""
     if global_tokens == "prepended":
         return config.num_global_tokens
     # The reference's bos_pooling gives token 0 the full row that it computed for the weights,
-    # globals wanted or not.
-    forced = config.strict_reference and config.is_sparse and config.sparsity_type == "bos_pooling"
-    return int(global_tokens == "first_token" or forced)
+    # whether globals are wanted or not.
+    forced = config.strict_reference and config.is_sparse
+    return int(global_tokens == "first_token" or (forced and config.sparsity_type == "bos_pooling"))
+
+
+def _source(tokens: _Tokens) -> Source:
+    return Source(_features_first(tokens.key), _features_first(tokens.value), tokens.mask[:, None])
 
 
 def _pad_tokens(tokens: _Tokens, config: LSGConfig) -> _Tokens:
@@ -336,41 +353,34 @@ def _representatives(tokens: _Tokens, config: LSGConfig, global_tokens: GlobalTo
 
 def _block_rows(
     parts: _Parts,
+    everything: Source,
     config: LSGConfig,
     causal: bool,
     rotations,
     blocks_per_step: int | None,
-    dropout: dict,
-):
-    """Context of the tokens in blocks, [B, T, N, H]."""
-    block, step, wide = (
-        config.block_size,
-        config.sparse_step if config.is_sparse else 0,
-        config.sparse_block_size,
-    )
+    dropout: _Dropout,
+) -> Float[Array, "B T N H"]:
+    """Context of the tokens in blocks."""
+    block, wide = config.block_size, config.sparse_block_size
     tokens = _pad_tokens(parts.tokens, config)
-    mask, shared = tokens.mask, None
-    if parts.global_tokens == "first_token":
-        mask = mask.at[:, 0].set(False)  # seen once, as the global
+    extra = tokens.query.shape[1] - parts.tokens.query.shape[1]
+    local = Source(*(blocked.pad(x[..., parts.split :], 0, extra) for x in everything))
+    shared = None
     if parts.global_tokens != "none":
-        first = _Tokens(*(x[:, : parts.split or 1] for x in parts.everything))
-        shared = Source(
-            _features_first(first.key), _features_first(first.value), first.mask[:, None]
-        )
-    sources = [Source(_features_first(tokens.key), _features_first(tokens.value), mask[:, None])]
+        shared = Source(*(x[..., : parts.split or 1] for x in everything))
+    if parts.global_tokens == "first_token":
+        local = local._replace(mask=local.mask.at[..., 0].set(False))  # seen once, as the global
+    sources = [local]
     windows = [Window(0, -block, block, (2 if causal else 3) * block, causal=causal)]
     if config.is_sparse:
+        step = config.sparse_step
         key, value, chosen = _representatives(tokens, config, parts.global_tokens, rotations)
         sources.append(Source(_features_first(key), _features_first(value), chosen))
         windows.append(Window(1, -step - wide, step, wide))
         if not causal:
             windows.append(Window(1, _right_offset(config), step, wide))
-    spec = Spec(
-        block, tuple(windows), blocks_per_step=blocks_per_step, dropout_rate=dropout["dropout_rate"]
-    )
-    context = blocked.attend(
-        _scaled(tokens.query), tuple(sources), shared, spec, dropout["dropout_key"]
-    )
+    spec = Spec(block, tuple(windows), False, blocks_per_step or 0, dropout.rate)
+    context = blocked.attend(_scaled(tokens.query), tuple(sources), shared, spec, dropout.key)
     return _tokens_first(context)[:, : parts.tokens.query.shape[1]]
 
 

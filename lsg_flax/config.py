@@ -341,6 +341,7 @@ class EncoderConfig:
 def is_lsg(values: dict[str, Any]) -> bool:
     """Whether the fields of a config.json are those of an LSG checkpoint."""
     architectures = values.get("architectures") or []
+    architectures = [architectures] if isinstance(architectures, str) else architectures
     return values.get("base_model_prefix") == "lsg" or any(
         name.startswith("LSG") for name in architectures
     )

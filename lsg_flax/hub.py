@@ -6,6 +6,7 @@ into place at the end.
 """
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -114,6 +115,7 @@ def convert_checkpoint(
     resize_lsg: bool = False,
     use_token_ids: bool = True,
     seed: int = 123,
+    check: bool = False,
     **lsg_overrides: Any,
 ) -> tuple[Model, Params]:
     """Turns a checkpoint into an LSG one that reads `max_sequence_length` tokens, with the same
@@ -124,7 +126,7 @@ def convert_checkpoint(
     Args:
         source: folder or hub id of a plain or LSG checkpoint, with its tokenizer.
         target: folder to save the result and the tokenizer to; None only returns it.
-        task: as in `from_pretrained`.
+        task, check: as in `from_pretrained`.
         **lsg_overrides: fields of `LSGConfig` and of config.json, such as `num_global_tokens=7` or
         `block_size=64`.
 
@@ -132,7 +134,7 @@ def convert_checkpoint(
         ValueError: for options that do not fit the source, and as `from_pretrained`.
     """
     folder = resolve(source)
-    model, params = from_pretrained(folder, task)
+    model, params = from_pretrained(folder, task, check=check)
     names = {f.name for f in fields(LSGConfig)}
     chosen = {name: lsg_overrides.pop(name) for name in names & lsg_overrides.keys()}
     lsg = replace(model.config.lsg, **chosen) if model.config.lsg else LSGConfig(**chosen)
@@ -222,6 +224,7 @@ def config_values(model: Model, tensors: dict[str, np.ndarray] | None = None) ->
             for auto, name in family.auto_classes.items()
         }
     if tensors:
+        values.pop("dtype", None)  # the same, as transformers 5 calls it
         values["torch_dtype"] = str(next(iter(tensors.values())).dtype)
     return values
 
@@ -229,6 +232,8 @@ def config_values(model: Model, tensors: dict[str, np.ndarray] | None = None) ->
 def _task_of(values: dict[str, Any], config: EncoderConfig) -> Task:
     family = family_of(config.model_type)
     architectures = values.get("architectures") or [family.class_name("base", lsg=False)]
+    if isinstance(architectures, str):  # as the reference's converter leaves it in memory
+        architectures = [architectures]
     task = family.task_of(architectures[0])
     if task is None:
         names = [family.class_name(task, lsg=False) for task in family.heads]
@@ -302,7 +307,9 @@ def _read_bin(file: pathlib.Path) -> dict[str, np.ndarray]:
             f"{file} holds more than weights and was not opened, since unpickling it could run "
             f"code: {error}"
         ) from error
-    except (RuntimeError, EOFError, KeyError) as error:
+    except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a zip cut short
+            raise
         raise ValueError(
             f"{file} is damaged or cut short ({error}); copy or download it again."
         ) from error
@@ -353,13 +360,46 @@ def check_finite(params: Params) -> None:
 @contextlib.contextmanager
 def _written_aside(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A temporary folder whose files move to `path` if all goes well, and vanish if not."""
+    created = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
     aside = pathlib.Path(tempfile.mkdtemp(prefix=".unfinished-", dir=path))
     try:
-        yield aside
-        for file in sorted(p for p in aside.rglob("*") if p.is_file()):
-            place = path / file.relative_to(aside)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, place)
-    finally:
+        (aside / "new").mkdir()
+        yield aside / "new"
+        _move_files(aside / "new", path, kept=aside / "old")
+    except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
+        if created:
+            with contextlib.suppress(OSError):  # not empty: someone else writes there
+                path.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _move_files(source: pathlib.Path, target: pathlib.Path, *, kept: pathlib.Path) -> None:
+    """Moves all files or none: replaced ones are linked into `kept` and come back if a move
+    fails."""
+    moved = []
+    try:
+        for file in sorted(p for p in source.rglob("*") if p.is_file()):
+            place, old = (folder / file.relative_to(source) for folder in (target, kept))
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if place.exists():
+                old.parent.mkdir(parents=True, exist_ok=True)
+                _link(place, old)
+            os.replace(file, place)
+            moved.append((place, old))
+    except BaseException:
+        for place, old in moved:
+            if old.exists():
+                os.replace(old, place)
+            else:
+                place.unlink()
+        raise
+
+
+def _link(file: pathlib.Path, place: pathlib.Path) -> None:
+    try:
+        os.link(file, place)
+    except OSError:  # a file system without hard links
+        shutil.copy2(file, place)

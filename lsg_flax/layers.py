@@ -193,9 +193,8 @@ class EncoderLayer(Part):
         config = self.config
         attended = SelfAttention(**self.inherited(), name="attention")(x, mask, lsh_key)
         x = self.layer_norm("attention_norm")(x + self.dropout(attended))
-        hidden = activation(config.hidden_act)(
-            self.dense(config.intermediate_size, "mlp_up")(x)
-        )  # [B, T, F]
+        act = jax.checkpoint(activation(config.hidden_act))  # else its inner steps are kept too
+        hidden = act(self.dense(config.intermediate_size, "mlp_up")(x))  # [B, T, F]
         return self.layer_norm("mlp_norm")(
             x + self.dropout(self.dense(config.hidden_size, "mlp_down")(hidden))
         )

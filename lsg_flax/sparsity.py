@@ -10,7 +10,6 @@ Axes: B batch, T tokens (whole blocks, no globals), N heads, H head width, R = T
     sparsity_factor representatives.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -249,13 +248,6 @@ def select(
         raise ValueError(
             "sparsity_type='lsh' needs rotations: pass those of lsh_rotations(key, config, ...)."
         )
-    one_head = partial(SELECTIONS[kind], config=config)
-    heads_of = HeadInputs(
-        key=0, value=0, mask=None, head=0, bos_query=0, bos_mask=None, rotations=0
-    )  # type: ignore[arg-type]
-    batch_of = HeadInputs(
-        key=0, value=0, mask=0, head=None, bos_query=0, bos_mask=0, rotations=None
-    )  # type: ignore[arg-type]
     inputs = HeadInputs(
         key,
         value,
@@ -265,4 +257,12 @@ def select(
         mask if bos_mask is None else bos_mask,
         tuple(rotations or ()) if kind == "lsh" else (),
     )
-    return tuple(jax.vmap(jax.vmap(one_head, in_axes=(heads_of,)), in_axes=(batch_of,))(inputs))
+    # key, value, mask, head, bos_query, bos_mask, rotations: masks are the same for every head,
+    # head numbers and rotations for every row of the batch.
+    over_heads, over_batch = (0, 0, None, 0, 0, None, 0), (0, 0, 0, None, 0, 0, None)
+
+    def one_head(*fields):
+        return SELECTIONS[kind](HeadInputs(*fields), config=config)
+
+    chosen = jax.vmap(jax.vmap(one_head, in_axes=over_heads), in_axes=over_batch)(*inputs)
+    return chosen.key, chosen.value, chosen.mask

@@ -61,7 +61,8 @@ class Draws:
     random globals, the samples."""
 
     position_noise: np.ndarray | None = None  # [512 - P, D]
-    global_samples: np.ndarray | None = None  # [512, D]
+    global_noise: np.ndarray | None = None  # [512, D]
+    global_samples: np.ndarray | None = None  # [512, D]; made from global_noise if not given
 
 
 def to_lsg(
@@ -160,12 +161,7 @@ def _global_embeddings(
             )
     samples = draws.global_samples
     if options.random_global_init and samples is None:
-        samples = generator.multivariate_normal(
-            words.mean(axis=0),
-            np.cov(words.T),
-            MAX_GLOBAL_TOKENS,
-            method="cholesky" if len(words) > words.shape[1] else "eigh",
-        )
+        samples = _word_samples(words, generator, draws.global_noise)
     noise = draws.position_noise
     if noise is None:
         noise = generator.standard_normal(
@@ -181,3 +177,20 @@ def _global_embeddings(
         rows = np.broadcast_to(words[mask], spread.shape).copy()
         rows[0] = words[bos]
     return (rows + spread).astype(np.float32)
+
+
+def _word_samples(
+    words: Float[np.ndarray, "V D"],
+    generator: np.random.Generator,
+    noise: Float[np.ndarray, "G D"] | None,
+) -> Float[np.ndarray, "G D"]:
+    """512 draws from the normal distribution with the mean and covariance of the word table."""
+    covariance = np.cov(words.T)
+    if len(words) > words.shape[1]:
+        root = np.linalg.cholesky(covariance)
+    else:  # too few words for full rank, which Cholesky needs
+        values, vectors = np.linalg.eigh(covariance)
+        root = vectors * np.sqrt(np.abs(values))
+    if noise is None:
+        noise = generator.standard_normal((MAX_GLOBAL_TOKENS, words.shape[1]))
+    return words.mean(axis=0) + noise @ root.T

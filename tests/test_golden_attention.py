@@ -77,6 +77,7 @@ def check_attention(case, inputs, outputs, config, mask, **kwargs):
     heads, width = inputs["query"].shape[1], inputs["query"].shape[3]
     real = np.asarray(mask)[:, None, :, None]
 
+    @jax.jit
     def attend(query, key, value):
         lsh = rotations(config, heads, width) if config.sparsity_type == "lsh" else None
         return lsg_attention(
