@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from lsg_flax.attention import full_attention, lsg_attention
+from lsg_flax.attention import attend_features_first
 from lsg_flax.config import MAX_GLOBAL_TOKENS, EncoderConfig
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -129,9 +129,11 @@ class Embeddings(Part):
     ) -> tuple[Float[Array, "B GT D"], Float[Array, "V D"]]:
         config = self.config
         words = self.table(config.vocab_size, "word_embeddings")
-        x = (
-            inputs_embeds.astype(self.dtype) if input_ids is None else rows(words, input_ids)
-        )  # [B, T, D]
+        if input_ids is not None:
+            x = rows(words, input_ids)  # [B, T, D]
+        else:
+            assert inputs_embeds is not None  # models check that one of them is given
+            x = inputs_embeds.astype(self.dtype)
         positions = self.table(config.max_position_embeddings, "position_embeddings")
         x += (
             positions[None, : x.shape[1]] if position_ids is None else rows(positions, position_ids)
@@ -149,6 +151,25 @@ class Embeddings(Part):
         return self.dropout(self.layer_norm("layer_norm")(x)), words
 
 
+class Projection(nn.Module):
+    """A dense layer that writes features first, [B, N, H, T], as attention computes."""
+
+    heads: int
+    head_dim: int
+    std: float
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B N H T"]:
+        width, init = self.heads * self.head_dim, nn.initializers.normal(self.std)
+        kernel = self.param("kernel", init, (x.shape[-1], width), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (width,), self.param_dtype)
+        y = jnp.einsum("btd,dm->mbt", x.astype(self.dtype), kernel.astype(self.dtype))
+        y = y.swapaxes(0, 1) + bias.astype(self.dtype)[None, :, None]  # [B, N * H, T]
+        return y.reshape(x.shape[0], self.heads, self.head_dim, x.shape[1])
+
+
 class SelfAttention(Part):
     """Projections around LSG or full attention."""
 
@@ -160,24 +181,25 @@ class SelfAttention(Part):
         lsh_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T D"]:
         config = self.config
-        width = config.num_attention_heads * config.head_dim
 
         def project(name):
-            return self.dense(width, name)(x).reshape(
-                *x.shape[:2], config.num_attention_heads, config.head_dim
-            )
+            shape = (config.num_attention_heads, config.head_dim, config.initializer_range)
+            return Projection(*shape, self.dtype, self.param_dtype, name=name)(x)
 
         rate = config.attention_probs_dropout_prob if self.train else 0.0
-        options: dict[str, Any] = {"causal": config.is_decoder, "dropout_rate": rate}
-        options["dropout_key"] = self.make_rng("dropout") if rate else None
-        query, key, value = project("query"), project("key"), project("value")
-        if config.lsg:
-            context = lsg_attention(
-                query, key, value, mask, config=config.lsg, lsh_key=lsh_key, **options
-            )
-        else:
-            context = full_attention(query, key, value, mask, **options)
-        return self.dense(config.hidden_size, "output")(context.reshape(*x.shape[:2], width))
+        context = attend_features_first(
+            project("query"),
+            project("key"),
+            project("value"),
+            mask,
+            config=config.lsg,
+            causal=config.is_decoder,
+            dropout_rate=rate,
+            dropout_key=self.make_rng("dropout") if rate else None,
+            lsh_key=lsh_key,
+        )
+        context = context.reshape(x.shape[0], -1, x.shape[1]).swapaxes(1, 2)  # [B, T, N * H]
+        return self.dense(config.hidden_size, "output")(context)
 
 
 class EncoderLayer(Part):
