@@ -3,11 +3,10 @@ or training loop.
 
 `lsg_attention` is the linear-cost computation, `lsg_attention_reference` the same pattern written
 out over all pairs of tokens, slow and obvious; tests hold the first to the second. `full_attention`
-is ordinary attention in linear
-memory.
+is ordinary attention in linear memory.
 
-Axes: B batch, T tokens, N heads, H head width, G global tokens, R sparse representatives.
-    Arrays are [B, T, N, H] in and out.
+Axes: B batch, T tokens, N heads, H head width, G global tokens, R sparse representatives. Arrays
+are [B, T, N, H] in and out.
 """
 
 from typing import Literal, NamedTuple
@@ -49,24 +48,22 @@ def lsg_attention(
 
     A query attends to its own block and both neighbours (the previous one only, if causal), to
     `sparse_block_size` representatives on either side of those, and to the globals, under one
-    softmax. Up to two blocks of tokens it is
-    full attention.
+    softmax. Up to two blocks of tokens it is full attention.
 
     Args:
-        query, key, value: projected inputs; key and value may have fewer heads (K divides N).
-            Any length: they are padded to whole blocks here.
-        mask: True for real tokens, all by default. A query that sees nothing gets zeros and
-            passes no gradient.
-        config: the pattern. `pool_with_global` and `mask_first_token` concern models and are
-            not used here.
-        causal: no token sees a later one. As in the reference, the outputs of prepended globals
-            are then their queries.
+        query, key, value: projected inputs; key and value may have fewer heads (K divides N). Any
+            length: they are padded to whole blocks here.
+        mask: True for real tokens, all by default. A query that sees nothing gets zeros and passes
+            no gradient.
+        config: the pattern. `pool_with_global` and `mask_first_token` concern models and are not
+            used here.
+        causal: no token sees a later one. As in the reference, the outputs of prepended globals are
+            then their queries.
         global_tokens: "prepended": the first `config.num_global_tokens` positions are globals,
             outside the blocks; they see and are seen by everything. "first_token": token 0 of the
-            sequence is the one global (the
-            reference's standalone `attention_layers`). "none": no globals.
-        dropout_rate: probability of dropping an attention weight; needs
-            `dropout_key`.
+            sequence is the one global (the reference's standalone `attention_layers`). "none": no
+            globals.
+        dropout_rate: probability of dropping an attention weight; needs `dropout_key`.
         lsh_key: for sparsity_type "lsh", the key its rotations are drawn from; a fixed seed by
             default, so that results repeat.
         lsh_rotations: the rotations themselves, instead of a key (see `sparsity.lsh_rotations`).

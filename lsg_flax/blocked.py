@@ -3,15 +3,13 @@ linear memory in both directions.
 
 A query block sees some *windows* (runs of keys whose place depends on the block) and some *shared*
 keys (the same for every block). Local, sparse and global attention are windows and shared keys of
-one call; full attention is shared
-keys alone. A scan walks over the blocks, a few at a time, so that the scores live in cache; the
-backward pass recomputes them from
-the saved log-normalisers.
+one call; full attention is shared keys alone. A scan walks over the blocks, a few at a time, so
+that the scores live in cache; the backward pass recomputes them from the saved log-normalisers.
 
-Axes: B batch, N heads, H head width, T tokens, S keys of a source, C blocks per step, Q queries
-    of a block, W keys of a block's
-windows. Features come before tokens everywhere, [B, N, H, T]: these products measured up to 1.6 x
-faster on CPU than with tokens first, and on TPU the layout fills all 128 lanes at H = 64.
+Axes: B batch, N heads, H head width, T tokens, S keys of a source, C blocks per step, Q queries of
+a block, W keys of a block's windows. Features come before tokens everywhere, [B, N, H, T]: these
+products measured up to 1.6 x faster on CPU than with tokens first, and on TPU the layout fills all
+128 lanes at H = 64.
 """
 
 from dataclasses import dataclass, replace
@@ -229,8 +227,7 @@ def _kept(dropout_key, step, index: int, shape, rate: float):
 
     The bits are a 32-bit mixing hash (two multiplications) of the weight's place, seeded from the
     key: it fuses into the softmax and costs 5-10 % there, where drawing bits by JAX's own
-    generators
-    doubled the time of the whole attention on CPU.
+    generators doubled the time of the whole attention on CPU.
     """
     seed = jax.random.bits(
         jax.random.fold_in(jax.random.fold_in(dropout_key, step), index), (2,), jnp.uint32

@@ -251,9 +251,10 @@ def _stored_tensors(folder: pathlib.Path) -> dict[str, _Stored]:
     if (folder / hub.WEIGHTS).exists():
         return _header(folder / hub.WEIGHTS)
     if (folder / hub.INDEX).exists():
-        places = json.loads((folder / hub.INDEX).read_text())["weight_map"]
-        found = {shard: _header(folder / shard) for shard in sorted(set(places.values()))}
-        return {name: found[shard][name] for name, shard in places.items()}
+        stored: dict[str, _Stored] = {}
+        for shard in sorted(set(hub.read_index(folder, hub.INDEX).values())):
+            stored |= _header(folder / shard)
+        return stored
     return {
         name: _Stored(tensor.shape, str(tensor.dtype))
         for name, tensor in hub.read_tensors(folder).items()
@@ -265,7 +266,7 @@ def _header(file: pathlib.Path) -> dict[str, _Stored]:
         with safetensors.safe_open(file, framework="numpy") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             return {
-                name: _Stored(tuple(s.get_shape()), _DTYPES.get(s.get_dtype(), s.get_dtype()))
+                name: _Stored(tuple(s.get_shape()), _DTYPES.get(s.get_dtype(), str(s.get_dtype())))
                 for name, s in slices.items()
             }
     except safetensors.SafetensorError as error:

@@ -28,17 +28,15 @@ class LSGConfig:
 
     Every query block of `block_size` tokens attends to its own block and both neighbours, to
     `sparse_block_size` sparse representatives on either side of those, and to the global tokens.
-    One representative stands for
-    `sparsity_factor` tokens.
+    One representative stands for `sparsity_factor` tokens.
 
     Attributes:
         block_size: tokens per block.
-        sparse_block_size: representatives on each side; 0 switches the sparse part off. Must
-            exceed 3/4 of `block_size / sparsity_factor`: below that the reference's windows
-            silently fall inside
-            the local window.
-        sparsity_factor: tokens per representative, dividing `block_size`; 0 or less switches
-            the sparse part off.
+        sparse_block_size: representatives on each side; 0 switches the sparse part off. Must exceed
+            3/4 of `block_size / sparsity_factor`: below that the reference's windows silently fall
+            inside the local window.
+        sparsity_factor: tokens per representative, dividing `block_size`; 0 or less switches the
+            sparse part off.
         sparsity_type: how representatives are chosen; None is accepted for "none".
         num_global_tokens: learned tokens in front of the sequence, 1..512.
         lsh_num_pre_rounds: hashing rounds before the last one, for "lsh".
@@ -92,25 +90,29 @@ class LSGConfig:
             "mask_first_token=True hides the first token, so its state must come from a global: "
             "set pool_with_global=True.",
         )
+        _require(
+            self.sparsity_factor <= 0 or self.block_size % self.sparsity_factor == 0,
+            f"block_size={self.block_size} is not divisible by "
+            f"sparsity_factor={self.sparsity_factor}; {self._factor_remedy()}",
+        )  # without a sparse part too: PyTorch's classes ask for it
         if self.is_sparse:
             self._validate_sparse()
 
-    def _validate_sparse(self) -> None:
-        block, sparse, factor = self.block_size, self.sparse_block_size, self.sparsity_factor
+    def _factor_remedy(self) -> str:
+        block = self.block_size
         fitting = [d for d in range(1, block + 1) if block % d == 0 and (block // d) % 2 == 0]
-        remedy = (
+        return (
             f"for block_size={block} choose sparsity_factor from {[*fitting, block]}, "
             "or 0 for no sparse part."
         )
-        _require(
-            block % factor == 0,
-            f"block_size={block} is not divisible by sparsity_factor={factor}; {remedy}",
-        )
+
+    def _validate_sparse(self) -> None:
+        block, sparse, factor = self.block_size, self.sparse_block_size, self.sparsity_factor
         step = block // factor
         _require(
             step == 1 or step % 2 == 0,
             f"block_size/sparsity_factor = {block}/{factor} = {step} is odd, and the sparse "
-            f"windows need it even (or 1); {remedy}",
+            f"windows need it even (or 1); {self._factor_remedy()}",
         )
         _require(
             4 * sparse > 3 * step,
@@ -182,8 +184,7 @@ class EncoderConfig:
 
     Attributes follow Hugging Face's names. `labels` holds the label names in id order (`id2label`);
     `extra` keeps every field of config.json that lsg_flax does not use, as canonical JSON, so that
-    it survives a round
-    trip.
+    it survives a round trip.
     """
 
     model_type: str = "bert"

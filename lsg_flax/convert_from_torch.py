@@ -35,8 +35,8 @@ def params_from_torch(tensors: Mapping[str, np.ndarray], model: Model) -> Params
         model: whose config, task and parameter dtype are wanted.
 
     Raises:
-        ValueError: for any other missing or unexpected tensor (both are listed), or one of
-            another shape.
+        ValueError: for any other missing or unexpected tensor (both are listed), or one of another
+            shape.
     """
     config, family = model.config, family_of(model.config.model_type)
     tensors = {modern_name(name): tensor for name, tensor in tensors.items()}
@@ -73,7 +73,7 @@ def params_to_torch(params: Params, model: Model) -> dict[str, np.ndarray]:
         ValueError: if `params` are not those of `model`.
     """
     config, family = model.config, family_of(model.config.model_type)
-    leaves = flax.traverse_util.flatten_dict(params, sep="/")
+    leaves: dict[str, Any] = flax.traverse_util.flatten_dict(params, sep="/")
     shapes = _leaf_shapes(model)
     wrong = sorted(
         path for path in shapes.keys() & leaves.keys() if tuple(leaves[path].shape) != shapes[path]
@@ -120,10 +120,8 @@ def _leaf_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     abstract = jax.eval_shape(lambda key: model.init(key, example_ids(model)), jax.random.key(0))[
         "params"
     ]
-    return {
-        path: tuple(leaf.shape)
-        for path, leaf in flax.traverse_util.flatten_dict(abstract, sep="/").items()
-    }
+    leaves: dict[str, Any] = flax.traverse_util.flatten_dict(abstract, sep="/")
+    return {path: tuple(leaf.shape) for path, leaf in leaves.items()}
 
 
 def _keys(family: Family, task: Task, config: EncoderConfig) -> list[Key]:

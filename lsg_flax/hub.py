@@ -47,10 +47,10 @@ def from_pretrained(
     lsg_flax.
 
     Args:
-        path_or_id: folder with config.json and weights, or the name of a repository on the
-            Hugging Face hub.
-        task: which head; None takes that of `architectures` in config.json (the base model
-            where there is none).
+        path_or_id: folder with config.json and weights, or the name of a repository on the Hugging
+            Face hub.
+        task: which head; None takes that of `architectures` in config.json (the base model where
+            there is none).
         dtype: of the computation (float32, bfloat16, float16).
         param_dtype: of the parameters.
         check: also look for NaN and infinity in the weights.
@@ -62,8 +62,8 @@ def from_pretrained(
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
-        ValueError: for an unsupported model_type or setting, tensors that do not match the
-            config, a damaged file.
+        ValueError: for an unsupported model_type or setting, tensors that do not match the config,
+            a damaged file.
     """
     folder = resolve(path_or_id)
     values = read_config(folder)
@@ -72,6 +72,8 @@ def from_pretrained(
     family_of(config.model_type).head(task)
     if task == "causal_lm" and not config.is_decoder:
         config = replace(config, is_decoder=True)
+    if task == "question_answering":  # PyTorch's classes count start and end as labels
+        config = config.with_overrides(num_labels=2)
     model = Model(config, task, dtype=dtype, param_dtype=param_dtype)
     params = params_from_torch(read_tensors(folder), model)
     if check:
@@ -85,8 +87,8 @@ def save_pretrained(
     """Writes config.json and model.safetensors (and the tokenizer's files) so that PyTorch's class
     of the same name loads them.
 
-    The folder is written aside and renamed file by file at the end: an interrupted save leaves
-        old files as they were.
+    The folder is written aside and renamed file by file at the end: an interrupted save leaves old
+        files as they were.
 
     Raises:
         ValueError: if `params` are not those of `model`.
@@ -204,12 +206,43 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{folder} has no {CONFIG}; it holds {sorted(p.name for p in folder.iterdir())[:10]}."
         )
+    values = read_json(file)
+    family_of(values.get("model_type", "<none>"))
+    return values
+
+
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: if the file is damaged or holds something else.
+    """
     try:
         values = json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
-    family_of(values.get("model_type", "<none>"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} must hold an object, but holds a {type(values).__name__}.")
     return values
+
+
+def read_index(folder: pathlib.Path, index: str) -> dict[str, str]:
+    """The shard of every tensor, from the index file of a sharded checkpoint.
+
+    Raises:
+        ValueError: if the index is damaged.
+        FileNotFoundError: if a shard is missing.
+    """
+    places = read_json(folder / index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ValueError(f"{folder / index} has no weight_map; download the checkpoint again.")
+    for shard in sorted(set(places.values())):
+        if not (folder / shard).exists():
+            raise FileNotFoundError(
+                f"{folder / index} names the shard {shard}, which is not there; download the "
+                "checkpoint again."
+            )
+    return places
 
 
 def config_values(model: Model, tensors: dict[str, np.ndarray] | None = None) -> dict[str, Any]:
@@ -265,14 +298,9 @@ def read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _read_shards(folder: pathlib.Path, index: str, read) -> dict[str, np.ndarray]:
-    places: dict[str, str] = json.loads((folder / index).read_text())["weight_map"]
+    places = read_index(folder, index)
     tensors: dict[str, np.ndarray] = {}
     for shard in sorted(set(places.values())):
-        if not (folder / shard).exists():
-            raise FileNotFoundError(
-                f"{folder / index} names the shard {shard}, which is not there; download the "
-                "checkpoint again."
-            )
         tensors |= read(folder / shard)
     lost = sorted(places.keys() - tensors.keys())
     if lost:
@@ -293,7 +321,7 @@ def _read_safetensors(file: pathlib.Path) -> dict[str, np.ndarray]:
 
 def _read_bin(file: pathlib.Path) -> dict[str, np.ndarray]:
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(
             f"{file} is a PyTorch pickle; reading it needs torch: pip install 'lsg-flax[torch]'."
@@ -322,7 +350,7 @@ def _read_bin(file: pathlib.Path) -> dict[str, np.ndarray]:
 
 def _to_numpy(tensor: Any) -> np.ndarray:
     """numpy has no bfloat16 of its own; its bits travel as int16."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
@@ -348,7 +376,7 @@ def read_tokenizer(folder: pathlib.Path) -> Any | None:
 
 def check_finite(params: Params) -> None:
     """Raises ValueError naming every parameter that holds NaN or infinity."""
-    leaves = flax.traverse_util.flatten_dict(params, sep="/")
+    leaves: dict[str, Any] = flax.traverse_util.flatten_dict(params, sep="/")
     broken = [path for path, leaf in leaves.items() if not bool(jnp.isfinite(leaf).all())]
     if broken:
         raise ValueError(

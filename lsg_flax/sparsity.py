@@ -3,11 +3,10 @@ attend to.
 
 Every selection has the signature `(inputs, config) -> Selected`; `select` maps them over batch and
 heads. They follow section 3 of the LSG paper (arXiv 2210.15497); masks are boolean (True = real)
-and sums are taken in float32
-whatever the compute dtype.
+and sums are taken in float32 whatever the compute dtype.
 
-Axes: B batch, T tokens (whole blocks, no globals), N heads, H head width, R = T /
-    sparsity_factor representatives.
+Axes: B batch, T tokens (whole blocks, no globals), N heads, H head width, R = T / sparsity_factor
+representatives.
 """
 
 from typing import NamedTuple
@@ -231,8 +230,8 @@ def select(
         rotations: from `lsh_rotations`, for "lsh".
 
     Raises:
-        ValueError: if the tokens do not divide into the chunks a selection needs, or "lsh" has
-            no rotations.
+        ValueError: if the tokens do not divide into the chunks a selection needs, or "lsh" has no
+            rotations.
     """
     batch, heads, length, _ = key.shape
     if config.sparsity_factor == 1:

@@ -1,8 +1,8 @@
 """Full attention -> LSG attention, for parameters in memory: longer position tables and the global
 embeddings.
 
-No weight is trained: positions repeat, and a global token starts as [CLS] or [MASK] at
-    positions spread over the table. The numbers
+No weight is trained: positions repeat, and a global token starts as [CLS] or [MASK] at positions
+    spread over the table. The numbers
 are those of the reference's LSGConverter (reference-behaviour 1.9); its random draws can be
 injected. Written once for all families.
 
@@ -37,8 +37,8 @@ class LSGOptions:
 
     Attributes:
         max_sequence_length: tokens that the new model reads.
-        random_global_init: draw globals from the distribution of the word table instead of
-            using [MASK].
+        random_global_init: draw globals from the distribution of the word table instead of using
+            [MASK].
         global_positional_stride: distance between the positions of neighbouring globals.
         keep_first_global_token: leave global 0 as it is (LSG sources only).
         resize_lsg: change the positions only (LSG sources only).
@@ -80,8 +80,8 @@ def to_lsg(
     Args:
         params, config: a model with full attention, or an LSG one to make anew or resize.
         lsg: the pattern wanted.
-        bos_token_id, mask_token_id: ids whose word embeddings the globals start from ([CLS]
-            where there is no bos).
+        bos_token_id, mask_token_id: ids whose word embeddings the globals start from ([CLS] where
+            there is no bos).
 
     Raises:
         ValueError: for options that do not fit the source, or a table that the stride does not fit.
@@ -95,7 +95,7 @@ def to_lsg(
         )
     if options.max_sequence_length < 1:
         raise ValueError(f"max_sequence_length={options.max_sequence_length} must be at least 1.")
-    leaves = dict(flax.traverse_util.flatten_dict(params, sep="/"))
+    leaves: dict[str, Any] = dict(flax.traverse_util.flatten_dict(params, sep="/"))
     table = np.asarray(leaves[_POSITIONS], np.float32)
     head, positions = table[: family.position_offset], table[family.position_offset :]
     if not options.resize_lsg:

@@ -82,7 +82,7 @@ class Encoder(Part):
             step,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, 0),
+            in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
             length=count,
             unroll=min(self.unroll, count),
         )
@@ -105,7 +105,7 @@ class _Step(EncoderLayer):
     keep_states: bool = False
 
     @nn.compact
-    def __call__(
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"], lsh_key: PRNGKeyArray | None
     ):
         x = super().__call__(x, mask, lsh_key)

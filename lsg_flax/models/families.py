@@ -2,8 +2,8 @@
 places in our parameter tree.
 
 A row is `kind, torch name, our path`. `{layer}` stands for the layer number in PyTorch; ours are
-stacked along a leading axis.
-Kinds: "dense" (weight, transposed, and bias), "norm" (weight and bias), "embedding" (weight),
+stacked along a leading axis. Kinds: "dense" (weight, transposed, and bias), "norm" (weight and
+bias), "embedding" (weight),
     "bias" (one tensor as it is).
 """
 
@@ -80,7 +80,7 @@ class Family:
 
     def task_of(self, class_name: str) -> Task | None:
         """The task of a PyTorch class by its name, None if it is not of this family."""
-        names = {self.class_name(task, lsg=False): task for task in self.heads}
+        names: dict[str, Task] = {self.class_name(task, lsg=False): task for task in self.heads}
         return names.get(class_name.removeprefix("LSG"))
 
     def keys(self, task: Task, *, layers: int, lsg: bool, tied: bool) -> list[Key]:

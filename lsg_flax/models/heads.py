@@ -3,11 +3,13 @@
 Axes: B batch, C choices, T tokens, D model width, V vocabulary, K labels, G global tokens.
 """
 
-from typing import ClassVar, Literal, get_args
+import dataclasses
+from typing import Any, ClassVar, Literal, get_args
 
 import flax.linen as nn
 import flax.struct
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
@@ -35,8 +37,8 @@ class ModelOutput:
     """Outputs by Hugging Face's names; those that a task does not have are None.
 
     `hidden_states` are the embeddings and each layer's output. As in the reference they keep the
-    globals in front and the padding to
-    whole blocks behind: `num_hidden_layers + 1` arrays of [B, G + T padded, D].
+    globals in front and the padding to whole blocks behind: `num_hidden_layers + 1` arrays of [B, G
+    + T padded, D].
     """
 
     last_hidden_state: Array | None = None
@@ -129,7 +131,7 @@ class NextSentenceHead(Head):
 
 
 class _Classifier(Head):
-    def classify(self, x: Array, labels: int) -> Array:
+    def classify(self, x: Any, labels: int) -> Array:
         """Dropout and a projection to the labels."""
         rate = self.config.classifier_dropout
         return self.dense(labels, "classifier")(
@@ -231,8 +233,8 @@ class Model(nn.Module):
             output_hidden_states: also return the embeddings' and every layer's output.
 
         Raises:
-            ValueError: for shapes or dtypes that do not fit, and for ids beyond their tables.
-                Under jit values cannot be read: there an id beyond its table gives NaN.
+            ValueError: for shapes or dtypes that do not fit, and for ids beyond their tables. Under
+                jit values cannot be read: there an id beyond its table gives NaN.
         """
         if output_attentions:
             raise ValueError(
@@ -261,9 +263,11 @@ class Model(nn.Module):
         head = HEADS[self.task]
         pooled = Pooler(**part, name="pooler")(last) if head.pooled else None
         output = head(**part, name="head")(last, pooled, words)
-        if choices:
-            output = output.replace(logits=output.logits.reshape(-1, choices))  # [B, C]
-        return output.replace(hidden_states=states)
+        if choices and output.logits is not None:
+            output = dataclasses.replace(
+                output, logits=output.logits.reshape(-1, choices)
+            )  # [B, C]
+        return dataclasses.replace(output, hidden_states=states)
 
 
 class _Inputs:
@@ -271,7 +275,13 @@ class _Inputs:
 
     def __init__(self, *arrays):
         names = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
-        self.named = dict(zip(names, arrays, strict=True))
+        self.named: dict[str, Any] = dict(zip(names, arrays, strict=True))
+        for name, array in self.named.items():
+            if array is not None and not hasattr(array, "shape"):
+                raise ValueError(
+                    f"{name} is a {type(array).__name__}; give a numpy or JAX array "
+                    '(tokenizer(..., return_tensors="np")).'
+                )
         given = [a for a in (self.named["input_ids"], self.named["inputs_embeds"]) if a is not None]
         if len(given) != 1:
             raise ValueError(f"give either input_ids or inputs_embeds, got {len(given)} of them.")
@@ -329,14 +339,12 @@ def _check_inputs(inputs: _Inputs, config: EncoderConfig, *, choices: bool) -> N
         raise ValueError(
             f"{config.model_type} has no segments (type_vocab_size=0): leave token_type_ids out."
         )
-    rows = {
-        "input_ids": ("vocab_size", config.vocab_size),
-        "token_type_ids": ("type_vocab_size", config.type_vocab_size),
-    }
-    for name, (field, size) in (
-        rows | {"position_ids": ("max_position_embeddings", limit)}
-    ).items():
-        _check_ids(named[name], name, field, size)
+    for name, field in (
+        ("input_ids", "vocab_size"),
+        ("token_type_ids", "type_vocab_size"),
+        ("position_ids", "max_position_embeddings"),
+    ):
+        _check_ids(named[name], name, field, getattr(config, field))
 
 
 def _check_ids(ids, name: str, field: str, limit: int) -> None:

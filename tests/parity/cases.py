@@ -1,0 +1,273 @@
+"""The random cases of the live comparison, all functions of one seed."""
+
+import os
+
+import numpy as np
+from jobs import Case
+
+from lsg_flax.config import SPARSITY_TYPES, LSGConfig
+from lsg_flax.models.families import BERT
+from lsg_flax.sparsity import effective_type
+
+SEED = int(os.environ.get("LSG_PARITY_SEED", "0"))
+VOCABULARY = 37
+TASKS = tuple(BERT.heads)
+PATTERNS_PER_HEAD = 2
+GRADIENT_MODEL = "model_masked_lm_0"
+CONVERSIONS = 6
+TRUE_OR_FALSE = (True, False)
+
+
+def generator_of(name: str) -> np.random.Generator:
+    return np.random.default_rng([SEED, *name.encode()])
+
+
+def pick(generator, values):
+    return values[int(generator.integers(len(values)))]
+
+
+def random_pattern(generator, kind: str) -> dict:
+    """Fields of LSGConfig that both sides accept."""
+    while True:
+        block = pick(generator, (4, 6, 8, 12))
+        fields = {
+            "block_size": block,
+            "sparse_block_size": pick(generator, (block // 2, block, block, 2 * block, block + 3)),
+            "sparsity_factor": pick(generator, (1, 2, 2, 3, 4, block)),
+            "sparsity_type": kind,
+            "num_global_tokens": int(generator.integers(1, 6)),
+            "lsh_num_pre_rounds": int(generator.integers(0, 3)),
+        }
+        try:
+            config = LSGConfig(**fields)
+        except ValueError:
+            continue
+        if kind not in ("norm", "lsh") or block % config.selection_chunk == 0:
+            return fields
+
+
+def random_mask(generator, batch: int, length: int) -> np.ndarray:
+    """True = real: each row ends in padding, some have holes; the first token is real."""
+    mask = np.arange(length) < generator.integers(1, length + 1, (batch, 1))
+    mask[0] &= generator.random(length) < 0.8
+    mask[:, 0] = True
+    mask[-1] |= generator.random() < 0.3
+    return mask
+
+
+def leaks(pattern: dict, mask: np.ndarray) -> bool:
+    """Whether the reference lets padding into the result: a group of nothing else, with
+    bos_pooling (reference-behaviour 1.7)."""
+    config = LSGConfig(**{k: v for k, v in pattern.items() if k in LSGConfig.__dataclass_fields__})
+    length, block, factor = mask.shape[-1], config.block_size, config.sparsity_factor
+    if not config.is_sparse or effective_type(config) != "bos_pooling" or factor == 1:
+        return False
+    if length <= 2 * block:
+        return False
+    rows = np.pad(mask.reshape(-1, length), ((0, 0), (0, -length % block)))
+    rows[:, 0] &= not config.mask_first_token
+    return not rows.reshape(len(rows), -1, factor).any(-1).all()
+
+
+def random_sizes(generator) -> dict:
+    heads = pick(generator, (2, 3, 4))
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": heads * pick(generator, (4, 6)),
+        "num_hidden_layers": int(generator.integers(1, 4)),
+        "num_attention_heads": heads,
+        "intermediate_size": pick(generator, (16, 24)),
+        "max_position_embeddings": 64,
+        "hidden_act": pick(generator, ("gelu", "gelu", "gelu_new", "relu")),
+        "num_labels": int(generator.integers(2, 6)),
+    }
+
+
+def random_model(generator, task: str, kind: str) -> dict:
+    """The whole config of an LSG model."""
+    pattern = random_pattern(generator, kind)
+    pattern["pool_with_global"] = pick(generator, TRUE_OR_FALSE)
+    pattern["mask_first_token"] = pattern["pool_with_global"] and pick(generator, TRUE_OR_FALSE)
+    extra = {"is_decoder": True} if task == "causal_lm" else {}
+    extra |= {"num_labels": 2} if task == "question_answering" else {}  # start and end
+    return random_sizes(generator) | pattern | extra | {"model_type": "bert"}
+
+
+def random_inputs(generator, task: str, config: dict) -> dict[str, np.ndarray]:
+    """Ragged token ids and segments. The reference's causal model runs above two blocks only."""
+    block = config.get("block_size", 8)
+    short = task != "causal_lm" and generator.random() < 0.2
+    length = int(generator.integers(3, 2 * block) if short else generator.integers(2 * block, 60))
+    length += not short
+    lead = (2, 3, length) if task == "multiple_choice" else (2, length)
+    mask = random_mask(generator, int(np.prod(lead[:-1])), length)
+    return {
+        "input_ids": generator.integers(5, VOCABULARY, lead).astype(np.int32),
+        "attention_mask": mask.reshape(lead).astype(np.int32),
+        "token_type_ids": generator.integers(0, 2, lead).astype(np.int32),
+    }
+
+
+def attention_case(name: str, kind: str, *, causal: bool) -> Case:
+    generator = generator_of(name)
+    pattern = random_pattern(generator, kind)
+    heads, width = int(generator.integers(1, 5)), int(generator.integers(2, 6))
+    blocks = int(generator.integers(2, 7))  # the reference pads in the model, not here
+    if causal:
+        blocks = max(blocks, 3)
+    length = pattern["block_size"] * blocks
+    shape = (2, heads, pattern["num_global_tokens"] + length, width)
+    query, key, value, cotangent = generator.standard_normal((4, *shape)).astype(np.float32)
+    arrays = {"query": query, "key": key, "value": value, "cotangent": cotangent}
+    arrays["mask"] = random_mask(generator, 2, length)
+    return Case({"kind": "attention", "config": pattern, "causal": causal}, arrays)
+
+
+def cut_window_case() -> Case:
+    """Windows of 7 representatives end inside a chunk of 2: which of the two counts."""
+    generator = generator_of("cut window")
+    pattern = {"block_size": 4, "sparse_block_size": 7, "sparsity_type": "norm"}
+    query, key, value, cotangent = generator.standard_normal((4, 2, 3, 29, 4)).astype(np.float32)
+    arrays = {"query": query, "key": key, "value": value, "cotangent": cotangent}
+    arrays["mask"] = random_mask(generator, 2, 28)
+    return Case({"kind": "attention", "config": pattern, "causal": False}, arrays)
+
+
+def selection_case(name: str, kind: str) -> Case:
+    generator = generator_of(name)
+    pattern = random_pattern(generator, kind)
+    shape = (2, int(generator.integers(1, 5)), 3 * pattern["block_size"], 3)
+    arrays = dict(
+        zip(("query", "key", "value"), generator.standard_normal((3, *shape)), strict=True)
+    )
+    arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
+    arrays["mask"] = random_mask(generator, 2, shape[2])
+    return Case({"kind": "selection", "config": pattern}, arrays)
+
+
+def model_cases() -> dict[str, Case]:
+    """A random model of every head and pattern, and a run of each."""
+    cases = {}
+    kinds = [SPARSITY_TYPES[(i + SEED) % 7] for i in range(len(TASKS) * PATTERNS_PER_HEAD)]
+    for i, task in enumerate(TASKS):
+        for j in range(PATTERNS_PER_HEAD):
+            name = f"model_{task}_{j}"
+            generator = generator_of(name)
+            config = random_model(generator, task, kinds[i * PATTERNS_PER_HEAD + j])
+            if task in ("masked_lm", "pretraining") and j == 1:
+                config["tie_word_embeddings"] = False
+            add_model(cases, name, task, config, generator, lsg=True)
+    for task in ("base", "masked_lm", "pretraining", "sequence_classification"):
+        name = f"plain_{task}"
+        generator = generator_of(name)
+        add_model(cases, name, task, random_sizes(generator), generator, lsg=False)
+    return cases
+
+
+def add_model(cases, name: str, task: str, config: dict, generator, *, lsg: bool) -> None:
+    made = {
+        "kind": "make_model",
+        "class": BERT.class_name(task, lsg=lsg),
+        "config": config,
+        "out": name,
+        "seed": int(generator.integers(2**31)),
+    }
+    inputs = random_inputs(generator, task, config)
+    run = {"kind": "model", "class": made["class"], "checkpoint": name}
+    if name == GRADIENT_MODEL:
+        keys = BERT.keys(task, layers=config["num_hidden_layers"], lsg=lsg, tied=True)
+        run["grad_of"] = [key.torch for key in keys]
+        weights = generator.standard_normal((*inputs["input_ids"].shape, VOCABULARY)) / 8
+        inputs["weight_logits"] = weights.astype(np.float32)
+    cases[f"make_{name}"] = Case(made)
+    cases[name] = Case(run, inputs)
+
+
+def file_cases() -> dict[str, Case]:
+    """One model in every format that torch writes."""
+    config = random_sizes(generator_of("files"))
+    common = {"kind": "make_model", "class": "BertForMaskedLM", "config": config}
+    formats = {
+        "whole": {},
+        "sharded": {"max_shard_size": "4KB"},
+        "bin": {"safe_serialization": False},
+        "bin_sharded": {"safe_serialization": False, "max_shard_size": "4KB"},
+    }
+    return {
+        f"file_{name}": Case(common | fields | {"out": f"file_{name}"})
+        for name, fields in formats.items()
+    }
+
+
+def conversion_cases() -> dict[str, Case]:
+    """Random conversions of a short, a standard, a long plain checkpoint and of an LSG one."""
+    cases = {}
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 4,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+    }
+    for rows in ("400", "512", "1100", "lsg"):
+        lsg = rows == "lsg"
+        positions = {"max_position_embeddings": 512 if lsg else int(rows)}
+        pattern = random_pattern(generator_of("convert_lsg"), "norm") if lsg else {}
+        cases[f"make_convert_{rows}"] = Case(
+            {
+                "kind": "make_model",
+                "class": "LSGBertForMaskedLM" if lsg else "BertForMaskedLM",
+                "config": sizes | positions | pattern,
+                "out": f"convert_{rows}",
+                "tokenizer": True,
+            }
+        )
+    for i in range(CONVERSIONS):
+        generator = generator_of(f"convert_{i}")
+        rows = ("400", "512", "1100", "lsg")[i % 4]
+        options = {
+            "max_sequence_length": int(generator.integers(64, 3000)),
+            "random_global_init": pick(generator, TRUE_OR_FALSE),
+            "global_positional_stride": pick(generator, (2, 16, 64, 256)),
+            "use_token_ids": pick(generator, TRUE_OR_FALSE),
+        }
+        if rows == "lsg":
+            options["keep_first_global_token"] = pick(generator, TRUE_OR_FALSE)
+            options["resize_lsg"] = pick(generator, TRUE_OR_FALSE)
+        config = {} if rows == "lsg" else random_pattern(generator, pick(generator, SPARSITY_TYPES))
+        cases[f"convert_{i}"] = Case(
+            {
+                "kind": "convert",
+                "checkpoint": f"convert_{rows}",
+                "options": options,
+                "config": config,
+                "out": f"converted_{i}",
+                "seed": int(generator.integers(2**31)),
+            }
+        )
+    return cases
+
+
+CASES: dict[str, Case] = (
+    {
+        f"attention_{kind}_{'causal' if causal else 'both'}": attention_case(
+            f"attention_{kind}_{causal}", kind, causal=causal
+        )
+        for kind in SPARSITY_TYPES
+        for causal in (False, True)
+    }
+    | {"attention_norm_cut_window": cut_window_case()}
+    | {
+        f"selection_{kind}_{i}": selection_case(f"selection_{kind}_{i}", kind)
+        for kind in SPARSITY_TYPES
+        if kind != "none"
+        for i in range(3)
+    }
+    | model_cases()
+    | file_cases()
+    | conversion_cases()
+)
+
+
+def names(kind: str, prefix: str = "") -> list[str]:
+    return [n for n, c in CASES.items() if c.fields["kind"] == kind and n.startswith(prefix)]

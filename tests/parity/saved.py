@@ -1,0 +1,82 @@
+"""Checkpoints that lsg_flax writes, and what the reference shall do with them."""
+
+import pathlib
+import shutil
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+from cases import SEED, TASKS, generator_of, random_inputs, random_model, random_sizes
+from jobs import Case, Results, ask
+
+import lsg_flax
+from lsg_flax.config import SPARSITY_TYPES, EncoderConfig
+from lsg_flax.convert_from_torch import example_ids
+from lsg_flax.models.families import BERT
+
+PLAIN_RUN = ("base", "masked_lm", "pretraining", "multiple_choice")
+CONVERTED = {
+    "default": {"max_sequence_length": 700, "num_global_tokens": 4},
+    "options": {
+        "max_sequence_length": 1500,
+        "global_positional_stride": 16,
+        "use_token_ids": False,
+        "random_global_init": True,
+        "seed": 7,
+        "num_global_tokens": 2,
+        "sparsity_type": "pooling",
+    },
+}
+BLOCKS = {"block_size": 8, "sparse_block_size": 8}
+
+
+def random_params(model: lsg_flax.Model, generator) -> dict:
+    """Parameters all of which matter: norms around 1, everything else around 0."""
+    shapes = jax.eval_shape(lambda key: model.init(key, example_ids(model)), jax.random.key(0))
+    leaves = flax.traverse_util.flatten_dict(shapes["params"], sep="/")
+    return flax.traverse_util.unflatten_dict(
+        {
+            path: jnp.asarray(
+                path.endswith("/scale") + 0.2 * generator.standard_normal(leaf.shape), jnp.float32
+            )
+            for path, leaf in leaves.items()
+        },
+        sep="/",
+    )
+
+
+def write_checkpoints(folder: pathlib.Path, reference: Results) -> dict[str, Case]:
+    """Saves models of every head, LSG and plain, and conversions; returns the cases for them."""
+    cases: dict[str, Case] = {}
+    package = ask("from importlib.util import find_spec; print(find_spec('lsg_converter').origin)")
+    remote_code = pathlib.Path(package).parent / "bert" / "modeling_lsg_bert.py"
+    for i, task in enumerate(TASKS):
+        kind = SPARSITY_TYPES[(i + SEED + 3) % 7]
+        write(cases, folder, f"lsg_{task}", task, kind)
+        write(cases, folder, f"plain_{task}", task, None)
+    write(cases, folder, "lsg_masked_lm_untied", "masked_lm", "norm", tie_word_embeddings=False)
+    for name, options in CONVERTED.items():
+        source = reference.folder / "convert_512"
+        lsg_flax.convert_checkpoint(source, folder / f"converted_{name}", **options, **BLOCKS)
+        shutil.copy(remote_code, folder / f"converted_{name}")  # what our auto_map points to
+        inputs = random_inputs(generator_of(name), "masked_lm", BLOCKS)
+        run = {"class": "LSGBertForMaskedLM", "checkpoint": f"converted_{name}"}
+        cases[f"converted_{name}"] = Case({"kind": "model", **run}, inputs)
+        cases[f"auto_{name}"] = Case({"kind": "auto", **run, "class": "AutoModelForMaskedLM"})
+        again = {"keep_first_global_token": True, "max_sequence_length": 900}
+        cases[f"again_{name}"] = Case({"kind": "convert", **run, "options": again})
+    return cases
+
+
+def write(cases, folder: pathlib.Path, name: str, task, kind: str | None, **fields) -> None:
+    generator = generator_of(f"saved_{name}")
+    values = random_model(generator, task, kind) if kind else random_sizes(generator)
+    if task == "question_answering":
+        values["num_labels"] = 2
+    lsg = {"base_model_prefix": "lsg"} if kind else {"is_decoder": task == "causal_lm"}
+    model = lsg_flax.Model(EncoderConfig.from_dict(values | lsg | fields), task)
+    lsg_flax.save_pretrained(folder / name, model, random_params(model, generator))
+    common = {"class": BERT.class_name(task, lsg=bool(kind)), "checkpoint": name}
+    cases[f"strict_{name}"] = Case({"kind": "strict_load", **common})
+    inputs = random_inputs(generator, task, values)
+    cases[name] = Case({"kind": "model", **common}, inputs)

@@ -1,0 +1,170 @@
+"""Files and conversions, live: formats that torch writes, LSGConverter with random options, the
+environment itself."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import flax.traverse_util
+import numpy as np
+import pytest
+from cases import CONVERSIONS
+from jobs import HERE, ask, close
+from saved import BLOCKS, CONVERTED
+
+import lsg_flax
+from lsg_flax.config import LSGConfig
+from lsg_flax.to_lsg import Draws, LSGOptions, to_lsg
+
+REQUIREMENTS = HERE.parent / "reference" / "requirements.txt"
+CLS, MASK = 2, 4  # of the worker's tokenizer
+
+
+def test_the_reference_environment_is_the_pinned_one():
+    lines = [line.split("#")[0].strip() for line in REQUIREMENTS.read_text().splitlines()]
+    pinned = dict(line.split("==") for line in lines if "==" in line)
+    assert {"torch", "transformers", "lsg-converter"} <= pinned.keys()
+    names = [re.split("[<>=]", line)[0] for line in lines if line]
+    code = f"import importlib.metadata as m; print(*(m.version(n) for n in {names!r}))"
+    versions = dict(zip(names, ask(code).split(), strict=True))
+    plain = {name: version.split("+")[0] for name, version in versions.items()}
+    assert {name: plain[name] for name in pinned} == pinned
+    assert int(versions["numpy"].split(".")[0]) < 2
+
+
+def embeddings(params) -> dict[str, np.ndarray]:
+    tables = params["encoder"]["embeddings"]
+    return {
+        name: np.asarray(tables[name]["embedding"])
+        for name in ("position_embeddings", "global_embeddings")
+    }
+
+
+def check_conversion(source, case, result, lsg: LSGConfig):
+    model, params = lsg_flax.from_pretrained(source)
+    draws = Draws(
+        **{
+            name: result.outputs[name]
+            for name in ("position_noise", "global_samples")
+            if name in result.outputs
+        }
+    )
+    made, config = to_lsg(
+        params,
+        model.config,
+        LSGOptions(**case.fields["options"]),
+        lsg=lsg,
+        bos_token_id=CLS,
+        mask_token_id=MASK,
+        draws=draws,
+    )
+    for name, table in embeddings(made).items():
+        expected, label = result.outputs[name], f"{name} of {case.fields}"
+        close("conversion", table, expected, tolerance=1e-6, label=label)
+    return config, made
+
+
+@pytest.mark.parametrize("i", range(CONVERSIONS))
+def test_random_conversion(reference, i):
+    case, result = reference[f"convert_{i}"]
+    source = reference.folder / case.fields["checkpoint"]
+    given = lsg_flax.from_pretrained(source)[0].config.lsg
+    config, made = check_conversion(
+        source, case, result, given or LSGConfig(**case.fields["config"])
+    )
+    # What the reference saved is the model that we made.
+    theirs, params = lsg_flax.from_pretrained(reference.folder / case.fields["out"])
+    assert theirs.config.lsg == config.lsg
+    assert theirs.config.max_position_embeddings == config.max_position_embeddings
+    ours = flax.traverse_util.flatten_dict(made, sep="/")
+    for path, leaf in flax.traverse_util.flatten_dict(params, sep="/").items():
+        close("conversion", ours[path], leaf, tolerance=1e-6, label=f"{path} of {case.fields}")
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_the_reference_converts_our_conversion_again(saved, name):
+    case, result = saved[f"again_{name}"]
+    assert result.report["model_max_length"] == case.fields["options"]["max_sequence_length"]
+    fields = {k: v for k, v in CONVERTED[name].items() if k in LSGConfig.__dataclass_fields__}
+    lsg = LSGConfig(**fields, **BLOCKS)
+    check_conversion(saved.folder / f"converted_{name}", case, result, lsg)
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_auto_classes_find_the_remote_code_beside_our_conversion(saved, name):
+    """The model card's usage, AutoModel...(folder, trust_remote_code=True)."""
+    _, result = saved[f"auto_{name}"]
+    expected = {"class": "LSGBertForMaskedLM", "missing_keys": [], "unexpected_keys": []}
+    assert result.report == expected
+
+
+def test_shards_written_by_torch_hold_the_same_model(reference):
+    whole, sharded = (
+        flax.traverse_util.flatten_dict(lsg_flax.from_pretrained(reference.folder / n)[1], sep="/")
+        for n in ("file_whole", "file_sharded")
+    )
+    assert len(list((reference.folder / "file_sharded").glob("*-of-*.safetensors"))) > 1
+    assert whole.keys() == sharded.keys()
+    for path in whole:
+        np.testing.assert_array_equal(whole[path], sharded[path], err_msg=path)
+
+
+@pytest.fixture(scope="module")
+def torch_facts(reference, saved, tmp_path_factory):
+    """The findings of with_torch.py, and the folder with its arrays."""
+    code = "import sys, sysconfig; print(*sys.version_info[:2], sysconfig.get_path('purelib'))"
+    major, minor, site_packages = ask(code).split(maxsplit=2)
+    same_python = (int(major), int(minor)) == sys.version_info[:2]
+    if not same_python and importlib.util.find_spec("torch") is None:
+        pytest.skip("torch is in the reference environment only, which has another Python")
+    out = tmp_path_factory.mktemp("with_torch")
+    command = [sys.executable, HERE / "with_torch.py", site_packages]
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(lsg_flax.__file__).parents[1])}
+    done = subprocess.run(
+        [*command, reference.folder, saved.folder, out],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads((out / "facts.json").read_text()), out
+
+
+@pytest.mark.parametrize("name", ["bin", "bin_sharded"])
+def test_pickled_weights_are_the_same_model(reference, torch_facts, name):
+    reference[f"file_{name}"]
+    assert list((reference.folder / f"file_{name}").glob("*.bin"))
+    _, params = lsg_flax.from_pretrained(reference.folder / "file_whole")
+    expected = flax.traverse_util.flatten_dict(params, sep="/")
+    with np.load(torch_facts[1] / f"{name}.npz") as found:
+        assert set(found) == expected.keys()
+        for path, leaf in expected.items():
+            np.testing.assert_array_equal(found[path], leaf, err_msg=path)
+
+
+def test_bfloat16_pickles_keep_their_bits(torch_facts):
+    assert torch_facts[0]["bfloat16"] == {"a": ["bfloat16", True], "b": ["bfloat16", True]}
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        ("code", "holds more than weights"),
+        ("garbage", "holds more than weights"),
+        ("list", "is not a state dict"),
+        ("number", "is not a state dict"),
+        ("truncated", "is damaged or cut short"),
+        ("empty", "is damaged or cut short"),
+    ],
+)
+def test_a_pickle_that_is_not_weights_is_refused(torch_facts, file, says):
+    assert says in torch_facts[0]["errors"][file]
+
+
+def test_the_classes_of_current_transformers_load_plain_models(torch_facts):
+    for task, lists in torch_facts[0]["transformers"].items():
+        assert not any(lists.values()), (task, lists)

@@ -1,0 +1,226 @@
+"""The command line: what it writes, what it shows, and that errors are one message."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from golden_data import GOLDEN, load
+
+import lsg_flax
+from lsg_flax import cli, hub
+from lsg_flax.config import LSGConfig
+
+SOURCE, LSG_SOURCE = GOLDEN / "bert_to_convert_512", GOLDEN / "bert_to_convert_lsg"
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    code = cli.main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def broken(tmp_path, name: str, value: float):
+    """A copy of SOURCE with one number replaced in one tensor."""
+    folder = tmp_path / "broken"
+    shutil.copytree(SOURCE, folder)
+    tensors = safetensors.numpy.load_file(folder / hub.WEIGHTS)
+    tensors[name] = tensors[name].copy()
+    tensors[name].flat[0] = value
+    safetensors.numpy.save_file(tensors, folder / hub.WEIGHTS)
+    return folder
+
+
+def test_convert_writes_what_convert_checkpoint_makes(capsys, tmp_path):
+    code, out, err = run(
+        capsys, "convert", SOURCE, tmp_path / "long", "--max-sequence-length", 1024, "--check"
+    )
+    assert (code, err) == (0, "")
+    assert "1,024 tokens" in out and "wrote" in out and "128 local" not in out
+    model, params = lsg_flax.from_pretrained(tmp_path / "long")
+    expected = load("convert_bert_512_max1024")[2]
+    embeddings = params["encoder"]["embeddings"]
+    for name in ("position_embeddings", "global_embeddings"):
+        table = np.asarray(embeddings[name]["embedding"])
+        np.testing.assert_allclose(table, expected[name], rtol=1e-6, atol=1e-6)
+    assert model.config.lsg == LSGConfig() and model.task == "masked_lm"
+    assert hub.read_tokenizer(tmp_path / "long").model_max_length == 1024
+
+
+def test_every_option_reaches_the_conversion(monkeypatch, capsys, tmp_path):
+    seen = {}
+
+    def convert(source, target, **options):
+        seen.update(options, source=source, target=target)
+        raise ValueError("stop")
+
+    monkeypatch.setattr(lsg_flax, "convert_checkpoint", convert)
+    given = {
+        "max_sequence_length": 99,
+        "num_global_tokens": 7,
+        "task": "base",
+        "block_size": 16,
+        "sparse_block_size": 24,
+        "sparsity_factor": 4,
+        "sparsity_type": "lsh",
+        "global_positional_stride": 32,
+        "seed": 5,
+    }
+    flags = [part for name, v in given.items() for part in ("--" + name.replace("_", "-"), v)]
+    switches = ["--random-global-init", "--keep-first-global-token", "--resize-lsg"]
+    code, _, err = run(
+        capsys, "convert", "a", tmp_path, *flags, *switches, "--no-token-ids", "--check"
+    )
+    assert code == 2 and err == "lsg-flax: error: stop\n"
+    chosen = {"random_global_init", "keep_first_global_token", "resize_lsg", "check"}
+    expected = given | dict.fromkeys(chosen, True) | {"use_token_ids": False}
+    assert seen == expected | {"source": "a", "target": tmp_path}
+
+
+def test_an_lsg_source_keeps_its_pattern_unless_told_otherwise(capsys, tmp_path):
+    flags = ["--resize-lsg", "--max-sequence-length", 600, "--sparsity-type", "stride"]
+    code, _, err = run(capsys, "convert", LSG_SOURCE, tmp_path / "t", *flags)
+    assert code == 0 and "warning: sparsity_type='stride'" in err and "File" not in err
+    before = lsg_flax.from_pretrained(LSG_SOURCE)[0].config
+    with pytest.warns(UserWarning, match="sparsity_type='stride'"):
+        after = lsg_flax.from_pretrained(tmp_path / "t")[0].config
+    assert after.lsg.block_size == before.lsg.block_size == 8
+    assert (after.lsg.sparsity_type, after.max_position_embeddings) == ("stride", 600)
+
+
+def test_inspect_shows_config_and_tensors(capsys):
+    code, out, err = run(capsys, "inspect", LSG_SOURCE, "--check")
+    assert (code, err) == (0, "")
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines()]
+    pairs = dict(row for row in rows if len(row) == 2)
+    assert pairs["attention"] == "LSG" and pairs["architectures"] == "LSGBertForMaskedLM"
+    assert (pairs["block_size"], pairs["num_global_tokens"]) == ("8", "3")
+    table = {row[0]: row[1:] for row in rows if len(row) == 4}
+    tensors = safetensors.numpy.load_file(LSG_SOURCE / hub.WEIGHTS)
+    assert table["bert.embeddings.global_embeddings.weight"] == ["[512, 3]", "float32", "1,536"]
+    assert table["total"][-1] == f"{sum(t.size for t in tensors.values()):,}"
+    assert "checked: the weights fit a masked_lm model and are finite" in out
+
+
+def test_inspect_counts_layers_once_and_reads_shards(capsys, tmp_path):
+    source = GOLDEN / "bert_masked_lm"
+    tensors = safetensors.numpy.load_file(source / hub.WEIGHTS)
+    shutil.copy(source / hub.CONFIG, tmp_path)
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in shards.items():
+        safetensors.numpy.save_file({n: tensors[n] for n in part}, tmp_path / file)
+    places = {n: file for file, part in shards.items() for n in part}
+    (tmp_path / hub.INDEX).write_text(json.dumps({"weight_map": places}))
+    whole, sharded = (run(capsys, "inspect", folder)[1] for folder in (source, tmp_path))
+    assert whole.split(" tensors ")[1] == sharded.split(" tensors ")[1]
+    line = next(x for x in whole.splitlines() if "layer.*.intermediate.dense.weight" in x)
+    assert "2 x [24, 12]" in line and "576" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["convert", "./nowhere", "out"], "./nowhere is not a folder"),
+        (["inspect", "./nowhere"], "./nowhere is not a folder"),
+        (["convert", SOURCE, SOURCE / "config.json"], "is a file; give a folder"),
+        (["convert", SOURCE, SOURCE], "SOURCE and TARGET are both"),
+        (["convert", SOURCE, "out", "--resize-lsg"], "resize_lsg=True needs an LSG checkpoint"),
+        (["convert", SOURCE, "out", "--block-size", "12", "--sparsity-factor", "5"], "divisible"),
+        (["convert", SOURCE, "out", "--num-global-tokens", "513"], "outside 1..512"),
+        (["convert", SOURCE, "out", "--max-sequence-length", "0"], "must be at least 1"),
+        (["convert", SOURCE, "out", "--global-positional-stride", "3"], "choose one of [1, 2,"),
+    ],
+)
+def test_an_error_is_one_line_and_leaves_nothing(capsys, tmp_path, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *arguments)
+    assert code == 2 and out == ""
+    assert err.startswith("lsg-flax: error: ") and says in err and err.count("\n") == 1
+    assert contents(tmp_path) == {} and "Traceback" not in err
+
+
+def test_check_refuses_weights_that_are_not_finite(capsys, tmp_path):
+    name = "bert.encoder.layer.0.output.dense.weight"
+    folder = broken(tmp_path, name, np.nan)
+    for arguments in (["inspect", folder], ["convert", folder, tmp_path / "out"]):
+        code, _, err = run(capsys, *arguments, "--check")
+        assert code == 2 and "NaN or infinity in 1 of" in err and "mlp_down/kernel" in err
+    assert not (tmp_path / "out").exists()
+    assert run(capsys, "convert", folder, tmp_path / "out")[0] == 0  # only on request
+
+
+def test_a_failed_conversion_leaves_the_old_target(capsys, tmp_path, monkeypatch):
+    target = tmp_path / "t"
+    assert run(capsys, "convert", SOURCE, target, "--max-sequence-length", 64)[0] == 0
+    before = contents(target)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors.numpy, "save_file", full)
+        code, _, err = run(capsys, "convert", SOURCE, target)
+    assert code == 2 and "No space left on device" in err
+    assert contents(target) == before
+    code, out, _ = run(capsys, "convert", SOURCE, target, "--max-sequence-length", 80)
+    assert code == 0 and out.startswith("replaced") and contents(target) != before
+
+
+def test_debug_shows_the_traceback(capsys):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        cli.main(["inspect", "./nowhere", "--debug"])
+
+
+def test_an_unexpected_error_is_named(capsys, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("surprise")
+
+    monkeypatch.setattr(hub, "resolve", fail)
+    code, _, err = run(capsys, "inspect", SOURCE)
+    assert code == 2
+    assert err == "lsg-flax: error: unexpected RuntimeError: surprise (--debug shows where)\n"
+
+
+def test_a_damaged_header_is_reported(capsys, tmp_path):
+    shutil.copytree(SOURCE, tmp_path, dirs_exist_ok=True)
+    (tmp_path / hub.WEIGHTS).write_bytes((SOURCE / hub.WEIGHTS).read_bytes()[:100])
+    code, _, err = run(capsys, "inspect", tmp_path)
+    assert code == 2 and "is damaged or cut short" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "COMMAND"),
+        (["convert", "a"], "TARGET"),
+        (["convert", "a", "b", "--task", "x"], "invalid choice: 'x'"),
+    ],
+)
+def test_wrong_usage_exits_with_2(capsys, arguments, says):
+    with pytest.raises(SystemExit) as error:
+        cli.main(arguments)
+    assert error.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_help_and_version_in_a_process_of_their_own():
+    """The whole program, as a user starts it."""
+    command = [sys.executable, "-m", "lsg_flax.cli"]
+    environment = os.environ | {"COLUMNS": "100"}
+    shown = {
+        flag: subprocess.run(
+            [*command, *flag.split()], capture_output=True, text=True, check=True, env=environment
+        ).stdout
+        for flag in ("--version", "convert --help")
+    }
+    assert shown["--version"].startswith(f"lsg-flax {lsg_flax.__version__} (jax ")
+    for option in ("--max-sequence-length", "--num-global-tokens", "--check", "--debug"):
+        assert option in shown["convert --help"]

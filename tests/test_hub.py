@@ -1,0 +1,451 @@
+"""Files: every format and naming of checkpoints, what is refused and how, and saves that fail."""
+
+import json
+import os
+import pathlib
+import shutil
+import sys
+import warnings
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from golden_data import GOLDEN
+
+import lsg_flax
+from lsg_flax import hub
+from lsg_flax.config import EncoderConfig
+from lsg_flax.convert_from_torch import params_from_torch, params_to_torch
+
+MASKED_LM = GOLDEN / "bert_masked_lm"
+WORDS = "bert.embeddings.word_embeddings.weight"
+DECODER, BIAS = "cls.predictions.decoder.weight", "cls.predictions.bias"
+DECODER_BIAS = "cls.predictions.decoder.bias"
+QUERY = "bert.encoder.layer.0.attention.self.query.weight"
+
+
+def flat(params) -> dict[str, jax.Array]:
+    return flax.traverse_util.flatten_dict(params, sep="/")
+
+
+def assert_same(params, expected):
+    params, expected = flat(params), flat(expected)
+    assert params.keys() == expected.keys()
+    for path, leaf in expected.items():
+        np.testing.assert_array_equal(params[path], leaf, err_msg=path)
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def original():
+    """Model, params, tensors and config.json of an LSG masked language model."""
+    model, params = lsg_flax.from_pretrained(MASKED_LM)
+    tensors = safetensors.numpy.load_file(MASKED_LM / hub.WEIGHTS)
+    return model, params, tensors, json.loads((MASKED_LM / hub.CONFIG).read_text())
+
+
+@pytest.fixture
+def unchecked():
+    """Without the annotation checks of conftest.py, which would come before our messages."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def checkpoint(tmp_path, original):
+    """Writes a checkpoint like the original but for some tensors (None: left out) and fields."""
+
+    def write(changed=None, **fields) -> pathlib.Path:
+        folder = tmp_path / "checkpoint"
+        folder.mkdir(exist_ok=True)
+        tensors = {k: v for k, v in (original[2] | (changed or {})).items() if v is not None}
+        safetensors.numpy.save_file(tensors, folder / hub.WEIGHTS)
+        (folder / hub.CONFIG).write_text(json.dumps(original[3] | fields))
+        return folder
+
+    return write
+
+
+# ----------------------------------------------------------------------------- formats and names
+
+
+def test_shards_are_the_same_model(checkpoint, original):
+    folder = checkpoint()
+    tensors = safetensors.numpy.load_file(folder / hub.WEIGHTS)
+    (folder / hub.WEIGHTS).unlink()
+    places = {name: f"model-{i % 3}.safetensors" for i, name in enumerate(tensors)}
+    for shard in set(places.values()):
+        part = {n: t for n, t in tensors.items() if places[n] == shard}
+        safetensors.numpy.save_file(part, folder / shard)
+    (folder / hub.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    assert_same(lsg_flax.from_pretrained(folder)[1], original[1])
+    lost = places | {"nowhere.weight": "model-0.safetensors"}
+    (folder / hub.INDEX).write_text(json.dumps({"weight_map": lost}))
+    with pytest.raises(ValueError, match=r"shards do not hold: \['nowhere.weight'\]"):
+        lsg_flax.from_pretrained(folder)
+    (folder / "model-1.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="names the shard model-1"):
+        lsg_flax.from_pretrained(folder)
+
+
+def test_a_pickle_without_torch_says_what_to_install(checkpoint, monkeypatch):
+    folder = checkpoint()
+    (folder / hub.WEIGHTS).rename(folder / hub.BIN)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ImportError, match=r"needs torch: pip install 'lsg-flax\[torch\]'"):
+        lsg_flax.from_pretrained(folder)
+
+
+def test_old_names_of_layer_norms(checkpoint, original):
+    old = {
+        name: name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        )
+        for name in original[2]
+    }
+    renamed = dict.fromkeys(old) | {old[n]: t for n, t in original[2].items()}
+    folder = checkpoint(renamed)
+    stored = safetensors.numpy.load_file(folder / hub.WEIGHTS)
+    assert sum(name.endswith(("gamma", "beta")) for name in stored) >= 10
+    assert_same(lsg_flax.from_pretrained(folder)[1], original[1])
+
+
+@pytest.mark.parametrize("present", [(), (DECODER,), (DECODER, DECODER_BIAS)])
+def test_tied_weights_may_be_there_or_not(checkpoint, original, present):
+    tied = {DECODER: original[2][WORDS].copy(), DECODER_BIAS: original[2][BIAS].copy()}
+    folder = checkpoint({name: tied[name] if name in present else None for name in tied})
+    assert_same(lsg_flax.from_pretrained(folder)[1], original[1])
+
+
+@pytest.mark.parametrize(("name", "source"), [(DECODER, WORDS), (DECODER_BIAS, BIAS)])
+def test_tied_weights_that_differ_are_refused(checkpoint, original, name, source):
+    folder = checkpoint({name: original[2][source] + 1})
+    with pytest.raises(ValueError, match=f"{name} differs from {source}.*tie_word_embeddings"):
+        lsg_flax.from_pretrained(folder)
+
+
+def test_an_own_decoder_is_read_used_and_written(checkpoint, original, tmp_path):
+    own = original[2][WORDS] + 1
+    model, params = lsg_flax.from_pretrained(checkpoint({DECODER: own}, tie_word_embeddings=False))
+    np.testing.assert_array_equal(params["head"]["kernel"], own.T)
+    ids = jnp.arange(5)[None]
+    tied, untied = (
+        m.apply({"params": p}, ids).logits for m, p in ((original[0], original[1]), (model, params))
+    )
+    assert np.abs(tied - untied).max() > 0.1
+    lsg_flax.save_pretrained(tmp_path / "again", model, params)
+    assert_same(lsg_flax.from_pretrained(tmp_path / "again")[1], params)
+
+
+def test_buffers_are_ignored_by_name(checkpoint, original):
+    buffers = {"bert.embeddings.position_ids": np.arange(64)[None], BIAS: original[2][BIAS]}
+    assert_same(lsg_flax.from_pretrained(checkpoint(buffers))[1], original[1])
+    with pytest.raises(ValueError, match=r"\+ bert.embeddings.other_ids"):
+        lsg_flax.from_pretrained(checkpoint({"bert.embeddings.other_ids": np.arange(3)}))
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+def test_half_precision_checkpoints(checkpoint, original, dtype, tmp_path):
+    folder = checkpoint({name: t.astype(dtype) for name, t in original[2].items()})
+    _, params = lsg_flax.from_pretrained(folder)
+    expected = {
+        path: leaf.astype(dtype).astype(jnp.float32) for path, leaf in flat(original[1]).items()
+    }
+    assert_same(params, flax.traverse_util.unflatten_dict(expected, sep="/"))
+    model, params = lsg_flax.from_pretrained(folder, param_dtype=dtype)
+    assert {leaf.dtype for leaf in flat(params).values()} == {np.dtype(dtype)}
+    lsg_flax.save_pretrained(tmp_path / "again", model, params)
+    stored = safetensors.numpy.load_file(tmp_path / "again" / hub.WEIGHTS)
+    assert {t.dtype for t in stored.values()} == {np.dtype(dtype)}
+    written = json.loads((tmp_path / "again" / hub.CONFIG).read_text())
+    assert written["torch_dtype"] == np.dtype(dtype).name
+
+
+def test_every_key_is_written_once_and_read_back(original):
+    model, params, stored, _ = original
+    tensors = params_to_torch(params, model)
+    assert stored.keys() == tensors.keys() - {DECODER, DECODER_BIAS}
+    np.testing.assert_array_equal(tensors[DECODER], tensors[WORDS])
+    assert_same(params_from_torch(tensors, model), params)
+    lost = flax.traverse_util.unflatten_dict(
+        {k: v for k, v in flat(params).items() if k != "head/bias"}, sep="/"
+    )
+    with pytest.raises(ValueError, match=r"not those of this masked_lm model.*\['head/bias'\]"):
+        params_to_torch(lost, model)
+
+
+# ------------------------------------------------------------------------------------- mismatches
+
+
+def test_missing_and_unexpected_tensors_are_listed_on_two_sides(checkpoint, original):
+    folder = checkpoint({QUERY: None, "bert.encoder.layer.0.extra": original[2][QUERY]})
+    with pytest.raises(ValueError) as error:
+        lsg_flax.from_pretrained(folder)
+    lines = str(error.value).splitlines()
+    assert lines[1:] == [
+        "missing from the file: 1",
+        f"  - {QUERY}",
+        "in the file but not in the model: 1",
+        "  + bert.encoder.layer.0.extra",
+    ]
+
+
+def test_an_lsg_checkpoint_called_plain_is_explained(checkpoint):
+    folder = checkpoint(base_model_prefix="bert", architectures=["BertForMaskedLM"])
+    with pytest.raises(ValueError, match='json needs "base_model_prefix": "lsg"'):
+        lsg_flax.from_pretrained(folder)
+
+
+def test_more_layers_than_stored_are_refused(checkpoint):
+    with pytest.raises(ValueError, match=r"missing from the file: 16\n  - bert.encoder.layer.2"):
+        lsg_flax.from_pretrained(checkpoint(num_hidden_layers=3))
+
+
+def test_a_tensor_of_another_shape_names_both(checkpoint, original):
+    folder = checkpoint({QUERY: np.zeros((12, 11), np.float32)})
+    with pytest.raises(ValueError, match=rf"{QUERY} has shape \(12, 11\).*asks for \(12, 12\)"):
+        lsg_flax.from_pretrained(folder)
+    with pytest.raises(ValueError, match=r"shape \(31, 12\), but config.json asks for \(32, 12\)"):
+        lsg_flax.from_pretrained(MASKED_LM, vocab_size=32)
+
+
+def test_a_missing_head_is_drawn_from_a_seed_with_one_warning():
+    drawn = []
+    for _ in range(2):
+        with pytest.warns(UserWarning) as caught:
+            drawn.append(lsg_flax.from_pretrained(MASKED_LM, "sequence_classification")[1])
+        assert len(caught) == 1
+    text = str(caught[0].message)
+    assert "drawn from seed 0: head/classifier/bias, head/classifier/kernel, pooler/dense" in text
+    assert "of another head and not used: cls.predictions.bias" in text
+    assert_same(*drawn)
+    assert 0.005 < np.std(drawn[0]["head"]["classifier"]["kernel"]) < 0.05
+
+
+@pytest.mark.filterwarnings("ignore:weights for task")
+def test_question_answering_has_the_two_labels_that_pytorch_expects(tmp_path):
+    source = GOLDEN / "bert_sequence_classification"
+    assert lsg_flax.from_pretrained(source)[0].config.num_labels == 3
+    model, params = lsg_flax.from_pretrained(source, "question_answering")
+    lsg_flax.save_pretrained(tmp_path, model, params)
+    assert len(json.loads((tmp_path / hub.CONFIG).read_text())["id2label"]) == 2
+
+
+def test_a_complete_checkpoint_gives_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lsg_flax.from_pretrained(MASKED_LM)
+
+
+# ---------------------------------------------------------------------------------- damaged files
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, -10])
+def test_a_truncated_file_is_reported(checkpoint, kept):
+    folder = checkpoint()
+    data = (folder / hub.WEIGHTS).read_bytes()
+    (folder / hub.WEIGHTS).write_bytes(data[:kept])
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged or cut short"):
+        lsg_flax.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", ['{"model_type": "bert"', "", "\x00\x01"])
+def test_a_corrupt_config_is_reported(checkpoint, text):
+    folder = checkpoint()
+    (folder / hub.CONFIG).write_text(text)
+    with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
+        lsg_flax.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '"bert"', "null"])
+def test_a_config_that_is_no_object_is_reported(checkpoint, text):
+    folder = checkpoint()
+    (folder / hub.CONFIG).write_text(text)
+    with pytest.raises(ValueError, match=r"config.json .*must hold an object"):
+        lsg_flax.from_pretrained(folder)
+
+
+def test_a_corrupt_index_is_reported(checkpoint):
+    folder = checkpoint()
+    (folder / hub.WEIGHTS).unlink()
+    for text in ("{", "[]", "{}"):
+        (folder / hub.INDEX).write_text(text)
+        with pytest.raises(ValueError, match=r"index.json"):
+            lsg_flax.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", None])
+def test_an_unknown_model_type_lists_the_supported(checkpoint, model_type, unchecked):
+    with pytest.raises(ValueError, match=r"model_type=.*is not supported; supported are bert"):
+        lsg_flax.from_pretrained(checkpoint(model_type=model_type))
+
+
+def test_unknown_classes_and_tasks_list_the_known(checkpoint, unchecked):
+    folder = checkpoint(architectures=["LSGBertForRanking"])
+    with pytest.raises(ValueError, match=r"LSGBertForRanking.*pass task=, one of base, masked_lm"):
+        lsg_flax.from_pretrained(folder)
+    assert lsg_flax.from_pretrained(folder, "masked_lm")[0].task == "masked_lm"
+    with pytest.raises(ValueError, match=r"task='ranking' is unknown for bert; it has base"):
+        lsg_flax.from_pretrained(folder, "ranking")
+
+
+def test_missing_files_say_what_is_there(checkpoint, tmp_path):
+    folder = checkpoint()
+    (folder / hub.WEIGHTS).unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no weights: none of model.safetensors"):
+        lsg_flax.from_pretrained(folder)
+    (folder / hub.CONFIG).rename(folder / "other.json")
+    with pytest.raises(FileNotFoundError, match=r"has no config.json; it holds \['other.json'\]"):
+        lsg_flax.from_pretrained(folder)
+    with pytest.raises(FileNotFoundError, match="is not a folder; give the folder that holds"):
+        lsg_flax.from_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_check_names_the_parameters_that_are_not_finite(checkpoint, original, value):
+    broken = original[2][QUERY].copy()
+    broken[0, 0] = value
+    folder = checkpoint({QUERY: broken})
+    lsg_flax.from_pretrained(folder)
+    with pytest.raises(ValueError, match=r"in 1 of \d+ param.*encoder/layers/attention/query/ker"):
+        lsg_flax.from_pretrained(folder, check=True)
+
+
+# ------------------------------------------------------------------------------------------ saves
+
+
+def failing(function, at: int, error: BaseException):
+    """`function`, until its call number `at`, which raises."""
+    calls = []
+
+    def wrapped(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == at:
+            raise error
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+FULL_DISK = OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "at", "error"),
+    [
+        (safetensors.numpy, "save_file", 1, FULL_DISK),
+        (pathlib.Path, "write_text", 1, FULL_DISK),
+        (os, "replace", 1, PermissionError(13, "denied")),
+        (os, "replace", 2, FULL_DISK),
+        (os, "replace", 2, KeyboardInterrupt()),
+        (shutil, "copy2", 1, FULL_DISK),
+    ],
+)
+def test_a_failed_save_leaves_the_old_files(
+    tmp_path, monkeypatch, original, owner, name, at, error
+):
+    model, params, _, _ = original
+    folder = tmp_path / "saved"
+    lsg_flax.save_pretrained(folder, model, params)
+    (folder / "notes.txt").write_text("mine")
+    before = contents(folder)
+    other = jax.tree.map(lambda x: x + 1, params)
+    if name == "copy2":  # a file system without hard links
+        monkeypatch.setattr(os, "link", failing(os.link, 1, OSError(95, "not supported")))
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, failing(getattr(owner, name), at, error))
+        with pytest.raises(type(error)):
+            lsg_flax.save_pretrained(folder, model.clone(task="masked_lm"), other)
+    assert contents(folder) == before and not list(folder.glob(".unfinished*"))
+    assert_same(lsg_flax.from_pretrained(folder)[1], params)
+    lsg_flax.save_pretrained(folder, model, other)
+    assert_same(lsg_flax.from_pretrained(folder)[1], other)
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_a_failed_first_save_leaves_nothing(tmp_path, monkeypatch, original):
+    monkeypatch.setattr(safetensors.numpy, "save_file", failing(None, 1, FULL_DISK))
+    with pytest.raises(OSError, match="No space"):
+        lsg_flax.save_pretrained(tmp_path / "new", *original[:2])
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_save_to_a_file_is_refused(tmp_path, original):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError):
+        lsg_flax.save_pretrained(tmp_path / "file", *original[:2])
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+# ----------------------------------------------------------------------------------------- inputs
+
+IDS = jnp.zeros((1, 6), jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "says"),
+    [
+        ({"input_ids": IDS + 31}, r"input_ids lie in 31..31, but vocab_size=31 allows 0..30"),
+        ({"input_ids": IDS - 1}, r"input_ids lie in -1..-1, but vocab_size=31"),
+        ({"input_ids": IDS, "token_type_ids": IDS + 2}, "type_vocab_size=2 allows 0..1"),
+        (
+            {"input_ids": IDS, "position_ids": IDS + 64},
+            r"position_ids lie in 64..64, but max_position_embeddings=64.*convert_checkpoint",
+        ),
+        (
+            {"input_ids": jnp.zeros((1, 65), jnp.int32)},
+            r"65 tokens are more than max_position_embeddings=64.*convert_checkpoint\(.*=65\)",
+        ),
+        ({"input_ids": IDS[0]}, r"must be \[batch, tokens\], got a leading shape \(6,\)"),
+        ({"input_ids": IDS * 1.0}, "input_ids has dtype float32; they must be integers"),
+        (
+            {"input_ids": IDS, "attention_mask": IDS[:, :5]},
+            r"attention_mask has shape \(1, 5\), but the inputs are .* = \(1, 6\)",
+        ),
+        ({"input_ids": IDS, "attention_mask": IDS * 1.0}, "attention_mask has dtype float32"),
+        ({"input_ids": [[1, 2]]}, "input_ids is a list; give a numpy or JAX array"),
+        ({}, "either input_ids or inputs_embeds, got 0"),
+        ({"input_ids": IDS, "inputs_embeds": jnp.zeros((1, 6, 12))}, "got 2 of them"),
+        ({"inputs_embeds": jnp.zeros((1, 6, 13))}, r"\(1, 6, 13\) must end in hidden_size=12"),
+        ({"input_ids": IDS, "output_attentions": True}, "output_attentions=True is not possible"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused_early(original, inputs, says):
+    model, params = original[:2]
+    with pytest.raises(ValueError, match=says):
+        model.apply({"params": params}, **inputs)
+
+
+@pytest.mark.parametrize("name", ["input_ids", "token_type_ids", "position_ids"])
+def test_under_jit_an_id_outside_its_table_gives_nan(original, name):
+    """Values cannot be read there; a silent last row would be worse."""
+    model, params = original[:2]
+    run = jax.jit(lambda x: model.apply({"params": params}, **({"input_ids": IDS} | {name: x})))
+    good, bad = (
+        run(jnp.full((1, 6), value, jnp.int32).at[0, 1:].set(0)).logits for value in (1, 999)
+    )
+    assert bool(jnp.isfinite(good).all()) and bool(jnp.isnan(bad[0, 0]).all())
+
+
+def test_a_tokenizer_is_saved_beside_the_model(tmp_path, original):
+    tokenizer = hub.read_tokenizer(GOLDEN / "bert_to_convert_512")
+    lsg_flax.save_pretrained(tmp_path, *original[:2], tokenizer=tokenizer)
+    again = hub.read_tokenizer(tmp_path)
+    assert again.get_vocab() == tokenizer.get_vocab() and again.mask_token_id == 4
+    assert hub.read_tokenizer(MASKED_LM) is None
+
+
+def test_dense_models_may_be_built_without_files():
+    config = EncoderConfig.from_dict(json.loads((MASKED_LM / hub.CONFIG).read_text()))
+    values = hub.config_values(lsg_flax.Model(config, "token_classification"))
+    assert values["architectures"] == ["LSGBertForTokenClassification"]
+    assert values["auto_map"]["AutoModelForMaskedLM"] == "modeling_lsg_bert.LSGBertForMaskedLM"

@@ -1,0 +1,160 @@
+"""Batched inference: order, padding, buckets, compilations, files, and documents that do not
+fit."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from lsg_flax import inference
+from lsg_flax.config import EncoderConfig, LSGConfig
+from lsg_flax.models.heads import Model
+
+BUCKETS = (16, 32)
+LENGTHS = (5, 30, 16, 1, 9, 12, 20, 8, 3)
+
+
+@functools.cache
+def make(task="token_classification", **overrides):
+    lsg = LSGConfig(block_size=4, sparse_block_size=4, num_global_tokens=2)
+    sizes = {"vocab_size": 23, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2}
+    rest = {"num_attention_heads": 2, "max_position_embeddings": 32, "lsg": lsg}
+    model = Model(EncoderConfig(**sizes | rest | overrides), task)
+    ids = np.zeros((1, 2, 3) if task == "multiple_choice" else (1, 3), np.int32)
+    return model, jax.jit(model.init)(jax.random.key(0), ids)["params"]
+
+
+def documents(lengths=LENGTHS):
+    generator = np.random.default_rng(0)
+    return [{"input_ids": generator.integers(0, 23, length).tolist()} for length in lengths]
+
+
+def alone(model, params, encoding):
+    arrays = {name: np.array([values]) for name, values in encoding.items()}
+    return apply(model, params, arrays)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model, params, arrays):
+    return model.apply({"params": params}, **arrays)
+
+
+@pytest.mark.parametrize("task", ["token_classification", "base"])
+def test_each_document_is_as_if_alone_and_in_order(task):
+    model, params = make(task)
+    encodings = documents()
+    results = inference.predict(model, params, encodings, buckets=BUCKETS, progress=False)
+    fields = {"base": {"last_hidden_state", "pooler_output"}}.get(task, {"logits"})
+    for place in (1, 5):
+        encoding, result = encodings[place], results[place]
+        expected = alone(model, params, encoding)
+        assert result.keys() == fields
+        for name, value in result.items():
+            one = getattr(expected, name)[0]
+            assert value.shape == one.shape
+            np.testing.assert_allclose(value, one, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_one_compilation_per_bucket():
+    model, params = make(num_hidden_layers=1)  # one that no other test has compiled
+    predictor = inference.Predictor(model, params, batch_size=2, buckets=BUCKETS)
+    assert predictor.compilations == 0
+    list(predictor(documents((5, 11, 6, 7)), progress=False))
+    assert predictor.compilations == 1
+    list(predictor(documents(), window=4, progress=False))
+    again = inference.Predictor(model, params, batch_size=2, buckets=BUCKETS)
+    list(again(documents(), progress=False))
+    assert again.compilations == predictor.compilations == 2
+
+
+def test_what_fills_the_last_batch_up_has_no_effect():
+    model, params = make()
+    encodings = documents((7, 5, 6))
+    full, filled = (
+        inference.predict(model, params, encodings, batch_size=n, buckets=(16,), progress=False)
+        for n in (3, 8)
+    )
+    for one, other in zip(full, filled, strict=True):
+        np.testing.assert_allclose(one["logits"], other["logits"], rtol=1e-5, atol=1e-6)
+
+
+def test_masks_segments_and_choices_are_passed_on():
+    model, params = make()
+    ids = [4, 5, 6, 7, 8]
+    encoding = {
+        "input_ids": ids,
+        "attention_mask": [1, 1, 0, 1, 1],
+        "token_type_ids": [0, 0, 1, 1, 1],
+    }
+    (result,) = inference.predict(model, params, [encoding], buckets=(16,), progress=False)
+    np.testing.assert_allclose(
+        result["logits"], alone(model, params, encoding).logits[0], rtol=1e-4, atol=1e-5
+    )
+    model, params = make("multiple_choice")
+    encoding = {"input_ids": [ids, [9, 10]]}
+    padded = {
+        "input_ids": [ids, [9, 10, 0, 0, 0]],
+        "attention_mask": [[1] * 5, [1, 1, 0, 0, 0]],
+    }
+    (result,) = inference.predict(model, params, [encoding], buckets=(16,), progress=False)
+    np.testing.assert_allclose(
+        result["logits"], alone(model, params, padded).logits[0], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_jsonl_is_in_order_and_appears_whole(tmp_path):
+    model, params = make()
+    path, encodings = tmp_path / "deep" / "out.jsonl", documents()
+    names = [f"document {i}" for i in range(len(encodings))]
+    options = {"buckets": BUCKETS, "progress": False}
+    inference.predict_to_jsonl(path, model, params, encodings, ids=names, window=4, **options)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["id"] for line in lines] == names
+    results = inference.predict(model, params, encodings, **options)
+    for line, result in zip(lines, results, strict=True):
+        np.testing.assert_allclose(line["logits"], result["logits"], rtol=1e-4, atol=1e-5)
+    before = path.read_text()
+    broken = jax.tree.map(lambda x: x * np.nan, params)
+    with pytest.raises(ValueError, match=r"document 0: .*'logits'.* are not finite"):
+        inference.predict_to_jsonl(path, model, broken, encodings, **options)
+    assert path.read_text() == before and [p.name for p in path.parent.iterdir()] == ["out.jsonl"]
+    with pytest.raises(ValueError, match="2 ids for 9 documents"):
+        inference.predict_to_jsonl(path, model, params, encodings, ids=names[:2], **options)
+
+
+@pytest.mark.parametrize(
+    ("encodings", "message"),
+    [
+        (documents((4, 33)), r"document 1 has 33 tokens, more than 32, .*convert_checkpoint"),
+        ([{"input_ids": [1]}, {"input_ids": []}], "document 1 has .* at least 1"),
+        ([{"input_ids": [1, 23]}], r"document 0 has input_ids in 1..23, but vocab_size=23 allows"),
+        ([{"input_ids": [1, -1]}], r"document 0 has input_ids in -1..1"),
+        ([{"input_ids": [1], "token_type_ids": [2]}], r"token_type_ids in 2..2, but type_vocab"),
+        ([{"input_ids": [1], "attention_mask": [1, 1]}], r"document 0 has \[2\] attention_mask"),
+        ([{"input_ids": [1], "labels": [1]}], r"document 0 has the fields \['input_ids', 'labels'"),
+        ([{"input_ids": [1]}, {"input_ids": [1], "attention_mask": [1]}], "document 1 has the fie"),
+    ],
+)
+def test_documents_that_cannot_be_read(encodings, message):
+    model, params = make()
+    with pytest.raises(ValueError, match=message):
+        inference.predict(model, params, encodings, progress=False)
+
+
+def test_settings_that_cannot_be():
+    model, params = make()
+    with pytest.raises(ValueError, match=r"buckets=\(8, 64\) must be lengths in 1..32"):
+        inference.Predictor(model, params, buckets=(64, 8))
+    with pytest.raises(ValueError, match="batch_size=0"):
+        inference.Predictor(model, params, batch_size=0)
+    with pytest.raises(ValueError, match=r"fields=\('pooled',\) are not all outputs of .* logits"):
+        inference.predict(model, params, documents(), fields=["pooled"], progress=False)
+
+
+def test_default_buckets_end_at_what_the_model_reads():
+    assert inference.default_buckets(4096) == (512, 1024, 2048, 4096)
+    assert inference.default_buckets(3000) == (512, 1024, 2048, 3000)
+    assert inference.default_buckets(300) == (300,)
+    assert inference.predict(*make(), [], progress=False) == []

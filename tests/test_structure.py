@@ -1,0 +1,186 @@
+"""The shape of the project: who imports whom, no torch, and the parameter trees of every model.
+
+python tests/test_structure.py    records tests/golden/parameter_trees.json anew
+"""
+
+import ast
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import flax.traverse_util
+import jax
+import pytest
+
+import lsg_flax
+from lsg_flax.config import EncoderConfig, LSGConfig
+from lsg_flax.convert_from_torch import example_ids
+from lsg_flax.models.families import FAMILIES
+
+PACKAGE = pathlib.Path(lsg_flax.__file__).parent
+TREES = pathlib.Path(__file__).parent / "golden" / "parameter_trees.json"
+
+# What each part may import of lsg_flax; a folder is one part. (docs/design: import direction)
+FILES = {"models", "config", "convert_from_torch", "to_lsg"}
+MAY_IMPORT = {
+    "config": set(),
+    "sharding": set(),
+    "generation": set(),
+    "blocked": set(),
+    "kernels": {"config"},
+    "sparsity": {"config"},
+    "attention": {"blocked", "sparsity", "kernels", "config"},
+    "layers": {"attention", "config", "sharding"},
+    "models": {"layers", "attention", "config"},
+    "convert_from_torch": {"models", "config"},
+    "to_lsg": {"models", "config"},
+    "hub": FILES,
+    "data": {"config"},
+    "losses": {"models", "config"},
+    "training": {*FILES, "hub", "losses", "data", "sharding"},
+    "inference": {*FILES, "hub", "data", "sharding"},
+    "pipelines": {*FILES, "hub", "data", "sharding", "generation", "inference"},
+}
+MAY_IMPORT |= {"__init__": {*MAY_IMPORT}, "cli": {"__init__", *MAY_IMPORT}}
+
+
+def part_of(module: str) -> str:
+    """lsg_flax.models.heads -> models; lsg_flax -> __init__."""
+    return [*module.split("."), "__init__"][1]
+
+
+def imports_of(file: pathlib.Path) -> set[str]:
+    """Parts of lsg_flax that a file imports, inside functions too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {part_of(a.name) for a in node.names if a.name.split(".")[0] == "lsg_flax"}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: write absolute imports"
+            if node.module == "lsg_flax":
+                names = {a.name for a in node.names}
+                found |= {name if name in MAY_IMPORT else "__init__" for name in names}
+            elif node.module and node.module.startswith("lsg_flax."):
+                found.add(part_of(node.module))
+    return found
+
+
+MODULES = sorted(str(p.relative_to(PACKAGE).with_suffix("")) for p in PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_follow_the_arrows(module):
+    part = module.split("/")[0]
+    assert part in MAY_IMPORT, f"say in MAY_IMPORT what {part} may import"
+    wrong = imports_of(PACKAGE / f"{module}.py") - MAY_IMPORT[part] - {part}
+    assert not wrong, f"{module} imports {sorted(wrong)}; it may import {sorted(MAY_IMPORT[part])}"
+
+
+def test_the_arrows_have_no_cycle():
+    done: set[str] = set()
+    while ready := {p for p, of in MAY_IMPORT.items() if p not in done and of <= done}:
+        done |= ready
+    assert done == set(MAY_IMPORT)
+
+
+def test_the_arrows_are_checked(tmp_path):
+    file = tmp_path / "x.py"
+    lines = ["import lsg_flax", "def f():", "    from lsg_flax.models.heads import Model"]
+    file.write_text("\n".join([*lines, "from lsg_flax import hub, lsg_attention"]))
+    assert imports_of(file) == {"__init__", "models", "hub"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_torch_is_imported_inside_functions_only(module):
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    top = [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
+    inside = {
+        id(n)
+        for f in ast.walk(tree)
+        if isinstance(f, ast.FunctionDef)
+        for n in ast.walk(f)
+        if isinstance(n, ast.Import | ast.ImportFrom)
+    }
+    for node in (n for n in top if id(n) not in inside):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
+        assert not {str(n).split(".")[0] for n in names} & {"torch", "tensorflow"}, module
+
+
+def test_importing_everything_needs_no_torch(tmp_path):
+    """In a process where torch cannot be imported at all, with a checkpoint loaded and run."""
+    (tmp_path / "torch.py").write_text("raise RuntimeError('torch was imported')")
+    folder = TREES.parent / "bert_masked_lm"
+    parts = [m.replace("/", ".").removesuffix(".__init__") for m in MODULES if m != "__init__"]
+    code = "\n".join(
+        [
+            "import sys",
+            *(f"import lsg_flax.{part}" for part in parts),
+            f"model, params = lsg_flax.from_pretrained({str(folder)!r})",
+            "assert 'torch' not in sys.modules",
+            "print(sorted(m for m in sys.modules if m.startswith('transformers.models')))",
+        ]
+    )
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{PACKAGE.parent}"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    poisoned = subprocess.run([sys.executable, "-c", "import torch"], env=environment, stderr=-3)
+    assert poisoned.returncode == 1
+
+
+# -------------------------------------------------------------------------------- parameter trees
+
+SIZES = {
+    "vocab_size": 13,
+    "hidden_size": 8,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 10,
+    "max_position_embeddings": 32,
+}
+
+
+def parameter_trees() -> dict[str, dict[str, list[int]]]:
+    """Path -> shape of every family, task and kind of attention."""
+    trees = {}
+    for family in FAMILIES.values():
+        for kind, lsg in (("plain", None), ("lsg", LSGConfig())):
+            config = EncoderConfig(model_type=family.model_type, **SIZES, lsg=lsg)
+            for task in family.heads:
+                model = lsg_flax.Model(config, task)
+                shapes = jax.eval_shape(
+                    lambda model=model: model.init(jax.random.key(0), example_ids(model))
+                )
+                leaves = flax.traverse_util.flatten_dict(shapes["params"], sep="/")
+                trees[f"{family.model_type} {kind} {task}"] = {
+                    path: list(leaf.shape) for path, leaf in sorted(leaves.items())
+                }
+    return trees
+
+
+def test_parameter_trees_are_those_on_record():
+    """A changed tree breaks users' saved parameters: record it anew only on purpose."""
+    recorded, now = json.loads(TREES.read_text()), parameter_trees()
+    assert list(now) == list(recorded)
+    for name, tree in now.items():
+        assert tree == recorded[name], f"{name}; python tests/test_structure.py records it anew"
+
+
+def test_every_parameter_is_on_one_key_of_the_table():
+    """And each key's path exists: the table and the model know the same leaves."""
+    for name, tree in json.loads(TREES.read_text()).items():
+        model_type, kind, task = name.split()
+        keys = FAMILIES[model_type].keys(
+            task, layers=SIZES["num_hidden_layers"], lsg=kind == "lsg", tied=True
+        )
+        assert {key.path for key in keys} == set(tree), name
+        assert len({key.torch for key in keys}) == len(keys), name
+
+
+if __name__ == "__main__":
+    trees = (f"{json.dumps(name)}: {json.dumps(tree)}" for name, tree in parameter_trees().items())
+    TREES.write_text("{\n" + ",\n".join(trees) + "\n}\n")
+    print(f"wrote {TREES}")
