@@ -55,8 +55,7 @@ def lsg_attention(
             length: they are padded to whole blocks here.
         mask: True for real tokens, all by default. A query that sees nothing gets zeros and passes
             no gradient.
-        config: the pattern. `pool_with_global` and `mask_first_token` concern models and are not
-            used here.
+        config: the pattern. `pool_with_global` and `mask_first_token` are carried out by models.
         causal: no token sees a later one. As in the reference, the outputs of prepended globals are
             then their queries.
         global_tokens: "prepended": the first `config.num_global_tokens` positions are globals,
@@ -120,6 +119,8 @@ def attend_features_first(
     A model that projects straight to [B, N, H, T] saves the transposes: a fifth of the attention's
     time on CPU. Shapes are not checked here.
     """
+    if blocks_per_step is not None and blocks_per_step < 1:
+        raise ValueError(f"blocks_per_step={blocks_per_step} must be at least 1, or None.")
     dropout = _Dropout.checked(dropout_rate, dropout_key)
     everything = Source(key, value, mask[:, None])
     if config is None:
@@ -369,7 +370,7 @@ def _representatives(tokens: _Tokens, config: LSGConfig, global_tokens: GlobalTo
         tokens.value.swapaxes(2, 3),
         mask,
         config=config,
-        bos_query=tokens.query[..., 0],
+        bos_query=_first_query(tokens, config),
         bos_mask=tokens.mask,
         rotations=rotations,
     )
@@ -378,6 +379,15 @@ def _representatives(tokens: _Tokens, config: LSGConfig, global_tokens: GlobalTo
         # The standalone layers' mean of masks overflows, which unmasks groups of padding.
         chosen = jnp.ones_like(chosen)
     return key.swapaxes(2, 3), value.swapaxes(2, 3), chosen
+
+
+def _first_query(tokens: _Tokens, config: LSGConfig) -> Float[Array, "B N H"]:
+    """The query that "bos_pooling" weighs with: of the first real token, so that left padding does
+    not leak. The reference's is that of position 0, which counts as real under mask_first_token."""
+    if config.strict_reference or config.mask_first_token:
+        return tokens.query[..., 0]
+    first = jnp.argmax(tokens.mask, axis=1)[:, None, None, None]  # [B, 1, 1, 1]
+    return jnp.take_along_axis(tokens.query, first, axis=-1)[..., 0]
 
 
 def _block_rows(

@@ -35,7 +35,7 @@ class _Program:
     def __init__(self, model: Model, fields: tuple[str, ...] | None):
         self.compilations = 0
 
-        def apply(params: Params, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        def apply(params: Params, batch: dict[str, Any]) -> dict[str, jax.Array]:
             self.compilations += 1
             output = vars(model.apply({"params": params}, **batch))
             given = [name for name, value in output.items() if value is not None]
@@ -50,7 +50,7 @@ class _Program:
         self.apply = jax.jit(apply)
 
 
-_program = functools.lru_cache(maxsize=16)(_Program)
+_program: Any = functools.lru_cache(maxsize=16)(_Program)
 
 
 class Predictor:

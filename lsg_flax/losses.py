@@ -112,7 +112,7 @@ def _targets(model: Model) -> tuple[Target, ...]:
 
 def loss_sums(model: Model, params: Params, batch: Batch, key) -> list[Float[Array, ""]]:
     """Per target, the sum of the losses of the labels that count."""
-    rngs = None
+    rngs: Any = None
     if key is not None:
         rngs = dict(zip(("dropout", "lsh"), jax.random.split(key), strict=True))
     inputs = {name: batch[name] for name in INPUTS if name in batch}

@@ -70,7 +70,8 @@ def norm(inputs: HeadInputs, config: LSGConfig) -> Selected:
     squares = jnp.where(inputs.mask, jnp.sum(key * key, axis=-1), 0.0).reshape(
         -1, chunk
     )  # [T/chunk, chunk]
-    _, index = jax.lax.top_k(squares, kept)
+    # Rising norms, as the reference's argsort leaves them: a window may end inside a chunk.
+    index = jax.lax.top_k(squares, kept)[1][:, ::-1]
     start = jnp.arange(index.shape[0], dtype=index.dtype)[:, None] * chunk
     return _take(inputs, (index + start).reshape(-1))
 

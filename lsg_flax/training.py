@@ -107,23 +107,25 @@ def make_optimizer(
     )
 
 
+def _by_path(params: Params, value: Callable[[str], Any]) -> Params:
+    """A tree like `params` whose leaves are values of their paths."""
+    paths = flax.traverse_util.flatten_dict(params, sep="/")
+    return flax.traverse_util.unflatten_dict({path: value(path) for path in paths}, sep="/")
+
+
 def _decays(params: Params) -> Params:
-    return flax.traverse_util.path_aware_map(
-        lambda path, _: path[-1] not in ("bias", "scale"), params
-    )
+    return _by_path(params, lambda path: path.split("/")[-1] not in ("bias", "scale"))
 
 
 def _label_frozen(params: Params, pattern: str) -> Params:
-    paths = ["/".join(path) for path in flax.traverse_util.flatten_dict(params)]
+    paths = list(flax.traverse_util.flatten_dict(params, sep="/"))
     matching = sum(bool(re.search(pattern, path)) for path in paths)
     if matching in (0, len(paths)):
         raise ValueError(
             f"frozen={pattern!r} matches {'no' if not matching else 'every'} parameter; it is "
             f"searched in paths such as {paths[:4]}."
         )
-    return flax.traverse_util.path_aware_map(
-        lambda path, _: "frozen" if re.search(pattern, "/".join(path)) else "trained", params
-    )
+    return _by_path(params, lambda path: "frozen" if re.search(pattern, path) else "trained")
 
 
 # The step
@@ -205,7 +207,8 @@ def save_state(path: str | os.PathLike, state: TrainState, *, keep: int = 3) -> 
     """
     if keep < 1:
         raise ValueError(f"keep={keep} must be at least 1.")
-    step, policy = int(state.step), ocp.training.preservation_policies.LatestN(keep)
+    step = int(state.step)
+    policy: Any = ocp.training.preservation_policies.LatestN(keep)
     with ocp.training.Checkpointer(_absolute(path), preservation_policy=policy) as checkpointer:
         if step in [saved.step for saved in checkpointer.checkpoints]:
             raise ValueError(
@@ -252,8 +255,8 @@ def saved_steps(path: str | os.PathLike) -> list[int]:
         return sorted(saved.step for saved in checkpointer.checkpoints)
 
 
-def _absolute(path: str | os.PathLike) -> pathlib.Path:
-    return pathlib.Path(path).absolute()
+def _absolute(path: str | os.PathLike) -> str:
+    return str(pathlib.Path(path).absolute())
 
 
 def _check_same_tree(path, saved: Any, wanted: Any) -> None:

@@ -158,17 +158,7 @@ def test_padding_content_never_leaks(kind):
         assert not np.array_equal(np.asarray(before)[~real], np.asarray(after)[~real])
 
 
-FIRST_TOKEN_WEIGHTS = pytest.param(
-    "bos_pooling",
-    marks=pytest.mark.xfail(
-        strict=True, reason="the first token's query makes the weights, even if it is padding"
-    ),
-)
-
-
-@pytest.mark.parametrize(
-    "kind", [k if k != "bos_pooling" else FIRST_TOKEN_WEIGHTS for k in SPARSITY_TYPES]
-)
+@pytest.mark.parametrize("kind", SPARSITY_TYPES)
 def test_padding_on_the_left_never_leaks(kind):
     config = LSGConfig(**SMALL, sparsity_type=kind)
     real = np.ones((1, 22), bool)

@@ -50,16 +50,7 @@ def test_selection(reference, name):
     )
 
 
-CUT = pytest.param(
-    "attention_norm_cut_window",
-    marks=pytest.mark.xfail(
-        strict=True,
-        reason="sparsity.norm orders a chunk by falling norm, the reference by rising norm",
-    ),
-)
-
-
-@pytest.mark.parametrize("name", [n if n != CUT.values[0] else CUT for n in names("attention")])
+@pytest.mark.parametrize("name", names("attention"))
 def test_attention(reference, name):
     case, result = reference[name]
     config, causal = config_of(case), case.fields["causal"]
