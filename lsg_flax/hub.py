@@ -50,7 +50,8 @@ def from_pretrained(
         path_or_id: folder with config.json and weights, or the name of a repository on the Hugging
             Face hub.
         task: which head; None takes that of `architectures` in config.json (the base model where
-            there is none).
+            there is none). A "causal_lm" is always a decoder (`is_decoder=True`), since otherwise
+            every token would see its successor.
         dtype: of the computation (float32, bfloat16, float16).
         param_dtype: of the parameters.
         check: also look for NaN and infinity in the weights.
@@ -88,7 +89,7 @@ def save_pretrained(
     of the same name loads them.
 
     The folder is written aside and renamed file by file at the end: an interrupted save leaves old
-        files as they were.
+    files as they were.
 
     Raises:
         ValueError: if `params` are not those of `model`.
