@@ -116,8 +116,8 @@ def attend_features_first(
 ) -> Float[Array, "B N H T"]:
     """`lsg_attention`, or without a config `full_attention`, on the layout they compute in.
 
-    A model that projects straight to [B, N, H, T] saves the transposes: a fifth of the attention's
-    time on CPU. Shapes are not checked here.
+    A model that projects straight to [B, N, H, T] saves the transposes, which are slow on CPU.
+    Shapes are not checked here.
     """
     if blocks_per_step is not None and blocks_per_step < 1:
         raise ValueError(f"blocks_per_step={blocks_per_step} must be at least 1, or None.")
