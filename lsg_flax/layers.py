@@ -5,7 +5,8 @@ Axes: B batch, T tokens, G global tokens, D model width, F mlp width, N heads, H
 """
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -16,10 +17,10 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from lsg_flax.attention import attend_features_first
 from lsg_flax.config import MAX_GLOBAL_TOKENS, EncoderConfig
 
+Layout = Literal["btd", "bdt"]
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": lambda x: jax.nn.gelu(
-        x, approximate=False
-    ),  # BERT's is exact; JAX defaults to the tanh form
+    # BERT's is exact, JAX defaults to the tanh form; erf is faster on CPU than JAX's erfc
+    "gelu": lambda x: 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5)),
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
@@ -58,15 +59,9 @@ class Part(nn.Module):
             features, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=init, name=name
         )
 
-    def layer_norm(self, name: str) -> nn.LayerNorm:
-        """LayerNorm whose statistics are in float32; the two-pass variance, as in PyTorch."""
-        return nn.LayerNorm(
-            epsilon=self.config.layer_norm_eps,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            use_fast_variance=False,
-            name=name,
-        )
+    def layer_norm(self, name: str) -> "LayerNorm":
+        """LayerNorm with the config's epsilon."""
+        return LayerNorm(self.config.layer_norm_eps, self.dtype, self.param_dtype, name=name)
 
     def dropout(self, x: Array, rate: float | None = None) -> Array:
         """Dropout with the config's hidden rate, or another."""
@@ -81,6 +76,62 @@ class Part(nn.Module):
             "param_dtype": self.param_dtype,
             "train": self.train,
         }
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def normalize(
+    x: Float[Array, "*B D"], scale: Float[Array, "D"], bias: Float[Array, "D"], eps: float
+) -> Float[Array, "*B D"]:
+    """LayerNorm over the last axis, computed and returned in float32, with the two-pass variance,
+    as in PyTorch.
+
+    The backward pass sums over tokens by products with ones: the sums that JAX writes there took
+    40 ms instead of 1 ms at [4096, 768] on CPU.
+    """
+    return _normalize_forward(x, scale, bias, eps)[0]
+
+
+def _normalize_forward(x, scale, bias, eps):
+    mean = x.astype(jnp.float32).mean(axis=-1, keepdims=True)
+    centred = x - mean
+    inverse = jax.lax.rsqrt((centred**2).mean(axis=-1, keepdims=True) + eps)
+    normal = centred * inverse
+    return normal * _like(normal, scale) + _like(normal, bias), (x, mean, inverse, scale, bias)
+
+
+def _like(x, vector):
+    """The vector with leading axes of length one: JAX may be told to refuse adding them itself."""
+    return vector.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def _normalize_backward(eps, saved, gradient):
+    del eps
+    x, mean, inverse, scale, bias = saved
+    normal, scaled = (x - mean) * inverse, gradient * _like(gradient, scale)
+    along = (scaled * normal).mean(axis=-1, keepdims=True)
+    x_gradient = inverse * (scaled - scaled.mean(axis=-1, keepdims=True) - normal * along)
+    ones = jnp.ones(gradient.shape[:-1])
+    total = partial(jnp.tensordot, ones, axes=ones.ndim)  # over all axes but the last
+    scale_gradient = total(gradient * normal).astype(scale.dtype)
+    return x_gradient.astype(x.dtype), scale_gradient, total(gradient).astype(bias.dtype)
+
+
+normalize.defvjp(_normalize_forward, _normalize_backward)
+
+
+class LayerNorm(nn.Module):
+    """`normalize` with its parameters, named as in `flax.linen.LayerNorm`."""
+
+    eps: float
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
+        y: Array = normalize(x, scale, bias, self.eps)
+        return y.astype(self.dtype)
 
 
 def rows(table: Float[Array, "V D"], ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -151,23 +202,63 @@ class Embeddings(Part):
         return self.dropout(self.layer_norm("layer_norm")(x)), words
 
 
-class Projection(nn.Module):
-    """A dense layer that writes features first, [B, N, H, T], as attention computes."""
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def project(
+    x: Array, kernel: Float[Array, "D F"], reads: Layout = "btd", writes: Layout = "btd"
+) -> Array:
+    """x @ kernel between layouts: "btd" tokens first, "bdt" features first, for input and output.
 
-    heads: int
-    head_dim: int
-    std: float
-    dtype: Dtype
-    param_dtype: Dtype
+    Its backward pass is written out because of XLA on CPU, which merges the transpose that JAX
+    puts behind a weight gradient into the product and then computes it 1.7 x slower.
+    """
+    return jnp.einsum(f"{reads},df->{writes.replace('d', 'f')}", x, kernel)
+
+
+def _project_forward(x, kernel, reads, writes):
+    return project(x, kernel, reads, writes), (x, kernel)
+
+
+def _project_backward(reads, writes, saved, gradient):
+    x, kernel = saved
+    writes = writes.replace("d", "f")
+    x_gradient = jnp.einsum(f"{writes},df->{reads}", gradient, kernel)
+    # XLA transposes the left operand unless it has features first, so it gets the cheaper one.
+    x_left = (reads == "bdt", kernel.shape[1]) > (writes == "bft", kernel.shape[0])
+    if x_left:
+        return x_gradient, jnp.einsum(f"{reads},{writes}->df", x, gradient)
+    transposed = jnp.einsum(f"{writes},{reads}->fd", gradient, x)
+    return x_gradient, jax.lax.optimization_barrier(transposed).T
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
+class Projection(Part):
+    """A dense layer with BERT's initialisation between the layouts of `project`.
+
+    `act` is applied to the input and recomputed in the backward pass, which then keeps only what
+    went into it.
+    """
+
+    features: int = 0
+    reads: Layout = "btd"
+    writes: Layout = "btd"
+    act: Callable[[Array], Array] | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B N H T"]:
-        width, init = self.heads * self.head_dim, nn.initializers.normal(self.std)
-        kernel = self.param("kernel", init, (x.shape[-1], width), self.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, (width,), self.param_dtype)
-        y = jnp.einsum("btd,dm->mbt", x.astype(self.dtype), kernel.astype(self.dtype))
-        y = y.swapaxes(0, 1) + bias.astype(self.dtype)[None, :, None]  # [B, N * H, T]
-        return y.reshape(x.shape[0], self.heads, self.head_dim, x.shape[1])
+    def __call__(self, x: Array) -> Array:
+        init = nn.initializers.normal(self.config.initializer_range)
+        shape = (x.shape[self.reads.index("d")], self.features)
+        kernel = self.param("kernel", init, shape, self.param_dtype).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape[1:], self.param_dtype)
+
+        def apply(x, kernel):
+            return project(self.act(x) if self.act else x, kernel, self.reads, self.writes)
+
+        y: Array = (jax.checkpoint(apply) if self.act else apply)(x.astype(self.dtype), kernel)
+        return y + bias.astype(self.dtype).reshape(
+            (1, -1, 1) if self.writes == "bdt" else (1, 1, -1)
+        )
 
 
 class SelfAttention(Part):
@@ -182,15 +273,16 @@ class SelfAttention(Part):
     ) -> Float[Array, "B T D"]:
         config = self.config
 
-        def project(name):
-            shape = (config.num_attention_heads, config.head_dim, config.initializer_range)
-            return Projection(*shape, self.dtype, self.param_dtype, name=name)(x)
+        def heads(name):
+            y = Projection(**self.inherited(), features=width, writes="bdt", name=name)(x)
+            return y.reshape(x.shape[0], config.num_attention_heads, config.head_dim, x.shape[1])
 
+        width = config.num_attention_heads * config.head_dim
         rate = config.attention_probs_dropout_prob if self.train else 0.0
         context = attend_features_first(
-            project("query"),
-            project("key"),
-            project("value"),
+            heads("query"),
+            heads("key"),
+            heads("value"),
             mask,
             config=config.lsg,
             causal=config.is_decoder,
@@ -198,8 +290,11 @@ class SelfAttention(Part):
             dropout_key=self.make_rng("dropout") if rate else None,
             lsh_key=lsh_key,
         )
-        context = context.reshape(x.shape[0], -1, x.shape[1]).swapaxes(1, 2)  # [B, T, N * H]
-        return self.dense(config.hidden_size, "output")(context)
+        context = context.reshape(x.shape[0], width, x.shape[1])
+        output = Projection(
+            **self.inherited(), features=config.hidden_size, reads="bdt", name="output"
+        )
+        return output(context)
 
 
 class EncoderLayer(Part):
@@ -215,8 +310,11 @@ class EncoderLayer(Part):
         config = self.config
         attended = SelfAttention(**self.inherited(), name="attention")(x, mask, lsh_key)
         x = self.layer_norm("attention_norm")(x + self.dropout(attended))
-        act = jax.checkpoint(activation(config.hidden_act))  # else its inner steps are kept too
-        hidden = act(self.dense(config.intermediate_size, "mlp_up")(x))  # [B, T, F]
-        return self.layer_norm("mlp_norm")(
-            x + self.dropout(self.dense(config.hidden_size, "mlp_down")(hidden))
+        up, down = (
+            Projection(**self.inherited(), features=size, act=act, name=name)
+            for size, act, name in (
+                (config.intermediate_size, None, "mlp_up"),
+                (config.hidden_size, activation(config.hidden_act), "mlp_down"),
+            )
         )
+        return self.layer_norm("mlp_norm")(x + self.dropout(down(up(x))))

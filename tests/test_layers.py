@@ -1,0 +1,76 @@
+"""The hand-written backward passes of layers.py against JAX's own derivatives."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lsg_flax.layers import ACTIVATIONS, normalize, project
+
+
+def close(got, wanted, tolerance: float = 1e-5) -> None:
+    """Every leaf equal to `tolerance`."""
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, tolerance, tolerance), got, wanted)
+
+
+def gradients(function, *inputs):
+    """Of a sum in which every output counts differently."""
+
+    def total(*inputs):
+        out = function(*inputs)
+        return (out * jnp.arange(out.size).reshape(out.shape) / out.size).sum()
+
+    return jax.grad(total, argnums=tuple(range(len(inputs))))(*inputs)
+
+
+@pytest.mark.parametrize("reads", ["btd", "bdt"])
+@pytest.mark.parametrize("writes", ["btd", "bdt"])
+@pytest.mark.parametrize("features", [3, 8])
+def test_projection(reads, writes, features):
+    keys = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(keys[0], (2, 5, 4) if reads == "btd" else (2, 4, 5))
+    kernel = jax.random.normal(keys[1], (4, features))
+
+    def plain(x, kernel):
+        out = (x if reads == "btd" else x.swapaxes(1, 2)) @ kernel
+        return out if writes == "btd" else out.swapaxes(1, 2)
+
+    def ours(x, kernel):
+        return project(x, kernel, reads, writes)
+
+    close(ours(x, kernel), plain(x, kernel))
+    close(gradients(ours, x, kernel), gradients(plain, x, kernel))
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 5, 7)])
+def test_layer_norm(shape):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, scale, bias = (
+        jax.random.normal(key, s) for key, s in zip(keys, (shape, (7,), (7,)), strict=True)
+    )
+    module = nn.LayerNorm(epsilon=1e-3, use_fast_variance=False)
+
+    def plain(x, scale, bias):
+        return jnp.asarray(module.apply({"params": {"scale": scale, "bias": bias}}, x))
+
+    def ours(x, scale, bias):
+        return normalize(x, scale, bias, 1e-3)
+
+    close(ours(x, scale, bias), plain(x, scale, bias))
+    close(gradients(ours, x, scale, bias), gradients(plain, x, scale, bias))
+
+
+def test_layer_norm_in_half_precision_computes_in_float32():
+    x = jax.random.normal(jax.random.key(0), (3, 64)).astype(jnp.bfloat16)
+    one = jnp.ones(64), jnp.zeros(64)
+    assert normalize(x, *one, 1e-5).dtype == jnp.float32
+    (got,) = jax.grad(lambda x: (normalize(x, *one, 1e-5) ** 3).sum(), argnums=(0,))(x)
+    assert got.dtype == jnp.bfloat16
+    wanted = jax.grad(lambda x: (normalize(x, *one, 1e-5) ** 3).sum())(x.astype(jnp.float32))
+    np.testing.assert_allclose(got.astype(jnp.float32), wanted, rtol=1e-2, atol=1e-2)
+
+
+def test_gelu_is_exact():
+    x = jnp.linspace(-12, 12, 1001)
+    close(ACTIVATIONS["gelu"](x), jax.nn.gelu(x, approximate=False), 1e-6)
