@@ -8,7 +8,7 @@ from lsg_flax.config import LSGConfig as LSGConfig
 from lsg_flax.hub import convert_checkpoint as convert_checkpoint
 from lsg_flax.hub import from_pretrained as from_pretrained
 from lsg_flax.hub import save_pretrained as save_pretrained
-from lsg_flax.models.heads import Model as Model
 from lsg_flax.models.heads import ModelOutput as ModelOutput
+from lsg_flax.models.model import Model as Model
 
 __version__ = "0.1.0"

@@ -16,7 +16,8 @@ import numpy as np
 
 from lsg_flax.config import EncoderConfig
 from lsg_flax.models.families import FAMILIES, Family, Key, family_of, modern_name
-from lsg_flax.models.heads import Model, Task
+from lsg_flax.models.heads import Task
+from lsg_flax.models.model import Model
 
 HEAD_SEED = 0  # of head weights that a checkpoint does not have
 _LISTED = 12

@@ -26,7 +26,8 @@ from flax.typing import Dtype
 from lsg_flax.config import EncoderConfig, LSGConfig
 from lsg_flax.convert_from_torch import Params, params_from_torch, params_to_torch
 from lsg_flax.models.families import family_of
-from lsg_flax.models.heads import Model, Task
+from lsg_flax.models.heads import Task
+from lsg_flax.models.model import Model
 from lsg_flax.to_lsg import LSGOptions, to_lsg
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"

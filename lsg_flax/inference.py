@@ -19,7 +19,7 @@ from tqdm import tqdm
 from lsg_flax.config import EncoderConfig
 from lsg_flax.convert_from_torch import Params
 from lsg_flax.models.families import family_of
-from lsg_flax.models.heads import Model
+from lsg_flax.models.model import Model
 
 SHORTEST_BUCKET = 512
 _PER_TOKEN = ("last_hidden_state", "start_logits", "end_logits", "prediction_logits")

@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from lsg_flax.config import EncoderConfig
-from lsg_flax.models.heads import Model
+from lsg_flax.models.model import Model
 
 IGNORED = -100  # a label that does not count, as in PyTorch
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")

@@ -35,7 +35,7 @@ from lsg_flax.losses import (
     weighted_mean,
 )
 from lsg_flax.losses import loss_fn as loss_fn
-from lsg_flax.models.heads import Model
+from lsg_flax.models.model import Model
 
 
 @flax.struct.dataclass

@@ -10,7 +10,7 @@ import pytest
 
 from lsg_flax import inference
 from lsg_flax.config import EncoderConfig, LSGConfig
-from lsg_flax.models.heads import Model
+from lsg_flax.models.model import Model
 
 BUCKETS = (16, 32)
 LENGTHS = (5, 30, 16, 1, 9, 12, 20, 8, 3)

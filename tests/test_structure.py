@@ -87,7 +87,7 @@ def test_the_arrows_have_no_cycle():
 
 def test_the_arrows_are_checked(tmp_path):
     file = tmp_path / "x.py"
-    lines = ["import lsg_flax", "def f():", "    from lsg_flax.models.heads import Model"]
+    lines = ["import lsg_flax", "def f():", "    from lsg_flax.models.model import Model"]
     file.write_text("\n".join([*lines, "from lsg_flax import hub, lsg_attention"]))
     assert imports_of(file) == {"__init__", "models", "hub"}
 

@@ -15,7 +15,8 @@ from golden_data import GOLDEN, cases, load
 import lsg_flax
 from lsg_flax import losses, training
 from lsg_flax.config import EncoderConfig
-from lsg_flax.models.heads import Model, ModelOutput
+from lsg_flax.models.heads import ModelOutput
+from lsg_flax.models.model import Model
 
 WITH_LOSS = [
     n
