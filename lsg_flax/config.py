@@ -8,7 +8,7 @@ corrected: an invalid value raises with the value, what is allowed, and what to 
 import json
 import warnings
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 SparsityType = Literal["none", "norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling"]
 ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
@@ -178,13 +178,83 @@ _LSG_FIELDS = tuple(f.name for f in fields(LSGConfig))
 _NUM_LABELS_DEFAULT = 2
 
 
+class Dialect(NamedTuple):
+    """How one model_type writes config.json.
+
+    Attributes:
+        defaults: where they differ from `EncoderConfig`'s, by our names.
+        names: ours -> theirs, where they differ.
+        absent: fields of ours that it does not have; their default is their only value.
+    """
+
+    defaults: dict[str, Any] = {}  # noqa: RUF012 (never changed)
+    names: dict[str, str] = {}  # noqa: RUF012
+    absent: tuple[str, ...] = ()
+
+
+DIALECTS: dict[str, Dialect] = {
+    "roberta": Dialect({"vocab_size": 50265, "pad_token_id": 1}),
+    "xlm-roberta": Dialect({"pad_token_id": 1}),
+    "camembert": Dialect({"pad_token_id": 1}),
+    "electra": Dialect(
+        {
+            "embedding_size": 128,
+            "hidden_size": 256,
+            "num_attention_heads": 4,
+            "intermediate_size": 1024,
+        }
+    ),
+    "distilbert": Dialect(
+        {"num_hidden_layers": 6, "classifier_dropout": 0.2, "type_vocab_size": 0},
+        {
+            "hidden_size": "dim",
+            "num_hidden_layers": "n_layers",
+            "num_attention_heads": "n_heads",
+            "intermediate_size": "hidden_dim",
+            "hidden_act": "activation",
+            "hidden_dropout_prob": "dropout",
+            "attention_probs_dropout_prob": "attention_dropout",
+            "classifier_dropout": "seq_classif_dropout",
+        },
+        ("type_vocab_size", "layer_norm_eps"),
+    ),
+    "albert": Dialect(
+        {
+            "vocab_size": 30000,
+            "embedding_size": 128,
+            "hidden_size": 4096,
+            "num_attention_heads": 64,
+            "intermediate_size": 16384,
+            "num_hidden_groups": 1,
+            "inner_group_num": 1,
+            "hidden_act": "gelu_new",
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+            "classifier_dropout": 0.1,
+        },
+        {"classifier_dropout": "classifier_dropout_prob"},
+    ),
+}
+# What PyTorch's classes compute otherwise, and these models do not: field -> the values that are
+# fine.
+_UNSUPPORTED: dict[str, tuple] = {
+    "position_embedding_type": ("absolute", None),
+    "pruned_heads": ({}, None),
+    "summary_type": ("first", None),
+    "summary_use_proj": (True, None),
+}
+_OF_SOME_FAMILIES = ("embedding_size", "num_hidden_groups", "inner_group_num")
+
+
 @dataclass(frozen=True)
 class EncoderConfig:
     """One encoder of any supported family, with full attention (`lsg=None`) or LSG attention.
 
     Attributes follow Hugging Face's names. `labels` holds the label names in id order (`id2label`);
     `extra` keeps every field of config.json that lsg_flax does not use, as canonical JSON, so that
-    it survives a round trip.
+    it survives a round trip. `embedding_size` is the width of the tables where it is not
+    `hidden_size`. With `num_hidden_groups`, layers share parameters: consecutive ones use the same
+    group of `inner_group_num` layers (ALBERT).
     """
 
     model_type: str = "bert"
@@ -204,6 +274,9 @@ class EncoderConfig:
     classifier_dropout: float | None = None
     is_decoder: bool = False
     tie_word_embeddings: bool = True
+    embedding_size: int | None = None
+    num_hidden_groups: int | None = None
+    inner_group_num: int | None = None
     problem_type: ProblemType | None = None
     labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
     lsg: LSGConfig | None = None
@@ -216,11 +289,16 @@ class EncoderConfig:
             "num_attention_heads",
             "intermediate_size",
             "max_position_embeddings",
+            "num_hidden_layers",
+            *_OF_SOME_FAMILIES,
         ):
-            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1.")
+            value = getattr(self, name)
+            if value is not None or name not in _OF_SOME_FAMILIES:
+                _require(value >= 1, f"{name}={value} must be at least 1.")
         _require(
-            self.num_hidden_layers >= 1,
-            f"num_hidden_layers={self.num_hidden_layers} must be at least 1.",
+            self.num_hidden_layers % (self.num_hidden_groups or 1) == 0,
+            f"num_hidden_layers={self.num_hidden_layers} is not divisible by "
+            f"num_hidden_groups={self.num_hidden_groups}.",
         )
         _require(
             self.hidden_size % self.num_attention_heads == 0,
@@ -256,6 +334,22 @@ class EncoderConfig:
         return self.hidden_size // self.num_attention_heads
 
     @property
+    def embedding_width(self) -> int:
+        """Width of the embedding tables."""
+        return self.embedding_size or self.hidden_size
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Leading axes of the layers' parameters: (layers,), or (groups, inner layers)."""
+        if self.num_hidden_groups is None:
+            return (self.num_hidden_layers,)
+        return (self.num_hidden_groups, self.inner_group_num or 1)
+
+    def other(self, name: str, default: Any) -> Any:
+        """A field of config.json that is not one of the attributes."""
+        return json.loads(self.extra).get(name, default)
+
+    @property
     def num_labels(self) -> int:
         """Number of labels of a classification head."""
         return len(self.labels)
@@ -269,15 +363,22 @@ class EncoderConfig:
                 invalid value.
         """
         values = dict(values)
-        position_type = values.get("position_embedding_type", "absolute")
-        _require(
-            position_type == "absolute",
-            f"position_embedding_type={position_type!r} is not supported, only 'absolute'.",
-        )
+        for name, supported in _UNSUPPORTED.items():
+            value = values.get(name)
+            _require(
+                value in supported,
+                f"{name}={value!r} in config.json changes what the model computes and is not "
+                f"supported; only {supported[0]!r} is.",
+            )
         _require(
             not values.get("add_cross_attention", False),
             "add_cross_attention=true is not supported: the models here are encoders.",
         )
+        dialect = DIALECTS.get(values.get("model_type", "bert"), Dialect())
+        for name, theirs in dialect.names.items():
+            if theirs in values:
+                values[name] = values.pop(theirs)
+        values = dialect.defaults | values
         known = {f.name for f in fields(cls)} - {"labels", "lsg", "extra"}
         ours = {name: values.pop(name) for name in sorted(known & values.keys())}
         lsg = None
@@ -295,6 +396,11 @@ class EncoderConfig:
             for f in fields(self)
             if f.name not in ("labels", "lsg", "extra")
         }
+        dialect = DIALECTS.get(self.model_type, Dialect())
+        for name in (*dialect.absent, *(n for n in _OF_SOME_FAMILIES if values[n] is None)):
+            del values[name]
+        for name, theirs in dialect.names.items():
+            values[theirs] = values.pop(name)
         values["id2label"] = {str(i): label for i, label in enumerate(self.labels)}
         values["label2id"] = {label: i for i, label in enumerate(self.labels)}
         if self.lsg:

@@ -41,7 +41,7 @@ def params_from_torch(tensors: Mapping[str, np.ndarray], model: Model) -> Params
     """
     config, family = model.config, family_of(model.config.model_type)
     tensors = {modern_name(name): tensor for name, tensor in tensors.items()}
-    keys = _keys(family, model.task, config)
+    keys = family.keys(model.task, config)
     tensors = _with_prefix(tensors, family, model.task)
     shapes = _leaf_shapes(model)
     found = {key.torch for key in keys} & tensors.keys()
@@ -88,7 +88,7 @@ def params_to_torch(params: Params, model: Model) -> dict[str, np.ndarray]:
             f"{[(path, tuple(leaves[path].shape), shapes[path]) for path in wrong[:_LISTED]]}."
         )
     tensors = {}
-    for path, of_leaf in _by_path(_keys(family, model.task, config)).items():
+    for path, of_leaf in _by_path(family.keys(model.task, config)).items():
         leaf = np.asarray(leaves[path])
         for key in of_leaf:
             tensor = leaf if key.layer is None else leaf[key.layer]
@@ -123,15 +123,6 @@ def _leaf_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     ]
     leaves: dict[str, Any] = flax.traverse_util.flatten_dict(abstract, sep="/")
     return {path: tuple(leaf.shape) for path, leaf in leaves.items()}
-
-
-def _keys(family: Family, task: Task, config: EncoderConfig) -> list[Key]:
-    return family.keys(
-        task,
-        layers=config.num_hidden_layers,
-        lsg=config.lsg is not None,
-        tied=config.tie_word_embeddings,
-    )
 
 
 def _by_path(keys: list[Key]) -> dict[str, list[Key]]:
@@ -189,14 +180,14 @@ def _sort_unused(
 def _names_of_heads(family: Family, config: EncoderConfig):
     for task in family.heads:
         yield from (
-            key.torch for key in _keys(family, task, config) if not key.path.startswith("encoder/")
+            key.torch for key in family.keys(task, config) if not key.path.startswith("encoder/")
         )
         yield from family.head(task).tied
 
 
 def _read_leaf(tensors, keys: list[Key], shape: tuple[int, ...]) -> np.ndarray:
     stacked = keys[0].layer is not None
-    expected = shape[1:] if stacked else shape
+    expected = shape[len(keys[0].layer) :] if keys[0].layer is not None else shape
     parts = []
     for key in keys:
         tensor = tensors[key.torch]
@@ -210,7 +201,7 @@ def _read_leaf(tensors, keys: list[Key], shape: tuple[int, ...]) -> np.ndarray:
                 "(num_labels, vocab_size, ...)."
             )
         parts.append(tensor)
-    return np.stack(parts) if stacked else parts[0]
+    return np.stack(parts).reshape(shape) if stacked else parts[0]
 
 
 def _mismatch(

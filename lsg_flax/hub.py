@@ -367,7 +367,9 @@ def read_tokenizer(folder: pathlib.Path) -> Any | None:
             "tokenizer.json",
             "vocab.txt",
             "tokenizer_config.json",
+            "vocab.json",
             "sentencepiece.bpe.model",
+            "spiece.model",
         )
     ):
         return None

@@ -1,7 +1,8 @@
 """Linen parts shared by all models. Maths lives in pure functions (attention.py); modules own only
 parameters and dropout.
 
-Axes: B batch, T tokens, G global tokens, D model width, F mlp width, N heads, H head width.
+Axes: B batch, T tokens, G global tokens, D model width, E embedding width, F mlp width, N
+    heads, H head width.
 """
 
 from collections.abc import Callable
@@ -162,11 +163,11 @@ class Embeddings(Part):
     """Word + position + segment, the global tokens in front, LayerNorm, dropout
     (reference-behaviour 1.3)."""
 
-    def table(self, rows: int, name: str) -> Float[Array, "V D"]:
+    def table(self, rows: int, name: str) -> Float[Array, "V E"]:
         """One embedding table in the compute dtype."""
         config = self.config
         table = Embedding(
-            rows, config.hidden_size, config.initializer_range, self.param_dtype, name=name
+            rows, config.embedding_width, config.initializer_range, self.param_dtype, name=name
         )()
         return table.astype(self.dtype)
 
@@ -176,12 +177,12 @@ class Embeddings(Part):
         input_ids: Int[Array, "B T"] | None,
         token_type_ids: Int[Array, "B T"] | None,
         position_ids: Int[Array, "#B T"] | None,
-        inputs_embeds: Float[Array, "B T D"] | None,
-    ) -> tuple[Float[Array, "B GT D"], Float[Array, "V D"]]:
+        inputs_embeds: Float[Array, "B T E"] | None,
+    ) -> tuple[Float[Array, "B GT E"], Float[Array, "V E"]]:
         config = self.config
         words = self.table(config.vocab_size, "word_embeddings")
         if input_ids is not None:
-            x = rows(words, input_ids)  # [B, T, D]
+            x = rows(words, input_ids)  # [B, T, E]
         else:
             assert inputs_embeds is not None  # models check that one of them is given
             x = inputs_embeds.astype(self.dtype)
@@ -198,7 +199,7 @@ class Embeddings(Part):
             ]
             x = jnp.concatenate(
                 [jnp.broadcast_to(globals_, (x.shape[0], *globals_.shape[1:])), x], axis=1
-            )  # [B, G + T, D]
+            )  # [B, G + T, E]
         return self.dropout(self.layer_norm("layer_norm")(x)), words
 
 

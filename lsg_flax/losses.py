@@ -16,6 +16,7 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from lsg_flax.config import EncoderConfig
+from lsg_flax.models.families import family_of
 from lsg_flax.models.model import Model
 
 IGNORED = -100  # a label that does not count, as in PyTorch
@@ -41,6 +42,11 @@ TARGETS: dict[str, tuple[Target, ...]] = {
         Target("prediction_logits", "labels"),
         Target("seq_relationship_logits", "next_sentence_label"),
     ),
+    "sentence_order": (
+        Target("prediction_logits", "labels"),
+        Target("sop_logits", "sentence_order_label"),
+    ),
+    "discriminator": (Target("logits", "labels"),),
     "next_sentence_prediction": (Target("logits", "labels"),),
     "sequence_classification": (Target("logits", "labels"),),
     "token_classification": (Target("logits", "labels"),),
@@ -102,12 +108,18 @@ def problem_type(config: EncoderConfig, labels: Array) -> str:
 
 
 def _targets(model: Model) -> tuple[Target, ...]:
-    if model.task not in TARGETS:
+    loss = _loss_of(model)
+    if loss not in TARGETS:
         raise ValueError(
-            f"task={model.task!r} has no loss; train one of {', '.join(TARGETS)}, or write a loss "
+            f"task={model.task!r} has no loss; train one with a head, or write a loss "
             "on the model's outputs."
         )
-    return TARGETS[model.task]
+    return TARGETS[loss]
+
+
+def _loss_of(model: Model) -> str:
+    """The name of the loss: the task, or what the family's head has in its place."""
+    return family_of(model.config.model_type).head(model.task).loss or model.task
 
 
 def loss_sums(model: Model, params: Params, batch: Batch, key) -> list[Float[Array, ""]]:
@@ -121,13 +133,17 @@ def loss_sums(model: Model, params: Params, batch: Batch, key) -> list[Float[Arr
     for target, labels in zip(_targets(model), _labels(model, batch), strict=True):
         logits = getattr(output, target.output).astype(jnp.float32)
         floats = jnp.issubdtype(labels.dtype, jnp.floating)
-        expected = logits.shape if floats else logits.shape[:-1]
+        binary = _loss_of(model) == "discriminator"
+        expected = logits.shape if floats or binary else logits.shape[:-1]
         if labels.shape != expected:
             raise ValueError(
                 f"{target.labels} for task={model.task!r} have shape {labels.shape}, but the "
                 f"outputs {logits.shape} ask for {expected}."
             )
-        if not floats:
+        if binary:
+            losses = optax.sigmoid_binary_cross_entropy(logits, labels.astype(jnp.float32))
+            sums.append(jnp.sum(jnp.where(labels == IGNORED, 0.0, losses)))
+        elif not floats:
             sums.append(cross_entropy_sum(logits, labels))
         elif problem_type(model.config, labels) == "regression":
             sums.append(jnp.sum((logits - labels) ** 2))
@@ -163,6 +179,8 @@ def _prepared(model: Model, batch: Batch, labels: Array) -> Array:
         )
     if model.task == "causal_lm":  # position t answers with token t + 1
         return jnp.full_like(labels, IGNORED).at[..., :-1].set(labels[..., 1:])
+    if _loss_of(model) == "discriminator" and "attention_mask" in batch:
+        return jnp.where(jnp.asarray(batch["attention_mask"]) != 0, labels, IGNORED)
     if model.task == "question_answering":
         length = _lead_shape(batch)[-1]
         return jnp.where(labels >= length, IGNORED, jnp.maximum(labels, 0))

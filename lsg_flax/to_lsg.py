@@ -99,6 +99,8 @@ def to_lsg(
     table = np.asarray(leaves[_POSITIONS], np.float32)
     head, positions = table[: family.position_offset], table[family.position_offset :]
     if not options.resize_lsg:
+        if not family.globals_with_segment:
+            options = replace(options, use_token_ids=False)
         made = _global_embeddings(
             leaves, positions, options, bos_token_id, mask_token_id, draws or Draws()
         )

@@ -1,7 +1,7 @@
 """The one encoder: embeddings, a scanned stack of layers, pooler. Families and attention kinds are
 values of its config.
 
-Axes: B batch, T tokens, G global tokens, D model width, L layers.
+Axes: B batch, T tokens, G global tokens, D model width, E embedding width, L layers.
 """
 
 from typing import Any, Literal
@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from lsg_flax.attention import DEFAULT_LSH_SEED
+from lsg_flax.config import EncoderConfig
 from lsg_flax.layers import Embeddings, EncoderLayer, Part
+from lsg_flax.models.families import family_of
 
 Remat = Literal["none", "full", "dots"]
 REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
@@ -39,16 +41,20 @@ class Encoder(Part):
         attention_mask: Array | None = None,
         token_type_ids: Int[Array, "B T"] | None = None,
         position_ids: Int[Array, "#B T"] | None = None,
-        inputs_embeds: Float[Array, "B T D"] | None = None,
+        inputs_embeds: Float[Array, "B T E"] | None = None,
     ) -> tuple[
-        Float[Array, "B T D"], tuple[Float[Array, "B GT D"], ...] | None, Float[Array, "V D"]
+        Float[Array, "B T D"], tuple[Float[Array, "B GT D"], ...] | None, Float[Array, "V E"]
     ]:
         """Returns the last state (without globals and padding), all states (with them) if kept, and
         the word table."""
-        lsg = self.config.lsg
+        lsg, family = self.config.lsg, family_of(self.config.model_type)
+        if position_ids is None and family.positions_after_padding:
+            position_ids = _positions_after_padding(input_ids, inputs_embeds, self.config)
         x, words = Embeddings(**self.inherited(), name="embeddings")(
             input_ids, token_type_ids, position_ids, inputs_embeds
         )
+        if family.projects(self.config):
+            x = self.dense(self.config.hidden_size, "embeddings_project")(x)
         globals_ = lsg.num_global_tokens if lsg else 0
         length = x.shape[1] - globals_
         mask = (
@@ -77,18 +83,20 @@ class Encoder(Part):
         step: Any = _Step
         if self.remat != "none":
             step = nn.remat(step, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        count = self.config.num_hidden_layers
-        stack = nn.scan(
-            step,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
-            length=count,
-            unroll=min(self.unroll, count),
+        config, keys = self.config, self._lsh_keys()
+        unroll = min(self.unroll, config.num_hidden_layers)
+        stack = _scan(step, config.stack[-1], unroll)
+        if config.num_hidden_groups is not None:  # group, times that it is used, layer within
+            groups, inner = config.stack
+            times = config.num_hidden_layers // groups
+            stack = _scan(_scan(stack, times, 1, shared=True), groups, 1)
+            keys = None if keys is None else keys.reshape(groups, times, inner)
+        last, states = stack(**self.inherited(), keep_states=self.keep_states, name="layers")(
+            x, mask, keys
         )
-        return stack(**self.inherited(), keep_states=self.keep_states, name="layers")(
-            x, mask, self._lsh_keys()
-        )
+        if states is not None and config.num_hidden_groups is not None:
+            states = states[:, :, -1].reshape(config.num_hidden_layers, *x.shape)
+        return last, states
 
     def _lsh_keys(self) -> Key[Array, "L"] | None:
         """One key per layer, from the "lsh" rng or a fixed seed."""
@@ -96,7 +104,32 @@ class Encoder(Part):
         if not lsg or lsg.sparsity_type != "lsh":
             return None
         key = self.make_rng("lsh") if self.has_rng("lsh") else jax.random.key(DEFAULT_LSH_SEED)
-        return jax.random.split(key, self.config.num_hidden_layers)
+        inner = self.config.inner_group_num or 1
+        return jax.random.split(key, self.config.num_hidden_layers * inner)
+
+
+def _scan(step, length: int, unroll: int, *, shared: bool = False) -> Any:
+    """The module repeated: with parameters of its own each time, stacked along a leading axis, or
+    `shared` ones."""
+    return nn.scan(
+        step,
+        variable_axes={} if shared else {"params": 0},
+        variable_broadcast="params" if shared else False,
+        split_rngs={"params": not shared, "dropout": True},
+        in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
+        length=length,
+        unroll=unroll,
+    )
+
+
+def _positions_after_padding(ids, embeds, config: EncoderConfig) -> Int[Array, "#B T"]:
+    """Real tokens counted from pad_token_id + 1, padding at pad_token_id (RoBERTa); embeddings, of
+    which none can be told to be padding, from the first on."""
+    first = (config.pad_token_id or 0) + 1
+    if ids is None:
+        return jnp.arange(first, first + embeds.shape[1])[None]
+    real = (ids != config.pad_token_id).astype(jnp.int32)
+    return jnp.cumsum(real, axis=1) * real + first - 1
 
 
 class _Step(EncoderLayer):

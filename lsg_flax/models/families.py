@@ -1,17 +1,23 @@
 """Families of checkpoints as data: names of classes and tensors in PyTorch, side by side with the
 places in our parameter tree.
 
-A row is `kind, torch name, our path`. `{layer}` stands for the layer number in PyTorch; ours are
-stacked along a leading axis. Kinds: "dense" (weight, transposed, and bias), "norm" (weight and
-bias), "embedding" (weight),
+A row is `kind, torch name, our path`. `{0}` stands for the layer's number in PyTorch (`{0}` and
+`{1}` for group and layer where groups are shared); ours are stacked along leading axes. Kinds:
+"dense"
+(weight, transposed, and bias), "norm" (weight and bias), "embedding" (weight),
     "bias" (one tensor as it is).
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
-from lsg_flax.models.heads import Task
+import numpy as np
+
+from lsg_flax.config import EncoderConfig
+from lsg_flax.models import heads
+from lsg_flax.models.heads import Head, Task
 
 Rows = tuple[tuple[str, str, str], ...]
 
@@ -25,26 +31,47 @@ _KINDS = {
 }
 
 
+_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
+_AUTO: dict[Task, str] = {
+    "base": "AutoModel",
+    "causal_lm": "AutoModelForCausalLM",
+    "masked_lm": "AutoModelForMaskedLM",
+    "multiple_choice": "AutoModelForMultipleChoice",
+    "pretraining": "AutoModelForPreTraining",
+    "question_answering": "AutoModelForQuestionAnswering",
+    "sequence_classification": "AutoModelForSequenceClassification",
+    "token_classification": "AutoModelForTokenClassification",
+}
+
+
 @dataclass(frozen=True)
 class Key:
     """One tensor in PyTorch and the leaf it goes to, `layer` being its place on the leaf's leading
-    axis."""
+    axes."""
 
     torch: str
     path: str
     transposed: bool
-    layer: int | None
+    layer: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
 class HeadTable:
-    """A task's class name (after the family's) and rows; `tied` maps names that repeat another
-    tensor to that tensor's name."""
+    """A task's class name (after the family's), module and rows.
+
+    Attributes:
+        pooled: whether the model has the pooler.
+        tied: names that repeat another tensor -> that tensor's name.
+        loss: of `losses.TARGETS`, if it is not the task's.
+    """
 
     architecture: str
+    module: Callable[..., Head]
     rows: Rows = ()
+    pooled: bool = False
     tied: dict[str, str] = field(default_factory=dict)
     untied_rows: Rows = ()  # in their place if config.tie_word_embeddings is false
+    loss: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,10 +84,26 @@ class Family:
     encoder: Rows
     pooler: Rows
     heads: dict[Task, HeadTable]
-    ignored: tuple[str, ...] = ()  # buffers, by name behind the prefix
+    ignored: tuple[str, ...] = _BUFFERS  # by name behind the prefix
+    positions_after_padding: bool = False  # counted from pad_token_id + 1 over real tokens
     position_offset: int = 0  # rows of the position table before that of the first token
-    module: str = ""  # of the reference's remote code, for auto_map
-    auto_classes: dict[str, str] = field(default_factory=dict)
+    globals_with_segment: bool = True  # whether conversion adds segment 0 to the globals
+    always_projects: bool = False  # embeddings to the hidden size, even if it is their own
+
+    @property
+    def module(self) -> str:
+        """The file of the reference's remote code."""
+        return f"modeling_lsg_{self.model_type.replace('-', '_')}"
+
+    @property
+    def auto_classes(self) -> dict[str, str]:
+        """For auto_map: Hugging Face's auto classes -> names behind the family's."""
+        named = {
+            auto: self.heads[task].architecture
+            for task, auto in _AUTO.items()
+            if task in self.heads
+        }
+        return {"AutoConfig": "Config"} | named
 
     def class_name(self, task: Task, *, lsg: bool) -> str:
         """Name of the PyTorch class for a task."""
@@ -83,47 +126,43 @@ class Family:
         names: dict[str, Task] = {self.class_name(task, lsg=False): task for task in self.heads}
         return names.get(class_name.removeprefix("LSG"))
 
-    def keys(self, task: Task, *, layers: int, lsg: bool, tied: bool) -> list[Key]:
+    def keys(self, task: Task, config: EncoderConfig) -> list[Key]:
         """Every tensor of a model, with its prefix."""
         head = self.head(task)
         prefix = "" if task == "base" else f"{self.prefix}."
-        encoder = [row for row in self.encoder if lsg or "global_embeddings" not in row[2]]
-        encoder += self.pooler if pools(task) else ()
-        own = (*head.rows, *(() if tied else head.untied_rows))
+        without = [] if config.lsg else ["global_embeddings"]
+        without += [] if config.type_vocab_size else ["token_type_embeddings"]
+        without += [] if self.projects(config) else ["embeddings_project"]
+        encoder = [row for row in self.encoder if not any(part in row[2] for part in without)]
+        encoder += self.pooler if head.pooled else ()
+        own = (*head.rows, *(() if config.tie_word_embeddings else head.untied_rows))
         return [
-            *(key for row in encoder for key in _expand(row, layers, prefix)),
-            *(key for row in own for key in _expand(row, layers, "")),
+            *(key for row in encoder for key in _expand(row, config.stack, prefix)),
+            *(key for row in own for key in _expand(row, config.stack, "")),
         ]
+
+    def projects(self, config: EncoderConfig) -> bool:
+        """Whether there is a projection from the embeddings to the layers."""
+        return self.always_projects or config.embedding_width != config.hidden_size
 
     def tied_names(self, task: Task, *, tied: bool) -> dict[str, str]:
         """Tensors that repeat another one, name to name; those of an own decoder kernel do not."""
         own = (
             set()
             if tied
-            else {key.torch for row in self.head(task).untied_rows for key in _expand(row, 0, "")}
+            else {key.torch for row in self.head(task).untied_rows for key in _expand(row, (), "")}
         )
         return {name: source for name, source in self.head(task).tied.items() if name not in own}
 
 
-def pools(task: Task) -> bool:
-    """Whether a task's model has the pooler."""
-    return task in (
-        "base",
-        "pretraining",
-        "next_sentence_prediction",
-        "sequence_classification",
-        "multiple_choice",
-    )
-
-
-def _expand(row: tuple[str, str, str], layers: int, prefix: str) -> Iterator[Key]:
+def _expand(row: tuple[str, str, str], stack: tuple[int, ...], prefix: str) -> Iterator[Key]:
     kind, torch, path = row
     for suffix, leaf, transposed in _KINDS[kind]:
-        if "{layer}" not in torch:
+        if "{" not in torch:
             yield Key(prefix + torch + suffix, path + leaf, transposed, None)
             continue
-        for layer in range(layers):
-            yield Key(prefix + torch.format(layer=layer) + suffix, path + leaf, transposed, layer)
+        for place in np.ndindex(*stack):
+            yield Key(prefix + torch.format(*place) + suffix, path + leaf, transposed, place)
 
 
 def modern_name(name: str) -> str:
@@ -135,86 +174,322 @@ def modern_name(name: str) -> str:
     )
 
 
-_BERT_LAYER = "encoder.layer.{layer}"
-_BERT_ENCODER: Rows = (
-    ("embedding", "embeddings.word_embeddings", "encoder/embeddings/word_embeddings"),
-    ("embedding", "embeddings.position_embeddings", "encoder/embeddings/position_embeddings"),
-    ("embedding", "embeddings.token_type_embeddings", "encoder/embeddings/token_type_embeddings"),
-    ("embedding", "embeddings.global_embeddings", "encoder/embeddings/global_embeddings"),
-    ("norm", "embeddings.LayerNorm", "encoder/embeddings/layer_norm"),
-    ("dense", f"{_BERT_LAYER}.attention.self.query", "encoder/layers/attention/query"),
-    ("dense", f"{_BERT_LAYER}.attention.self.key", "encoder/layers/attention/key"),
-    ("dense", f"{_BERT_LAYER}.attention.self.value", "encoder/layers/attention/value"),
-    ("dense", f"{_BERT_LAYER}.attention.output.dense", "encoder/layers/attention/output"),
-    ("norm", f"{_BERT_LAYER}.attention.output.LayerNorm", "encoder/layers/attention_norm"),
-    ("dense", f"{_BERT_LAYER}.intermediate.dense", "encoder/layers/mlp_up"),
-    ("dense", f"{_BERT_LAYER}.output.dense", "encoder/layers/mlp_down"),
-    ("norm", f"{_BERT_LAYER}.output.LayerNorm", "encoder/layers/mlp_norm"),
-)
+_EMBEDDINGS, _LAYERS = "encoder/embeddings", "encoder/layers"
 
 
-def _bert_language_model(path: str) -> Rows:
+def _tables(*names: str) -> Rows:
+    return tuple(("embedding", f"embeddings.{n}", f"{_EMBEDDINGS}/{n}") for n in names)
+
+
+def _encoder(layer: str, *names: str) -> Rows:
+    """Embeddings and layers, from the names of query, key, value, output, its norm, up, down and
+    its norm behind `layer`."""
+    ours = ("attention/query", "attention/key", "attention/value", "attention/output")
+    ours += ("attention_norm", "mlp_up", "mlp_down", "mlp_norm")
+    tables = ("word_embeddings", "position_embeddings", "token_type_embeddings")
     return (
-        ("dense", "cls.predictions.transform.dense", f"{path}/transform"),
-        ("norm", "cls.predictions.transform.LayerNorm", f"{path}/layer_norm"),
-        ("bias", "cls.predictions.bias", f"{path}/bias"),
+        *_tables(*tables, "global_embeddings"),
+        ("norm", "embeddings.LayerNorm", f"{_EMBEDDINGS}/layer_norm"),
+        *(
+            ("norm" if path.endswith("norm") else "dense", f"{layer}.{name}", f"{_LAYERS}/{path}")
+            for name, path in zip(names, ours, strict=True)
+        ),
     )
 
 
-_BERT_TIED = {
-    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
-    "cls.predictions.decoder.bias": "cls.predictions.bias",
-}
-_BERT_LM_HEAD = {
-    "rows": _bert_language_model("head"),
-    "tied": _BERT_TIED,
-    "untied_rows": (("kernel", "cls.predictions.decoder", "head"),),
-}
-_BERT_NEXT_SENTENCE: Rows = (("dense", "cls.seq_relationship", "head/seq_relationship"),)
-_CLASSIFIER: Rows = (("dense", "classifier", "head/classifier"),)
+_BERT_ENCODER = _encoder(
+    "encoder.layer.{0}",
+    *(f"attention.self.{name}" for name in ("query", "key", "value")),
+    *("attention.output.dense", "attention.output.LayerNorm"),
+    *("intermediate.dense", "output.dense", "output.LayerNorm"),
+)
+_POOLER: Rows = (("dense", "pooler.dense", "pooler/dense"),)
+
+
+def _language_model(
+    encoder: str, transform: str, norm: str, bias: str, kernel: str, path: str = "head"
+) -> dict:
+    """A language model's head from its tensors' names: rows, what is tied, and the kernel that
+    takes the place of the word table where it is not."""
+    tied = {f"{kernel}.weight": f"{encoder}.embeddings.word_embeddings.weight"}
+    if bias != f"{kernel}.bias":
+        tied[f"{kernel}.bias"] = bias
+    return {
+        "rows": (
+            ("dense", transform, f"{path}/transform"),
+            ("norm", norm, f"{path}/layer_norm"),
+            ("bias", bias, f"{path}/bias"),
+        ),
+        "tied": tied,
+        "untied_rows": (("kernel", kernel, path),),
+    }
+
+
+def _classifier(
+    module: Callable[..., Head] = heads.SequenceClassificationHead, *, pooled: bool = False
+) -> dict:
+    return {
+        "module": module,
+        "rows": (("dense", "classifier", "head/classifier"),),
+        "pooled": pooled,
+    }
+
+
+def _common_heads(
+    question_answering: Callable[..., Head] = heads.QuestionAnsweringHead,
+) -> dict[Task, HeadTable]:
+    """The heads that are the same everywhere."""
+    return {
+        "token_classification": HeadTable(
+            "ForTokenClassification", **_classifier(heads.TokenClassificationHead)
+        ),
+        "question_answering": HeadTable(
+            "ForQuestionAnswering",
+            question_answering,
+            (("dense", "qa_outputs", "head/outputs"),),
+        ),
+    }
+
+
+def _pooled_heads() -> dict[Task, HeadTable]:
+    """The heads that classify by the pooler's output."""
+    return {
+        "base": HeadTable("Model", heads.BaseHead, pooled=True),
+        "sequence_classification": HeadTable(
+            "ForSequenceClassification", **_classifier(pooled=True)
+        ),
+        "multiple_choice": HeadTable(
+            "ForMultipleChoice", **_classifier(heads.MultipleChoiceHead, pooled=True)
+        ),
+    }
+
+
+_BERT_LM = _language_model(
+    "bert",
+    "cls.predictions.transform.dense",
+    "cls.predictions.transform.LayerNorm",
+    "cls.predictions.bias",
+    "cls.predictions.decoder",
+)
+_BERT_PRETRAINING = _language_model(
+    "bert",
+    "cls.predictions.transform.dense",
+    "cls.predictions.transform.LayerNorm",
+    "cls.predictions.bias",
+    "cls.predictions.decoder",
+    "head/masked_lm",
+)
+_NEXT_SENTENCE: Rows = (("dense", "cls.seq_relationship", "head/seq_relationship"),)
 
 BERT = Family(
     model_type="bert",
     architecture="Bert",
     prefix="bert",
     encoder=_BERT_ENCODER,
-    pooler=(("dense", "pooler.dense", "pooler/dense"),),
+    pooler=_POOLER,
     heads={
-        "base": HeadTable("Model"),
-        "masked_lm": HeadTable("ForMaskedLM", **_BERT_LM_HEAD),
-        "causal_lm": HeadTable("LMHeadModel", **_BERT_LM_HEAD),
+        **_pooled_heads(),
+        **_common_heads(),
+        "masked_lm": HeadTable("ForMaskedLM", heads.LanguageModelHead, **_BERT_LM),
+        "causal_lm": HeadTable("LMHeadModel", heads.LanguageModelHead, **_BERT_LM),
         "pretraining": HeadTable(
             "ForPreTraining",
-            rows=(*_bert_language_model("head/masked_lm"), *_BERT_NEXT_SENTENCE),
-            tied=_BERT_TIED,
-            untied_rows=(("kernel", "cls.predictions.decoder", "head/masked_lm"),),
+            heads.PretrainingHead,
+            (*_BERT_PRETRAINING.pop("rows"), *_NEXT_SENTENCE),
+            pooled=True,
+            **_BERT_PRETRAINING,
         ),
         "next_sentence_prediction": HeadTable(
-            "ForNextSentencePrediction", rows=_BERT_NEXT_SENTENCE
+            "ForNextSentencePrediction", heads.NextSentenceHead, _NEXT_SENTENCE, pooled=True
         ),
-        "sequence_classification": HeadTable("ForSequenceClassification", rows=_CLASSIFIER),
-        "token_classification": HeadTable("ForTokenClassification", rows=_CLASSIFIER),
-        "question_answering": HeadTable(
-            "ForQuestionAnswering", rows=(("dense", "qa_outputs", "head/outputs"),)
-        ),
-        "multiple_choice": HeadTable("ForMultipleChoice", rows=_CLASSIFIER),
-    },
-    ignored=("embeddings.position_ids", "embeddings.token_type_ids"),
-    module="modeling_lsg_bert",
-    auto_classes={
-        "AutoConfig": "Config",
-        "AutoModel": "Model",
-        "AutoModelForCausalLM": "LMHeadModel",
-        "AutoModelForMaskedLM": "ForMaskedLM",
-        "AutoModelForMultipleChoice": "ForMultipleChoice",
-        "AutoModelForPreTraining": "ForPreTraining",
-        "AutoModelForQuestionAnswering": "ForQuestionAnswering",
-        "AutoModelForSequenceClassification": "ForSequenceClassification",
-        "AutoModelForTokenClassification": "ForTokenClassification",
     },
 )
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (BERT,)}
+
+def _roberta(model_type: str, architecture: str) -> Family:
+    """RoBERTa and its descendants differ in names only."""
+    language_model = _language_model(
+        "roberta", "lm_head.dense", "lm_head.layer_norm", "lm_head.bias", "lm_head.decoder"
+    )
+    module = partial(heads.LanguageModelHead, act="gelu")
+    return Family(
+        model_type=model_type,
+        architecture=architecture,
+        prefix="roberta",
+        encoder=_BERT_ENCODER,
+        pooler=_POOLER,
+        heads={
+            **_pooled_heads(),
+            **_common_heads(),
+            "masked_lm": HeadTable("ForMaskedLM", module, **language_model),
+            "causal_lm": HeadTable("ForCausalLM", module, **language_model),
+            "sequence_classification": HeadTable(
+                "ForSequenceClassification",
+                partial(heads.FirstTokenHead, act="tanh", dropout_first=True),
+                (
+                    ("dense", "classifier.dense", "head/dense"),
+                    ("dense", "classifier.out_proj", "head/classifier"),
+                ),
+            ),
+        },
+        positions_after_padding=True,
+        position_offset=2,
+        globals_with_segment=False,
+    )
+
+
+_ELECTRA_LM = _language_model(
+    "electra",
+    "generator_predictions.dense",
+    "generator_predictions.LayerNorm",
+    "generator_lm_head.bias",
+    "generator_lm_head",
+)
+_ELECTRA_LM_HEAD = partial(heads.LanguageModelHead, act="gelu")
+
+ELECTRA = Family(
+    model_type="electra",
+    architecture="Electra",
+    prefix="electra",
+    encoder=(
+        *_BERT_ENCODER,
+        ("dense", "embeddings_project", "encoder/embeddings_project"),
+    ),
+    pooler=(),
+    heads={
+        "base": HeadTable("Model", heads.BaseHead),
+        **_common_heads(),
+        "masked_lm": HeadTable("ForMaskedLM", _ELECTRA_LM_HEAD, **_ELECTRA_LM),
+        "causal_lm": HeadTable("ForCausalLM", _ELECTRA_LM_HEAD, **_ELECTRA_LM),
+        "pretraining": HeadTable(
+            "ForPreTraining",
+            heads.DiscriminatorHead,
+            (
+                ("dense", "discriminator_predictions.dense", "head/dense"),
+                ("dense", "discriminator_predictions.dense_prediction", "head/prediction"),
+            ),
+            loss="discriminator",
+        ),
+        "sequence_classification": HeadTable(
+            "ForSequenceClassification",
+            partial(heads.FirstTokenHead, act="gelu", dropout_first=True),
+            (
+                ("dense", "classifier.dense", "head/dense"),
+                ("dense", "classifier.out_proj", "head/classifier"),
+            ),
+        ),
+        "multiple_choice": HeadTable(
+            "ForMultipleChoice",
+            heads.SequenceSummaryHead,
+            (
+                ("dense", "sequence_summary.summary", "head/dense"),
+                ("dense", "classifier", "head/classifier"),
+            ),
+        ),
+    },
+)
+
+_DISTILBERT_CLASSIFIER: Rows = (
+    ("dense", "pre_classifier", "head/dense"),
+    ("dense", "classifier", "head/classifier"),
+)
+
+DISTILBERT = Family(
+    model_type="distilbert",
+    architecture="DistilBert",
+    prefix="distilbert",
+    encoder=_encoder(
+        "transformer.layer.{0}",
+        *(f"attention.{name}" for name in ("q_lin", "k_lin", "v_lin", "out_lin")),
+        *("sa_layer_norm", "ffn.lin1", "ffn.lin2", "output_layer_norm"),
+    ),
+    pooler=(),
+    heads={
+        "base": HeadTable("Model", heads.BaseHead),
+        **_common_heads(
+            partial(heads.QuestionAnsweringHead, dropout_field="qa_dropout", dropout_default=0.1)
+        ),
+        "token_classification": HeadTable(
+            "ForTokenClassification",
+            **_classifier(partial(heads.TokenClassificationHead, of_hidden=True)),
+        ),
+        "masked_lm": HeadTable(
+            "ForMaskedLM",
+            heads.LanguageModelHead,
+            **_language_model(
+                "distilbert",
+                "vocab_transform",
+                "vocab_layer_norm",
+                "vocab_projector.bias",
+                "vocab_projector",
+            ),
+        ),
+        "sequence_classification": HeadTable(
+            "ForSequenceClassification",
+            partial(heads.FirstTokenHead, act="relu"),
+            _DISTILBERT_CLASSIFIER,
+        ),
+        "multiple_choice": HeadTable(
+            "ForMultipleChoice",
+            partial(heads.FirstTokenHead, act="relu", choices=True),
+            _DISTILBERT_CLASSIFIER,
+        ),
+    },
+)
+
+_ALBERT_NAMES = ("predictions.dense", "predictions.LayerNorm", "predictions.bias")
+_ALBERT_PRETRAINING = _language_model(
+    "albert", *_ALBERT_NAMES, "predictions.decoder", "head/masked_lm"
+)
+
+ALBERT = Family(
+    model_type="albert",
+    architecture="Albert",
+    prefix="albert",
+    encoder=(
+        *_encoder(
+            "encoder.albert_layer_groups.{0}.albert_layers.{1}",
+            *(f"attention.{n}" for n in ("query", "key", "value", "dense", "LayerNorm")),
+            *("ffn", "ffn_output", "full_layer_layer_norm"),
+        ),
+        ("dense", "encoder.embedding_hidden_mapping_in", "encoder/embeddings_project"),
+    ),
+    pooler=(("dense", "pooler", "pooler/dense"),),
+    heads={
+        **_pooled_heads(),
+        **_common_heads(),
+        "masked_lm": HeadTable(
+            "ForMaskedLM",
+            heads.LanguageModelHead,
+            **_language_model("albert", *_ALBERT_NAMES, "predictions.decoder"),
+        ),
+        "pretraining": HeadTable(
+            "ForPreTraining",
+            heads.SentenceOrderHead,
+            (
+                *_ALBERT_PRETRAINING.pop("rows"),
+                ("dense", "sop_classifier.classifier", "head/sentence_order/classifier"),
+            ),
+            pooled=True,
+            loss="sentence_order",
+            **_ALBERT_PRETRAINING,
+        ),
+    },
+    always_projects=True,
+)
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        BERT,
+        _roberta("roberta", "Roberta"),
+        _roberta("xlm-roberta", "XLMRoberta"),
+        _roberta("camembert", "Camembert"),
+        ELECTRA,
+        DISTILBERT,
+        ALBERT,
+    )
+}
 
 
 def family_of(model_type: str) -> Family:

@@ -1,9 +1,10 @@
 """Heads: from the encoder's last state to a task's outputs, which have one type.
 
-Axes: B batch, C choices, T tokens, D model width, V vocabulary, K labels, G global tokens.
+Axes: B batch, C choices, T tokens, D model width, E embedding width, V vocabulary, K labels, G
+    global tokens.
 """
 
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal
 
 import flax.linen as nn
 import flax.struct
@@ -41,6 +42,7 @@ class ModelOutput:
     end_logits: Array | None = None
     prediction_logits: Array | None = None
     seq_relationship_logits: Array | None = None
+    sop_logits: Array | None = None
     hidden_states: tuple[Array, ...] | None = None
 
 
@@ -53,16 +55,14 @@ class Pooler(Part):
 
 
 class Head(Part):
-    """From the encoder's last state, the pooler's output (None unless `pooled`) and the word table
-    to the task's outputs."""
-
-    pooled: ClassVar[bool] = False
+    """From the encoder's last state, the pooler's output (None where the task has no pooler) and
+    the word table to the task's outputs."""
 
     def __call__(
         self,
         last: Float[Array, "B T D"],
         pooled: Float[Array, "B D"] | None,
-        words: Float[Array, "V D"],
+        words: Float[Array, "V E"],
     ) -> ModelOutput:
         """Applies the head."""
         raise NotImplementedError
@@ -71,20 +71,23 @@ class Head(Part):
 class BaseHead(Head):
     """No head: the states themselves."""
 
-    pooled = True
-
     def __call__(self, last, pooled, words):
         return ModelOutput(last_hidden_state=last, pooler_output=pooled)
 
 
 class LanguageModelHead(Head):
-    """Transform, then scores over the vocabulary by the word table (by an own kernel where the
-    embeddings are not tied)."""
+    """Transform to the width of the embeddings, then scores over the vocabulary by the word table
+    (by an own kernel where the embeddings are not tied).
+
+    `act` is that of the transform, the config's `hidden_act` by default.
+    """
+
+    act: str | None = None
 
     @nn.compact
     def __call__(self, last, pooled, words):
-        config = self.config
-        x = activation(config.hidden_act)(self.dense(config.hidden_size, "transform")(last))
+        config, width = self.config, self.config.embedding_width
+        x = activation(self.act or config.hidden_act)(self.dense(width, "transform")(last))
         x = self.layer_norm("layer_norm")(x)
         bias = self.param("bias", nn.initializers.zeros, (config.vocab_size,), self.param_dtype)
         if config.tie_word_embeddings:
@@ -92,15 +95,13 @@ class LanguageModelHead(Head):
         else:
             init = nn.initializers.normal(config.initializer_range)
             kernel = self.param(
-                "kernel", init, (config.hidden_size, config.vocab_size), self.param_dtype
+                "kernel", init, (width, config.vocab_size), self.param_dtype
             ).astype(self.dtype)
         return ModelOutput(logits=x @ kernel + bias.astype(self.dtype)[None, None])  # [B, T, V]
 
 
 class PretrainingHead(Head):
     """Masked language model and next sentence."""
-
-    pooled = True
 
     @nn.compact
     def __call__(self, last, pooled, words):
@@ -116,44 +117,96 @@ class PretrainingHead(Head):
 class NextSentenceHead(Head):
     """Whether the second segment follows the first."""
 
-    pooled = True
-
     @nn.compact
     def __call__(self, last, pooled, words):
         return ModelOutput(logits=self.dense(2, "seq_relationship")(pooled))  # [B, 2]
 
 
 class _Classifier(Head):
-    def classify(self, x: Any, labels: int) -> Array:
-        """Dropout and a projection to the labels."""
-        rate = self.config.classifier_dropout
-        return self.dense(labels, "classifier")(
-            self.dropout(x, self.config.hidden_dropout_prob if rate is None else rate)
-        )
+    def classify(self, x: Any, labels: int, rate: float | None = None) -> Array:
+        """Dropout (the config's `classifier_dropout` by default) and a projection to the labels."""
+        rate = self.config.classifier_dropout if rate is None else rate
+        return self.dense(labels, "classifier")(self.dropout(x, rate))
+
+
+class SentenceOrderHead(Head):
+    """Masked language model and whether the segments are in order."""
+
+    @nn.compact
+    def __call__(self, last, pooled, words):
+        parts = self.inherited()
+        language_model = LanguageModelHead(**parts, name="masked_lm")(last, pooled, words)
+        order = SequenceClassificationHead(**parts, name="sentence_order")(last, pooled, words)
+        return ModelOutput(prediction_logits=language_model.logits, sop_logits=order.logits)
+
+
+class DiscriminatorHead(Head):
+    """Whether each token was replaced."""
+
+    @nn.compact
+    def __call__(self, last, pooled, words):
+        config = self.config
+        x = activation(config.hidden_act)(self.dense(config.hidden_size, "dense")(last))
+        return ModelOutput(logits=self.dense(1, "prediction")(x)[..., 0])  # [B, T]
 
 
 class SequenceClassificationHead(_Classifier):
     """One score per label for the sequence."""
-
-    pooled = True
 
     @nn.compact
     def __call__(self, last, pooled, words):
         return ModelOutput(logits=self.classify(pooled, self.config.num_labels))  # [B, K]
 
 
-class TokenClassificationHead(_Classifier):
-    """One score per label for every token."""
+class FirstTokenHead(_Classifier):
+    """Classification by the first token's state instead of the pooler's output.
+
+    `choices`: one score per choice, as `MultipleChoiceHead`.
+    """
+
+    act: str = "tanh"
+    dropout_first: bool = False
+    choices: bool = False
 
     @nn.compact
     def __call__(self, last, pooled, words):
-        return ModelOutput(logits=self.classify(last, self.config.num_labels))  # [B, T, K]
+        x = last[:, 0]
+        if self.dropout_first:
+            x = self.dropout(x, self.config.classifier_dropout)
+        x = activation(self.act)(self.dense(self.config.hidden_size, "dense")(x))
+        return ModelOutput(logits=self.classify(x, 1 if self.choices else self.config.num_labels))
+
+
+class SequenceSummaryHead(_Classifier):
+    """Multiple choice by a summary of the first token's state (ELECTRA)."""
+
+    @nn.compact
+    def __call__(self, last, pooled, words):
+        config = self.config
+        x = self.dropout(last[:, 0], config.other("summary_first_dropout", 0.0))
+        x = self.dense(config.hidden_size, "dense")(x)
+        act = config.other("summary_activation", "gelu")
+        x = activation(act)(x) if act else x
+        rate = config.other("summary_last_dropout", 0.1)
+        return ModelOutput(logits=self.classify(x, 1, rate))  # [B * C, 1]
+
+
+class TokenClassificationHead(_Classifier):
+    """One score per label for every token.
+
+    `of_hidden`: with the dropout of hidden states, not that of classifiers.
+    """
+
+    of_hidden: bool = False
+
+    @nn.compact
+    def __call__(self, last, pooled, words):
+        rate = self.config.hidden_dropout_prob if self.of_hidden else None
+        return ModelOutput(logits=self.classify(last, self.config.num_labels, rate))  # [B, T, K]
 
 
 class MultipleChoiceHead(_Classifier):
     """One score per choice; the model has flattened the choices into the batch."""
-
-    pooled = True
 
     @nn.compact
     def __call__(self, last, pooled, words):
@@ -161,24 +214,15 @@ class MultipleChoiceHead(_Classifier):
 
 
 class QuestionAnsweringHead(Head):
-    """Scores of every token to start and to end the answer."""
+    """Scores of every token to start and to end the answer, behind the dropout of a config
+    field."""
+
+    dropout_field: str | None = None
+    dropout_default: float = 0.0
 
     @nn.compact
     def __call__(self, last, pooled, words):
+        if self.dropout_field:
+            last = self.dropout(last, self.config.other(self.dropout_field, self.dropout_default))
         logits = self.dense(2, "outputs")(last)  # [B, T, 2]
         return ModelOutput(start_logits=logits[..., 0], end_logits=logits[..., 1])
-
-
-HEADS: dict[str, type[Head]] = {
-    "base": BaseHead,
-    "masked_lm": LanguageModelHead,
-    "causal_lm": LanguageModelHead,
-    "pretraining": PretrainingHead,
-    "next_sentence_prediction": NextSentenceHead,
-    "sequence_classification": SequenceClassificationHead,
-    "token_classification": TokenClassificationHead,
-    "question_answering": QuestionAnsweringHead,
-    "multiple_choice": MultipleChoiceHead,
-}
-
-assert set(HEADS) == set(get_args(Task))

@@ -15,7 +15,8 @@ from flax.typing import Dtype
 
 from lsg_flax.config import EncoderConfig
 from lsg_flax.models.encoder import Encoder, Remat
-from lsg_flax.models.heads import HEADS, ModelOutput, Pooler, Task
+from lsg_flax.models.families import family_of
+from lsg_flax.models.heads import ModelOutput, Pooler, Task
 
 
 class Model(nn.Module):
@@ -89,9 +90,9 @@ class Model(nn.Module):
             name="encoder",
         )
         last, states, words = encoder(*(inputs.flattened() if choices else inputs.arrays()))
-        head = HEADS[self.task]
+        head = family_of(self.config.model_type).head(self.task)
         pooled = Pooler(**part, name="pooler")(last) if head.pooled else None
-        output = head(**part, name="head")(last, pooled, words)
+        output = head.module(**part, name="head")(last, pooled, words)
         if choices and output.logits is not None:
             output = dataclasses.replace(
                 output, logits=output.logits.reshape(-1, choices)
@@ -136,17 +137,20 @@ def _check_inputs(inputs: _Inputs, config: EncoderConfig, *, choices: bool) -> N
             f"the inputs must be {layout}, got a leading shape {lead}; add the missing axis with "
             "x[None]."
         )
-    length, limit = lead[-1], config.max_position_embeddings
+    length = lead[-1]
+    limit = config.max_position_embeddings - family_of(config.model_type).position_offset
     if length > limit and named["position_ids"] is None:
         raise ValueError(
-            f"{length} tokens are more than max_position_embeddings={limit} of this checkpoint; "
+            f"{length} tokens are more than the {limit} positions of this checkpoint "
+            f"(max_position_embeddings={config.max_position_embeddings}); "
             "truncate them, or make the checkpoint "
             f"longer: lsg_flax.convert_checkpoint(source, target, max_sequence_length={length})."
         )
     embeds = named["inputs_embeds"]
-    if embeds is not None and embeds.shape[-1] != config.hidden_size:
+    if embeds is not None and embeds.shape[-1] != config.embedding_width:
+        name = "embedding_size" if config.embedding_size else "hidden_size"
         raise ValueError(
-            f"inputs_embeds {embeds.shape} must end in hidden_size={config.hidden_size}."
+            f"inputs_embeds {embeds.shape} must end in {name}={config.embedding_width}."
         )
     for name in ("attention_mask", "token_type_ids", "position_ids"):
         array = named[name]

@@ -5,15 +5,16 @@ import os
 import numpy as np
 from jobs import Case
 
-from lsg_flax.config import SPARSITY_TYPES, LSGConfig
-from lsg_flax.models.families import BERT
+from lsg_flax.config import DIALECTS, SPARSITY_TYPES, Dialect, EncoderConfig, LSGConfig
+from lsg_flax.models.families import FAMILIES
 from lsg_flax.sparsity import effective_type
 
 SEED = int(os.environ.get("LSG_PARITY_SEED", "0"))
 VOCABULARY = 37
-TASKS = tuple(BERT.heads)
-PATTERNS_PER_HEAD = 2
-GRADIENT_MODEL = "model_masked_lm_0"
+HEADS = [(family, task) for family in FAMILIES for task in FAMILIES[family].heads]
+PATTERNS_PER_HEAD = {"bert": 2}  # of the others one
+GRADIENTS_OF = {"bert": "masked_lm", "electra": "pretraining", "albert": "pretraining"}  # or
+GRADIENT_TASK = "sequence_classification"
 CONVERSIONS = 6
 TRUE_OR_FALSE = (True, False)
 
@@ -69,28 +70,38 @@ def leaks(pattern: dict, mask: np.ndarray) -> bool:
     return not rows.reshape(len(rows), -1, factor).any(-1).all()
 
 
-def random_sizes(generator) -> dict:
+def random_sizes(generator, family: str = "bert") -> dict:
+    """Fields of config.json, by the family's names."""
     heads = pick(generator, (2, 3, 4))
-    return {
+    hidden = heads * pick(generator, (4, 6))
+    sizes = {
         "vocab_size": VOCABULARY,
-        "hidden_size": heads * pick(generator, (4, 6)),
+        "hidden_size": hidden,
         "num_hidden_layers": int(generator.integers(1, 4)),
         "num_attention_heads": heads,
         "intermediate_size": pick(generator, (16, 24)),
-        "max_position_embeddings": 64,
+        "max_position_embeddings": 64 + FAMILIES[family].position_offset,
         "hidden_act": pick(generator, ("gelu", "gelu", "gelu_new", "relu")),
-        "num_labels": int(generator.integers(2, 6)),
     }
+    dialect = DIALECTS.get(family, Dialect())
+    if "embedding_size" in dialect.defaults:
+        sizes["embedding_size"] = pick(generator, (10, hidden))
+    if "num_hidden_groups" in dialect.defaults:
+        groups = pick(generator, (1, 2))
+        shared = {"num_hidden_groups": groups, "inner_group_num": pick(generator, (1, 2))}
+        sizes |= shared | {"num_hidden_layers": groups * pick(generator, (1, 2))}
+    sizes = {dialect.names.get(name, name): value for name, value in sizes.items()}
+    return sizes | {"model_type": family, "num_labels": int(generator.integers(2, 6))}
 
 
-def random_model(generator, task: str, kind: str) -> dict:
+def random_model(generator, family: str, task: str, kind: str) -> dict:
     """The whole config of an LSG model."""
     pattern = random_pattern(generator, kind)
     pattern["pool_with_global"] = pick(generator, TRUE_OR_FALSE)
     pattern["mask_first_token"] = pattern["pool_with_global"] and pick(generator, TRUE_OR_FALSE)
     extra = {"is_decoder": True} if task == "causal_lm" else {}
     extra |= {"num_labels": 2} if task == "question_answering" else {}  # start and end
-    return random_sizes(generator) | pattern | extra | {"model_type": "bert"}
+    return random_sizes(generator, family) | pattern | extra
 
 
 def random_inputs(generator, task: str, config: dict) -> dict[str, np.ndarray]:
@@ -100,12 +111,16 @@ def random_inputs(generator, task: str, config: dict) -> dict[str, np.ndarray]:
     length = int(generator.integers(3, 2 * block) if short else generator.integers(2 * block, 60))
     length += not short
     lead = (2, 3, length) if task == "multiple_choice" else (2, length)
-    mask = random_mask(generator, int(np.prod(lead[:-1])), length)
-    return {
-        "input_ids": generator.integers(5, VOCABULARY, lead).astype(np.int32),
-        "attention_mask": mask.reshape(lead).astype(np.int32),
-        "token_type_ids": generator.integers(0, 2, lead).astype(np.int32),
+    mask = random_mask(generator, int(np.prod(lead[:-1])), length).reshape(lead)
+    ids = generator.integers(5, VOCABULARY, lead).astype(np.int32)
+    read = EncoderConfig.from_dict(config)
+    inputs = {
+        "input_ids": np.where(mask, ids, read.pad_token_id).astype(np.int32),
+        "attention_mask": mask.astype(np.int32),
     }
+    if read.type_vocab_size:
+        inputs["token_type_ids"] = generator.integers(0, 2, lead).astype(np.int32)
+    return inputs
 
 
 def attention_case(name: str, kind: str, *, causal: bool) -> Case:
@@ -146,41 +161,55 @@ def selection_case(name: str, kind: str) -> Case:
 
 
 def model_cases() -> dict[str, Case]:
-    """A random model of every head and pattern, and a run of each."""
+    """A random model of every family and head, LSG and plain, and a run of each."""
     cases = {}
-    kinds = [SPARSITY_TYPES[(i + SEED) % 7] for i in range(len(TASKS) * PATTERNS_PER_HEAD)]
-    for i, task in enumerate(TASKS):
-        for j in range(PATTERNS_PER_HEAD):
-            name = f"model_{task}_{j}"
+    for i, (family, task) in enumerate(HEADS):
+        for j in range(PATTERNS_PER_HEAD.get(family, 1)):
+            name = f"model_{family}_{task}_{j}"
             generator = generator_of(name)
-            config = random_model(generator, task, kinds[i * PATTERNS_PER_HEAD + j])
+            config = random_model(generator, family, task, SPARSITY_TYPES[(2 * i + j + SEED) % 7])
             if task in ("masked_lm", "pretraining") and j == 1:
                 config["tie_word_embeddings"] = False
-            add_model(cases, name, task, config, generator, lsg=True)
-    for task in ("base", "masked_lm", "pretraining", "sequence_classification"):
-        name = f"plain_{task}"
+            add_model(cases, name, family, task, config, generator, lsg=True)
+        name = f"plain_{family}_{task}"
         generator = generator_of(name)
-        add_model(cases, name, task, random_sizes(generator), generator, lsg=False)
+        config = random_sizes(generator, family)
+        config |= {"num_labels": 2} if task == "question_answering" else {}
+        config |= {"is_decoder": True} if task == "causal_lm" else {}
+        add_model(cases, name, family, task, config, generator, lsg=False)
     return cases
 
 
-def add_model(cases, name: str, task: str, config: dict, generator, *, lsg: bool) -> None:
+def add_model(cases, name, family: str, task, config: dict, generator, *, lsg: bool) -> None:
     made = {
         "kind": "make_model",
-        "class": BERT.class_name(task, lsg=lsg),
+        "class": FAMILIES[family].class_name(task, lsg=lsg),
         "config": config,
         "out": name,
         "seed": int(generator.integers(2**31)),
     }
     inputs = random_inputs(generator, task, config)
     run = {"kind": "model", "class": made["class"], "checkpoint": name}
-    if name == GRADIENT_MODEL:
-        keys = BERT.keys(task, layers=config["num_hidden_layers"], lsg=lsg, tied=True)
-        run["grad_of"] = [key.torch for key in keys]
-        weights = generator.standard_normal((*inputs["input_ids"].shape, VOCABULARY)) / 8
-        inputs["weight_logits"] = weights.astype(np.float32)
+    if lsg and name.endswith(f"{GRADIENTS_OF.get(family, GRADIENT_TASK)}_0"):
+        run["grad_of"] = "all"
+        generator = generator_of(f"{name} weights")
+        for output, shape in gradient_outputs(family, task, config, inputs).items():
+            inputs[f"weight_{output}"] = generator.standard_normal(shape).astype(np.float32) / 8
     cases[f"make_{name}"] = Case(made)
     cases[name] = Case(run, inputs)
+
+
+def gradient_outputs(family: str, task: str, config: dict, inputs) -> dict[str, tuple[int, ...]]:
+    """The outputs that are differentiated, and their shapes."""
+    lead = inputs["input_ids"].shape
+    if task == "sequence_classification":
+        return {"logits": (lead[0], config["num_labels"])}
+    if family == "albert":
+        return {
+            "prediction_logits": (*lead, VOCABULARY),
+            "sop_logits": (lead[0], config["num_labels"]),
+        }
+    return {"logits": lead if task == "pretraining" else (*lead, VOCABULARY)}
 
 
 def file_cases() -> dict[str, Case]:
@@ -209,6 +238,9 @@ def conversion_cases() -> dict[str, Case]:
         "num_attention_heads": 2,
         "intermediate_size": 8,
     }
+    for family in FAMILIES:
+        if family != "bert":
+            add_family_conversion(cases, family)
     for rows in ("400", "512", "1100", "lsg"):
         lsg = rows == "lsg"
         positions = {"max_position_embeddings": 512 if lsg else int(rows)}
@@ -246,6 +278,38 @@ def conversion_cases() -> dict[str, Case]:
             }
         )
     return cases
+
+
+def add_family_conversion(cases, family: str) -> None:
+    """A plain checkpoint and its conversion at a length where the reference's tables are whole."""
+    generator = generator_of(f"convert {family}")
+    positions = 512 + FAMILIES[family].position_offset
+    config = random_sizes(generator, family) | {"max_position_embeddings": positions}
+    cases[f"make_convert_{family}"] = Case(
+        {
+            "kind": "make_model",
+            "class": FAMILIES[family].class_name("masked_lm", lsg=False),
+            "config": config,
+            "out": f"convert_{family}",
+            "tokenizer": True,
+        }
+    )
+    options = {
+        "max_sequence_length": pick(generator, (512, 1024, 2048)),
+        "random_global_init": pick(generator, TRUE_OR_FALSE),
+        "use_token_ids": pick(generator, TRUE_OR_FALSE),
+        "global_positional_stride": pick(generator, (16, 64)),
+    }
+    cases[f"convert_{family}"] = Case(
+        {
+            "kind": "convert",
+            "checkpoint": f"convert_{family}",
+            "options": options,
+            "config": random_pattern(generator, pick(generator, SPARSITY_TYPES)),
+            "out": f"converted_{family}",
+            "seed": int(generator.integers(2**31)),
+        }
+    )
 
 
 CASES: dict[str, Case] = (

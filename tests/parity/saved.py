@@ -6,13 +6,13 @@ import shutil
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
-from cases import SEED, TASKS, generator_of, random_inputs, random_model, random_sizes
+from cases import HEADS, SEED, generator_of, random_inputs, random_model, random_sizes
 from jobs import Case, Results, ask
 
 import lsg_flax
 from lsg_flax.config import SPARSITY_TYPES, EncoderConfig
 from lsg_flax.convert_from_torch import example_ids
-from lsg_flax.models.families import BERT
+from lsg_flax.models.families import FAMILIES
 
 PLAIN_RUN = ("base", "masked_lm", "pretraining", "multiple_choice")
 CONVERTED = {
@@ -50,11 +50,12 @@ def write_checkpoints(folder: pathlib.Path, reference: Results) -> dict[str, Cas
     cases: dict[str, Case] = {}
     package = ask("from importlib.util import find_spec; print(find_spec('lsg_converter').origin)")
     remote_code = pathlib.Path(package).parent / "bert" / "modeling_lsg_bert.py"
-    for i, task in enumerate(TASKS):
+    for i, (family, task) in enumerate(HEADS):
         kind = SPARSITY_TYPES[(i + SEED + 3) % 7]
-        write(cases, folder, f"lsg_{task}", task, kind)
-        write(cases, folder, f"plain_{task}", task, None)
-    write(cases, folder, "lsg_masked_lm_untied", "masked_lm", "norm", tie_word_embeddings=False)
+        write(cases, folder, f"lsg_{family}_{task}", family, task, kind)
+        write(cases, folder, f"plain_{family}_{task}", family, task, None)
+    untied = {"tie_word_embeddings": False}
+    write(cases, folder, "lsg_bert_masked_lm_untied", "bert", "masked_lm", "norm", **untied)
     for name, options in CONVERTED.items():
         source = reference.folder / "convert_512"
         lsg_flax.convert_checkpoint(source, folder / f"converted_{name}", **options, **BLOCKS)
@@ -68,15 +69,17 @@ def write_checkpoints(folder: pathlib.Path, reference: Results) -> dict[str, Cas
     return cases
 
 
-def write(cases, folder: pathlib.Path, name: str, task, kind: str | None, **fields) -> None:
+def write(cases, folder: pathlib.Path, name: str, family, task, kind, **fields) -> None:
     generator = generator_of(f"saved_{name}")
-    values = random_model(generator, task, kind) if kind else random_sizes(generator)
+    values = (
+        random_model(generator, family, task, kind) if kind else random_sizes(generator, family)
+    )
     if task == "question_answering":
         values["num_labels"] = 2
     lsg = {"base_model_prefix": "lsg"} if kind else {"is_decoder": task == "causal_lm"}
     model = lsg_flax.Model(EncoderConfig.from_dict(values | lsg | fields), task)
     lsg_flax.save_pretrained(folder / name, model, random_params(model, generator))
-    common = {"class": BERT.class_name(task, lsg=bool(kind)), "checkpoint": name}
+    common = {"class": FAMILIES[family].class_name(task, lsg=bool(kind)), "checkpoint": name}
     cases[f"strict_{name}"] = Case({"kind": "strict_load", **common})
     inputs = random_inputs(generator, task, values)
     cases[name] = Case({"kind": "model", **common}, inputs)

@@ -18,6 +18,7 @@ from saved import BLOCKS, CONVERTED
 
 import lsg_flax
 from lsg_flax.config import LSGConfig
+from lsg_flax.models.families import FAMILIES
 from lsg_flax.to_lsg import Draws, LSGOptions, to_lsg
 
 REQUIREMENTS = HERE.parent / "reference" / "requirements.txt"
@@ -68,9 +69,9 @@ def check_conversion(source, case, result, lsg: LSGConfig):
     return config, made
 
 
-@pytest.mark.parametrize("i", range(CONVERSIONS))
-def test_random_conversion(reference, i):
-    case, result = reference[f"convert_{i}"]
+@pytest.mark.parametrize("name", [*map(str, range(CONVERSIONS)), *sorted({*FAMILIES} - {"bert"})])
+def test_random_conversion(reference, name):
+    case, result = reference[f"convert_{name}"]
     source = reference.folder / case.fields["checkpoint"]
     given = lsg_flax.from_pretrained(source)[0].config.lsg
     config, made = check_conversion(

@@ -18,7 +18,7 @@ import transformers
 
 import lsg_flax
 from lsg_flax.hub import read_tensors
-from lsg_flax.models.families import BERT
+from lsg_flax.models.families import FAMILIES
 
 REFERENCE, SAVED, OUT = map(pathlib.Path, sys.argv[2:])
 
@@ -68,12 +68,13 @@ def errors():
 
 def current_transformers():
     found = {}
-    for task in BERT.heads:
-        name = BERT.class_name(task, lsg=False)
-        _, info = getattr(transformers, name).from_pretrained(
-            SAVED / f"plain_{task}", output_loading_info=True
-        )
-        found[task] = {key: sorted(map(str, value)) for key, value in info.items()}
+    for family in FAMILIES.values():
+        for task in family.heads:
+            name = family.class_name(task, lsg=False)
+            _, info = getattr(transformers, name).from_pretrained(
+                SAVED / f"plain_{family.model_type}_{task}", output_loading_info=True
+            )
+            found[name] = {key: sorted(map(str, value)) for key, value in info.items()}
     return found
 
 

@@ -36,7 +36,8 @@ convert: checkpoint, options?, config?, architecture?, out?
   config validates itself; in `convert` they are the converter's extra keywords, not validated.
 - cotangent adds grad_query, grad_key, grad_value of sum(context * cotangent).
 - weighted_loss = sum over the weight_<output> arrays of sum(output * weight); grad_of names the
-  parameters to differentiate it by. The gradient of a tied parameter is the sum over its uses.
+  parameters to differentiate it by ("all"). The gradient of a tied parameter is the sum over its
+  uses.
 - seed? (default 0) seeds torch before the case, so that no case depends on those before it;
   dtype? (default float32) is a torch dtype name.
 - LSH draws new rotations in each round. Here they are lsh_rotations(heads, head_size, hashes), a
@@ -238,6 +239,8 @@ def run_model(case, inputs, folder):
         )
     arguments = {k: to_torch(v, model.dtype) for k, v in inputs.items() if k in accepted}
     grad_of = case.get("grad_of", [])
+    if grad_of == "all":
+        grad_of = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     with (
         torch.set_grad_enabled(bool(grad_of)),
         fixed_lsh_rotations(getattr(model.config, "sparsity_type", None)),
