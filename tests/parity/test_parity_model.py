@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import CASES, HEADS, leaks, names
-from jobs import close, close_outputs
+from jobs import DIFFERENCES, TABLE, close, close_outputs
 from saved import CONVERTED
 
 import lsg_flax
@@ -28,16 +28,22 @@ def loaded(results, name: str):
     return model, params, arguments, case, result
 
 
-def compare(results, name: str, group: str):
+def compare(results, name: str, direction: str):
+    """Runs a case and notes its largest difference in the table of families and heads."""
+    kind = "plain" if name.startswith("plain") else "LSG"
+    group = f"{direction} {kind} {name}"
     model, params, arguments, case, result = loaded(results, name)
     assert {key: result.report[key] for key in LISTS} == {key: [] for key in LISTS}
     ours = jax.jit(model.apply)({"params": params}, **arguments)
     close_outputs(group, model.task, ours, case, result, f"{name} {model.config}")
+    row = TABLE.setdefault((model.config.model_type, model.task), {})
+    column, difference = f"{kind} {direction}", DIFFERENCES.pop(group)
+    row[column] = max(row.get(column, 0.0), difference)
 
 
 @pytest.mark.parametrize("name", names("model"))
 def test_a_model_of_pytorch_in_jax(reference, name):
-    compare(reference, name, "PyTorch -> JAX " + " ".join(name.split("_")[:2]))
+    compare(reference, name, "PyTorch -> JAX")
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if "grad_of" in CASES[n].fields])
@@ -64,7 +70,10 @@ def test_gradients_of_every_parameter(reference, name):
         scale = max(1.0, np.abs(gradient).max())
         label = f"gradient of {parameter}, {model.config}"
         ours = tensors[parameter] / scale
-        close("gradients", ours, gradient / scale, tolerance=1e-4, label=label)
+        group = f"gradients {name}"
+        close(group, ours, gradient / scale, tolerance=1e-4, label=label)
+    row = TABLE.setdefault((model.config.model_type, model.task), {})
+    row["gradients"] = DIFFERENCES.pop(group)
 
 
 RUN = [f"{kind}_{family}_{task}" for family, task in HEADS for kind in ("lsg", "plain")]
@@ -74,11 +83,11 @@ RUN.append("lsg_bert_masked_lm_untied")
 @pytest.mark.parametrize("name", RUN)
 def test_a_model_of_ours_in_pytorch(saved, name):
     """Nothing missing, nothing left over, the same numbers; and a strict load of the file."""
-    compare(saved, name, "JAX -> PyTorch " + " ".join(name.split("_")[:2]))
+    compare(saved, name, "JAX -> PyTorch")
     _, strict = saved[f"strict_{name}"]
     assert len(strict.report["keys"]) > 15
 
 
 @pytest.mark.parametrize("name", CONVERTED)
 def test_our_conversion_in_pytorch(saved, name):
-    compare(saved, f"converted_{name}", "JAX -> PyTorch converted")
+    compare(saved, f"converted_{name}", "JAX -> PyTorch")

@@ -397,6 +397,49 @@ def record_models(recorder):
     record_heads(add)
 
 
+# One head of every other family, with all gradients: (class behind LSG, its fields, an output).
+FAMILIES = {
+    "roberta": ("RobertaForSequenceClassification", dict(pad_token_id=1), "logits"),
+    "xlm-roberta": ("XLMRobertaForMaskedLM", dict(pad_token_id=1), "logits"),
+    "camembert": ("CamembertForTokenClassification", dict(pad_token_id=1), "logits"),
+    "electra": ("ElectraForPreTraining", dict(embedding_size=10), "logits"),
+    "distilbert": ("DistilBertForSequenceClassification", {}, "logits"),
+    "albert": (
+        "AlbertForPreTraining",
+        dict(embedding_size=10, num_hidden_groups=1, inner_group_num=2, hidden_act="gelu_new"),
+        "sop_logits",
+    ),
+}
+DISTILBERT_NAMES = dict(
+    hidden_size="dim",
+    num_hidden_layers="n_layers",
+    num_attention_heads="n_heads",
+    intermediate_size="hidden_dim",
+)
+
+
+def record_families(recorder):
+    t = 29
+    mask = ragged(2, t)
+    for seed, (family, (cls, fields, output)) in enumerate(FAMILIES.items()):
+        sizes = TINY_BERT | dict(num_labels=3, model_type=family)
+        if family == "distilbert":
+            sizes = {DISTILBERT_NAMES.get(k, k): v for k, v in sizes.items()}
+        folder = f"{family.replace('-', '_')}_spread"
+        make_model(folder, f"LSG{cls}", sizes | LSG | fields, seed=seed, scale=0.3)
+        pad = fields.get("pad_token_id", 0)
+        ids = np.where(mask, token_ids(2, t), pad).astype(np.int32)
+        arguments = dict(input_ids=ids, attention_mask=mask.astype(np.int32))
+        run = {"class": f"LSG{cls}", "checkpoint": folder}
+        plain = worker.run_case(dict(name="", kind="model", **run), arguments, GOLDEN)[0]
+        weight = normal(*plain[output].shape) / 8
+        if weight.shape[:2] == mask.shape:  # as a loss: padding's own embedding gets no gradient
+            weight = np.where(mask.reshape(2, t, *[1] * (weight.ndim - 2)), weight, 0)
+        arguments[f"weight_{output}"] = weight.astype(np.float32)
+        name = f"model_{folder}"
+        recorder.add("model_families", name, "model", arguments, grad_of="all", **run)
+
+
 # ---------------------------------------------------------------------------------------------
 # Conversion
 
@@ -480,6 +523,7 @@ def main():
     record_attention(recorder)
     record_standalone_attention(recorder)
     record_models(recorder)
+    record_families(recorder)
     record_conversions(recorder)
     recorder.write()
 
