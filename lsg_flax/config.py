@@ -203,6 +203,7 @@ class EncoderConfig:
     pad_token_id: int | None = 0
     classifier_dropout: float | None = None
     is_decoder: bool = False
+    add_cross_attention: bool = False
     tie_word_embeddings: bool = True
     problem_type: ProblemType | None = None
     labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
@@ -226,6 +227,10 @@ class EncoderConfig:
             self.hidden_size % self.num_attention_heads == 0,
             f"hidden_size={self.hidden_size} is not divisible by "
             f"num_attention_heads={self.num_attention_heads}.",
+        )
+        _require(
+            self.is_decoder or not self.add_cross_attention,
+            "add_cross_attention=True is for decoders: set is_decoder=True as well.",
         )
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
             rate = getattr(self, name)
@@ -273,10 +278,6 @@ class EncoderConfig:
         _require(
             position_type == "absolute",
             f"position_embedding_type={position_type!r} is not supported, only 'absolute'.",
-        )
-        _require(
-            not values.get("add_cross_attention", False),
-            "add_cross_attention=true is not supported: the models here are encoders.",
         )
         known = {f.name for f in fields(cls)} - {"labels", "lsg", "extra"}
         ours = {name: values.pop(name) for name in sorted(known & values.keys())}

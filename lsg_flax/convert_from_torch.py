@@ -131,6 +131,7 @@ def _keys(family: Family, task: Task, config: EncoderConfig) -> list[Key]:
         layers=config.num_hidden_layers,
         lsg=config.lsg is not None,
         tied=config.tie_word_embeddings,
+        cross=config.add_cross_attention,
     )
 
 

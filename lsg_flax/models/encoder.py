@@ -1,7 +1,7 @@
 """The one encoder: embeddings, a scanned stack of layers, pooler. Families and attention kinds are
 values of its config.
 
-Axes: B batch, T tokens, G global tokens, D model width, L layers.
+Axes: B batch, T tokens, U tokens with an output (T, or 1 with a cache), G global tokens, D model width, L layers.
 """
 
 from typing import Any, Literal
@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from lsg_flax.attention import DEFAULT_LSH_SEED
-from lsg_flax.layers import Embeddings, EncoderLayer, Part
+from lsg_flax.decoding import Cache, LayerCache, extend, prompt_length
+from lsg_flax.layers import Embeddings, EncoderLayer, Memory, Part
 
 Remat = Literal["none", "full", "dots"]
 REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
@@ -26,11 +27,13 @@ class Encoder(Part):
             "dots" (keeps its projections).
         unroll: layers per iteration of the scan; more compiles longer and may run faster.
         keep_states: also return every layer's output.
+        slots: if not 0, also return a cache with this many (from `decoding.slots_for`).
     """
 
     remat: Remat = "none"
     unroll: int = 1
     keep_states: bool = False
+    slots: int = 0
 
     @nn.compact
     def __call__(
@@ -40,15 +43,25 @@ class Encoder(Part):
         token_type_ids: Int[Array, "B T"] | None = None,
         position_ids: Int[Array, "#B T"] | None = None,
         inputs_embeds: Float[Array, "B T D"] | None = None,
+        memory: Memory | None = None,
+        cache: Cache | None = None,
     ) -> tuple[
-        Float[Array, "B T D"], tuple[Float[Array, "B GT D"], ...] | None, Float[Array, "V D"]
+        Float[Array, "B U D"],
+        tuple[Float[Array, "B GT D"], ...] | None,
+        Float[Array, "V D"],
+        Cache | None,
     ]:
-        """Returns the last state (without globals and padding), all states (with them) if kept, and
-        the word table."""
-        lsg = self.config.lsg
+        """Returns the last state (without globals and padding), all states (with them) if kept, the
+        word table, and the cache. Given a cache, the input is the next token; with `slots` or a
+        cache, the last state is that of the last token alone."""
+        lsg = self.config.lsg if cache is None else None
+        if cache is not None and position_ids is None:
+            position_ids = cache.position[:, None]
         x, words = Embeddings(**self.inherited(), name="embeddings")(
             input_ids, token_type_ids, position_ids, inputs_embeds
         )
+        if cache is not None and self.config.lsg:
+            x = x[:, self.config.lsg.num_global_tokens :]  # they are in the cache
         globals_ = lsg.num_global_tokens if lsg else 0
         length = x.shape[1] - globals_
         mask = (
@@ -64,14 +77,28 @@ class Encoder(Part):
                 jnp.pad(mask, ((0, 0), (0, extra))), ((0, 0), (globals_, 0)), constant_values=True
             )  # [B, G + T]
             x = jnp.pad(x, ((0, 0), (0, extra), (0, 0)))
-        last, states = self._layers(x, mask)
+        last, states, layers = self._layers(x, mask, memory, cache)
         if lsg and lsg.pool_with_global:
             last = last.at[:, globals_].set(last[:, 0])
         if states is not None:  # the reference pools in place, so its last entry shows it
             states = (x, *states[:-1], last)
-        return last[:, globals_ : globals_ + length], states, words
+        last = last[:, globals_ : globals_ + length]
+        if cache is not None:
+            assert position_ids is not None and layers is not None
+            position = jnp.broadcast_to(position_ids[:, 0], cache.position.shape)
+            cache = extend(cache, layers, position, self.config.lsg)
+        elif layers is not None:
+            cache = _first_cache(layers, mask[:, globals_ : globals_ + length], position_ids)
+            last = jax.lax.dynamic_slice_in_dim(last, cache.length - 1, 1, axis=1)
+        return last, states, words, cache
 
-    def _layers(self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"]):
+    def _layers(
+        self,
+        x: Float[Array, "B T D"],
+        mask: Bool[Array, "B T"],
+        memory: Memory | None,
+        cache: Cache | None,
+    ):
         """The scan over stacked layers: parameters have a leading axis of layers, and compile time
         does not grow with depth."""
         step: Any = _Step
@@ -82,13 +109,16 @@ class Encoder(Part):
             step,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
+            in_axes=(nn.broadcast, 0, nn.broadcast, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=count,
             unroll=min(self.unroll, count),
         )
-        return stack(**self.inherited(), keep_states=self.keep_states, name="layers")(
-            x, mask, self._lsh_keys()
+        layers = stack(
+            **self.inherited(), slots=self.slots, keep_states=self.keep_states, name="layers"
         )
+        kept, length = (None, None) if cache is None else (cache.layers, cache.length)
+        last, (states, new) = layers(x, mask, self._lsh_keys(), memory, kept, length)
+        return last, states, new
 
     def _lsh_keys(self) -> Key[Array, "L"] | None:
         """One key per layer, from the "lsh" rng or a fixed seed."""
@@ -99,6 +129,15 @@ class Encoder(Part):
         return jax.random.split(key, self.config.num_hidden_layers)
 
 
+def _first_cache(
+    layers: LayerCache, mask: Bool[Array, "B T"], position_ids: Int[Array, "#B T"] | None
+) -> Cache:
+    """The cache of a prompt; positions are counted on from that of its last token."""
+    length = prompt_length(mask)
+    position = length[None] if position_ids is None else position_ids[:, length - 1] + 1
+    return Cache(layers, length, jnp.broadcast_to(position, mask.shape[:1]).astype(jnp.int32))
+
+
 class _Step(EncoderLayer):
     """A layer as a scan step: its output is carried on and, if asked for, kept."""
 
@@ -106,7 +145,13 @@ class _Step(EncoderLayer):
 
     @nn.compact
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"], lsh_key: PRNGKeyArray | None
+        self,
+        x: Float[Array, "B T D"],
+        mask: Bool[Array, "B T"],
+        lsh_key: PRNGKeyArray | None,
+        memory: Memory | None,
+        kept: LayerCache | None,
+        length: Int[Array, ""] | None,
     ):
-        x = super().__call__(x, mask, lsh_key)
-        return x, x if self.keep_states else None
+        x, new = super().__call__(x, mask, lsh_key, memory, kept, length)
+        return x, (x if self.keep_states else None, new)

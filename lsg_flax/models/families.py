@@ -83,11 +83,14 @@ class Family:
         names: dict[str, Task] = {self.class_name(task, lsg=False): task for task in self.heads}
         return names.get(class_name.removeprefix("LSG"))
 
-    def keys(self, task: Task, *, layers: int, lsg: bool, tied: bool) -> list[Key]:
+    def keys(
+        self, task: Task, *, layers: int, lsg: bool, tied: bool, cross: bool = False
+    ) -> list[Key]:
         """Every tensor of a model, with its prefix."""
         head = self.head(task)
         prefix = "" if task == "base" else f"{self.prefix}."
         encoder = [row for row in self.encoder if lsg or "global_embeddings" not in row[2]]
+        encoder = [row for row in encoder if cross or "cross_attention" not in row[2]]
         encoder += self.pooler if pools(task) else ()
         own = (*head.rows, *(() if tied else head.untied_rows))
         return [
@@ -147,6 +150,20 @@ _BERT_ENCODER: Rows = (
     ("dense", f"{_BERT_LAYER}.attention.self.value", "encoder/layers/attention/value"),
     ("dense", f"{_BERT_LAYER}.attention.output.dense", "encoder/layers/attention/output"),
     ("norm", f"{_BERT_LAYER}.attention.output.LayerNorm", "encoder/layers/attention_norm"),
+    *(
+        ("dense", f"{_BERT_LAYER}.crossattention.{torch}", f"encoder/layers/cross_attention/{ours}")
+        for torch, ours in (
+            ("self.query", "query"),
+            ("self.key", "key"),
+            ("self.value", "value"),
+            ("output.dense", "output"),
+        )
+    ),
+    (
+        "norm",
+        f"{_BERT_LAYER}.crossattention.output.LayerNorm",
+        "encoder/layers/cross_attention_norm",
+    ),
     ("dense", f"{_BERT_LAYER}.intermediate.dense", "encoder/layers/mlp_up"),
     ("dense", f"{_BERT_LAYER}.output.dense", "encoder/layers/mlp_down"),
     ("norm", f"{_BERT_LAYER}.output.LayerNorm", "encoder/layers/mlp_norm"),
