@@ -1,7 +1,8 @@
 """The one encoder: embeddings, a scanned stack of layers, pooler. Families and attention kinds are
 values of its config.
 
-Axes: B batch, T tokens, U tokens with an output (T, or 1 with a cache), G global tokens, D model width, L layers.
+Axes: B batch, T tokens, U tokens with an output (T, or 1 with a cache), G global tokens, D model
+width, L layers.
 """
 
 from typing import Any, Literal
