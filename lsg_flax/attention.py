@@ -132,7 +132,7 @@ def attend_features_first(
     else:
         tokens = _Tokens(*(x[..., split:] for x in (query, key, value, mask)))
         shared = Source(*(x[..., : split or 1] for x in everything))
-        rotations = _rotations(config, query, lsh_key, lsh_rotations)
+        rotations = rotations_of(config, query, lsh_key, lsh_rotations)
         context = _block_rows(
             tokens, shared, config, causal, global_tokens, rotations, blocks_per_step, dropout
         )
@@ -165,7 +165,7 @@ def lsg_attention_reference(
     length = query.shape[1] - split
     real = jnp.broadcast_to(real[:, None], (*real.shape[:1], query.shape[2], real.shape[1]))
     if config.is_sparse and length > 2 * config.block_size:
-        rotations = _rotations(config, _features_first(query), lsh_key, lsh_rotations)
+        rotations = rotations_of(config, _features_first(query), lsh_key, lsh_rotations)
         query_, key_, value_ = (_features_first(x[:, split:]) for x in inputs[:3])
         tokens = _Tokens(query_, key_, value_, inputs.mask[:, split:])
         padded = _padded(tokens, config)
@@ -333,7 +333,9 @@ def _checked(query, key, value, mask, config: LSGConfig, global_tokens: GlobalTo
     return _Inputs(query, key, value, mask)
 
 
-def _rotations(config: LSGConfig, query, key: PRNGKeyArray | None, rotations):
+def rotations_of(config: LSGConfig, query, key: PRNGKeyArray | None, rotations=None):
+    """What "lsh" hashes with: the rotations given, or those of a key, or of a fixed seed; None for
+    other types. `query` is [B, N, H, T]."""
     if not config.is_sparse or sparsity.effective_type(config) != "lsh" or rotations is not None:
         return rotations
     key = jax.random.key(DEFAULT_LSH_SEED) if key is None else key
@@ -370,7 +372,7 @@ def _representatives(tokens: _Tokens, config: LSGConfig, global_tokens: GlobalTo
         tokens.value.swapaxes(2, 3),
         mask,
         config=config,
-        bos_query=_first_query(tokens, config),
+        bos_query=first_query(tokens.query, tokens.mask, config),
         bos_mask=tokens.mask,
         rotations=rotations,
     )
@@ -381,13 +383,15 @@ def _representatives(tokens: _Tokens, config: LSGConfig, global_tokens: GlobalTo
     return key.swapaxes(2, 3), value.swapaxes(2, 3), chosen
 
 
-def _first_query(tokens: _Tokens, config: LSGConfig) -> Float[Array, "B N H"]:
+def first_query(
+    query: Float[Array, "B N H T"], mask: Bool[Array, "B T"], config: LSGConfig
+) -> Float[Array, "B N H"]:
     """The query that "bos_pooling" weighs with: of the first real token, so that left padding does
     not leak. The reference's is that of position 0, which counts as real under mask_first_token."""
     if config.strict_reference or config.mask_first_token:
-        return tokens.query[..., 0]
-    first = jnp.argmax(tokens.mask, axis=1)[:, None, None, None]  # [B, 1, 1, 1]
-    return jnp.take_along_axis(tokens.query, first, axis=-1)[..., 0]
+        return query[..., 0]
+    first = jnp.argmax(mask, axis=1)[:, None, None, None]  # [B, 1, 1, 1]
+    return jnp.take_along_axis(query, first, axis=-1)[..., 0]
 
 
 def _block_rows(

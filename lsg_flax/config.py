@@ -273,6 +273,7 @@ class EncoderConfig:
     pad_token_id: int | None = 0
     classifier_dropout: float | None = None
     is_decoder: bool = False
+    add_cross_attention: bool = False
     tie_word_embeddings: bool = True
     embedding_size: int | None = None
     num_hidden_groups: int | None = None
@@ -306,6 +307,10 @@ class EncoderConfig:
             self.hidden_size % self.num_attention_heads == 0,
             f"hidden_size={self.hidden_size} is not divisible by "
             f"num_attention_heads={self.num_attention_heads}.",
+        )
+        _require(
+            self.is_decoder or not self.add_cross_attention,
+            "add_cross_attention=True is for decoders: set is_decoder=True as well.",
         )
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
             rate = getattr(self, name)
@@ -372,10 +377,6 @@ class EncoderConfig:
                 f"{name}={value!r} in config.json changes what the model computes and is not "
                 f"supported; only {supported[0]!r} is.",
             )
-        _require(
-            not values.get("add_cross_attention", False),
-            "add_cross_attention=true is not supported: the models here are encoders.",
-        )
         dialect = DIALECTS.get(values.get("model_type", "bert"), Dialect())
         for name, theirs in dialect.names.items():
             if theirs in values:

@@ -7,7 +7,7 @@ Axes: B batch, T tokens, G global tokens, D model width, E embedding width, F ml
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,7 +16,9 @@ from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from lsg_flax.attention import attend_features_first
+from lsg_flax.blocked import Source
 from lsg_flax.config import MAX_GLOBAL_TOKENS, EncoderConfig
+from lsg_flax.decoding import LayerCache, attend_step, first_layer_cache
 
 Layout = Literal["btd", "bdt"]
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -262,8 +264,37 @@ class Projection(Part):
         )
 
 
-class SelfAttention(Part):
-    """Projections around LSG or full attention."""
+class _Attention(Part):
+    """What self- and cross-attention share."""
+
+    def heads(self, x: Float[Array, "B T D"], name: str) -> Float[Array, "B N H T"]:
+        """A projection, cut into heads."""
+        config = self.config
+        features = config.num_attention_heads * config.head_dim
+        y = Projection(**self.inherited(), features=features, writes="bdt", name=name)(x)
+        return y.reshape(x.shape[0], config.num_attention_heads, config.head_dim, x.shape[1])
+
+    def merged(self, context: Float[Array, "B N H T"]) -> Float[Array, "B T D"]:
+        """The heads side by side, projected."""
+        features = self.config.hidden_size
+        output = Projection(**self.inherited(), features=features, reads="bdt", name="output")
+        return output(context.reshape(context.shape[0], -1, context.shape[-1]))
+
+    def weight_dropout(self) -> dict[str, Any]:
+        """Arguments of the attention functions."""
+        rate = self.config.attention_probs_dropout_prob if self.train else 0.0
+        key = self.make_rng("dropout") if rate else None
+        return {"dropout_rate": rate, "dropout_key": key}
+
+
+class SelfAttention(_Attention):
+    """Projections around LSG or full attention.
+
+    Given what the layer keeps of earlier tokens, x is the next one. The second result is what it
+    shall keep of x: with `slots` of the whole prompt, in a step of that token.
+    """
+
+    slots: int = 0
 
     @nn.compact
     def __call__(
@@ -271,35 +302,58 @@ class SelfAttention(Part):
         x: Float[Array, "B T D"],
         mask: Bool[Array, "B T"],
         lsh_key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "B T D"]:
+        kept: LayerCache | None = None,
+        length: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         config = self.config
-
-        def heads(name):
-            y = Projection(**self.inherited(), features=width, writes="bdt", name=name)(x)
-            return y.reshape(x.shape[0], config.num_attention_heads, config.head_dim, x.shape[1])
-
-        width = config.num_attention_heads * config.head_dim
-        rate = config.attention_probs_dropout_prob if self.train else 0.0
+        arrays = (self.heads(x, "query"), self.heads(x, "key"), self.heads(x, "value"), mask)
+        if kept is not None and length is not None:
+            context, new = attend_step(*arrays, kept, length, config=config.lsg, lsh_key=lsh_key)
+            return self.merged(context), new
         context = attend_features_first(
-            heads("query"),
-            heads("key"),
-            heads("value"),
-            mask,
+            *arrays,
             config=config.lsg,
             causal=config.is_decoder,
-            dropout_rate=rate,
-            dropout_key=self.make_rng("dropout") if rate else None,
             lsh_key=lsh_key,
+            **self.weight_dropout(),
         )
-        context = context.reshape(x.shape[0], width, x.shape[1])
-        output = Projection(
-            **self.inherited(), features=config.hidden_size, reads="bdt", name="output"
+        new = None
+        if self.slots:
+            new = first_layer_cache(*arrays, config=config.lsg, slots=self.slots, lsh_key=lsh_key)
+        return self.merged(context), new
+
+
+class Memory(NamedTuple):
+    """The encoder's states that a decoder attends to; `mask` True for real ones."""
+
+    states: Float[Array, "B S D"]
+    mask: Bool[Array, "B S"]
+
+
+class CrossAttention(_Attention):
+    """Full attention to the encoder's states, or to the keys and values kept of them; returns these
+    too."""
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], memory: Memory | Source
+    ) -> tuple[Float[Array, "B T D"], Source]:
+        query = self.heads(x, "query")
+        if isinstance(memory, Memory):
+            states, mask = memory
+            memory = Source(self.heads(states, "key"), self.heads(states, "value"), mask[:, None])
+        key, value, mask = memory
+        context = attend_features_first(
+            query, key, value, mask[:, 0], config=None, **self.weight_dropout()
         )
-        return output(context)
+        return self.merged(context), memory
 
 
 class EncoderLayer(Part):
-    """Post-norm transformer layer, as a scan step: (state, (mask, ...)) -> (state, state)."""
+    """Post-norm transformer layer. Returns its output and, with `slots` or a cache, what it shall
+    keep (see `SelfAttention`)."""
+
+    slots: int = 0
 
     @nn.compact
     def __call__(
@@ -307,10 +361,20 @@ class EncoderLayer(Part):
         x: Float[Array, "B T D"],
         mask: Bool[Array, "B T"],
         lsh_key: PRNGKeyArray | None = None,
-    ):
+        memory: Memory | None = None,
+        kept: LayerCache | None = None,
+        length: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         config = self.config
-        attended = SelfAttention(**self.inherited(), name="attention")(x, mask, lsh_key)
+        attention = SelfAttention(**self.inherited(), slots=self.slots, name="attention")
+        attended, new = attention(x, mask, lsh_key, kept, length)
         x = self.layer_norm("attention_norm")(x + self.dropout(attended))
+        source = memory if kept is None else kept.memory
+        if source is not None:
+            cross = CrossAttention(**self.inherited(), name="cross_attention")
+            attended, source = cross(x, source)
+            x = self.layer_norm("cross_attention_norm")(x + self.dropout(attended))
+            new = new._replace(memory=source) if self.slots and new else new
         up, down = (
             Projection(**self.inherited(), features=size, act=act, name=name)
             for size, act, name in (
@@ -318,4 +382,4 @@ class EncoderLayer(Part):
                 (config.hidden_size, activation(config.hidden_act), "mlp_down"),
             )
         )
-        return self.layer_norm("mlp_norm")(x + self.dropout(down(up(x))))
+        return self.layer_norm("mlp_norm")(x + self.dropout(down(up(x)))), new

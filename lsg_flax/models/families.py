@@ -133,6 +133,7 @@ class Family:
         without = [] if config.lsg else ["global_embeddings"]
         without += [] if config.type_vocab_size else ["token_type_embeddings"]
         without += [] if self.projects(config) else ["embeddings_project"]
+        without += [] if config.add_cross_attention else ["cross_attention"]
         encoder = [row for row in self.encoder if not any(part in row[2] for part in without)]
         encoder += self.pooler if head.pooled else ()
         own = (*head.rows, *(() if config.tie_word_embeddings else head.untied_rows))
@@ -197,11 +198,22 @@ def _encoder(layer: str, *names: str) -> Rows:
     )
 
 
-_BERT_ENCODER = _encoder(
-    "encoder.layer.{0}",
-    *(f"attention.self.{name}" for name in ("query", "key", "value")),
-    *("attention.output.dense", "attention.output.LayerNorm"),
-    *("intermediate.dense", "output.dense", "output.LayerNorm"),
+_BERT_ATTENTION = ("self.query", "self.key", "self.value", "output.dense", "output.LayerNorm")
+_BERT_ENCODER = (
+    *_encoder(
+        "encoder.layer.{0}",
+        *(f"attention.{name}" for name in _BERT_ATTENTION),
+        *("intermediate.dense", "output.dense", "output.LayerNorm"),
+    ),
+    *(
+        (kind, f"encoder.layer.{{0}}.crossattention.{name}", f"{_LAYERS}/cross_attention{ours}")
+        for kind, name, ours in zip(
+            ("dense",) * 4 + ("norm",),
+            _BERT_ATTENTION,
+            ("/query", "/key", "/value", "/output", "_norm"),
+            strict=True,
+        )
+    ),
 )
 _POOLER: Rows = (("dense", "pooler.dense", "pooler/dense"),)
 

@@ -11,6 +11,7 @@ import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lsg_flax.decoding import Cache
 from lsg_flax.layers import Part, activation
 
 Task = Literal[
@@ -32,7 +33,7 @@ class ModelOutput:
 
     `hidden_states` are the embeddings and each layer's output. As in the reference they keep the
     globals in front and the padding to whole blocks behind: `num_hidden_layers + 1` arrays of [B, G
-    + T padded, D].
+    + T padded, D]. `cache` is what the next call of a causal model takes.
     """
 
     last_hidden_state: Array | None = None
@@ -44,6 +45,7 @@ class ModelOutput:
     seq_relationship_logits: Array | None = None
     sop_logits: Array | None = None
     hidden_states: tuple[Array, ...] | None = None
+    cache: Cache | None = None
 
 
 class Pooler(Part):

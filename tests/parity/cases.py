@@ -178,7 +178,23 @@ def model_cases() -> dict[str, Case]:
         config |= {"num_labels": 2} if task == "question_answering" else {}
         config |= {"is_decoder": True} if task == "causal_lm" else {}
         add_model(cases, name, family, task, config, generator, lsg=False)
+    for kind in ("model", "plain"):
+        add_decoder(cases, f"{kind}_cross_attention", lsg=kind == "model")
     return cases
+
+
+def add_decoder(cases, name: str, *, lsg: bool) -> None:
+    """A decoder with cross-attention. The reference's LSG one takes whole blocks only, more than
+    two."""
+    generator = generator_of(name)
+    config = random_sizes(generator) | {"is_decoder": True, "add_cross_attention": True}
+    config |= {"block_size": 6, "sparse_block_size": 6, "sparsity_type": "stride"} if lsg else {}
+    add_model(cases, name, "bert", "causal_lm", config, generator, lsg=lsg)
+    inputs = {k: v[:, :18] for k, v in random_inputs(generator, "causal_lm", config).items()}
+    states = generator.standard_normal((2, 11, config["hidden_size"])).astype(np.float32)
+    inputs |= {"encoder_hidden_states": states}
+    inputs |= {"encoder_attention_mask": random_mask(generator, 2, 11).astype(np.int32)}
+    cases[name] = cases[name]._replace(inputs=inputs)
 
 
 def add_model(cases, name, family: str, task, config: dict, generator, *, lsg: bool) -> None:

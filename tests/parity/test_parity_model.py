@@ -14,6 +14,7 @@ from lsg_flax.convert_from_torch import params_to_torch
 
 pytestmark = pytest.mark.usefixtures("fixed_rotations")
 ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids")
+MEMORY = ("encoder_hidden_states", "encoder_attention_mask")
 LISTS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
@@ -24,7 +25,7 @@ def loaded(results, name: str):
     model, params = lsg_flax.from_pretrained(folder)
     if model.config.lsg and leaks(vars(model.config.lsg), case.inputs["attention_mask"]):
         model, params = lsg_flax.from_pretrained(folder, strict_reference=True)
-    arguments = {n: jnp.asarray(case.inputs[n]) for n in ARGUMENTS if n in case.inputs}
+    arguments = {n: jnp.asarray(case.inputs[n]) for n in (*ARGUMENTS, *MEMORY) if n in case.inputs}
     return model, params, arguments, case, result
 
 
