@@ -144,12 +144,16 @@ SIZES = {
 }
 
 
+def config_of(model_type: str, lsg: LSGConfig | None) -> EncoderConfig:
+    return EncoderConfig.from_dict({"model_type": model_type, **SIZES}).with_overrides(lsg=lsg)
+
+
 def parameter_trees() -> dict[str, dict[str, list[int]]]:
     """Path -> shape of every family, task and kind of attention."""
     trees = {}
     for family in FAMILIES.values():
         for kind, lsg in (("plain", None), ("lsg", LSGConfig())):
-            config = EncoderConfig(model_type=family.model_type, **SIZES, lsg=lsg)
+            config = config_of(family.model_type, lsg)
             for task in family.heads:
                 model = lsg_flax.Model(config, task)
                 shapes = jax.eval_shape(
@@ -174,9 +178,8 @@ def test_every_parameter_is_on_one_key_of_the_table():
     """And each key's path exists: the table and the model know the same leaves."""
     for name, tree in json.loads(TREES.read_text()).items():
         model_type, kind, task = name.split()
-        keys = FAMILIES[model_type].keys(
-            task, layers=SIZES["num_hidden_layers"], lsg=kind == "lsg", tied=True
-        )
+        config = config_of(model_type, LSGConfig() if kind == "lsg" else None)
+        keys = FAMILIES[model_type].keys(task, config)
         assert {key.path for key in keys} == set(tree), name
         assert len({key.torch for key in keys}) == len(keys), name
 
