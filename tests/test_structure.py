@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "kernels": {"config"},
     "sparsity": {"config"},
     "attention": {"blocked", "sparsity", "kernels", "config"},
+    "adapters": {"attention", "config"},
     "layers": {"attention", "config", "sharding"},
     "models": {"layers", "attention", "config"},
     "convert_from_torch": {"models", "config"},
