@@ -57,7 +57,7 @@ def texts(count: int) -> tuple[list[str], np.ndarray]:
     return list(itertools.chain.from_iterable(pairs)), np.arange(count) % 2
 
 
-def main(checkpoint: str, length: int, steps: int) -> None:
+def main(checkpoint: str, length: int, steps: int, rate: float) -> None:
     """Converts, compares, trains."""
     model, params = lsg_flax.convert_checkpoint(checkpoint, task="base", max_sequence_length=length)
     tokenizer = hub.read_tokenizer(hub.resolve(checkpoint))
@@ -71,7 +71,7 @@ def main(checkpoint: str, length: int, steps: int) -> None:
     apart = jnp.abs(states(classifier, ids, mask) - ours).max()
     print(f"{ids.shape[0]} texts of {ids.shape[1]} tokens: ToNNX and apply differ by {apart:.1e}")
 
-    optimizer = nnx.Optimizer(classifier, optax.adamw(1e-4), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(classifier, optax.adamw(rate), wrt=nnx.Param)
 
     @nnx.jit
     def step(classifier, optimizer):
@@ -94,4 +94,5 @@ if __name__ == "__main__":
     parser.add_argument("checkpoint")
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--rate", type=float, default=1e-4)
     main(**vars(parser.parse_args()))
