@@ -1,8 +1,13 @@
 """LSG attention in a model made of Flax's own layers: one argument, the same parameters.
 
     python examples/attention_in_flax.py        # --length 4096 --width 256
+      256 tokens: outputs differ by at most 1.7e-06
+     4096 tokens: outputs differ by at most 5.2e-01
+    full attention: forward and backward 8.51 s, 1,846 MB
+    LSG attention : forward and backward 3.18 s, 358 MB
 
-EXPECTED
+One block, two sequences, random parameters. Up to two blocks (256 tokens) nothing changes. Measured on
+2 CPU cores that were busy with other work: look at the ratio.
 """
 
 import argparse

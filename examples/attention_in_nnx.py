@@ -2,8 +2,13 @@
 LSG attention in NNX's own attention layer.
 
     python examples/attention_in_nnx.py CHECKPOINT     # a BERT: a folder or a hub id
+    4 texts of 1024 tokens: ToNNX and apply differ by 0.0e+00
+    step 1: loss 0.666, 51.8 s
+    step 2: loss 0.374, 21.7 s
+    step 3: loss 0.169, 20.3 s
 
-EXPECTED
+With the weights of sentence-transformers/all-MiniLM-L6-v2, whose own limit is 512 tokens. Measured on
+2 CPU cores that were busy with other work, the first step with compilation.
 """
 
 import argparse

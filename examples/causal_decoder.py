@@ -1,8 +1,11 @@
 """A small GPT-2-like decoder written around `lsg_attention`, trained on Python's documentation.
 
-    python examples/causal_decoder.py        # --steps 100 --length 2048
+    python examples/causal_decoder.py        # --steps 240 --length 1024
+    LSG attention: 8.10 -> 3.72 bits per byte, 0.06 s a step
+    full attention: 8.10 -> 3.91 bits per byte, 0.16 s a step
 
-EXPECTED
+On held-out text; the frequencies of bytes alone give 4.68. Measured on 2 CPU cores that were busy
+with other work; 40 seconds of CPU time in all.
 """
 
 import argparse
@@ -37,8 +40,7 @@ class Decoder(nn.Module):
         x = words(ids) + positions[None, : ids.shape[1]]  # [B, T, D]
         for _ in range(2):
             x = x + self.attention(nn.LayerNorm()(x))
-            wide = nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x)))
-            x = x + nn.Dense(self.width)(wide)
+            x = x + nn.Dense(self.width)(nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x))))
         return words.attend(nn.LayerNorm()(x))  # tied
 
     def attention(self, x):
@@ -63,9 +65,9 @@ def bits(params, model: Decoder, ids) -> jax.Array:
 
 
 def train(model: Decoder, batches: np.ndarray, held_out: np.ndarray) -> tuple[float, ...]:
-    """Bits per held-out byte before and after, and seconds per step without compilation."""
+    """Seconds per step without compilation, bits per held-out byte before and after."""
     steps, measure = len(batches), jax.jit(lambda params: bits(params, model, held_out))
-    optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 1e-2, steps // 10, steps))
+    optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 3e-3, steps // 10, steps))
 
     @jax.jit
     def step(params, state, ids):
@@ -77,8 +79,7 @@ def train(model: Decoder, batches: np.ndarray, held_out: np.ndarray) -> tuple[fl
     compiled, start = step.lower(params, state, batches[0]).compile(), time.perf_counter()
     for ids in batches:
         params, state = jax.block_until_ready(compiled(params, state, ids))
-    seconds = (time.perf_counter() - start) / steps
-    return before, float(measure(params)), seconds
+    return (time.perf_counter() - start) / steps, before, float(measure(params))
 
 
 def main(steps: int, length: int) -> None:
@@ -88,12 +89,12 @@ def main(steps: int, length: int) -> None:
     batches = windows(first, length, steps, seed=1)[:, None]  # [steps, 1, T + 1]
     held_out = windows(last, length, 8, seed=0)
     for name, lsg in (("LSG attention", CONFIG), ("full attention", None)):
-        before, after, seconds = train(Decoder(lsg, length), batches, held_out)
+        seconds, before, after = train(Decoder(lsg, length), batches, held_out)
         print(f"{name}: {before:.2f} -> {after:.2f} bits per byte, {seconds:.2f} s a step")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(usage=__doc__)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--length", type=int, default=1024)
     main(**vars(parser.parse_args()))

@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
@@ -83,18 +84,23 @@ class AttentionFn:
                 f"{key.shape[-3]} keys; for cross-attention and decode=True leave attention_fn "
                 "as Flax has it."
             )
-        query, key, value = promote_dtype(query, key, value, dtype=dtype)
+        shape = query.shape
+        query, key, value = (
+            x.reshape(-1, *x.shape[-3:]) for x in promote_dtype(query, key, value, dtype=dtype)
+        )
         causal, train = self.causal or is_causal, dropout_rate > 0 and not deterministic
-        real, fits = (None, True) if mask is None else _padding(mask, query.shape, causal)
+        real, fits = (None, True) if mask is None else _padding(mask, shape, causal)
         context = lsg_attention(
-            *(x.reshape(-1, *x.shape[-3:]) for x in (query, key, value)),
+            query,
+            key,
+            value,
             real,
             config=self.config,
             causal=causal,
             global_tokens=self.global_tokens,
             dropout_rate=dropout_rate if train else 0.0,
             dropout_key=dropout_rng if train else None,
-        ).reshape(query.shape)
+        ).reshape(shape)
         return context if fits is True else jnp.where(fits, context, jnp.nan)
 
 
