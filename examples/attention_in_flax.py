@@ -6,8 +6,8 @@
     full attention: forward and backward 8.51 s, 1,846 MB
     LSG attention : forward and backward 3.18 s, 358 MB
 
-One block, two sequences, random parameters. Up to two blocks (256 tokens) nothing changes. Measured on
-2 CPU cores that were busy with other work: look at the ratio.
+One block, two sequences, random parameters. Up to two blocks (256 tokens) nothing changes.
+Measured on 2 CPU cores that were busy with other work: look at the ratio.
 """
 
 import argparse

@@ -7,12 +7,11 @@ LSG attention in NNX's own attention layer.
     step 2: loss 0.374, 21.7 s
     step 3: loss 0.169, 20.3 s
 
-With the weights of sentence-transformers/all-MiniLM-L6-v2, whose own limit is 512 tokens. Measured on
-2 CPU cores that were busy with other work, the first step with compilation.
+With the weights of all-MiniLM-L6-v2, made for 512 tokens. Measured on 2 CPU cores that were busy
+with other work, the first step with compilation.
 """
 
 import argparse
-import itertools
 import pathlib
 import time
 from pydoc_data.topics import topics
@@ -50,19 +49,18 @@ class Classifier(nnx.Module):
     def __call__(self, ids, mask, *, train: bool = False):
         x = self.encoder(ids, mask, train=train).last_hidden_state  # [B, T, D]
         x = x + self.attention(x, mask=mask[:, None, None].astype(bool))
-        mean = (x * mask[..., None]).sum(axis=1) / mask.sum(axis=1)[:, None]
-        return self.head(mean)
+        return self.head((x * mask[..., None]).sum(axis=1) / mask.sum(axis=1)[:, None])
 
 
 def texts(count: int) -> tuple[list[str], np.ndarray]:
     """Pages of Python's documentation (label 0) and files of its library (1), by turns."""
     pages = sorted(topics.values(), key=len)[-count // 2 :]
-    files = sorted(pathlib.Path(argparse.__file__).parent.glob("*.py"))[: count // 2]
-    pairs = zip(pages, (f.read_text() for f in files), strict=True)
-    return list(itertools.chain.from_iterable(pairs)), np.arange(count) % 2
+    library = sorted(pathlib.Path(argparse.__file__).parent.glob("*.py"))
+    files = [file.read_text() for file in library[: count // 2]]
+    return [t for pair in zip(pages, files, strict=True) for t in pair], np.arange(count) % 2
 
 
-def main(checkpoint: str, length: int, steps: int, rate: float) -> None:
+def main(checkpoint: str, length: int, steps: int, rate: float = 1e-4) -> None:
     """Converts, compares, trains."""
     model, params = lsg_flax.convert_checkpoint(checkpoint, task="base", max_sequence_length=length)
     tokenizer = hub.read_tokenizer(hub.resolve(checkpoint))
@@ -99,5 +97,4 @@ if __name__ == "__main__":
     parser.add_argument("checkpoint")
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--rate", type=float, default=1e-4)
     main(**vars(parser.parse_args()))

@@ -90,7 +90,7 @@ def test_longer_it_is_the_reference_pattern(params, causal):
     run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
     (_, expected), expected_gradient = run(params, layer(reference), masks[0])
     seen = np.asarray(real)
-    for mask in masks:
+    for mask in masks[:2]:
         (_, ours), gradient = run(params, layer(AttentionFn(CONFIG, causal)), mask)
         np.testing.assert_allclose(ours[seen], expected[seen], **TOLERANCE)
         jax.tree.map(
@@ -264,7 +264,7 @@ def test_decoder_is_causal(monkeypatch):
 
     model = causal_decoder.Decoder(CONFIG, length=21, width=8)
     ids = causal_decoder.windows(np.arange(256, dtype=np.uint8), 21, 1, seed=0)[:, :-1]
-    params = model.init(jax.random.key(0), ids)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), ids)["params"]
 
     @jax.jit
     def jacobian(positions):
