@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "kernels": {"config"},
     "sparsity": {"config"},
     "attention": {"blocked", "sparsity", "kernels", "config"},
+    "adapters": {"attention", "config"},
     "decoding": {"attention", "blocked", "sparsity", "config"},
     "layers": {"attention", "blocked", "decoding", "config", "sharding"},
     "models": {"layers", "attention", "decoding", "config"},

@@ -1,0 +1,151 @@
+"""LSG attention as the `attention_fn` of Flax's own attention layers, Linen and NNX.
+
+Axes: B batch (any number of axes here), T tokens, S keys, N heads, K key heads, H head width, Q
+query rows of a mask (1 or T).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+from flax.typing import Dtype
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
+
+from lsg_flax.attention import GlobalTokens, lsg_attention
+from lsg_flax.config import LSGConfig
+
+_MASK = (
+    "LSG attention can only hide padding, the same keys from every query, and with causal=True "
+    "what comes later. Give the layer mask[..., None, None, :] of a [batch, tokens] mask"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionFn:
+    """Takes the place of `flax.linen.dot_product_attention` (or `flax.nnx`'s):
+    `nn.MultiHeadDotProductAttention(num_heads=8, attention_fn=AttentionFn(LSGConfig()))`.
+
+    The layer's parameters stay what they are; up to two blocks of tokens the numbers are those of
+    the layer without it, too. Compares and hashes by its settings, so that two modules made alike
+    share one compilation.
+
+    The layer's `mask` is read as Flax reads it, nonzero = seen. It may hide padding only, and be
+    causal if `causal` is on; the output at padded positions means nothing. [B, 1, 1, T] is best: a
+    [T, T] mask costs quadratic memory, and must be compared with what is carried out. Any other
+    mask raises; under jit, where its values cannot be read, the output is NaN.
+
+    Attributes:
+        config: the pattern.
+        causal: no token sees a later one. NNX layers may say so per call, `is_causal=True`.
+        global_tokens: see `lsg_attention`. "first_token" suits a sequence that starts with a
+            [CLS] or BOS token, "none" any other; "prepended" is for models that put
+            `config.num_global_tokens` learned vectors in front themselves.
+    """
+
+    config: LSGConfig
+    causal: bool = False
+    global_tokens: GlobalTokens = "first_token"
+
+    def __call__(
+        self,
+        query: Float[Array, "*B T N H"],
+        key: Float[Array, "*B S K H"],
+        value: Float[Array, "*B S K H"],
+        bias: Any = None,
+        mask: Shaped[Array, "..."] | None = None,
+        broadcast_dropout: bool = True,
+        dropout_rng: PRNGKeyArray | None = None,
+        dropout_rate: float = 0.0,
+        deterministic: bool = False,
+        dtype: Dtype | None = None,
+        precision: Any = None,
+        module: Any = None,
+        is_causal: bool = False,
+    ) -> Float[Array, "*B T N H"]:
+        """What Flax's layers call, with their argument names.
+
+        Args:
+            broadcast_dropout: not used: every weight is dropped by itself.
+            dropout_rng, dropout_rate, deterministic: dropout of attention weights.
+
+        Raises:
+            ValueError: for cross-attention, cached decoding, and arguments that LSG attention
+                cannot carry out: `bias`, `precision`, `module` (Flax's `sow_weights=True`), masks
+                of another form.
+        """
+        del broadcast_dropout
+        _refuse(bias=bias, precision=precision, module=module)
+        if query.shape[-3] != key.shape[-3]:
+            raise ValueError(
+                f"LSG attention is self-attention, but there are {query.shape[-3]} queries and "
+                f"{key.shape[-3]} keys; for cross-attention and decode=True leave attention_fn "
+                "as Flax has it."
+            )
+        shape = query.shape
+        query, key, value = (
+            x.reshape(-1, *x.shape[-3:]) for x in promote_dtype(query, key, value, dtype=dtype)
+        )
+        causal, train = self.causal or is_causal, dropout_rate > 0 and not deterministic
+        real, fits = (None, True) if mask is None else _padding(mask, shape, causal)
+        context = lsg_attention(
+            query,
+            key,
+            value,
+            real,
+            config=self.config,
+            causal=causal,
+            global_tokens=self.global_tokens,
+            dropout_rate=dropout_rate if train else 0.0,
+            dropout_key=dropout_rng if train else None,
+        ).reshape(shape)
+        return context if fits is True else jnp.where(fits, context, jnp.nan)
+
+
+def _refuse(**arguments) -> None:
+    remedies = {
+        "bias": "add relative positions by rotating query and key instead",
+        "precision": 'set it around the call: jax.default_matmul_precision("highest")',
+        "module": "the weights are never formed, so sow_weights=True has nothing to store",
+    }
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(f"LSG attention takes no {name}={value!r}; {remedies[name]}.")
+
+
+def _padding(mask, shape: tuple[int, ...], causal: bool):
+    """A mask of Flax as [B, T], B now one axis, and whether that says all: True, or an array where
+    only the run can tell."""
+    *batch, length, heads, _ = shape
+    full = (*batch, heads, length, length)
+    padded = (1,) * (len(full) - mask.ndim) + mask.shape
+    allowed = len(padded) == len(full) and padded[-1] == length
+    if not allowed or any(size not in (1, of) for size, of in zip(padded, full, strict=True)):
+        raise ValueError(f"mask {mask.shape} does not fit [batch, heads, T, T] = {full}. {_MASK}.")
+    mask = mask.astype(bool).reshape(padded)  # [*B, 1 or N, Q, T]
+    real = mask.any(axis=(-3, -2))  # [*B, T]
+    flat = jnp.broadcast_to(real, (*batch, length)).reshape(-1, length)
+    if mask.shape[-3] == mask.shape[-2] == 1:
+        return flat, True
+    fits = _says_no_more(mask, real, causal)
+    if isinstance(fits, jax.core.Tracer):
+        return flat, fits
+    if not fits:
+        raise ValueError(f"mask {mask.shape} hides more than padding (causal={causal}). {_MASK}.")
+    return flat, True
+
+
+def _says_no_more(mask, real, causal: bool):
+    """Whether every query sees all real keys (earlier ones if causal); one that is padding itself
+    may see nothing, as `nn.make_attention_mask` has it."""
+    expected = real[..., None, None, :]  # [*B, 1, 1, T]
+    if causal and mask.shape[-2] > 1:
+        order = jnp.tri(mask.shape[-1], dtype=bool)
+        order = order.reshape((1,) * (mask.ndim - 2) + order.shape)
+        mask, expected = mask & order, expected & order
+    same = (mask == expected).all(axis=-1)  # [*B, 1 or N, Q]
+    if mask.shape[-2] > 1:
+        same |= ~mask.any(axis=-1) & ~real[..., None, :]
+    return same.all()
