@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import warnings
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -65,6 +66,9 @@ def pool(
     if normalize:  # the bound inside the root keeps the gradient of zeros finite
         pooled *= lax.rsqrt(jnp.maximum((pooled**2).sum(axis=1, keepdims=True), 1e-24))
     return pooled
+
+
+_ATTRIBUTES = {f.name for f in dataclasses.fields(Model)} - {"parent", "name"}  # not Linen's own
 
 
 class _EmbeddingModel(Model):
@@ -146,7 +150,9 @@ class Embedder:
         """
         root = hub.resolve(path)
         stored = read_settings(root, pooling)
-        model, params = hub.from_pretrained(stored.folder, "base", dtype=dtype)
+        with warnings.catch_warnings():  # of a pooler that is not there: it is not used
+            warnings.filterwarnings("ignore", "weights for task='base' not in the checkpoint")
+            model, params = hub.from_pretrained(stored.folder, "base", dtype=dtype)
         tokenizer = hub.read_tokenizer(stored.folder)
         if tokenizer is None:
             raise FileNotFoundError(f"{stored.folder} has no tokenizer; copy its files there.")
@@ -185,7 +191,7 @@ class Embedder:
         limit = self.max_length
         short = tuple(length for length in _SHORT_BUCKETS if length < limit)
         model = _EmbeddingModel(
-            **{f.name: getattr(self.model, f.name) for f in _fields(self.model)},
+            **{n: value for n, value in vars(self.model).items() if n in _ATTRIBUTES},
             pooling=self.pooling,
             normalize=self.normalize,
         )
@@ -239,18 +245,13 @@ class Embedder:
             write_settings(settings, width=self.model.config.hidden_size)
 
 
-def _fields(model: Model) -> list[dataclasses.Field]:
-    """The attributes that make the model, without Linen's own."""
-    return [f for f in dataclasses.fields(model) if f.name not in ("parent", "name")]
-
-
 def read_texts(file: str | os.PathLike) -> tuple[list[Any], list[str]]:
     """Names and texts: of .txt each line, of .jsonl each object's "id" (else its place) and "text".
 
     Raises:
         FileNotFoundError, ValueError: if there is no such file, or it holds something else.
     """
-    file = _of_kind(file, TEXTS)
+    file = check_suffix(file, TEXTS)
     lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     if file.suffix == ".txt":
         return list(range(len(lines))), lines
@@ -275,9 +276,12 @@ def write_vectors(
     The file gets its name when it is complete.
 
     Raises:
-        ValueError: for another kind of file.
+        ValueError: for another kind of file, or vectors that are not finite.
     """
-    file = _of_kind(file, VECTORS)
+    file = check_suffix(file, VECTORS)
+    broken = [n for n, vector in zip(names, vectors, strict=True) if not np.isfinite(vector).all()]
+    if broken:
+        raise ValueError(f"the vectors of {broken[:10]} are not finite.")
     with written_aside(file.parent) as aside:
         if file.suffix == ".npy":
             np.save(aside / file.name, vectors)
@@ -287,7 +291,8 @@ def write_vectors(
                 lines.write(json.dumps({"id": name, "embedding": vector.tolist()}) + "\n")
 
 
-def _of_kind(file: str | os.PathLike, suffixes: tuple[str, ...]) -> pathlib.Path:
+def check_suffix(file: str | os.PathLike, suffixes: tuple[str, ...]) -> pathlib.Path:
+    """The path, if it ends in one of `suffixes`; raises ValueError if not."""
     if pathlib.Path(file).suffix not in suffixes:
         raise ValueError(f"{file} must end in {' or '.join(suffixes)}.")
     return pathlib.Path(file)
