@@ -12,6 +12,7 @@ reciprocal rank (MRR).
 
 import argparse
 import ast
+import dataclasses
 import importlib.util
 import os
 import pathlib
@@ -33,6 +34,7 @@ import lsg_flax
 from lsg_flax.embeddings import Embedder
 
 SHORTEST, WINDOW, LONGEST = 1024, 512, 4096  # tokens
+OWN_LENGTH = 256  # MiniLM's max_seq_length
 WORDS = (5, 40)  # of a query
 PER_DOCUMENT = 3  # queries of each kind
 BUCKETS = (1024, 2048, 3072, 4096)
@@ -130,29 +132,44 @@ def ranks(scores: np.ndarray, queries: list[Query]) -> np.ndarray:
     return 1 + (scores > right[:, None]).sum(axis=1)
 
 
-def measure(folder: pathlib.Path, options) -> tuple[dict[str, np.ndarray], list[Query], int]:
-    """Ranks by reader."""
-    dense = Embedder.from_pretrained(folder, max_length=WINDOW, normalize=True)
-    own = Embedder.from_pretrained(folder, normalize=True)
-    documents, queries = corpus(dense.tokenizer, count=options.documents, seed=options.seed)
-    texts = [query.text for query in queries]
-    asked = dense.embed(texts, batch_size=32)
-    found = {
-        f"full attention, cut at {e.max_length}": asked @ e.embed(documents).T for e in (own, dense)
-    }
+def full_attention(dense: Embedder, documents: list[str], asked: np.ndarray, cut: np.ndarray):
+    """Scores [queries, documents] by reader; `cut` are the vectors of the first 512 tokens."""
+    own = dataclasses.replace(dense, max_length=OWN_LENGTH)
     parts, owners = chunks(dense.tokenizer, documents)
     vectors = dense.embed(parts)
-    means = np.stack([vectors[owners == i].mean(axis=0) for i in range(len(documents))])
-    means /= np.linalg.norm(means, axis=1, keepdims=True)
-    found[f"full attention, parts of {WINDOW}, averaged"] = asked @ means.T
-    best = [(asked @ vectors[owners == i].T).max(axis=1) for i in range(len(documents))]
-    found[f"full attention, parts of {WINDOW}, best part"] = np.stack(best, axis=1)
+    of = [vectors[owners == i] for i in range(len(documents))]
+    means = np.stack([v.mean(axis=0) / np.linalg.norm(v.mean(axis=0)) for v in of])
+    return {
+        f"full attention, cut at {OWN_LENGTH}": asked @ own.embed(documents).T,
+        f"full attention, cut at {WINDOW}": asked @ cut.T,
+        f"full attention, parts of {WINDOW}, averaged": asked @ means.T,
+        f"full attention, parts of {WINDOW}, best part": np.stack(
+            [(asked @ v.T).max(axis=1) for v in of], axis=1
+        ),
+    }
+
+
+def measure(folder: pathlib.Path, options) -> tuple[dict[str, np.ndarray], list[Query], str]:
+    """Ranks by reader, the queries, and how near the vectors of both models are."""
+    dense = Embedder.from_pretrained(folder, max_length=WINDOW, normalize=True)
+    documents, queries = corpus(dense.tokenizer, count=options.documents, seed=options.seed)
+    texts = [query.text for query in queries]
+    asked, cut = dense.embed(texts, batch_size=32), dense.embed(documents)
+    found = full_attention(dense, documents, asked, cut)
     with tempfile.TemporaryDirectory() as long:
         lsg_flax.convert_checkpoint(folder, long, max_sequence_length=LONGEST)
         lsg = Embedder.from_pretrained(long, normalize=True)
+    long_asked = lsg.embed(texts, batch_size=32)
     vectors = lsg.embed(documents, batch_size=2, buckets=BUCKETS)
-    found[f"LSG, whole document up to {LONGEST:,}"] = lsg.embed(texts, batch_size=32) @ vectors.T
-    return {name: ranks(scores, queries) for name, scores in found.items()}, queries, len(documents)
+    found[f"LSG, whole document up to {LONGEST:,}"] = long_asked @ vectors.T
+    same = dataclasses.replace(lsg, max_length=WINDOW).embed(documents)
+    near = {
+        "queries": (asked, long_asked),
+        "first 512 tokens": (cut, same),
+        "whole": (cut, vectors),
+    }
+    cosines = ", ".join(f"{k} {np.median((a * b).sum(axis=1)):.3f}" for k, (a, b) in near.items())
+    return {name: ranks(scores, queries) for name, scores in found.items()}, queries, cosines
 
 
 def main() -> None:
@@ -162,11 +179,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     began = time.perf_counter()
-    found, queries, documents = measure(minilm(), options)
+    found, queries, cosines = measure(minilm(), options)
     late = np.array([query.late for query in queries])
+    guessing = np.mean(1 / np.arange(1, options.documents + 1))
     counts = f"{(~late).sum()} queries early, {late.sum()} late"
-    table = Table(title=f"{documents} documents, {counts}; guessing: MRR about "
-                  f"{np.mean(1 / np.arange(1, documents + 1)):.2f}")  # fmt: skip
+    table = Table(title=f"{options.documents} documents, {counts}; guessing: MRR {guessing:.2f}")
     for column in ("reader", "evidence", "recall@1", "recall@10", "MRR"):
         table.add_column(column)
     for name, places in found.items():
@@ -177,6 +194,12 @@ def main() -> None:
         table.add_section()
     console = Console(highlight=False, width=110)
     console.print(table)
+    *others, long = found
+    for other in others:
+        gain = (1 / found[long] - 1 / found[other])[late]
+        error = gain.std(ddof=1) / np.sqrt(len(gain))
+        console.print(f"MRR of LSG less that of {other}, later: {gain.mean():+.2f} ± {error:.2f}")
+    console.print(f"median cosine of full attention, cut at {WINDOW}, and LSG: {cosines}")
     console.print(f"{time.perf_counter() - began:.0f} s in all")
 
 

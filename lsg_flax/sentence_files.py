@@ -25,8 +25,8 @@ _NAMES: dict[Pooling, str] = {
 
 
 def read_modules(folder: pathlib.Path) -> Modules:
-    """Class name and folder of each module of a sentence-transformers model, the Transformer first;
-    none if there is no modules.json.
+    """Class name and folder of each module of a sentence-transformers model, some Transformer
+    first; none if there is no modules.json.
 
     Raises:
         ValueError: if modules.json is damaged, or its first module is no Transformer.
@@ -43,7 +43,7 @@ def read_modules(folder: pathlib.Path) -> Modules:
         if place.is_absolute() or ".." in place.parts or (modules and not place.parts):
             raise ValueError(f"{folder / MODULES}: {kind} must have a folder inside, not {path!r}.")
         modules.append((kind.rpartition(".")[2], folder / path))
-    if not modules or modules[0][0] != "Transformer":
+    if not modules or not modules[0][0].endswith("Transformer"):  # there is also MLMTransformer
         kinds = [kind for kind, _ in modules]
         raise ValueError(f"{folder / MODULES} lists {kinds}; the first must be a Transformer.")
     return modules
@@ -96,7 +96,7 @@ def read_settings(root: pathlib.Path, pooling: Pooling | None) -> Settings:
             )
         return Settings(root, pooling)
     kinds = [kind for kind, _ in modules]
-    if kinds[1:] not in (["Pooling"], ["Pooling", "Normalize"]):
+    if kinds not in (known := ["Transformer", "Pooling"], [*known, "Normalize"]):
         raise ValueError(
             f"{root / MODULES} lists {kinds}; supported are Transformer, Pooling and, last, "
             "Normalize."
@@ -108,11 +108,14 @@ def read_settings(root: pathlib.Path, pooling: Pooling | None) -> Settings:
             "supported; set it to null and put the prompt there yourself."
         )
     settings = read_sentence_config(modules[0][1])
+    length = settings.get("max_seq_length")
+    if not isinstance(length, int | None):
+        raise ValueError(f"max_seq_length={length!r} in {modules[0][1]} must be a whole number.")
     return Settings(
         modules[0][1],
         pooling or _read_pooling(modules[1][1] / "config.json"),
         "Normalize" in kinds,
-        settings.get("max_seq_length"),
+        length,
         bool(settings.get("do_lower_case")),
     )
 

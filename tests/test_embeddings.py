@@ -191,6 +191,7 @@ def test_case_is_lowered_before_the_tokenizer(make):
         ({"flags": ("mean_sqrt_len_tokens",)}, "asks for mean_sqrt_len_tokens; supported is one"),
         ({"flags": ("cls_token", "max_tokens")}, "asks for cls_token and max_tokens; supported"),
         ({"flags": ()}, "asks for no pooling; supported"),
+        ({"settings": {"max_seq_length": "long"}}, "max_seq_length='long' in .* a whole number"),
         ({"settings": {"max_seq_length": 513}}, r"max_length=513 must lie in 1..512.*convert_ch"),
     ],
 )
@@ -206,6 +207,7 @@ def test_settings_that_are_not_supported_are_refused_by_name(make, change, says)
         ("modules.json", {}, "must hold a list, but holds a dict"),
         ("modules.json", ["x"], "x has no type or no path"),
         ("modules.json", [{"type": "Transformer", "path": "../x"}], "a folder inside, not '../x'"),
+        ("modules.json", [{"type": "MLMTransformer", "path": ""}], r"lists \['MLMTransformer'\]"),
         ("1_Pooling/config.json", [], "must hold an object"),
         ("config_sentence_transformers.json", {"default_prompt_name": "q"}, "puts a prompt before"),
     ],
