@@ -1,5 +1,5 @@
 """The command line: `lsg-flax convert` makes long-document checkpoints, `lsg-flax inspect` shows
-one."""
+one, `lsg-flax embed` turns texts into vectors."""
 
 import argparse
 import contextlib
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import lsg_flax
-from lsg_flax import hub
+from lsg_flax import embeddings, hub
 from lsg_flax.config import MAX_GLOBAL_TOKENS, SPARSITY_TYPES, EncoderConfig, LSGConfig
 from lsg_flax.models.families import family_of
 from lsg_flax.models.heads import Task
@@ -38,7 +38,8 @@ _DESCRIPTION = "LSG attention (local + sparse + global) for BERT-like checkpoint
 _EXAMPLES = """examples:
   lsg-flax convert bert-base-uncased ./bert-4096 --max-sequence-length 4096 --num-global-tokens 7
   lsg-flax convert ./bert-4096 ./bert-16384 --max-sequence-length 16384 --resize-lsg
-  lsg-flax inspect ./bert-4096 --check"""
+  lsg-flax inspect ./bert-4096 --check
+  lsg-flax embed ./minilm-4096 documents.jsonl vectors.npy"""
 _CONVERT = """Make an LSG checkpoint of SOURCE that reads long documents with the same weights.
 
 Nothing is trained: positions repeat, and global tokens start as [CLS] and [MASK]. The result is
@@ -47,6 +48,12 @@ classes. If anything fails, files that were in TARGET stay as they were."""
 _INSPECT = """Show the config and the tensors of a checkpoint: plain, LSG, or saved by lsg_flax.
 
 Reads the headers of safetensors files only, unless --check is given."""
+_EMBED = """Write one vector for each text of INPUT.
+
+INPUT is a .txt with one text per line, or a .jsonl of objects with "text" and, if wanted, "id".
+OUTPUT is a .npy array [texts, width], or a .jsonl of objects with "id" and "embedding"; it gets its
+name when it is complete. MODEL is a folder of sentence-transformers, converted or not; with
+--pooling any base checkpoint."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, add, description in (
         ("convert", _add_convert, _CONVERT),
         ("inspect", _add_inspect, _INSPECT),
+        ("embed", _add_embed, _EMBED),
     ):
         command = commands.add_parser(
             name,
@@ -190,6 +198,51 @@ def _add_inspect(command: argparse.ArgumentParser) -> None:
         "--check",
         action="store_true",
         help="load the weights too: they must fit the config and be finite",
+    )
+
+
+def _add_embed(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=_embed)
+    command.add_argument("model", metavar="MODEL", help="folder, or id on the Hugging Face hub")
+    command.add_argument("input", metavar="INPUT", help=" or ".join(embeddings.TEXTS))
+    command.add_argument("output", metavar="OUTPUT", help=" or ".join(embeddings.VECTORS))
+    command.add_argument(
+        "--pooling",
+        choices=get_args(embeddings.Pooling),
+        metavar="MODE",
+        help=f"instead of MODEL's own; one of {', '.join(get_args(embeddings.Pooling))}",
+    )
+    command.add_argument(
+        "--normalize",
+        action=argparse.BooleanOptionalAction,
+        help="scale vectors to length 1, or do not (default: as MODEL says)",
+    )
+    command.add_argument(
+        "--max-length", type=int, metavar="N", help="tokens after which a text is cut"
+    )
+    command.add_argument(
+        "--batch-size",
+        type=int,
+        default=8,
+        metavar="N",
+        help="texts at once (default: %(default)s)",
+    )
+
+
+def _embed(arguments: argparse.Namespace) -> None:
+    embeddings.check_suffix(arguments.output, embeddings.VECTORS)  # before the work, not after
+    names, texts = embeddings.read_texts(arguments.input)
+    embedder = embeddings.Embedder.from_pretrained(
+        arguments.model,
+        pooling=arguments.pooling,
+        normalize=arguments.normalize,
+        max_length=arguments.max_length,
+    )
+    vectors = embedder.embed(texts, batch_size=arguments.batch_size, progress=sys.stderr.isatty())
+    embeddings.write_vectors(arguments.output, names, vectors)
+    _console().print(
+        f"wrote {arguments.output}: {vectors.shape[0]:,} vectors of {vectors.shape[1]}, texts cut "
+        f"at {embedder.max_length:,} tokens"
     )
 
 

@@ -5,14 +5,11 @@ Reading gives numpy arrays by name; writing happens in a temporary folder whose 
 into place at the end.
 """
 
-import contextlib
 import errno
 import json
 import os
 import pathlib
-import shutil
-import tempfile
-from collections.abc import Iterator
+import warnings
 from dataclasses import fields, replace
 from typing import Any
 
@@ -25,9 +22,11 @@ from flax.typing import Dtype
 
 from lsg_flax.config import EncoderConfig, LSGConfig
 from lsg_flax.convert_from_torch import Params, params_from_torch, params_to_torch
+from lsg_flax.files import read_json, written_aside
 from lsg_flax.models.families import family_of
 from lsg_flax.models.heads import Task
 from lsg_flax.models.model import Model
+from lsg_flax.sentence_files import MODULES, carry_modules, read_modules
 from lsg_flax.to_lsg import LSGOptions, to_lsg
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -98,7 +97,7 @@ def save_pretrained(
     """
     tensors = params_to_torch(params, model)
     path = pathlib.Path(path)
-    with _written_aside(path) as aside:
+    with written_aside(path) as aside:
         safetensors.numpy.save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
         (aside / CONFIG).write_text(
             json.dumps(config_values(model, tensors), indent=2, sort_keys=True) + "\n"
@@ -125,7 +124,8 @@ def convert_checkpoint(
     """Turns a checkpoint into an LSG one that reads `max_sequence_length` tokens, with the same
     weights.
 
-    Options and numbers are those of the reference's LSGConverter, see `to_lsg.LSGOptions`.
+    Options and numbers are those of the reference's LSGConverter, see `to_lsg.LSGOptions`. A folder
+    of sentence-transformers stays one, with the new length.
 
     Args:
         source: folder or hub id of a plain or LSG checkpoint, with its tokenizer.
@@ -137,8 +137,16 @@ def convert_checkpoint(
     Raises:
         ValueError: for options that do not fit the source, and as `from_pretrained`.
     """
-    folder = resolve(source)
+    root = resolve(source)
+    modules = read_modules(root)
+    folder = modules[0][1] if modules else root
     model, params = from_pretrained(folder, task, check=check)
+    if modules and task is None and model.task != "base":
+        warnings.warn(
+            f"the {model.task} model is saved without the {MODULES} of {root}; pass task='base' "
+            "for an embedding model.",
+            stacklevel=2,
+        )
     names = {f.name for f in fields(LSGConfig)}
     chosen = {name: lsg_overrides.pop(name) for name in names & lsg_overrides.keys()}
     lsg = replace(model.config.lsg, **chosen) if model.config.lsg else LSGConfig(**chosen)
@@ -166,7 +174,10 @@ def convert_checkpoint(
     )
     model = model.clone(config=config.with_overrides(**lsg_overrides))
     if target is not None:
-        save_pretrained(target, model, params, tokenizer)
+        with written_aside(pathlib.Path(target)) as aside:
+            save_pretrained(aside, model, params, tokenizer)
+            if modules and model.task == "base":
+                carry_modules(root, modules, aside, max_sequence_length)
     return model, params
 
 
@@ -210,21 +221,6 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
         )
     values = read_json(file)
     family_of(values.get("model_type", "<none>"))
-    return values
-
-
-def read_json(file: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        ValueError: if the file is damaged or holds something else.
-    """
-    try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} must hold an object, but holds a {type(values).__name__}.")
     return values
 
 
@@ -387,51 +383,3 @@ def check_finite(params: Params) -> None:
             f"NaN or infinity in {len(broken)} of {len(leaves)} parameters: "
             f"{', '.join(broken[:12])}."
         )
-
-
-@contextlib.contextmanager
-def _written_aside(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary folder whose files move to `path` if all goes well, and vanish if not."""
-    created = not path.exists()
-    path.mkdir(parents=True, exist_ok=True)
-    aside = pathlib.Path(tempfile.mkdtemp(prefix=".unfinished-", dir=path))
-    try:
-        (aside / "new").mkdir()
-        yield aside / "new"
-        _move_files(aside / "new", path, kept=aside / "old")
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        if created:
-            with contextlib.suppress(OSError):  # not empty: someone else writes there
-                path.rmdir()
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _move_files(source: pathlib.Path, target: pathlib.Path, *, kept: pathlib.Path) -> None:
-    """Moves all files or none: replaced ones are linked into `kept` and come back if a move
-    fails."""
-    moved = []
-    try:
-        for file in sorted(p for p in source.rglob("*") if p.is_file()):
-            place, old = (folder / file.relative_to(source) for folder in (target, kept))
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if place.exists():
-                old.parent.mkdir(parents=True, exist_ok=True)
-                _link(place, old)
-            os.replace(file, place)
-            moved.append((place, old))
-    except BaseException:
-        for place, old in moved:
-            if old.exists():
-                os.replace(old, place)
-            else:
-                place.unlink()
-        raise
-
-
-def _link(file: pathlib.Path, place: pathlib.Path) -> None:
-    try:
-        os.link(file, place)
-    except OSError:  # a file system without hard links
-        shutil.copy2(file, place)

@@ -38,11 +38,14 @@ MAY_IMPORT = {
     "models": {"layers", "attention", "decoding", "config"},
     "convert_from_torch": {"models", "config"},
     "to_lsg": {"models", "config"},
-    "hub": FILES,
+    "files": set(),
+    "sentence_files": {"files"},
+    "hub": {*FILES, "files", "sentence_files"},
     "data": {"config"},
     "losses": {"models", "config"},
     "training": {*FILES, "hub", "losses", "data", "sharding"},
     "inference": {*FILES, "hub", "data", "sharding"},
+    "embeddings": {*FILES, "files", "sentence_files", "hub", "inference"},
     "pipelines": {*FILES, "hub", "data", "sharding", "generation", "inference"},
 }
 MAY_IMPORT |= {"__init__": {*MAY_IMPORT}, "cli": {"__init__", *MAY_IMPORT}}

@@ -1,0 +1,164 @@
+"""The files that sentence-transformers keeps beside a checkpoint: its modules, their settings.
+
+modules.json lists the Transformer (in the folder itself or one inside), a Pooling, and perhaps a
+Normalize; each other module has a folder of its own.
+"""
+
+import pathlib
+import shutil
+from typing import Any, Literal, NamedTuple, get_args
+
+from lsg_flax.files import read_json, write_json
+
+Pooling = Literal["mean", "cls", "max", "global"]
+Modules = list[tuple[str, pathlib.Path]]
+MODULES, SENTENCES = "modules.json", "sentence_bert_config.json"
+PROMPTS = "config_sentence_transformers.json"
+_PREFIX = "pooling_mode_"
+# sentence-transformers' names; it knows no globals, and their state is the first token's there
+_NAMES: dict[Pooling, str] = {
+    "mean": "mean_tokens",
+    "cls": "cls_token",
+    "max": "max_tokens",
+    "global": "cls_token",
+}
+
+
+def read_modules(folder: pathlib.Path) -> Modules:
+    """Class name and folder of each module of a sentence-transformers model, some Transformer
+    first; none if there is no modules.json.
+
+    Raises:
+        ValueError: if modules.json is damaged, or its first module is no Transformer.
+    """
+    if not (folder / MODULES).exists():
+        return []
+    modules = []
+    for module in read_json(folder / MODULES, list):
+        given = module if isinstance(module, dict) else {}
+        kind, path = given.get("type"), given.get("path")
+        if not isinstance(kind, str) or not isinstance(path, str):
+            raise ValueError(f"{folder / MODULES}: {module} has no type or no path.")
+        place = pathlib.PurePosixPath(path)
+        if place.is_absolute() or ".." in place.parts or (modules and not place.parts):
+            raise ValueError(f"{folder / MODULES}: {kind} must have a folder inside, not {path!r}.")
+        modules.append((kind.rpartition(".")[2], folder / path))
+    if not modules or not modules[0][0].endswith("Transformer"):  # there is also MLMTransformer
+        kinds = [kind for kind, _ in modules]
+        raise ValueError(f"{folder / MODULES} lists {kinds}; the first must be a Transformer.")
+    return modules
+
+
+def read_sentence_config(folder: pathlib.Path) -> dict[str, Any]:
+    """sentence-transformers' settings of the Transformer in `folder`, whatever their file is
+    called there."""
+    files = [folder / SENTENCES, *sorted(folder.glob("sentence_*_config.json"))]
+    return next((read_json(file) for file in files if file.exists()), {})
+
+
+def carry_modules(root: pathlib.Path, modules: Modules, target: pathlib.Path, length: int) -> None:
+    """The other files of a sentence-transformers model, for a Transformer that lies in `target`
+    itself and reads `length` tokens."""
+    listed = read_json(root / MODULES, list)
+    listed[0]["path"] = ""
+    settings = read_sentence_config(modules[0][1]) | {"max_seq_length": length}
+    write_json(target, {MODULES: listed, SENTENCES: settings})
+    if (root / PROMPTS).exists():
+        shutil.copy2(root / PROMPTS, target)
+    for _, folder in modules[1:]:
+        if folder.is_dir():  # a module without settings may have none
+            shutil.copytree(folder, target / folder.relative_to(root), dirs_exist_ok=True)
+
+
+class Settings(NamedTuple):
+    """What the files say; `folder` is that of the transformer."""
+
+    folder: pathlib.Path
+    pooling: Pooling
+    normalize: bool = False
+    max_length: int | None = None
+    do_lower_case: bool = False
+
+
+def read_settings(root: pathlib.Path, pooling: Pooling | None) -> Settings:
+    """What the folder `root` says; `pooling` takes the place of its own.
+
+    Raises:
+        FileNotFoundError, ValueError: for files that are missing or damaged, and for modules and
+            settings that lsg_flax does not support, by name.
+    """
+    modules = read_modules(root)
+    if not modules:
+        if pooling is None:
+            raise ValueError(
+                f"{root} has no {MODULES} and so says nothing of pooling; pass pooling=, one "
+                f"of {', '.join(get_args(Pooling))}."
+            )
+        return Settings(root, pooling)
+    kinds = [kind for kind, _ in modules]
+    if kinds not in (known := ["Transformer", "Pooling"], [*known, "Normalize"]):
+        raise ValueError(
+            f"{root / MODULES} lists {kinds}; supported are Transformer, Pooling and, last, "
+            "Normalize."
+        )
+    prompts = root / PROMPTS
+    if prompts.exists() and read_json(prompts).get("default_prompt_name"):
+        raise ValueError(
+            f"{prompts} puts a prompt before every text (default_prompt_name), which is not "
+            "supported; set it to null and put the prompt there yourself."
+        )
+    settings = read_sentence_config(modules[0][1])
+    length = settings.get("max_seq_length")
+    if not isinstance(length, int | None):
+        raise ValueError(f"max_seq_length={length!r} in {modules[0][1]} must be a whole number.")
+    return Settings(
+        modules[0][1],
+        pooling or _read_pooling(modules[1][1] / "config.json"),
+        "Normalize" in kinds,
+        length,
+        bool(settings.get("do_lower_case")),
+    )
+
+
+def _read_pooling(file: pathlib.Path) -> Pooling:
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is not there; pass pooling=.")
+    values = read_json(file)
+    chosen = [n.removeprefix(_PREFIX) for n, on in values.items() if n.startswith(_PREFIX) and on]
+    new_form = values.get("pooling_mode", [])  # instead of the flags: "mean", or a list
+    chosen += [new_form] if isinstance(new_form, str) else new_form
+    modes: dict[str, Pooling] = {"mean": "mean", "cls": "cls", "max": "max"}
+    modes |= {_NAMES[mode]: mode for mode in modes.values()}
+    if len(chosen) != 1 or chosen[0] not in modes:
+        raise ValueError(
+            f"{file} asks for {' and '.join(map(str, chosen)) or 'no pooling'}; supported is one "
+            "of mean_tokens, cls_token, max_tokens. Or pass pooling=."
+        )
+    return modes[chosen[0]]
+
+
+def write_settings(settings: Settings, *, width: int) -> None:
+    """Writes the files to `settings.folder`. sentence-transformers knows no globals: "global" is
+    written as "cls".
+
+    Args:
+        width: of the vectors.
+    """
+    modules = ["Transformer", "Pooling", *["Normalize"] * settings.normalize]
+    listed = [
+        {
+            "idx": i,
+            "name": str(i),
+            "path": f"{i}_{kind}" if i else "",
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for i, kind in enumerate(modules)
+    ]
+    flags = {_PREFIX + name: name == _NAMES[settings.pooling] for name in _NAMES.values()}
+    sentences = {"max_seq_length": settings.max_length, "do_lower_case": settings.do_lower_case}
+    files = {
+        MODULES: listed,
+        SENTENCES: sentences,
+        "1_Pooling/config.json": {"word_embedding_dimension": width} | flags,
+    }
+    write_json(settings.folder, files)
