@@ -41,7 +41,9 @@ MAY_IMPORT = {
     "losses": {"models", "config"},
     "training": {*FILES, "hub", "losses", "data", "sharding"},
     "inference": {*FILES, "hub", "data", "sharding"},
-    "pipelines": {*FILES, "hub", "data", "sharding", "generation", "inference"},
+    "pipeline_tasks": {"config", "inference"},
+    "pipeline_spans": {"pipeline_tasks"},
+    "pipelines": {*FILES, "hub", "inference", "pipeline_tasks", "pipeline_spans"},
 }
 MAY_IMPORT |= {"__init__": {*MAY_IMPORT}, "cli": {"__init__", *MAY_IMPORT}}
 
