@@ -257,7 +257,7 @@ def best_spans(
     longest: int,
 ) -> list[tuple[int, int, float]]:
     """The `count` best (first, last, score) of up to `longest` tokens, both ends allowed; the score
-    is start * end. Linear in T."""
+    is start * end. All [T, T] pairs are never formed: documents are long."""
     length = len(start)
     last = np.arange(length)[:, None] + np.arange(min(longest, length))[None]  # [T, L]
     inside = last < length

@@ -49,6 +49,9 @@ def make(folder, case, texts):
     cls = worker.model_class(case["class"], "bert")
     model = cls(cls.config_class(**config))
     worker.randomise(model, 0.5)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # it would give every token the same label
+            torch.nn.init.zeros_(parameter)
     worker.save_model(model, folder)
 
 
