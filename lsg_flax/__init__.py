@@ -10,5 +10,6 @@ from lsg_flax.hub import from_pretrained as from_pretrained
 from lsg_flax.hub import save_pretrained as save_pretrained
 from lsg_flax.models.heads import ModelOutput as ModelOutput
 from lsg_flax.models.model import Model as Model
+from lsg_flax.pipelines import pipeline as pipeline
 
 __version__ = "0.1.0"

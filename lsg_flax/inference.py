@@ -9,7 +9,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -27,12 +27,13 @@ _PER_TOKEN_LOGITS = ("masked_lm", "causal_lm", "token_classification")  # tasks
 
 Encoding = dict[str, Any]
 Result = dict[str, np.ndarray]
+Select = Callable[[dict[str, jax.Array], dict[str, jax.Array]], dict[str, jax.Array]]
 
 
 class _Program:
     """The jitted model; tracing happens once per compilation, which is how they are counted."""
 
-    def __init__(self, model: Model, fields: tuple[str, ...] | None):
+    def __init__(self, model: Model, fields: tuple[str, ...] | None, select: Select | None):
         self.compilations = 0
 
         def apply(params: Params, batch: dict[str, Any]) -> dict[str, jax.Array]:
@@ -45,7 +46,8 @@ class _Program:
                     f"fields={fields} are not all outputs of task={model.task!r}; it has "
                     f"{', '.join(given)}."
                 )
-            return {name: output[name] for name in wanted}
+            chosen = {name: output[name] for name in wanted}
+            return select(chosen, batch) if select else chosen
 
         self.apply = jax.jit(apply)
 
@@ -68,6 +70,7 @@ class Predictor:
         batch_size: int = 8,
         buckets: Sequence[int] | None = None,
         fields: Sequence[str] | None = None,
+        select: Select | None = None,
     ):
         """Chooses the lengths and outputs.
 
@@ -76,6 +79,9 @@ class Predictor:
             buckets: lengths to pad to; powers of two from 512 up to what the model reads by
                 default.
             fields: outputs wanted, such as `("logits",)`; all of the task's by default.
+            select: makes other outputs of them and of the padded batch, under jit, so that only
+                these leave the device; hashable, equal ones share their compilations. An output
+                under a name of its own keeps all its rows.
 
         Raises:
             ValueError: for a batch size or buckets that the model does not allow.
@@ -90,7 +96,7 @@ class Predictor:
             )
         self.model, self.params = model, jax.device_put(params)
         self.batch_size, self.buckets = batch_size, buckets
-        self._program = _program(model, None if fields is None else tuple(fields))
+        self._program = _program(model, None if fields is None else tuple(fields), select)
 
     @property
     def compilations(self) -> int:

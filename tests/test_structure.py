@@ -46,7 +46,9 @@ MAY_IMPORT = {
     "training": {*FILES, "hub", "losses", "data", "sharding"},
     "inference": {*FILES, "hub", "data", "sharding"},
     "embeddings": {*FILES, "files", "sentence_files", "hub", "inference"},
-    "pipelines": {*FILES, "hub", "data", "sharding", "generation", "inference"},
+    "pipeline_tasks": {"config", "inference"},
+    "pipeline_spans": {"pipeline_tasks"},
+    "pipelines": {*FILES, "hub", "inference", "pipeline_tasks", "pipeline_spans"},
 }
 MAY_IMPORT |= {"__init__": {*MAY_IMPORT}, "cli": {"__init__", *MAY_IMPORT}}
 
