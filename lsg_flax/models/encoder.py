@@ -110,15 +110,15 @@ class Encoder(Part):
             step,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, 0, nn.broadcast, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
+            in_axes=(nn.broadcast, 0, nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
             length=count,
             unroll=min(self.unroll, count),
         )
         layers = stack(
             **self.inherited(), slots=self.slots, keep_states=self.keep_states, name="layers"
         )
-        kept, length = (None, None) if cache is None else (cache.layers, cache.length)
-        last, (states, new) = layers(x, mask, self._lsh_keys(), memory, kept, length)
+        numbers = None if cache is None else jnp.arange(count)
+        last, (states, new) = layers(x, mask, self._lsh_keys(), memory, cache, numbers)
         return last, states, new
 
     def _lsh_keys(self) -> Key[Array, "L"] | None:
@@ -151,8 +151,8 @@ class _Step(EncoderLayer):
         mask: Bool[Array, "B T"],
         lsh_key: PRNGKeyArray | None,
         memory: Memory | None,
-        kept: LayerCache | None,
-        length: Int[Array, ""] | None,
+        cache: Cache | None,
+        layer: Int[Array, ""] | None,
     ):
-        x, new = super().__call__(x, mask, lsh_key, memory, kept, length)
+        x, new = super().__call__(x, mask, lsh_key, memory, cache, layer)
         return x, (x if self.keep_states else None, new)
