@@ -11,7 +11,6 @@ Axes: L layers, B batch, N heads, H head width, T tokens, S keys.
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -110,8 +109,8 @@ def attend_step(
     key: Float[Array, "B N H 1"],
     value: Float[Array, "B N H 1"],
     mask: Bool[Array, "B 1"],
-    kept: LayerCache,
-    length: Int[Array, ""],
+    cache: Cache,
+    layer: Int[Array, ""],
     *,
     config: LSGConfig | None,
     lsh_key: PRNGKeyArray | None = None,
@@ -120,29 +119,30 @@ def attend_step(
 
     Args:
         mask: whether the token is real; one that is not sees itself as little as others see it.
-        kept: of earlier calls.
-        length: slots in use before this token.
+        cache: of earlier calls, of all layers: cutting from it what one layer's token sees saves
+            a copy of that layer.
+        layer: the number of this one.
 
     Returns:
         The context (NaN if no slot is free), as `lsg_attention(..., causal=True)` gives it for the
-        last of `length + 1` tokens; and the token's key and value, with the representatives of the
-        block that it is in.
+        last of `cache.length + 1` tokens; and the token's key and value, with the representatives
+        of the block that it is in.
     """
-    token = Source(key, value, mask[:, None])
+    token, kept, length = Source(key, value, mask[:, None]), cache.layers, cache.length
     split = config.num_global_tokens if config else 0
-    free = length < kept.tokens.key.shape[-1] - split
+    slots = kept.tokens.key.shape[-1] - split
+    new = LayerCache(token)
     if config is None:
-        seen = [kept.tokens, token]
+        seen = [_cut(kept.tokens, layer, 0, slots), token]
     else:
         before = jnp.maximum(length // config.block_size - 1, 0) * config.block_size
-        local = _cut(kept.tokens, split + before, 2 * config.block_size)
-        seen = [_cut(kept.tokens, 0, split), local, token]
-    new = LayerCache(token)
-    if config is not None and kept.chosen is not None:
-        seen.append(_left_window(kept.chosen, length, config))
-        chosen = _of_current_block(token, kept, length, config, lsh_key)
-        new = LayerCache(token, chosen, kept.bos_query)
-    return jnp.where(free, _attend(query, seen), jnp.nan).astype(query.dtype), new
+        local = _cut(kept.tokens, layer, split + before, 2 * config.block_size)
+        seen = [_cut(kept.tokens, layer, 0, split), local, token]
+        if config.is_sparse:
+            seen.append(_left_window(cache, layer, config))
+            chosen = _of_current_block(token, cache, layer, config, lsh_key)
+            new = LayerCache(token, chosen)
+    return jnp.where(length < slots, _attend(query, seen), jnp.nan).astype(query.dtype), new
 
 
 def extend(
@@ -169,37 +169,45 @@ def prompt_length(mask: Bool[Array, "B T"]) -> Int[Array, ""]:
     return jnp.max(jnp.where(mask, jnp.arange(1, mask.shape[1] + 1)[None], 1)).astype(jnp.int32)
 
 
-def _cut(source: Source, start, width: int) -> Source:
-    return Source(*(lax.dynamic_slice_in_dim(x, start, width, axis=-1) for x in source))
+def _cut(source: Source, layer: Int[Array, ""], start, width: int) -> Source:
+    """A run of one layer's keys."""
+
+    def cut(x):
+        run = lax.dynamic_slice_in_dim(x, start, width, axis=-1)
+        return lax.dynamic_index_in_dim(run, layer, keepdims=False)
+
+    return Source(*map(cut, source))
 
 
-def _left_window(chosen: Source, length: Int[Array, ""], config: LSGConfig) -> Source:
+def _left_window(cache: Cache, layer: Int[Array, ""], config: LSGConfig) -> Source:
     """The last representatives of the blocks before the previous one."""
+    chosen = cache.layers.chosen
+    assert chosen is not None
     width = min(config.sparse_block_size, chosen.key.shape[-1])
-    end = (length // config.block_size - 1) * config.sparse_step
+    end = (cache.length // config.block_size - 1) * config.sparse_step
     start = jnp.maximum(end - width, 0)
-    window = _cut(chosen, start, width)
+    window = _cut(chosen, layer, start, width)
     return window._replace(mask=window.mask & (start + jnp.arange(width) < end)[None, None])
 
 
 def _of_current_block(
-    token: Source, kept: LayerCache, length: Int[Array, ""], config: LSGConfig, lsh_key
+    token: Source, cache: Cache, layer: Int[Array, ""], config: LSGConfig, lsh_key
 ) -> Source:
     """Representatives of the block that the token is in: chosen with its last token, before that
     whatever is there, which no query sees."""
-    assert kept.chosen is not None and kept.bos_query is not None
-    old, bos_query = kept.chosen, kept.bos_query
-    block, step = config.block_size, config.sparse_step
-    number = length // block
+    kept, block, step = cache.layers, config.block_size, config.sparse_step
+    old, number = kept.chosen, cache.length // block
+    assert old is not None and kept.bos_query is not None
+    bos_query = kept.bos_query[layer]
 
     def choose() -> Source:
-        current = _cut(kept.tokens, config.num_global_tokens + number * block, block)
+        current = _cut(kept.tokens, layer, config.num_global_tokens + number * block, block)
         pairs = zip(current, token, strict=True)
         full = Source(*(jnp.concatenate([x[..., :-1], y], axis=-1) for x, y in pairs))
         return _choose(full, bos_query, config, lsh_key)
 
-    is_last = (length + 1) % block == 0
-    return jax.lax.cond(is_last, choose, lambda: _cut(old, number * step, step))
+    is_last = (cache.length + 1) % block == 0
+    return lax.cond(is_last, choose, lambda: _cut(old, layer, number * step, step))
 
 
 def _choose(tokens: Source, bos_query, config: LSGConfig, lsh_key) -> Source:

@@ -110,7 +110,7 @@ def pick(logits: Float[Array, "B V"], sampling: Sampling, key: PRNGKeyArray) -> 
 class _State(NamedTuple):
     cache: Any
     tokens: Int[Array, "B New"]
-    count: Int[Array, ""]  # of tokens so far
+    generated: Int[Array, ""]  # tokens so far
     ended: Bool[Array, "B"]
     key: PRNGKeyArray
 
@@ -126,11 +126,11 @@ def _run(model, params, inputs, key, *, steps: int, sampling: Sampling, ends, pa
         token = pick(logits[:, 0], sampling, draw).astype(state.tokens.dtype)
         token = jnp.where(state.ended, pad, token) if ends else token
         ended = state.ended | jnp.isin(token, jnp.asarray(ends, token.dtype))
-        tokens = lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.count, 1)
-        return _State(state.cache, tokens, state.count + 1, ended, key)
+        tokens = lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.generated, 1)
+        return _State(state.cache, tokens, state.generated + 1, ended, key)
 
     def step(state: _State) -> _State:
-        last = lax.dynamic_slice_in_dim(state.tokens, state.count - 1, 1, axis=1)
+        last = lax.dynamic_slice_in_dim(state.tokens, state.generated - 1, 1, axis=1)
         output = apply(last, cache=state.cache)
         return written(state._replace(cache=output.cache), output.logits)
 
@@ -138,9 +138,9 @@ def _run(model, params, inputs, key, *, steps: int, sampling: Sampling, ends, pa
     tokens, ended = jnp.zeros((batch, steps), jnp.int32), jnp.zeros(batch, bool)
     state = _State(prompt.cache, tokens, jnp.zeros((), jnp.int32), ended, key)
     state = lax.while_loop(
-        lambda s: (s.count < steps) & ~s.ended.all(), step, written(state, prompt.logits)
+        lambda s: (s.generated < steps) & ~s.ended.all(), step, written(state, prompt.logits)
     )
-    return state.tokens, state.count
+    return state.tokens, state.generated
 
 
 def _checked(sampling: Sampling, key) -> Sampling:

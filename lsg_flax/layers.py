@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from lsg_flax.attention import attend_features_first
 from lsg_flax.blocked import Source
 from lsg_flax.config import MAX_GLOBAL_TOKENS, EncoderConfig
-from lsg_flax.decoding import LayerCache, attend_step, first_layer_cache
+from lsg_flax.decoding import Cache, LayerCache, attend_step, first_layer_cache
 
 Layout = Literal["btd", "bdt"]
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -290,8 +290,8 @@ class _Attention(Part):
 class SelfAttention(_Attention):
     """Projections around LSG or full attention.
 
-    Given what the layer keeps of earlier tokens, x is the next one. The second result is what it
-    shall keep of x: with `slots` of the whole prompt, in a step of that token.
+    Given a cache and the number of this layer, x is the next token. The second result is what the
+    layer shall keep of x: with `slots` of the whole prompt, with a cache of that token.
     """
 
     slots: int = 0
@@ -302,13 +302,13 @@ class SelfAttention(_Attention):
         x: Float[Array, "B T D"],
         mask: Bool[Array, "B T"],
         lsh_key: PRNGKeyArray | None = None,
-        kept: LayerCache | None = None,
-        length: Int[Array, ""] | None = None,
+        cache: Cache | None = None,
+        layer: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         config = self.config
         arrays = (self.heads(x, "query"), self.heads(x, "key"), self.heads(x, "value"), mask)
-        if kept is not None and length is not None:
-            context, new = attend_step(*arrays, kept, length, config=config.lsg, lsh_key=lsh_key)
+        if cache is not None and layer is not None:
+            context, new = attend_step(*arrays, cache, layer, config=config.lsg, lsh_key=lsh_key)
             return self.merged(context), new
         context = attend_features_first(
             *arrays,
@@ -362,14 +362,16 @@ class EncoderLayer(Part):
         mask: Bool[Array, "B T"],
         lsh_key: PRNGKeyArray | None = None,
         memory: Memory | None = None,
-        kept: LayerCache | None = None,
-        length: Int[Array, ""] | None = None,
+        cache: Cache | None = None,
+        layer: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         config = self.config
         attention = SelfAttention(**self.inherited(), slots=self.slots, name="attention")
-        attended, new = attention(x, mask, lsh_key, kept, length)
+        attended, new = attention(x, mask, lsh_key, cache, layer)
         x = self.layer_norm("attention_norm")(x + self.dropout(attended))
-        source = memory if kept is None else kept.memory
+        source = memory
+        if cache is not None:
+            source = jax.tree.map(lambda x: x[layer], cache.layers.memory)
         if source is not None:
             cross = CrossAttention(**self.inherited(), name="cross_attention")
             attended, source = cross(x, source)

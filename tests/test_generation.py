@@ -96,7 +96,6 @@ PATTERNS = {
         "bos_pooling", sparsity_factor=4, sparse_block_size=5, mask_first_token=True
     ),
     "every token": lsg(sparsity_factor=1, num_global_tokens=1),
-    "one per block": lsg(sparsity_factor=8, sparse_block_size=16),
     "no sparse part": lsg("none"),
     "full attention": None,
 }
@@ -113,9 +112,9 @@ def test_300_steps_with_a_cache_equal_the_whole_sequence(name):
     assert np.abs(np.diff(wanted, axis=1)).max() > 0.1  # not the same at every step
 
 
-@pytest.mark.parametrize("prompt", [1, 16, 17, 29])
-def test_prompts_of_every_kind_of_length(prompt):
-    """One token, two blocks, one more, inside a block."""
+@pytest.mark.parametrize("prompt", [1, 17])
+def test_prompts_of_other_lengths(prompt):
+    """One token, and the first length at which the prompt goes by blocks; others are above."""
     model, params = decoder(PATTERNS["norm"])
     ids, mask = batch(41, padding=0 if prompt == 1 else 7)
     wanted = at_once(model, params, ids, mask)[:, prompt - 1 :]
@@ -123,14 +122,13 @@ def test_prompts_of_every_kind_of_length(prompt):
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["norm", "full attention"])
-def test_prefixes_with_a_forward_pass_of_their_own(name):
-    model, params = decoder(PATTERNS[name])
+def test_prefixes_with_a_forward_pass_of_their_own():
+    model, params = decoder(PATTERNS["norm"])
     ids, mask = batch(41, padding=7)
-    got = by_steps(model, params, ids, mask, prompt=16)
-    for length in (16, 17, 32):
+    got = by_steps(model, params, ids, mask, prompt=17)
+    for length in (17, 18, 32):
         wanted = at_once(model, params, ids[:, :length], mask[:, :length])[:, -1]
-        np.testing.assert_allclose(got[:, length - 16], wanted, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(got[:, length - 17], wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("pattern", [lsg(), None])
@@ -157,7 +155,8 @@ def test_rotations_of_a_key_are_the_same_in_every_call():
     wanted = at_once(model, params, ids, mask, rngs=rngs)[:, PROMPT - 1 :]
     got = by_steps(model, params, ids, mask, prompt=PROMPT, rngs=rngs)
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
-    assert np.abs(got - by_steps(model, params, ids, mask, prompt=PROMPT)).max() > 1e-4
+    other = by_steps(model, params, ids, mask, prompt=PROMPT, rngs={"lsh": jax.random.key(8)})
+    assert np.abs(got - other).max() > 1e-4
 
 
 def test_half_precision():

@@ -122,8 +122,8 @@ class Encoder(Part):
         layers = stack(
             **self.inherited(), slots=self.slots, keep_states=self.keep_states, name="layers"
         )
-        kept, length = (None, None) if cache is None else (cache.layers, cache.length)
-        last, (states, new) = layers(x, mask, keys, memory, kept, length)
+        numbers = None if cache is None else jnp.arange(config.num_hidden_layers)
+        last, (states, new) = layers(x, mask, keys, memory, cache, numbers)
         if states is not None and config.num_hidden_groups is not None:
             states = states[:, :, -1].reshape(config.num_hidden_layers, *x.shape)
         return last, states, new
@@ -146,7 +146,7 @@ def _scan(step, length: int, unroll: int, *, shared: bool = False) -> Any:
         variable_axes={} if shared else {"params": 0},
         variable_broadcast="params" if shared else False,
         split_rngs={"params": not shared, "dropout": True},
-        in_axes=(nn.broadcast, 0, nn.broadcast, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
+        in_axes=(nn.broadcast, 0, nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
         length=length,
         unroll=unroll,
     )
@@ -183,8 +183,8 @@ class _Step(EncoderLayer):
         mask: Bool[Array, "B T"],
         lsh_key: PRNGKeyArray | None,
         memory: Memory | None,
-        kept: LayerCache | None,
-        length: Int[Array, ""] | None,
+        cache: Cache | None,
+        layer: Int[Array, ""] | None,
     ):
-        x, new = super().__call__(x, mask, lsh_key, memory, kept, length)
+        x, new = super().__call__(x, mask, lsh_key, memory, cache, layer)
         return x, (x if self.keep_states else None, new)

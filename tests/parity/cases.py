@@ -188,12 +188,16 @@ def add_decoder(cases, name: str, *, lsg: bool) -> None:
     two."""
     generator = generator_of(name)
     config = random_sizes(generator) | {"is_decoder": True, "add_cross_attention": True}
-    config |= {"block_size": 6, "sparse_block_size": 6, "sparsity_type": "stride"} if lsg else {}
+    config |= {"block_size": 8, "sparse_block_size": 8, "sparsity_type": "stride"} if lsg else {}
     add_model(cases, name, "bert", "causal_lm", config, generator, lsg=lsg)
-    inputs = {k: v[:, :18] for k, v in random_inputs(generator, "causal_lm", config).items()}
     states = generator.standard_normal((2, 11, config["hidden_size"])).astype(np.float32)
-    inputs |= {"encoder_hidden_states": states}
-    inputs |= {"encoder_attention_mask": random_mask(generator, 2, 11).astype(np.int32)}
+    inputs = {
+        "input_ids": generator.integers(5, VOCABULARY, (2, 32)).astype(np.int32),
+        "attention_mask": random_mask(generator, 2, 32).astype(np.int32),
+        "token_type_ids": generator.integers(0, 2, (2, 32)).astype(np.int32),
+        "encoder_hidden_states": states,
+        "encoder_attention_mask": random_mask(generator, 2, 11).astype(np.int32),
+    }
     cases[name] = cases[name]._replace(inputs=inputs)
 
 
