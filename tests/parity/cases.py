@@ -202,6 +202,11 @@ def add_decoder(cases, name: str, *, lsg: bool) -> None:
 
 
 def add_model(cases, name, family: str, task, config: dict, generator, *, lsg: bool) -> None:
+    inputs = random_inputs(generator, task, config)
+    differentiated = lsg and name.endswith(f"{GRADIENTS_OF.get(family, GRADIENT_TASK)}_0")
+    if differentiated and leaks(config, inputs["attention_mask"].astype(bool)):
+        # PyTorch drops the gradient of padding's own embedding, which only a leak can make.
+        config = config | {"sparsity_type": "pooling"}
     made = {
         "kind": "make_model",
         "class": FAMILIES[family].class_name(task, lsg=lsg),
@@ -209,9 +214,8 @@ def add_model(cases, name, family: str, task, config: dict, generator, *, lsg: b
         "out": name,
         "seed": int(generator.integers(2**31)),
     }
-    inputs = random_inputs(generator, task, config)
     run = {"kind": "model", "class": made["class"], "checkpoint": name}
-    if lsg and name.endswith(f"{GRADIENTS_OF.get(family, GRADIENT_TASK)}_0"):
+    if differentiated:
         run["grad_of"] = "all"
         generator = generator_of(f"{name} weights")
         for output, shape in gradient_outputs(family, task, config, inputs).items():
