@@ -110,8 +110,10 @@ def problem_type(config: EncoderConfig, labels: Array) -> str:
 def _targets(model: Model) -> tuple[Target, ...]:
     loss = _loss_of(model)
     if loss not in TARGETS:
+        heads = family_of(model.config.model_type).heads
+        trained = [task for task, head in heads.items() if (head.loss or task) in TARGETS]
         raise ValueError(
-            f"task={model.task!r} has no loss; train one with a head, or write a loss "
+            f"task={model.task!r} has no loss; train one of {', '.join(trained)}, or write a loss "
             "on the model's outputs."
         )
     return TARGETS[loss]
