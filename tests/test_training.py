@@ -179,7 +179,7 @@ def test_batches_that_do_not_fit(batch, message):
 
 
 def test_the_base_model_has_no_loss():
-    with pytest.raises(ValueError, match="'base' has no loss; train one of .*masked_lm"):
+    with pytest.raises(ValueError, match=r"'base' has no loss; train one of .*masked_lm"):
         losses.loss_fn(Model(config(), "base"), {}, random_batch())
 
 

@@ -6,6 +6,7 @@ import shutil
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
 from cases import HEADS, SEED, generator_of, random_inputs, random_model, random_sizes
 from jobs import Case, Results, ask
 
@@ -56,6 +57,12 @@ def write_checkpoints(folder: pathlib.Path, reference: Results) -> dict[str, Cas
         write(cases, folder, f"plain_{family}_{task}", family, task, None)
     untied = {"tie_word_embeddings": False}
     write(cases, folder, "lsg_bert_masked_lm_untied", "bert", "masked_lm", "norm", **untied)
+    cross = "plain_bert_causal_lm_cross"
+    write(cases, folder, cross, "bert", "causal_lm", None, add_cross_attention=True)
+    width = lsg_flax.from_pretrained(folder / cross)[0].config.hidden_size
+    states = generator_of(cross).standard_normal((2, 7, width)).astype(np.float32)
+    inputs = {**cases[cross].inputs, "encoder_hidden_states": states}
+    cases[cross] = cases[cross]._replace(inputs=inputs)
     for name, options in CONVERTED.items():
         source = reference.folder / "convert_512"
         lsg_flax.convert_checkpoint(source, folder / f"converted_{name}", **options, **BLOCKS)

@@ -78,7 +78,7 @@ def test_gradients_of_every_parameter(reference, name):
 
 
 RUN = [f"{kind}_{family}_{task}" for family, task in HEADS for kind in ("lsg", "plain")]
-RUN.append("lsg_bert_masked_lm_untied")
+RUN += ["lsg_bert_masked_lm_untied", "plain_bert_causal_lm_cross"]
 
 
 @pytest.mark.parametrize("name", RUN)
