@@ -65,7 +65,7 @@ class Encoder(Part):
         x, words = Embeddings(**self.inherited(), name="embeddings")(
             input_ids, token_type_ids, position_ids, inputs_embeds
         )
-        if family.projects(self.config):
+        if family.projects(self.config) and not family.always_projects:
             x = self.dense(self.config.hidden_size, "embeddings_project")(x)
         if cache is not None and self.config.lsg:
             x = x[:, self.config.lsg.num_global_tokens :]  # they are in the cache
@@ -84,6 +84,8 @@ class Encoder(Part):
                 jnp.pad(mask, ((0, 0), (0, extra))), ((0, 0), (globals_, 0)), constant_values=True
             )  # [B, G + T]
             x = jnp.pad(x, ((0, 0), (0, extra), (0, 0)))
+        if family.always_projects:  # behind the padding, which can be seen under strict_reference
+            x = self.dense(self.config.hidden_size, "embeddings_project")(x)
         last, states, layers = self._layers(x, mask, memory, cache)
         if lsg and lsg.pool_with_global:
             last = last.at[:, globals_].set(last[:, 0])

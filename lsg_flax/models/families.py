@@ -88,7 +88,7 @@ class Family:
     positions_after_padding: bool = False  # counted from pad_token_id + 1 over real tokens
     position_offset: int = 0  # rows of the position table before that of the first token
     globals_with_segment: bool = True  # whether conversion adds segment 0 to the globals
-    always_projects: bool = False  # embeddings to the hidden size, even if it is their own
+    always_projects: bool = False  # embeddings and padding, even if the sizes are the same
 
     @property
     def module(self) -> str:
