@@ -221,16 +221,18 @@ def _scores(query, views):
 
 
 def _kept(dropout_key, step, index: int, shape, rate: float):
-    """Dropout's factor, 0 or 1 / (1 - rate), for view `index` of a step; the backward pass repeats
-    it.
+    """Dropout's factor for view `index` of a step; the backward pass repeats it."""
+    return kept(jax.random.fold_in(jax.random.fold_in(dropout_key, step), index), shape, rate)
 
-    The bits are a 32-bit mixing hash (two multiplications) of the weight's place, seeded from the
-    key: it fuses into the softmax and costs 5-10 % there, where drawing bits by JAX's own
-    generators doubled the time of the whole attention on CPU.
+
+def kept(key: PRNGKeyArray, shape: tuple[int, ...], rate: float) -> Float[Array, "..."]:
+    """Dropout's factor, 0 or 1 / (1 - rate), for every place of `shape`.
+
+    The bits are a 32-bit mixing hash (two multiplications) of the place, seeded from the key: it
+    fuses into what it multiplies, where drawing bits by JAX's own generators doubled the time of
+    the whole attention on CPU.
     """
-    seed = jax.random.bits(
-        jax.random.fold_in(jax.random.fold_in(dropout_key, step), index), (2,), jnp.uint32
-    )
+    seed = jax.random.bits(key, (2,), jnp.uint32)
     place = jnp.zeros(shape, jnp.uint32)
     for axis, size in enumerate(shape):
         place = place * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, shape, axis)
@@ -239,6 +241,18 @@ def _kept(dropout_key, step, index: int, shape, rate: float):
     bits = (bits ^ (bits >> 15) ^ seed[1]) * jnp.uint32(0x846CA68B)
     bits ^= bits >> 16
     return jnp.where(bits >= jnp.uint32(round(rate * 2**32)), 1.0 / (1.0 - rate), 0.0)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def drop(x: Float[Array, "..."], key: PRNGKeyArray, rate: float) -> Float[Array, "..."]:
+    """Dropout that keeps nothing for the backward pass but the key."""
+    return x * kept(key, x.shape, rate).astype(x.dtype)
+
+
+drop.defvjp(
+    lambda x, key, rate: (drop(x, key, rate), key),
+    lambda rate, key, gradient: (drop(gradient, key, rate), None),
+)
 
 
 def _forward(spec: Spec, query, sources, shared, dropout_key):
@@ -301,8 +315,8 @@ def _attend_backward(spec: Spec, saved, gradient):
             weight_gradient = _product("hq,hk->qk", gradient, value)
             dropped = weights
             if spec.dropout_rate:
-                kept = _kept(dropout_key, step, i, weights.shape, spec.dropout_rate)
-                dropped, weight_gradient = weights * kept, weight_gradient * kept
+                factor = _kept(dropout_key, step, i, weights.shape, spec.dropout_rate)
+                dropped, weight_gradient = weights * factor, weight_gradient * factor
             score_gradient = (weights * (weight_gradient - delta)).astype(query.dtype)
             query_gradients.append(_product("hk,qk->hq", key, score_gradient))
             key_gradient = _product("hq,qk->hk", query, score_gradient)

@@ -16,7 +16,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from lsg_flax.attention import attend_features_first
-from lsg_flax.blocked import Source
+from lsg_flax.blocked import Source, drop
 from lsg_flax.config import MAX_GLOBAL_TOKENS, EncoderConfig
 from lsg_flax.decoding import Cache, LayerCache, attend_step, first_layer_cache
 
@@ -69,7 +69,9 @@ class Part(nn.Module):
     def dropout(self, x: Array, rate: float | None = None) -> Array:
         """Dropout with the config's hidden rate, or another."""
         rate = self.config.hidden_dropout_prob if rate is None else rate
-        return nn.Dropout(rate, deterministic=not self.train)(x)
+        if not self.train or not rate:
+            return x
+        return drop(x, self.make_rng("dropout"), rate)
 
     def inherited(self) -> dict[str, Any]:
         """The fields of this class, for a part of this part."""

@@ -13,6 +13,7 @@ import pytest
 import lsg_flax
 from lsg_flax.config import DIALECTS, EncoderConfig, LSGConfig
 from lsg_flax.convert_from_torch import example_ids, params_from_torch, params_to_torch
+from lsg_flax.generation import generate
 from lsg_flax.losses import loss_fn
 from lsg_flax.models.families import FAMILIES
 from lsg_flax.to_lsg import LSGOptions, to_lsg
@@ -130,6 +131,20 @@ def test_a_text_may_not_use_the_rows_in_front_of_the_positions():
     model, params = made("roberta")
     with pytest.raises(ValueError, match="39 tokens are more than the 38 positions"):
         model.apply({"params": params}, np.full((1, 39), 5))
+
+
+@pytest.mark.parametrize("family", ["roberta", "electra"])
+def test_cached_decoding_of_a_family_equals_the_uncached_one(family):
+    """Left padding, over two blocks: positions behind the padding, projected embeddings."""
+    lsg = LSGConfig(block_size=4, sparse_block_size=4)
+    model, params = made(family, "causal_lm", lsg, is_decoder=True)
+    pad = model.config.pad_token_id
+    ids = np.array([[pad, pad, 5, 6, 7, 8], [9, 8, 7, 6, 5, 4]])
+    tokens = generate(model, params, ids, ids != pad, max_new_tokens=20, bucket=8)
+    assert tokens.shape == (2, 26)
+    mask = np.concatenate([ids != pad, np.ones((2, 20), bool)], axis=1)
+    logits = jax.jit(model.apply)({"params": params}, tokens, mask).logits
+    np.testing.assert_array_equal(jnp.argmax(logits, -1)[:, 5:-1], tokens[:, 6:])
 
 
 @pytest.mark.parametrize(("groups", "inner"), [(1, 1), (2, 1), (1, 2), (2, 2)])

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lsg_flax.blocked import drop
 from lsg_flax.layers import ACTIVATIONS, normalize, project
 
 
@@ -74,3 +75,23 @@ def test_layer_norm_in_half_precision_computes_in_float32():
 def test_gelu_is_exact():
     x = jnp.linspace(-12, 12, 1001)
     close(ACTIVATIONS["gelu"](x), jax.nn.gelu(x, approximate=False), 1e-6)
+
+
+def test_dropout_keeps_the_mean_and_its_gradient_is_its_mask():
+    x, key = jnp.ones((64, 96, 32)), jax.random.key(3)
+    dropped = drop(x, key, 0.25)
+    assert set(np.unique(dropped).round(5)) == {0.0, round(1 / 0.75, 5)}
+    standard_error = np.sqrt(0.25 / 0.75 / x.size)
+    assert abs(dropped.mean() - 1) < 4 * standard_error
+    for axes in ((0, 1), (0, 2), (1, 2)):  # no place along any axis is favoured
+        spread = np.asarray(dropped.mean(axes)).std() / np.sqrt(
+            0.25 / 0.75 * x.shape[3 - sum(axes)]
+        )
+        assert 0.5 < spread * np.sqrt(x.size) < 1.6
+    neighbours = np.corrcoef(np.ravel(dropped)[:-1], np.ravel(dropped)[1:])[0, 1]
+    assert abs(neighbours) < 4 / np.sqrt(x.size)
+    np.testing.assert_array_equal(drop(x, key, 0.25), dropped)
+    assert (drop(x, jax.random.key(4), 0.25) != dropped).mean() > 0.3
+    (gradient,) = gradients(lambda x: drop(x, key, 0.25), x)
+    (plain,) = gradients(lambda x: x * dropped, x)
+    close(gradient, plain)
