@@ -251,7 +251,7 @@ def plot(rows: list[dict], file: pathlib.Path) -> None:
         axis.set_xticks(lengths, [f"{n:,}" for n in lengths])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0].legend(frameon=False)
+    next((axis for axis in axes if axis.lines), axes[0]).legend(frameon=False)
     figure.suptitle("4 layers, 768 wide, batch 1, float32, CPU")
     figure.savefig(file, dpi=120)
     print(f"plot: {file}")
