@@ -385,7 +385,7 @@ class EncoderConfig:
         known = {f.name for f in fields(cls)} - {"labels", "lsg", "extra"}
         ours = {name: values.pop(name) for name in sorted(known & values.keys())}
         for name, value in ours.items():  # JSON knows numbers only: 0 may stand for 0.0
-            if isinstance(value, int) and isinstance(_DEFAULTS[name], float):
+            if name in _FLOATS and isinstance(value, int):
                 ours[name] = float(value)
         lsg = None
         if is_lsg(values):
@@ -451,7 +451,7 @@ class EncoderConfig:
         return replace(self, **overrides)
 
 
-_DEFAULTS = {f.name: f.default for f in fields(EncoderConfig)} | {"classifier_dropout": 0.1}
+_FLOATS = {f.name for f in fields(EncoderConfig) if f.type in (float, float | None)}
 
 
 def is_lsg(values: dict[str, Any]) -> bool:

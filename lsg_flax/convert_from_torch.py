@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lsg_flax.config import EncoderConfig
-from lsg_flax.models.families import FAMILIES, Family, Key, family_of, modern_name
+from lsg_flax.models.families import FAMILIES, family_of
+from lsg_flax.models.family import Family, Key, modern_name
 from lsg_flax.models.heads import Task
 from lsg_flax.models.model import Model
 

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lsg_flax import hub
 from lsg_flax.convert_from_torch import Params
 from lsg_flax.files import written_aside
-from lsg_flax.inference import Predictor, default_buckets, longest_document
+from lsg_flax.inference import Predictor, default_buckets
 from lsg_flax.models.heads import ModelOutput
 from lsg_flax.models.model import Model
 from lsg_flax.sentence_files import Pooling, Settings, read_settings, write_settings
@@ -107,7 +107,7 @@ class Embedder:
 
     def __post_init__(self):
         """Raises ValueError for parts that do not fit together."""
-        lsg, longest = self.model.config.lsg, longest_document(self.model.config)
+        lsg, longest = self.model.config.lsg, self.model.max_length
         if self.model.task != "base":
             raise ValueError(f"the model's task is {self.model.task!r}; load it with task='base'.")
         if self.pooling not in get_args(Pooling):
@@ -156,7 +156,7 @@ class Embedder:
         tokenizer = hub.read_tokenizer(stored.folder)
         if tokenizer is None:
             raise FileNotFoundError(f"{stored.folder} has no tokenizer; copy its files there.")
-        allowed = min(longest_document(model.config), tokenizer.model_max_length)
+        allowed = min(model.max_length, tokenizer.model_max_length)
         given = stored.max_length if max_length is None else max_length
         return cls(
             model,

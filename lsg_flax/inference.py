@@ -16,9 +16,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from lsg_flax.config import EncoderConfig
 from lsg_flax.convert_from_torch import Params
-from lsg_flax.models.families import family_of
 from lsg_flax.models.model import Model
 
 SHORTEST_BUCKET = 512
@@ -88,7 +86,7 @@ class Predictor:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1.")
-        limit = longest_document(model.config)
+        limit = model.max_length
         buckets = default_buckets(limit) if buckets is None else tuple(sorted(set(buckets)))
         if not buckets or buckets[0] < 1 or buckets[-1] > limit:
             raise ValueError(
@@ -233,11 +231,6 @@ def predict_to_jsonl(
                 raise ValueError(f"document {name!r}: {broken} are not finite.")
             values = {field: value.astype(np.float32).tolist() for field, value in result.items()}
             file.write(json.dumps({"id": name} | values) + "\n")
-
-
-def longest_document(config: EncoderConfig) -> int:
-    """How many tokens a model reads at most."""
-    return config.max_position_embeddings - family_of(config.model_type).position_offset
 
 
 def default_buckets(limit: int) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from flax.typing import Dtype
 
 from lsg_flax import hub
 from lsg_flax.convert_from_torch import Params
-from lsg_flax.inference import Predictor, Select, default_buckets, longest_document
+from lsg_flax.inference import Predictor, Select, default_buckets
 from lsg_flax.models.families import family_of
 from lsg_flax.models.model import Model
 from lsg_flax.pipeline_spans import QuestionAnswering, TokenClassification
@@ -176,7 +176,7 @@ def pipeline(
             raise ValueError(f"{folder} has no tokenizer; pass tokenizer=, an object or a folder.")
     if tokenizer is None:
         raise ValueError("a model with its parameters needs tokenizer=, an object or a folder.")
-    limit = longest_document(network.config)
+    limit = network.max_length
     max_length = limit if max_length is None else max_length
     if not 1 <= max_length <= limit:
         raise ValueError(f"max_length={max_length} must lie in 1..{limit}, what this model reads.")

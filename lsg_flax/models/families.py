@@ -1,179 +1,11 @@
-"""Families of checkpoints as data: names of classes and tensors in PyTorch, side by side with the
-places in our parameter tree.
+"""The families of checkpoints, as tables (see family.py)."""
 
-A row is `kind, torch name, our path`. `{0}` stands for the layer's number in PyTorch (`{0}` and
-`{1}` for group and layer where groups are shared); ours are stacked along leading axes. Kinds:
-"dense"
-(weight, transposed, and bias), "norm" (weight and bias), "embedding" (weight),
-    "bias" (one tensor as it is).
-"""
-
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
 
-import numpy as np
-
-from lsg_flax.config import EncoderConfig
 from lsg_flax.models import heads
+from lsg_flax.models.family import Family, HeadTable, Rows
 from lsg_flax.models.heads import Head, Task
-
-Rows = tuple[tuple[str, str, str], ...]
-
-# kind -> (suffix in PyTorch, leaf of ours, transposed)
-_KINDS = {
-    "dense": ((".weight", "/kernel", True), (".bias", "/bias", False)),
-    "norm": ((".weight", "/scale", False), (".bias", "/bias", False)),
-    "embedding": ((".weight", "/embedding", False),),
-    "bias": (("", "", False),),
-    "kernel": ((".weight", "/kernel", True),),
-}
-
-
-_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
-_AUTO: dict[Task, str] = {
-    "base": "AutoModel",
-    "causal_lm": "AutoModelForCausalLM",
-    "masked_lm": "AutoModelForMaskedLM",
-    "multiple_choice": "AutoModelForMultipleChoice",
-    "pretraining": "AutoModelForPreTraining",
-    "question_answering": "AutoModelForQuestionAnswering",
-    "sequence_classification": "AutoModelForSequenceClassification",
-    "token_classification": "AutoModelForTokenClassification",
-}
-
-
-@dataclass(frozen=True)
-class Key:
-    """One tensor in PyTorch and the leaf it goes to, `layer` being its place on the leaf's leading
-    axes."""
-
-    torch: str
-    path: str
-    transposed: bool
-    layer: tuple[int, ...] | None
-
-
-@dataclass(frozen=True)
-class HeadTable:
-    """A task's class name (after the family's), module and rows.
-
-    Attributes:
-        pooled: whether the model has the pooler.
-        tied: names that repeat another tensor -> that tensor's name.
-        loss: of `losses.TARGETS`, if it is not the task's.
-    """
-
-    architecture: str
-    module: Callable[..., Head]
-    rows: Rows = ()
-    pooled: bool = False
-    tied: dict[str, str] = field(default_factory=dict)
-    untied_rows: Rows = ()  # in their place if config.tie_word_embeddings is false
-    loss: str | None = None
-
-
-@dataclass(frozen=True)
-class Family:
-    """Everything that distinguishes a family, read from here by conversion, `hub` and `to_lsg`."""
-
-    model_type: str
-    architecture: str  # first part of the class names
-    prefix: str  # of the encoder's tensors in a model with a head
-    encoder: Rows
-    pooler: Rows
-    heads: dict[Task, HeadTable]
-    ignored: tuple[str, ...] = _BUFFERS  # by name behind the prefix
-    positions_after_padding: bool = False  # counted from pad_token_id + 1 over real tokens
-    position_offset: int = 0  # rows of the position table before that of the first token
-    globals_with_segment: bool = True  # whether conversion adds segment 0 to the globals
-    always_projects: bool = False  # embeddings and padding, even if the sizes are the same
-
-    @property
-    def module(self) -> str:
-        """The file of the reference's remote code."""
-        return f"modeling_lsg_{self.model_type.replace('-', '_')}"
-
-    @property
-    def auto_classes(self) -> dict[str, str]:
-        """For auto_map: Hugging Face's auto classes -> names behind the family's."""
-        named = {
-            auto: self.heads[task].architecture
-            for task, auto in _AUTO.items()
-            if task in self.heads
-        }
-        return {"AutoConfig": "Config"} | named
-
-    def class_name(self, task: Task, *, lsg: bool) -> str:
-        """Name of the PyTorch class for a task."""
-        return ("LSG" if lsg else "") + self.architecture + self.head(task).architecture
-
-    def head(self, task: str) -> HeadTable:
-        """The table of a task's head.
-
-        Raises:
-            ValueError: if the family has no such head.
-        """
-        if task not in self.heads:
-            raise ValueError(
-                f"task={task!r} is unknown for {self.model_type}; it has {', '.join(self.heads)}."
-            )
-        return self.heads[task]  # type: ignore[index]
-
-    def task_of(self, class_name: str) -> Task | None:
-        """The task of a PyTorch class by its name, None if it is not of this family."""
-        names: dict[str, Task] = {self.class_name(task, lsg=False): task for task in self.heads}
-        return names.get(class_name.removeprefix("LSG"))
-
-    def keys(self, task: Task, config: EncoderConfig) -> list[Key]:
-        """Every tensor of a model, with its prefix."""
-        head = self.head(task)
-        prefix = "" if task == "base" else f"{self.prefix}."
-        without = [] if config.lsg else ["global_embeddings"]
-        without += [] if config.type_vocab_size else ["token_type_embeddings"]
-        without += [] if self.projects(config) else ["embeddings_project"]
-        without += [] if config.add_cross_attention else ["cross_attention"]
-        encoder = [row for row in self.encoder if not any(part in row[2] for part in without)]
-        encoder += self.pooler if head.pooled else ()
-        own = (*head.rows, *(() if config.tie_word_embeddings else head.untied_rows))
-        return [
-            *(key for row in encoder for key in _expand(row, config.stack, prefix)),
-            *(key for row in own for key in _expand(row, config.stack, "")),
-        ]
-
-    def projects(self, config: EncoderConfig) -> bool:
-        """Whether there is a projection from the embeddings to the layers."""
-        return self.always_projects or config.embedding_width != config.hidden_size
-
-    def tied_names(self, task: Task, *, tied: bool) -> dict[str, str]:
-        """Tensors that repeat another one, name to name; those of an own decoder kernel do not."""
-        own = (
-            set()
-            if tied
-            else {key.torch for row in self.head(task).untied_rows for key in _expand(row, (), "")}
-        )
-        return {name: source for name, source in self.head(task).tied.items() if name not in own}
-
-
-def _expand(row: tuple[str, str, str], stack: tuple[int, ...], prefix: str) -> Iterator[Key]:
-    kind, torch, path = row
-    for suffix, leaf, transposed in _KINDS[kind]:
-        if "{" not in torch:
-            yield Key(prefix + torch + suffix, path + leaf, transposed, None)
-            continue
-        for place in np.ndindex(*stack):
-            yield Key(prefix + torch.format(*place) + suffix, path + leaf, transposed, place)
-
-
-def modern_name(name: str) -> str:
-    """LayerNorm's parameters were called gamma and beta in old checkpoints."""
-    return re.sub(
-        r"LayerNorm\.gamma$",
-        "LayerNorm.weight",
-        re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name),
-    )
-
 
 _EMBEDDINGS, _LAYERS = "encoder/embeddings", "encoder/layers"
 
@@ -219,10 +51,17 @@ _POOLER: Rows = (("dense", "pooler.dense", "pooler/dense"),)
 
 
 def _language_model(
-    encoder: str, transform: str, norm: str, bias: str, kernel: str, path: str = "head"
+    encoder: str,
+    transform: str,
+    norm: str,
+    bias: str,
+    kernel: str,
+    *,
+    path: str = "head",
+    beside: Rows = (),
 ) -> dict:
-    """A language model's head from its tensors' names: rows, what is tied, and the kernel that
-    takes the place of the word table where it is not."""
+    """A language model's head from its tensors' names: rows (with those `beside` it), what is
+    tied, and the kernel that takes the place of the word table where it is not."""
     tied = {f"{kernel}.weight": f"{encoder}.embeddings.word_embeddings.weight"}
     if bias != f"{kernel}.bias":
         tied[f"{kernel}.bias"] = bias
@@ -231,6 +70,7 @@ def _language_model(
             ("dense", transform, f"{path}/transform"),
             ("norm", norm, f"{path}/layer_norm"),
             ("bias", bias, f"{path}/bias"),
+            *beside,
         ),
         "tied": tied,
         "untied_rows": (("kernel", kernel, path),),
@@ -276,20 +116,13 @@ def _pooled_heads() -> dict[Task, HeadTable]:
     }
 
 
-_BERT_LM = _language_model(
+_BERT_LM = partial(
+    _language_model,
     "bert",
     "cls.predictions.transform.dense",
     "cls.predictions.transform.LayerNorm",
     "cls.predictions.bias",
     "cls.predictions.decoder",
-)
-_BERT_PRETRAINING = _language_model(
-    "bert",
-    "cls.predictions.transform.dense",
-    "cls.predictions.transform.LayerNorm",
-    "cls.predictions.bias",
-    "cls.predictions.decoder",
-    "head/masked_lm",
 )
 _NEXT_SENTENCE: Rows = (("dense", "cls.seq_relationship", "head/seq_relationship"),)
 
@@ -302,14 +135,13 @@ BERT = Family(
     heads={
         **_pooled_heads(),
         **_common_heads(),
-        "masked_lm": HeadTable("ForMaskedLM", heads.LanguageModelHead, **_BERT_LM),
-        "causal_lm": HeadTable("LMHeadModel", heads.LanguageModelHead, **_BERT_LM),
+        "masked_lm": HeadTable("ForMaskedLM", heads.LanguageModelHead, **_BERT_LM()),
+        "causal_lm": HeadTable("LMHeadModel", heads.LanguageModelHead, **_BERT_LM()),
         "pretraining": HeadTable(
             "ForPreTraining",
             heads.PretrainingHead,
-            (*_BERT_PRETRAINING.pop("rows"), *_NEXT_SENTENCE),
             pooled=True,
-            **_BERT_PRETRAINING,
+            **_BERT_LM(path="head/masked_lm", beside=_NEXT_SENTENCE),
         ),
         "next_sentence_prediction": HeadTable(
             "ForNextSentencePrediction", heads.NextSentenceHead, _NEXT_SENTENCE, pooled=True
@@ -449,9 +281,13 @@ DISTILBERT = Family(
     },
 )
 
-_ALBERT_NAMES = ("predictions.dense", "predictions.LayerNorm", "predictions.bias")
-_ALBERT_PRETRAINING = _language_model(
-    "albert", *_ALBERT_NAMES, "predictions.decoder", "head/masked_lm"
+_ALBERT_LM = partial(
+    _language_model,
+    "albert",
+    "predictions.dense",
+    "predictions.LayerNorm",
+    "predictions.bias",
+    "predictions.decoder",
 )
 
 ALBERT = Family(
@@ -473,18 +309,17 @@ ALBERT = Family(
         "masked_lm": HeadTable(
             "ForMaskedLM",
             heads.LanguageModelHead,
-            **_language_model("albert", *_ALBERT_NAMES, "predictions.decoder"),
+            **_ALBERT_LM(),
         ),
         "pretraining": HeadTable(
             "ForPreTraining",
             heads.SentenceOrderHead,
-            (
-                *_ALBERT_PRETRAINING.pop("rows"),
-                ("dense", "sop_classifier.classifier", "head/sentence_order/classifier"),
-            ),
             pooled=True,
             loss="sentence_order",
-            **_ALBERT_PRETRAINING,
+            **_ALBERT_LM(
+                path="head/masked_lm",
+                beside=(("dense", "sop_classifier.classifier", "head/sentence_order/classifier"),),
+            ),
         ),
     },
     always_projects=True,

@@ -89,7 +89,7 @@ class Model(nn.Module):
                 "lsg_flax.attention.lsg_attention_reference."
             )
         inputs = _Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        _check_inputs(inputs, self.config, choices=self.task == "multiple_choice")
+        _check_inputs(inputs, self.config, self.max_length, choices=self.task == "multiple_choice")
         slots = _check_cache(self, inputs, cache, cache_length, train=train)
         memory = self._memory(encoder_hidden_states, encoder_attention_mask, inputs.lead, cache)
         choices = inputs.lead[1] if self.task == "multiple_choice" else None
@@ -121,7 +121,7 @@ class Model(nn.Module):
 
     @property
     def max_length(self) -> int:
-        """Tokens that the position table has rows for."""
+        """How many tokens the model reads at most: those that the position table has rows for."""
         offset = family_of(self.config.model_type).position_offset
         return self.config.max_position_embeddings - offset
 
@@ -192,7 +192,7 @@ class _Inputs:
         return tuple(None if a is None else a.reshape(-1, *a.shape[drop:]) for a in self.arrays())
 
 
-def _check_inputs(inputs: _Inputs, config: EncoderConfig, *, choices: bool) -> None:
+def _check_inputs(inputs: _Inputs, config: EncoderConfig, limit: int, *, choices: bool) -> None:
     """Raises early, with what was given, what is allowed and what to do."""
     lead, named = inputs.lead, inputs.named
     layout = "[batch, choices, tokens]" if choices else "[batch, tokens]"
@@ -202,7 +202,6 @@ def _check_inputs(inputs: _Inputs, config: EncoderConfig, *, choices: bool) -> N
             "x[None]."
         )
     length = lead[-1]
-    limit = config.max_position_embeddings - family_of(config.model_type).position_offset
     if length > limit and named["position_ids"] is None:
         raise ValueError(
             f"{length} tokens are more than the {limit} positions of this checkpoint "
