@@ -112,12 +112,12 @@ def _fingerprint(source: Source, options: DataOptions, tokenizer: Any) -> str:
         reads = json.loads(tokenizer.backend_tokenizer.to_str())
         reads |= {"truncation": None, "padding": None}  # left there by the last call
     else:
-        reads = [tokenizer.get_vocab(), {k: str(v) for k, v in tokenizer.init_kwargs.items()}]
+        settings = {name: str(value) for name, value in tokenizer.init_kwargs.items()}
+        reads = [type(tokenizer).__name__, tokenizer.get_vocab(), settings]
     parts = [
         _FORMAT,
         source.digest(),
         dataclasses.asdict(options),
-        type(tokenizer).__name__,
         reads,
         tokenizer.all_special_ids,
         [tokenizer.truncation_side, tokenizer.model_input_names, tokenizer.pad_token_id],

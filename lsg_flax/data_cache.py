@@ -71,7 +71,8 @@ class ArrayFiles:
         """Closes the arrays and writes the index with what else is to be known."""
         for file in self._files.values():
             file.close()
-        write_json(self._folder, {_INDEX: {"arrays": self._entries, "about": about}})
+        index = {"arrays": self._entries, "about": about}
+        write_json(self._folder, {_INDEX: index | {"crc32": _checksum_of(index)}})
 
 
 def read_arrays(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -82,6 +83,8 @@ def read_arrays(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, 
     """
     try:
         index = read_json(folder / _INDEX)
+        if _checksum_of({name: index[name] for name in ("arrays", "about")}) != index["crc32"]:
+            raise DamagedCacheError(f"{folder / _INDEX} was changed.")
         arrays = {}
         for name, entry in index["arrays"].items():
             file, shape = folder / f"{name}.bin", (entry["length"], *entry["shape"])
@@ -96,6 +99,10 @@ def read_arrays(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, 
         return arrays, index["about"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCacheError(f"{folder} is damaged: {error}") from error
+
+
+def _checksum_of(index: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(index, sort_keys=True).encode())
 
 
 def _checksum(file: pathlib.Path) -> int:
@@ -196,7 +203,7 @@ class TokenizedDataset:
         ends = self._offsets[row * count : (row + 1) * count + 1].tolist()
         return list(itertools.pairwise(ends))
 
-    def __getitem__(self, row: int) -> dict[str, Any]:
+    def __getitem__(self, row: int | np.integer) -> dict[str, Any]:
         """The arrays of a row by Hugging Face's names, without padding; for multiple choice a list
         of one per choice.
 
@@ -210,7 +217,7 @@ class TokenizedDataset:
             fields[name] = parts[0] if self.choices is None else parts
         return fields | {name: np.array(self.arrays[name][row]) for name in self.row_fields}
 
-    def info(self, row: int) -> RowInfo:
+    def info(self, row: int | np.integer) -> RowInfo:
         """What belongs to a row beside its tokens.
 
         Raises:
@@ -228,7 +235,7 @@ class TokenizedDataset:
             None if offsets is None else np.array(offsets[start:stop]),
         )
 
-    def record(self, example: int) -> dict[str, Any]:
+    def record(self, example: int | np.integer) -> dict[str, Any]:
         """What is kept of an example beside its tokens: `id` where it has one, and for question
         answering question, context and answers.
 
@@ -237,10 +244,10 @@ class TokenizedDataset:
         """
         if not 0 <= example < self.examples:
             raise IndexError(f"example {example} is not in 0..{self.examples - 1}.")
-        start, stop = self.arrays["record_ends"][example : example + 2].tolist()
+        start, stop = self.arrays["record_ends"][int(example) : int(example) + 2].tolist()
         return json.loads(self.arrays["records"][start:stop].tobytes())
 
-    def _checked(self, row: int) -> int:
+    def _checked(self, row: int | np.integer) -> int:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} is not in 0..{len(self) - 1}.")
         return int(row)

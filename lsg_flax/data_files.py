@@ -210,7 +210,8 @@ def _read_csv(file: pathlib.Path, problems: Problems) -> Iterator[Row]:
         if len(set(names)) < len(names):
             raise ValueError(f"{file}:1: names of columns must differ, got {names}.")
         while True:
-            place = f"{file}:{reader.line_num + 1}"
+            first = reader.line_num + 1
+            place = f"{file}:{first}"
             try:
                 fields = next(reader, None)
                 if fields is None:
@@ -221,6 +222,10 @@ def _read_csv(file: pathlib.Path, problems: Problems) -> Iterator[Row]:
                     raise ValueError(f"{len(fields)} fields for the columns {names}")
                 valid_text("".join(fields))
             except (csv.Error, ValueError) as error:
+                if isinstance(error, csv.Error) and reader.line_num > first:
+                    raise ValueError(  # never skipped: nobody knows where the row should end
+                        f"{place}: a quoted field goes wrong by line {reader.line_num}: {error}"
+                    ) from error
                 problems.found(place, f"not a row of CSV: {error}")
                 continue
             yield Row(place, dict(zip(names, fields, strict=True)))
