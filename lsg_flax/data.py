@@ -32,10 +32,10 @@ from lsg_flax.data_cache import ArrayFiles, DamagedCacheError, RowWriter
 from lsg_flax.data_cache import RowInfo as RowInfo
 from lsg_flax.data_cache import TokenizedDataset as TokenizedDataset
 from lsg_flax.data_files import Paths, Problems, Source, open_source
+from lsg_flax.data_options import Columns as Columns
+from lsg_flax.data_options import DataOptions as DataOptions
 from lsg_flax.data_order import default_buckets as default_buckets
 from lsg_flax.data_tasks import TOKEN_FIELDS, Encoder, Example, make_encoder
-from lsg_flax.data_tasks import Columns as Columns
-from lsg_flax.data_tasks import DataOptions as DataOptions
 from lsg_flax.data_values import names_of_labels
 
 _FORMAT = 1  # of the files in the cache; a higher number makes older ones unknown

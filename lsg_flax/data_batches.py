@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import Int, Shaped
 
 from lsg_flax.data_cache import TokenizedDataset
+from lsg_flax.data_options import IGNORED
 from lsg_flax.data_order import Order, Part, Remainder, default_buckets
 
-IGNORED = -100  # the label that does not count, as in losses.py
 _ENDLESS = 2**62  # batches; what `len` can say
 _MASKS, _EVAL_MASKS = range(2, 4)  # random numbers under the seed, beside those of the order
 

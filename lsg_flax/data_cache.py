@@ -43,10 +43,12 @@ class ArrayFiles:
         return self
 
     def __exit__(self, kind, *_):
-        for file in self._files.values():
-            file.close()
-        if kind is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        try:
+            for file in self._files.values():
+                file.close()
+        finally:
+            if kind is not None:
+                shutil.rmtree(self._folder, ignore_errors=True)
 
     @property
     def names(self) -> set[str]:

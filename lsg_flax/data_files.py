@@ -169,17 +169,20 @@ def _files_of(path: str) -> list[pathlib.Path]:
             raise ValueError(f"{path} is none of {', '.join(KINDS)}, which can be read.")
         return [place]
     if place.is_dir():
-        files = sorted(file for file in place.rglob("*") if file.is_file())
+        files = sorted(file for file in place.rglob("*") if not _hidden(file.relative_to(place)))
     else:
         files = sorted(map(pathlib.Path, glob.glob(str(place), recursive=True)))
-        files = [file for file in files if file.is_file()]
-    found = [file for file in files if file.suffix in KINDS]
+    found = [file for file in files if file.suffix in KINDS and file.is_file()]
     if not found:
         raise FileNotFoundError(
             f"{path} is no file, and no folder or pattern with files of {', '.join(KINDS)} "
             f"(other files there: {[file.name for file in files[:3]]})."
         )
     return found
+
+
+def _hidden(path: pathlib.Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 # Readers of files. Bytes that are not UTF-8 are read as surrogates, so that reading can go on

@@ -12,6 +12,8 @@ from jaxtyping import Float
 
 from lsg_flax.data_files import Row, valid_text
 
+_MOST_LABELS = 1 << 20  # that are believed without a list of names
+
 
 def value_in(row: Row, column: str) -> Any:
     """The value of a column, or a ValueError that lists what there is."""
@@ -50,18 +52,32 @@ def label_number(value: Any, names: tuple[str, ...]) -> int:
 
 
 def names_of_labels(values: Iterable[Any]) -> tuple[str, ...]:
-    """The labels found in a column: the names sorted, or the numbers from 0 to the largest."""
-    found: set[str] = set()
+    """The labels found in a column: the names sorted, or the numbers from 0 to the largest.
+
+    Raises:
+        ValueError: for names and numbers together, or numbers that cannot count labels.
+    """
+    names: set[str] = set()
+    numbers: set[int] = set()
     for value in values:
-        several = value if isinstance(value, list) else [value]
-        found |= {str(int(v)) if isinstance(v, int) else v for v in several if _is_label(v)}
-    if not all(name.isdecimal() for name in found):
-        return tuple(sorted(found))
-    return tuple(map(str, range(max(map(int, found), default=-1) + 1)))
-
-
-def _is_label(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, int) and value >= 0)
+        for label in value if isinstance(value, list) else [value]:
+            if isinstance(label, str):
+                names.add(label)
+            elif isinstance(label, int) and label >= 0:
+                numbers.add(int(label))
+    if all(name.isdecimal() for name in names):
+        names, numbers = set(), numbers | {*map(int, names)}
+    if names and numbers:
+        raise ValueError(
+            f"labels are names such as {min(names)!r} and numbers such as {min(numbers)}; give "
+            "labels=, the names in the order of their numbers."
+        )
+    if numbers and max(numbers) >= _MOST_LABELS:
+        raise ValueError(
+            f"labels are numbers up to {max(numbers)}, too many to be those of labels from 0; give "
+            "labels=, or problem_type='regression' for quantities."
+        )
+    return tuple(map(str, range(max(numbers) + 1))) if numbers else tuple(sorted(names))
 
 
 def numbers_in(value: Any) -> Float[np.ndarray, "K"]:

@@ -9,7 +9,8 @@ import warnings
 import jaxtyping
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lsg_flax.data import Columns, DataOptions, load_examples
 
@@ -113,6 +114,8 @@ def test_every_kind_of_file_gives_the_same_rows(load, tokenizer, tmp_path, kind)
 def test_text_files_by_line_and_whole(load, tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text("w1 w2\n\nw3\n")
     (tmp_path / "b.txt").write_text("w4")
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "c.txt").write_text("w5")
     for source in (tmp_path, f"{tmp_path}/*.txt", [tmp_path / "a.txt", tmp_path / "b.txt"]):
         by_line = load(source, "masked_lm", pack=False)
         texts = [tokenizer.decode(row["input_ids"][1:-1]) for row in rows_of(by_line)]
@@ -238,6 +241,16 @@ def test_numbers_as_labels_and_labels_of_training_for_evaluation(load):
     only = load([{"text": "w1", "label": "odd"}], labels=("even", "odd"))
     assert rows_of(only)[0]["labels"] == 1
     assert "labels" not in load([{"text": "w1"}], with_labels=False)[0]
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [(["a", 1], "names such as 'a' and numbers such as 1"), ([0, 10**9], "up to 1000000000, too")],
+)
+def test_labels_that_cannot_be_inferred(load, labels, message):
+    rows = [{"text": "w1", "label": label} for label in labels]
+    with pytest.raises(ValueError, match=message):
+        load(rows)
 
 
 # Tasks
@@ -400,14 +413,44 @@ def test_tokenizers_that_cannot_serve(load, tokenizer):
     assert load(TEXTS, tokenizer=padless).pad_token_id == 0
 
 
+def byte_level(add_prefix_space: bool):
+    """A tokenizer as GPT-2's: a token per byte, no special tokens, no padding."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    model = models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[])
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def test_a_tokenizer_without_special_tokens(load):
+    tokenizer = byte_level(add_prefix_space=False)
+    rows = [{"text": "abc"}, {"text": "de"}, {"text": "fghij"}]
+    data = load(rows, "causal_lm", tokenizer=tokenizer, max_length=4)
+    assert [tokenizer.decode(r["input_ids"]) for r in rows_of(data)] == ["abcd", "efgh", "ij"]
+    assert data.pad_token_id == 0
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: no tokens: the text is empty"):
+        load([rows[0], {"text": ""}], "causal_lm", tokenizer=tokenizer, pack=False)
+
+
+def test_words_need_a_tokenizer_that_puts_spaces_before_them(load):
+    rows = [{"tokens": ["ab", "c"], "tags": [1, 0]}]
+    with pytest.raises(ValueError, match="load it with add_prefix_space=True"):
+        load(rows, "token_classification", tokenizer=byte_level(add_prefix_space=False))
+    data = load(rows, "token_classification", tokenizer=byte_level(add_prefix_space=True))
+    assert data[0]["labels"].tolist() == [1, -100, -100, 0, -100]
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"task": "base"}, "task='base' is unknown; choose one of"),
         ({"problem_type": "single"}, "problem_type='single' is unknown"),
         ({"max_length": 0}, "max_length=0 must be at least 1"),
-        ({"labels": ("a", "a")}, "must be different names"),
-        ({"labels": ()}, "must be different names, at least one"),
+        ({"labels": ("a",)}, "are for sequence_classification and token_classification"),
+        ({"problem_type": "regression"}, "is for sequence_classification, not masked_lm"),
+        ({"task": "token_classification", "labels": ("a", "a")}, "must be different names"),
+        ({"task": "token_classification", "labels": ()}, "different names, at least one"),
     ],
 )
 def test_options_that_cannot_be(unchecked, options, message):

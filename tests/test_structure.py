@@ -24,6 +24,7 @@ TREES = pathlib.Path(__file__).parent / "golden" / "parameter_trees.json"
 
 # What each part may import of lsg_flax; a folder is one part. (docs/design: import direction)
 FILES = {"models", "config", "convert_from_torch", "to_lsg"}
+DATA = {"data_files", "data_options", "data_values", "data_tasks"}
 MAY_IMPORT = {
     "config": set(),
     "sharding": set(),
@@ -43,11 +44,12 @@ MAY_IMPORT = {
     "hub": {*FILES, "files", "sentence_files"},
     "data_files": set(),
     "data_values": {"data_files"},
-    "data_tasks": {"data_files", "data_values"},
+    "data_options": {"data_files"},
+    "data_tasks": {"data_files", "data_options", "data_values"},
     "data_cache": {"files"},
     "data_order": set(),
-    "data_batches": {"data_cache", "data_order"},
-    "data": {"data_files", "data_values", "data_tasks", "data_cache", "data_order", "data_batches"},
+    "data_batches": {"data_cache", "data_options", "data_order"},
+    "data": {*DATA, "data_order", "data_batches", "data_cache"},
     "losses": {"models", "config"},
     "training": {*FILES, "hub", "losses", "data", "sharding"},
     "inference": {*FILES, "hub", "data", "sharding"},
