@@ -322,15 +322,16 @@ SQUAD = [
 ]
 
 
-def test_windows_of_questions_hold_the_answer_or_say_that_they_do_not(load):
+@pytest.mark.parametrize("length, stride", [(20, 5), (16, 1), (19, 0)])  # the last two cut it
+def test_windows_of_questions_hold_the_answer_or_say_that_they_do_not(load, length, stride):
     assert CONTEXT[74:87] == "unlikely dogs"
-    data = load(SQUAD, "question_answering", max_length=20, stride=5)
-    assert (len(data), data.examples) == (5, 2)
+    data = load(SQUAD, "question_answering", max_length=length, stride=stride)
+    assert len(data) > data.examples == 2
     covered, answered = set(), 0
     for i in range(len(data)):
         row, info = data[i], data.info(i)
         offsets, first, last = info.offsets, row["start_positions"], row["end_positions"]
-        assert len(row["input_ids"]) <= 20 and offsets.shape == (len(row["input_ids"]), 2)
+        assert len(row["input_ids"]) <= length and offsets.shape == (len(row["input_ids"]), 2)
         assert info.record["context"] == SQUAD[info.example]["context"]
         context = offsets[:, 0] >= 0
         np.testing.assert_array_equal(context[:-1], row["token_type_ids"][:-1] == 1)
@@ -341,7 +342,7 @@ def test_windows_of_questions_hold_the_answer_or_say_that_they_do_not(load):
         if first:
             answered += 1
             assert CONTEXT[offsets[first, 0] : offsets[last, 1]] == "unlikely dogs"
-    assert answered >= 1
+    assert answered >= 1 or length == 19
     assert covered == {c for c in range(len(CONTEXT)) if CONTEXT[c] != " "}
 
 
@@ -465,6 +466,7 @@ def test_a_second_run_does_not_tokenize(load, tokenizer):
     counting = Counting(tokenizer)
     first = rows_of(load(TEXTS, tokenizer=counting))
     assert counting.calls == 1
+    tokenizer("w1", truncation=True, max_length=9)  # which the tokenizer remembers
     assert rows_of(load(TEXTS, tokenizer=counting)) == first
     assert counting.calls == 1
     load(TEXTS, tokenizer=counting, max_length=6)

@@ -222,6 +222,7 @@ def test_masks_change_with_the_epoch_and_the_seed_only(make):
     first = some(seed=1)
     assert all(map(equal, first, some(seed=1, prefetch=0)))
     half = len(first) // 2
+    assert len({tuple(row) for row in (first[0]["labels"] != -100).tolist()}) == 4
     for a, b in ((first[0], first[half]), (first[0], some(seed=2)[0])):
         plain_a, plain_b = (np.where(x["labels"] < 0, x["input_ids"], x["labels"]) for x in (a, b))
         np.testing.assert_array_equal(plain_a, plain_b)
@@ -255,6 +256,7 @@ def test_epochs_have_different_orders_and_seeds_too(make):
     first, second = orders(0)
     other, _ = orders(1)
     assert first != second and first != other
+    assert {*map(frozenset, first)} != {*map(frozenset, second)}  # not only batches by turns
     assert sorted(itertools.chain(*first)) == sorted(itertools.chain(*second)) == list(range(50))
     assert orders(0) == [first, second]
 
