@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "files": set(),
     "sentence_files": {"files"},
     "hub": {*FILES, "files", "sentence_files", "sharding"},
-    "data": {"config"},
+    "data": {"files"},
     "losses": {"models", "config"},
     "training": {*FILES, "hub", "losses", "data", "sharding"},
     "inference": {*FILES, "hub", "data", "sharding"},
