@@ -106,7 +106,7 @@ def model(task="masked_lm", family="bert", kind="norm", **values):
 def batch(task="masked_lm", rows=8, length=96):
     generator = np.random.default_rng(0)
     ids = generator.integers(2, 24, (rows, length), dtype=np.int32)
-    mask = np.arange(length) < generator.integers(60, length + 1, (rows, 1))
+    mask = np.arange(length) < generator.integers(length * 5 // 8, length + 1, (rows, 1))
     labels = np.where(generator.random(ids.shape) < 0.3, ids, -100)
     if task == "sequence_classification":
         labels = generator.integers(0, 2, rows)
