@@ -32,6 +32,21 @@ Result = dict[str, np.ndarray]
 Select = Callable[[dict[str, jax.Array], dict[str, jax.Array]], dict[str, jax.Array]]
 
 
+def outputs_of(
+    model: Model, params: Params, batch: dict[str, Any], fields: tuple[str, ...] | None
+) -> dict[str, jax.Array]:
+    """The outputs of these names, or all; raises ValueError for one that the task does not have."""
+    output = vars(model.apply({"params": params}, **batch))
+    given = [name for name, value in output.items() if value is not None]
+    wanted = fields or tuple(given)
+    if not set(wanted) <= set(given):
+        raise ValueError(
+            f"fields={fields} are not all outputs of task={model.task!r}; it has "
+            f"{', '.join(given)}."
+        )
+    return {name: output[name] for name in wanted}
+
+
 class _Program:
     """The jitted model; tracing happens once per compilation, which is how they are counted."""
 
@@ -46,15 +61,7 @@ class _Program:
 
         def apply(params: Params, batch: dict[str, Any]) -> dict[str, jax.Array]:
             self.compilations += 1
-            output = vars(model.apply({"params": params}, **batch))
-            given = [name for name, value in output.items() if value is not None]
-            wanted = fields or tuple(given)
-            if not set(wanted) <= set(given):
-                raise ValueError(
-                    f"fields={fields} are not all outputs of task={model.task!r}; it has "
-                    f"{', '.join(given)}."
-                )
-            chosen = {name: output[name] for name in wanted}
+            chosen = outputs_of(model, params, batch, fields)
             return select(chosen, batch) if select else chosen
 
         self._apply = jax.jit(apply)

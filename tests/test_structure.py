@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "training": {*FILES, "hub", "losses", "data", "sharding"},
     "resumable_lines": set(),
     "inference": {*FILES, "hub", "data", "sharding", "resumable_lines"},
-    "export": {*FILES, "files"},
+    "export": {*FILES, "files", "inference"},
     "embeddings": {*FILES, "files", "sentence_files", "hub", "inference"},
     "pipeline_tasks": {"config", "inference"},
     "pipeline_spans": {"pipeline_tasks"},
