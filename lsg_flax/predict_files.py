@@ -36,7 +36,7 @@ ANSWERS: dict[str, Task] = {
     "token_classification": TokenClassification(aggregation_strategy="simple"),
     "question_answering": QuestionAnswering(),
 }
-_KINDS = (("input_ids",), ("text",), ("question", "context"))  # what a line has of a document
+_KINDS = (("input_ids",), ("question", "context"), ("text",))  # what a line has of a document
 _PROBE = "Él NAÏVE 12.5% 日本 [MASK]\n it's"  # tells apart tokenizers of the same vocabulary
 
 
@@ -225,14 +225,10 @@ class _Encoder:
             raise ValueError("a text needs tokenizer=; without one documents are input_ids.")
         if self.predictor.model.task == "multiple_choice":
             raise ValueError("multiple_choice reads input_ids, one list for each choice.")
-        if isinstance(answers, QuestionAnswering) or "text" not in content:
-            item: Any = {n: content[n] for n in ("question", "context") if n in content}
-        else:
-            item = {n: content[n] for n in ("text", "text_pair") if n in content}
+        item = _item(content)
         if answers is None:
-            return reader.rows(*item.values())
-        single = "text_pair" not in item and "text" in item
-        return answers.rows(reader, item["text"] if single else item)
+            return reader.rows(*([item] if isinstance(item, str) else item.values()))
+        return answers.rows(reader, item)
 
     def line(self, document: Document, rows: Sequence[Row], results: list[Result]) -> str:
         """The line of a document."""
@@ -241,7 +237,7 @@ class _Encoder:
         for result in results:
             output_line(document, result)  # raises for outputs that are not finite
         results = [{n: np.asarray(v, np.float32) for n, v in r.items()} for r in results]
-        answer = self.answers.answer(self.reader, document.content, list(rows), results)
+        answer = self.answers.answer(self.reader, _item(document.content), list(rows), results)
         return json_line({"id": document.name, "answer": answer})
 
     def settings(self) -> dict[str, Any]:
@@ -293,6 +289,17 @@ def _content(raw: bytes, *, lines_of_text: bool) -> dict[str, Any]:
         if not _are_ids(content.get(name, [0])):
             raise ValueError(f"its {name} are no list of whole numbers")
     return content
+
+
+def _item(content: dict[str, Any]) -> Any:
+    """What a pipeline would be given: a text or a dict of two; nothing for input_ids."""
+    kind = (
+        ("question", "context")
+        if content.keys() >= {"question", "context"}
+        else ("text", "text_pair")
+    )
+    item = {name: content[name] for name in kind if name in content}
+    return item["text"] if item.keys() == {"text"} else item
 
 
 def _are_ids(values: Any) -> bool:
