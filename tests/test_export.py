@@ -79,9 +79,8 @@ def test_the_documented_lines_run_it_without_lsg_flax(tmp_path, monkeypatch):
     assert np.ptp(expected) > 0.1
 
 
-@pytest.mark.parametrize("sparsity_type", ["norm", "lsh"])
-def test_one_program_for_any_batch_size_and_several_platforms(sparsity_type, tmp_path):
-    model, params = make(sparsity_type=sparsity_type)
+def test_one_program_for_any_batch_size_and_several_platforms(tmp_path):
+    model, params = make(sparsity_type="lsh")  # sorts, with rotations from a key
     path = tmp_path / "deep" / "any.stablehlo"
     export_model(model, params, path, length=LENGTH, platforms=("cpu", "tpu"))
     program = read(path)
@@ -98,20 +97,16 @@ def test_one_program_for_any_batch_size_and_several_platforms(sparsity_type, tmp
 def test_parameters_beside_are_an_argument(tmp_path):
     model, params = make("token_classification")
     path = tmp_path / "model.stablehlo"
-    inside = tmp_path / "inside.stablehlo"
     options = {"length": 16, "batch_size": 2, "inputs": ("input_ids",)}
-    export_model(model, params, inside, **options)
     files = export_model(model, params, path, **options, parameters="beside")
     assert [f.name for f in files] == ["model.stablehlo", "model.stablehlo.safetensors"]
     weights = safetensors.flax.load_file(files[1])
     ids, _ = rows(2, 16)
     expected = logits_of(model, params, ids, None)
-    ours = jax.jit(read(path).call)(weights, ids)["logits"]
-    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+    run = jax.jit(read(path).call)
+    np.testing.assert_allclose(run(weights, ids)["logits"], expected, rtol=1e-5, atol=1e-5)
     doubled = jax.tree.map(lambda x: 2 * x, weights)
-    assert np.abs(jax.jit(read(path).call)(doubled, ids)["logits"] - expected).max() > 0.1
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    assert inside.stat().st_size - path.stat().st_size > size / 2
+    assert np.abs(run(doubled, ids)["logits"] - expected).max() > 0.1
 
 
 @pytest.mark.parametrize(
