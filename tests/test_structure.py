@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "to_lsg": {"models", "config"},
     "files": set(),
     "sentence_files": {"files"},
-    "hub": {*FILES, "files", "sentence_files"},
+    "hub": {*FILES, "files", "sentence_files", "sharding"},
     "data": {"config"},
     "losses": {"models", "config"},
     "training": {*FILES, "hub", "losses", "data", "sharding"},
