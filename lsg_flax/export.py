@@ -16,6 +16,7 @@ import flax.traverse_util
 import jax
 import numpy as np
 from jax import export
+from jax.sharding import AbstractDevice, AbstractMesh
 from safetensors.flax import save_file
 
 from lsg_flax.convert_from_torch import Params
@@ -56,7 +57,8 @@ def export_model(
         path: the file to write, such as "classifier.stablehlo".
         length: tokens T of each row; shorter documents are padded and masked.
         batch_size: rows B; None for any number, one compilation each where it runs.
-        platforms: devices that it shall run on; none of them needs to be here.
+        platforms: devices that it shall run on; none of them needs to be here. Attention works on
+            one block at a time for "cpu" and for any batch size, else on as many as fit.
         parameters: inside the program or beside it; by default inside up to 512 MiB.
 
     Returns:
@@ -85,7 +87,8 @@ def export_model(
         program, arguments = (lambda *arrays: run(constants, *arrays)), shapes
     else:
         program, arguments = run, [_shapes_of(flat), *shapes]
-    exported = export.export(jax.jit(program), platforms=tuple(platforms))(*arguments)
+    with jax.sharding.use_abstract_mesh(_target(platforms, batch_size)):
+        exported = export.export(jax.jit(program), platforms=tuple(platforms))(*arguments)
     path = pathlib.Path(path)
     beside = path.with_name(f"{path.name}.safetensors")
     with written_aside(path.parent) as aside:
@@ -101,6 +104,14 @@ def _program(model: Model, inputs: Sequence[Input], fields: Sequence[str]) -> Ca
         return outputs_of(model, params, dict(zip(inputs, arrays, strict=True)), tuple(fields))
 
     return run
+
+
+def _target(platforms: Sequence[Platform], batch_size: int | None) -> AbstractMesh:
+    """A mesh without axes that says for which device to trace; without it, it would be the one that
+    is here. How many blocks fit cannot be asked of a batch size that is not known."""
+    kind = "cpu" if batch_size is None or "cpu" in platforms else platforms[0]
+    device = AbstractDevice(device_kind=kind, num_cores=None, platform=kind)
+    return AbstractMesh((), (), abstract_device=device)
 
 
 def _shapes_of(tree: Any) -> Any:

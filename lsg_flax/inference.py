@@ -134,7 +134,7 @@ class Predictor:
                 f"buckets={buckets} must be lengths in 1..{limit}, what this checkpoint reads."
             )
         if mesh is not None:
-            _check_mesh(mesh, batch_size, buckets)
+            _check_mesh(mesh, model, batch_size, buckets)
         self.model = model
         self.params = jax.device_put(params) if mesh is None else shard(params, mesh)
         self.batch_size, self.buckets = batch_size, buckets
@@ -467,8 +467,9 @@ def _choices(values: Sequence, model: Model) -> Sequence[Sequence[int]]:
     return values if model.task == "multiple_choice" else [values]
 
 
-def _check_mesh(mesh: Mesh, batch_size: int, buckets: Sequence[int]) -> None:
+def _check_mesh(mesh: Mesh, model: Model, batch_size: int, buckets: Sequence[int]) -> None:
     """Raises for what the mesh cannot cut, and for one over several processes."""
+    shards = mesh.shape["sequence"]
     if {device.process_index for device in mesh.devices.flat} != {jax.process_index()}:
         raise ValueError(
             "the mesh has devices of other processes; give each process its own documents and a "
@@ -476,6 +477,8 @@ def _check_mesh(mesh: Mesh, batch_size: int, buckets: Sequence[int]) -> None:
         )
     for bucket in buckets:
         batch_shardings({"input_ids": jax.ShapeDtypeStruct((batch_size, bucket), np.int32)}, mesh)
+        if shards > 1 and model.config.lsg:
+            model.config.lsg.needs_padding(bucket, shards)
 
 
 def _check_rows(place: str, name: str, rows, lengths: list[int], field: str, limit: int) -> None:

@@ -79,7 +79,8 @@ def test_the_documented_lines_run_it_without_lsg_flax(tmp_path, monkeypatch):
     assert np.ptp(expected) > 0.1
 
 
-def test_one_program_for_any_batch_size_and_several_platforms(tmp_path):
+def test_one_program_for_any_batch_size_and_several_platforms(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")  # not what it is traced for
     model, params = make(sparsity_type="lsh")  # sorts, with rotations from a key
     path = tmp_path / "deep" / "any.stablehlo"
     export_model(model, params, path, length=LENGTH, platforms=("cpu", "tpu"))

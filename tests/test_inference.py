@@ -178,7 +178,9 @@ def test_meshes_that_do_not_fit():
     with pytest.raises(ValueError, match=r"6 rows, which data=4 cannot cut .* a multiple of 4"):
         inference.Predictor(model, params, mesh=mesh, batch_size=6, buckets=BUCKETS)
     with pytest.raises(ValueError, match=r"31 tokens, which sequence=2 cannot .* a multiple of 2"):
-        inference.Predictor(model, params, mesh=mesh, batch_size=8, buckets=(16, 31))
+        inference.Predictor(model, params, mesh=mesh, batch_size=8, buckets=(24, 31))
+    with pytest.raises(ValueError, match=r"16 tokens over sequence=2 .* 2 blocks of 4, fewer than"):
+        inference.Predictor(model, params, mesh=mesh, batch_size=8, buckets=BUCKETS)
 
 
 def test_the_device_is_ahead_of_the_host_and_not_too_far():
