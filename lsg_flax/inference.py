@@ -18,11 +18,11 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from lsg_flax.convert_from_torch import Params
+from lsg_flax.data.order import default_buckets as default_buckets
 from lsg_flax.models.model import Model
 from lsg_flax.resumable_lines import Document, ResumableLines, Unfinished, json_line
 from lsg_flax.sharding import batch_shardings, shard, shard_batch
 
-SHORTEST_BUCKET = 512
 IN_FLIGHT = 2  # batches that the device has been given while one before them is fetched
 _PER_TOKEN = ("last_hidden_state", "start_logits", "end_logits", "prediction_logits")
 _PER_TOKEN_LOGITS = ("masked_lm", "causal_lm", "token_classification")  # tasks
@@ -443,14 +443,6 @@ def output_line(document: Document, result: Result) -> str:
     if broken:
         raise ValueError(f"{document.place}: {broken} are not finite (id {document.name!r}).")
     return json_line({"id": document.name} | {f: np.float32(v) for f, v in result.items()})
-
-
-def default_buckets(limit: int) -> tuple[int, ...]:
-    """Powers of two from 512 up to `limit`, and `limit` itself."""
-    lengths = [SHORTEST_BUCKET]
-    while lengths[-1] < limit:
-        lengths.append(2 * lengths[-1])
-    return (*(length for length in lengths if length < limit), limit)
 
 
 def _digest(params: Params) -> str:

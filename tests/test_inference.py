@@ -206,10 +206,3 @@ def test_the_device_is_ahead_of_the_host_and_not_too_far():
         np.testing.assert_array_equal(ours["logits"], theirs["logits"])
     with pytest.raises(ValueError, match="window 1 has no documents"):
         list(predictor.stream([read[:1], []]))
-
-
-def test_default_buckets_end_at_what_the_model_reads():
-    assert inference.default_buckets(4096) == (512, 1024, 2048, 4096)
-    assert inference.default_buckets(3000) == (512, 1024, 2048, 3000)
-    assert inference.default_buckets(300) == (300,)
-    assert inference.predict(*make(), [], progress=False) == []
