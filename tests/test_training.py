@@ -291,6 +291,7 @@ def fit(folder, steps, batches=batch_at, **options):
     model, params = make()
     state, step = training.init_state(params, ADAMW, jax.random.key(1)), train_step(model, ADAMW)
     options = {"progress": False, "save_every": 2} | options
+    batches = training.BatchesAt(batches)
     return training.fit(step, state, batches, steps=steps, checkpoints=folder, **options)
 
 
