@@ -57,7 +57,7 @@ class Checkpoints:
         if mode not in ("max", "min"):
             raise ValueError(f"mode={mode!r} must be 'max' or 'min'.")
         self.path = pathlib.Path(path)
-        policies = ocp.training.preservation_policies
+        policies: Any = ocp.training.preservation_policies
         kept: list[Any] = [policies.LatestN(keep)]
         if best is not None:
             kept.append(
@@ -67,10 +67,12 @@ class Checkpoints:
                     keep_checkpoints_without_metrics=False,
                 )
             )
+        preserved: Any = policies.AnyPreservationPolicy(kept)
+        always: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
         self._checkpointer: Any = ocp.training.Checkpointer(
             _absolute(path),
-            preservation_policy=policies.AnyPreservationPolicy(kept),
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=preserved,
+            save_decision_policy=always,
             cleanup_tmp_directories=True,
         )
         self._writing: int | None = None

@@ -77,12 +77,11 @@ def _keys_seen(config: EncoderConfig, length: int) -> float:
     return min(length, 2 * lsg.num_global_tokens + 3 * lsg.block_size + sparse)
 
 
-@functools.lru_cache(maxsize=8)
-def _matmul_parameters(model: Model) -> int:
+def _count_matmul_parameters(model: Model) -> int:
     """Parameters that each token is multiplied with."""
     shape = (1, 1, 3) if model.task == "multiple_choice" else (1, 3)
     tree = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, np.int32))
-    leaves = flax.traverse_util.flatten_dict(tree["params"], sep="/")
+    leaves: dict[str, Any] = flax.traverse_util.flatten_dict(tree["params"], sep="/")
     config = model.config
     uses = config.num_hidden_layers // (config.num_hidden_groups or config.num_hidden_layers)
     parts = ("encoder/",) if model.task in _ONCE_PER_TEXT else ("encoder/", "head/")
@@ -93,6 +92,9 @@ def _matmul_parameters(model: Model) -> int:
     if (config.vocab_size,) in head.values() and not own:  # a bias over words: the tied table
         count += leaves["encoder/embeddings/word_embeddings/embedding"].size
     return count
+
+
+_matmul_parameters: Any = functools.lru_cache(maxsize=8)(_count_matmul_parameters)
 
 
 class CompilationCounter:
@@ -106,7 +108,7 @@ class CompilationCounter:
         self.count = 0
         self._names = {f"jit({function.__name__})", function.__name__}
 
-    def _listen(self, event: str, duration: float, **details: Any) -> None:
+    def _listen(self, event: str, duration_secs: float, **details: Any) -> None:
         if event.endswith("/backend_compile_duration") and details.get("fun_name") in self._names:
             self.count += 1
 

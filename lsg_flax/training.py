@@ -290,7 +290,7 @@ def fit(
                 told.finish(scores)
                 if saver is not None and saves:
                     saver.save(state, data=_place(iterator), metrics=_judged(scores, best))
-            if stops and not last:
+            if stops and saver is not None and not last:
                 saver.wait()
                 raise stop.preempted(number, checkpoints)
     return state, told.history
