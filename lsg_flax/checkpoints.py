@@ -62,7 +62,7 @@ class Checkpoints:
         if best is not None:
             kept.append(
                 policies.BestN(
-                    lambda metrics: _rank(metrics, best, mode),
+                    get_metric_fn=lambda metrics: _rank(metrics, best, mode),
                     n=1,
                     keep_checkpoints_without_metrics=False,
                 )

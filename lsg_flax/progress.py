@@ -69,7 +69,7 @@ def train_flops(model: Model, batch: Batch) -> float:
     return float(tokens) * (6 * _matmul_parameters(model) + attention)
 
 
-def _keys_seen(config: EncoderConfig, length: int) -> float:
+def _keys_seen(config: EncoderConfig, length: int) -> int:
     lsg = config.lsg
     if lsg is None:
         return length
