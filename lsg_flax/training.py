@@ -289,7 +289,8 @@ def fit(
                 scores = evaluate(state) if evaluate and evaluates else {}
                 told.finish(scores)
                 if saver is not None and saves:
-                    saver.save(state, data=_place(iterator), metrics=_judged(scores, best))
+                    place = iterator.get_state()  # type: ignore[attr-defined]
+                    saver.save(state, data=place, metrics=_judged(scores, best))
             if stops and saver is not None and not last:
                 saver.wait()
                 raise stop.preempted(number, checkpoints)
@@ -352,11 +353,6 @@ def _next(iterator: Iterator[Batch], number: int, steps: int) -> Batch:
             f"the batches ended before step {number} of {steps}; give an iterator that repeats "
             "the data, or fewer steps."
         ) from None
-
-
-def _place(iterator: Any) -> Any:
-    place = iterator.get_state()
-    return place.decode() if isinstance(place, bytes) else place
 
 
 def _judged(scores: Metrics, best: str | None) -> dict[str, float] | None:

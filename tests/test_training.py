@@ -21,7 +21,7 @@ from golden_data import GOLDEN, cases, load
 from tensorboard.backend.event_processing import event_accumulator
 
 import lsg_flax
-from lsg_flax import checkpoints, losses, optimizers, progress, training
+from lsg_flax import checkpoints, losses, metrics, optimizers, progress, training
 from lsg_flax.config import EncoderConfig, LSGConfig
 from lsg_flax.models.heads import ModelOutput
 from lsg_flax.models.model import Model
@@ -383,7 +383,7 @@ def mesh_config():
     return make(hidden_size=16, vocab_size=24, **NO_DROPOUT)
 
 
-def fit_on(sizes, folder, steps, accumulate=1):
+def fit_on(sizes, folder, steps, accumulate=1, scored=None):
     model, params = mesh_config()
     mesh = sizes and make_mesh(**sizes)
     state = training.init_state(params, ADAMW, jax.random.key(1), mesh=mesh)
@@ -401,6 +401,8 @@ def fit_on(sizes, folder, steps, accumulate=1):
         steps=steps,
         mesh=mesh,
         microbatches=accumulate > 1,
+        evaluate=scored
+        and (lambda state: metrics.evaluate(model, state.params, scored, mesh=mesh)),
         checkpoints=folder,
         progress=False,
     )
@@ -410,7 +412,13 @@ def test_another_mesh_goes_on(tmp_path):
     _, expected = fit_on(None, tmp_path / "one", 4)
     _, begun = fit_on(MESHES["data"], tmp_path / "two", 2)
     shutil.copytree(tmp_path / "two", tmp_path / "three")
-    ends = [fit_on(MESHES["mixed"], tmp_path / "two", 4), fit_on(None, tmp_path / "three", 4)]
+    held_out = [(masked_lm_batch(rows=16), np.arange(16))]
+    ends = [
+        fit_on(MESHES["mixed"], tmp_path / "two", 4, scored=held_out),
+        fit_on(None, tmp_path / "three", 4, scored=held_out),
+    ]
+    scores = [rest[-1]["eval_perplexity"] for _, rest in ends]
+    np.testing.assert_allclose(*scores, rtol=1e-5)
     assert all(record["compilations"] == 1 for record in begun)
     for _, rest in ends:
         losses_ = [record["loss"] for record in [*begun, *rest]]

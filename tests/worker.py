@@ -14,6 +14,14 @@ import time
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 DEVICES = 4  # in all, however many processes share them
+SETTINGS = {
+    "vocab_size": 23,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+}
 
 
 def batch_of(step: int, rows: int = 8) -> dict:
@@ -24,6 +32,12 @@ def batch_of(step: int, rows: int = 8) -> dict:
     mask = np.arange(16) < generator.integers(5, 17, (rows, 1))
     labels = np.where((generator.random(ids.shape) < 0.5) & mask, ids, -100)
     return {"input_ids": ids, "attention_mask": mask.astype(np.int32), "labels": labels}
+
+
+def optimizer():
+    from lsg_flax import training
+
+    return training.make_optimizer(0.01, total_steps=100, warmup_steps=2)
 
 
 def main() -> None:
@@ -65,12 +79,10 @@ def train(options) -> None:
     from lsg_flax.models.model import Model
     from lsg_flax.sharding import make_mesh
 
-    sizes = {"vocab_size": 23, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    settings = sizes | {"num_attention_heads": 2, "max_position_embeddings": 32}
-    model = Model(EncoderConfig(**settings), "masked_lm")
+    model = Model(EncoderConfig(**SETTINGS), "masked_lm")
     params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 3), np.int32))["params"]
     params = jax.device_get(params)
-    optimizer = training.make_optimizer(0.01, total_steps=100, warmup_steps=2)
+    adamw = optimizer()
     mesh = make_mesh(**options.mesh)
 
     def batch_at(step: int) -> dict:
@@ -79,14 +91,14 @@ def train(options) -> None:
         return {name: share[options.index] for name, share in shares.items()}
 
     training.fit(
-        training.make_train_step(model, optimizer),
-        training.init_state(params, optimizer, jax.random.key(1), mesh=mesh),
+        training.make_train_step(model, adamw),
+        training.init_state(params, adamw, jax.random.key(1), mesh=mesh),
         training.BatchesAt(batch_at),
         steps=options.steps,
         mesh=mesh,
         checkpoints=options.folder / "state",
         save_every=options.save_every,
-        settings={"model": settings, "learning_rate": 0.01},
+        settings={"model": SETTINGS, "learning_rate": 0.01},
         log=options.folder / "log",
         progress=False,
     )
