@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from lsg_flax import EncoderConfig, LSGConfig, Model, losses, sharding
 from lsg_flax.attention import lsg_attention
+from lsg_flax.layers import Part
 
 KINDS = ("norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", "none")
 
@@ -219,17 +221,34 @@ def test_hidden_states_and_globals_are_those_of_one_device():
         )
 
 
-def test_training_with_dropout_keeps_globals_together():
-    """Every shard has a copy of the globals: if dropout tore them apart, the loss of a task that
-    reads the first global would depend on the shard."""
-    network = model("sequence_classification", "bert", "norm")
+class Dropped(Part):
+    @nn.compact
+    def __call__(self, x):
+        return self.dropout(x)
+
+
+def test_dropout_keeps_the_copies_of_the_globals_together():
+    """Every shard has a copy of the globals, which must not drift apart; its tokens are its own."""
+    part = Dropped(model().config, train=True, sequence_axis="sequence")
+    rngs = {"dropout": jax.random.key(0)}
+    run = sharding.over_sequence(lambda x: part.apply({}, x, rngs=rngs), in_axes=(1,), out_axes=1)
+    with jax.set_mesh(sharding.make_mesh(sequence=8)):
+        found = jax.jit(run)(jnp.ones((2, 8 * (3 + 5), 16)))
+    shards = np.asarray(found).reshape(2, 8, 3 + 5, 16)
+    np.testing.assert_array_equal(shards[:, :, :3], shards[:, :1, :3].repeat(8, axis=1))
+    tokens = {shards[:, i, 3:].tobytes() for i in range(8)}
+    assert len(tokens) == 8 and 0 < (shards == 0).mean() < 0.2
+
+
+def test_training_on_a_sequence_mesh_depends_on_the_key_alone():
+    network = model("sequence_classification")
     rows = batch("sequence_classification", rows=2)
-    params, mesh = initial(network), sharding.make_mesh(data=1, sequence=8)
-    with jax.set_mesh(mesh):
-        one = loss_and_gradients(network, params, rows, jax.random.key(1))
-        same = loss_and_gradients(network, params, rows, jax.random.key(1))
-        other = loss_and_gradients(network, params, rows, jax.random.key(2))
-    assert np.isfinite(one[0]) and one[0] == same[0] and one[0] != other[0]
+    params = initial(network)
+    with jax.set_mesh(sharding.make_mesh(sequence=8)):
+        one, same, other = (
+            loss_and_gradients(network, params, rows, jax.random.key(seed))[0] for seed in (1, 1, 2)
+        )
+    assert np.isfinite(one) and one == same and one != other
 
 
 # ----------------------------------------------------------------------------------- what moves
