@@ -59,11 +59,17 @@ MAY_IMPORT = {
         "progress",
         "metrics",
     },
-    "inference": {*FILES, "hub", "data", "sharding"},
+    "resumable_lines": set(),
+    "inference": {*FILES, "hub", "data", "sharding", "resumable_lines"},
+    "export": {*FILES, "files", "inference"},
     "embeddings": {*FILES, "files", "sentence_files", "hub", "inference"},
     "pipeline_tasks": {"config", "inference"},
     "pipeline_spans": {"pipeline_tasks"},
     "pipelines": {*FILES, "hub", "inference", "pipeline_tasks", "pipeline_spans"},
+    "predict_files": {
+        *("models", "convert_from_torch", "inference"),
+        *("resumable_lines", "pipeline_tasks", "pipeline_spans"),
+    },
 }
 MAY_IMPORT |= {"__init__": {*MAY_IMPORT}, "cli": {"__init__", *MAY_IMPORT}}
 
