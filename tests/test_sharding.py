@@ -1,0 +1,141 @@
+"""Meshes, the two tables, and that a sharded model gives the numbers of one device."""
+
+import json
+import pathlib
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from lsg_flax import sharding
+
+TREES = json.loads((pathlib.Path(__file__).parent / "golden" / "parameter_trees.json").read_text())
+
+
+def tree(name):
+    leaves = {k: jax.ShapeDtypeStruct(tuple(s), jnp.float32) for k, s in TREES[name].items()}
+    return flax.traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def specs(shardings):
+    flat = flax.traverse_util.flatten_dict(shardings, sep="/")
+    return {path: sharding.spec for path, sharding in flat.items()}
+
+
+@pytest.mark.parametrize(
+    ("axes", "sizes"),
+    [
+        ({}, (8, 1, 1, 1)),
+        ({"sequence": 8}, (1, 1, 1, 8)),
+        ({"fsdp": -1, "tensor": 2}, (1, 4, 2, 1)),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, (2, 2, 2, 1)),
+        ({"data": -1, "sequence": 4}, (2, 1, 1, 4)),
+    ],
+)
+def test_meshes(axes, sizes):
+    mesh = sharding.make_mesh(**axes)
+    assert mesh.axis_names == sharding.AXES and mesh.devices.shape == sizes
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"data": 3}, "does not fit 8 devices"),
+        ({"tensor": 16}, "does not fit 8 devices"),
+        ({"tensor": -1, "fsdp": -1}, "at most one"),
+        ({"sequence": 0}, "positive sizes"),
+    ],
+)
+def test_meshes_that_do_not_fit(axes, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.make_mesh(**axes)
+
+
+def test_a_mesh_of_some_devices():
+    mesh = sharding.make_mesh(tensor=2, devices=jax.devices()[:2])
+    assert mesh.size == 2
+
+
+@pytest.mark.parametrize("name", list(TREES))
+def test_every_parameter_of_every_model_has_a_place(name):
+    mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2, sequence=2)
+    placed = specs(sharding.shardings_for(tree(name), mesh))
+    assert placed["encoder/layers/mlp_norm/scale"] == P()
+    layers = len(tree(name)["encoder"]["layers"]["mlp_up"]["kernel"].shape) - 2
+    assert placed["encoder/layers/mlp_up/kernel"] == P(
+        *[None] * layers, ("fsdp", "sequence"), "tensor"
+    )
+
+
+def test_where_parameters_lie():
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    placed = specs(sharding.shardings_for(tree("bert lsg masked_lm"), mesh))
+    assert placed["encoder/layers/attention/query/kernel"] == P(None, "fsdp", "tensor")
+    assert placed["encoder/layers/attention/query/bias"] == P(None, "tensor")
+    assert placed["encoder/layers/attention/output/kernel"] == P(None, "tensor", "fsdp")
+    assert placed["encoder/layers/attention/output/bias"] == P()
+    # 13 words: the axis stays whole
+    assert placed["encoder/embeddings/word_embeddings/embedding"] == P(None, "fsdp")
+
+
+def test_optimizer_states_lie_as_their_parameters():
+    mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
+    params = tree("bert lsg sequence_classification")
+    state = jax.eval_shape(optax.adamw(1e-3).init, params)
+    placed = sharding.shardings_for(state, mesh)
+    wanted = sharding.shardings_for(params, mesh)
+    assert jax.tree.leaves(placed[0].mu) == jax.tree.leaves(wanted)
+    assert placed[0].count.spec == P()
+
+
+def test_an_unknown_parameter_is_named():
+    mesh = sharding.make_mesh()
+    with pytest.raises(ValueError, match="encoder/layers/adapter/kernel"):
+        leaf = jax.ShapeDtypeStruct((2, 2), jnp.float32)
+        sharding.shardings_for({"encoder": {"layers": {"adapter": {"kernel": leaf}}}}, mesh)
+
+
+def test_a_width_that_does_not_divide_is_named():
+    mesh = sharding.make_mesh(fsdp=8)
+    leaf = jax.ShapeDtypeStruct((2, 12, 8), jnp.float32)
+    tree = {"layers": {"mlp_up": {"kernel": leaf}}}
+    with pytest.raises(ValueError, match=r"fsdp=8 cannot cut the width axis of layers/mlp_up"):
+        sharding.shardings_for(tree, mesh)
+
+
+def test_batches():
+    mesh = sharding.make_mesh(data=2, fsdp=2, sequence=2)
+    batch = {"input_ids": np.zeros((8, 16), np.int32), "labels": np.zeros(8, np.int32)}
+    placed = sharding.shard_batch(batch, mesh)
+    assert placed["input_ids"].sharding.spec == P(("data", "fsdp"), "sequence")
+    assert placed["labels"].sharding.spec == P(("data", "fsdp"))
+    choices = {"input_ids": np.zeros((4, 3, 16), np.int32), "labels": np.zeros(4, np.int32)}
+    assert sharding.shard_batch(choices, mesh)["input_ids"].sharding.spec == P(
+        ("data", "fsdp"), None, "sequence"
+    )
+    several = {name: array.reshape(2, 4, *array.shape[1:]) for name, array in batch.items()}
+    placed = sharding.shard_batch(several, mesh, microbatches=True)
+    assert placed["input_ids"].sharding.spec == P(None, ("data", "fsdp"), "sequence")
+    assert placed["labels"].sharding.spec == P(None, ("data", "fsdp"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((6, 16), r"6 rows, which data=2 x fsdp=2"), ((8, 15), r"15 tokens, which sequence=2")],
+)
+def test_batches_that_do_not_divide(shape, message):
+    mesh = sharding.make_mesh(data=2, fsdp=2, sequence=2)
+    with pytest.raises(ValueError, match=message):
+        sharding.shard_batch({"input_ids": np.zeros(shape, np.int32)}, mesh)
+
+
+def test_constraints_do_nothing_without_a_mesh_and_skip_what_does_not_divide():
+    x = jnp.ones((3, 8))
+    assert sharding.constrain(x, "batch", "length") is x
+    with jax.set_mesh(sharding.make_mesh(data=4, sequence=2)):
+        y = jax.jit(lambda x: sharding.constrain(x, "batch", "length"))(x)
+    assert y.sharding.spec == P(None, "sequence")
