@@ -10,13 +10,18 @@ import jax
 
 import lsg_flax
 from lsg_flax import hub
-from lsg_flax.cli.shared import add_command, console, pattern_in_words
-from lsg_flax.config import MAX_GLOBAL_TOKENS, SPARSITY_TYPES, EncoderConfig, LSGConfig
+from lsg_flax.cli.shared import (
+    add_command,
+    add_pattern,
+    console,
+    given_pattern,
+    pattern_in_words,
+)
+from lsg_flax.config import EncoderConfig
 from lsg_flax.models.heads import Task
 from lsg_flax.to_lsg import LSGOptions
 
 _DEFAULTS = LSGOptions()
-_PATTERN = ("num_global_tokens", "block_size", "sparse_block_size", "sparsity_factor")
 
 _DESCRIPTION = """Make an LSG checkpoint of SOURCE that reads long documents with the same weights.
 
@@ -43,26 +48,7 @@ def add(commands: Any) -> None:
         metavar="TASK",
         help=f"head of the result (default: that of SOURCE); one of {', '.join(get_args(Task))}",
     )
-    pattern = command.add_argument_group(
-        "attention pattern", "defaults are those of an LSG SOURCE, otherwise as shown"
-    )
-    about = {
-        "num_global_tokens": f"learned tokens that see and are seen by all, 1..{MAX_GLOBAL_TOKENS}",
-        "block_size": "tokens per local block",
-        "sparse_block_size": "sparse representatives on either side; 0 for none",
-        "sparsity_factor": "tokens that a representative stands for; 0 for none",
-    }
-    for name in _PATTERN:
-        text = f"{about[name]} (default: {getattr(LSGConfig, name)})"
-        command_name = "--" + name.replace("_", "-")
-        pattern.add_argument(command_name, type=int, metavar="N", help=text)
-    pattern.add_argument(
-        "--sparsity-type",
-        choices=SPARSITY_TYPES,
-        metavar="TYPE",
-        help="how representatives are chosen: "
-        f"{', '.join(SPARSITY_TYPES)} (default: {LSGConfig.sparsity_type})",
-    )
+    add_pattern(command)
     _add_global_options(command.add_argument_group("global tokens and positions"))
     command.add_argument(
         "--check", action="store_true", help="refuse weights with NaN or infinity in them"
@@ -113,7 +99,6 @@ def run(arguments: argparse.Namespace) -> None:
     if target.is_dir() and os.path.isdir(arguments.source) and target.samefile(arguments.source):
         raise ValueError(f"SOURCE and TARGET are both {target}; give another folder as TARGET.")
     replaces = (target / hub.CONFIG).exists()
-    given = {name: getattr(arguments, name) for name in (*_PATTERN, "sparsity_type")}
     out = console()
     with out.status(f"converting {arguments.source}"):
         model, params = lsg_flax.convert_checkpoint(
@@ -122,7 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
             task=arguments.task,
             check=arguments.check,
             **{f.name: getattr(arguments, f.name) for f in fields(LSGOptions)},
-            **{name: value for name, value in given.items() if value is not None},
+            **given_pattern(arguments),
         )
     config: EncoderConfig = model.config
     count = sum(leaf.size for leaf in jax.tree.leaves(params))

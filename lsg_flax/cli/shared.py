@@ -9,9 +9,10 @@ from typing import Any
 
 from rich.console import Console
 
-from lsg_flax.config import LSGConfig
+from lsg_flax.config import MAX_GLOBAL_TOKENS, SPARSITY_TYPES, LSGConfig
 
 _PIPED_WIDTH = 120
+_NUMBERS = ("num_global_tokens", "block_size", "sparse_block_size", "sparsity_factor")
 
 
 def add_command(
@@ -28,6 +29,36 @@ def add_command(
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     command.set_defaults(run=run)
     return command
+
+
+def add_pattern(command: argparse.ArgumentParser) -> None:
+    """Declares the options of the attention pattern, for `given_pattern`."""
+    pattern = command.add_argument_group(
+        "attention pattern", "defaults are those of an LSG SOURCE, otherwise as shown"
+    )
+    about = {
+        "num_global_tokens": f"learned tokens that see and are seen by all, 1..{MAX_GLOBAL_TOKENS}",
+        "block_size": "tokens per local block",
+        "sparse_block_size": "sparse representatives on either side; 0 for none",
+        "sparsity_factor": "tokens that a representative stands for; 0 for none",
+    }
+    for name in _NUMBERS:
+        text = f"{about[name]} (default: {getattr(LSGConfig, name)})"
+        command_name = "--" + name.replace("_", "-")
+        pattern.add_argument(command_name, type=int, metavar="N", help=text)
+    pattern.add_argument(
+        "--sparsity-type",
+        choices=SPARSITY_TYPES,
+        metavar="TYPE",
+        help="how representatives are chosen: "
+        f"{', '.join(SPARSITY_TYPES)} (default: {LSGConfig.sparsity_type})",
+    )
+
+
+def given_pattern(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `LSGConfig` that were given."""
+    given = {name: getattr(arguments, name) for name in (*_NUMBERS, "sparsity_type")}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def pattern_in_words(lsg: LSGConfig) -> str:
