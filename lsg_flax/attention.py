@@ -9,14 +9,15 @@ Axes: B batch, T tokens, N heads, H head width, G global tokens, R sparse repres
 are [B, T, N, H] in and out.
 """
 
-from typing import Literal, NamedTuple
+import functools
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from lsg_flax import blocked, sparsity
+from lsg_flax import blocked, halo, sharding, sparsity
 from lsg_flax.blocked import Source, Spec, Window
 from lsg_flax.config import LSGConfig as LSGConfig
 
@@ -45,6 +46,9 @@ def lsg_attention(
     blocks_per_step: int | None = None,
 ) -> Float[Array, "B T N H"]:
     """Local + sparse + global attention, linear in the number of tokens.
+
+    Under `jax.set_mesh` with a `sequence` axis each device computes its own blocks; devices
+    exchange only the edges of their shards and what the globals see.
 
     A query attends to its own block and both neighbours (the previous one only, if causal), to
     `sparse_block_size` representatives on either side of those, and to the globals, under one
@@ -82,7 +86,11 @@ def lsg_attention(
             f"implementation={implementation!r} is unknown; choose 'xla', or None for the fastest."
         )
     inputs = _checked(query, key, value, mask, config, global_tokens)
-    context = attend_features_first(
+    split = config.num_global_tokens if global_tokens == "prepended" else 0
+    attend: Any = attend_features_first
+    if sharding.sequence_shards() > 1:
+        attend = functools.partial(_attend_sharded, split=split)
+    context = attend(
         _features_first(inputs.query),
         _features_first(inputs.key),
         _features_first(inputs.value),
@@ -113,11 +121,18 @@ def attend_features_first(
     lsh_key: PRNGKeyArray | None = None,
     lsh_rotations: tuple[Float[Array, "N H _"], ...] | None = None,
     blocks_per_step: int | None = None,
+    sequence_axis: str | None = None,
 ) -> Float[Array, "B N H T"]:
     """`lsg_attention`, or without a config `full_attention`, on the layout they compute in.
 
     A model that projects straight to [B, N, H, T] saves the transposes, which are slow on CPU.
     Shapes are not checked here.
+
+    Args:
+        sequence_axis: inside `jax.shard_map`, the mesh axis that tokens are spread over. The arrays
+            are this shard's: the prepended globals, the same in each, and whole blocks of tokens,
+            at least as many as `config.needs_padding` asks for. Shards exchange their edges and
+            add up what the globals see; nothing else moves.
     """
     if blocks_per_step is not None and blocks_per_step < 1:
         raise ValueError(f"blocks_per_step={blocks_per_step} must be at least 1, or None.")
@@ -125,25 +140,65 @@ def attend_features_first(
     everything = Source(key, value, mask[:, None])
     if config is None:
         return _full(query, everything, dropout, causal=causal)
+    axis, dropout = sequence_axis, dropout.of_shard(sequence_axis)
     split = config.num_global_tokens if global_tokens == "prepended" else 0
-    short = query.shape[-1] - split <= 2 * config.block_size
+    short = axis is None and query.shape[-1] - split <= 2 * config.block_size
     if short:
         context = _full(query, everything, dropout, causal=causal)
     else:
         tokens = _Tokens(*(x[..., split:] for x in (query, key, value, mask)))
         shared = Source(*(x[..., : split or 1] for x in everything))
+        if not split:  # the globals are in the first shard, if anywhere
+            shared = Source(*(halo.of_first(x, axis) for x in shared))
         rotations = rotations_of(config, query, lsh_key, lsh_rotations)
         context = _block_rows(
-            tokens, shared, config, causal, global_tokens, rotations, blocks_per_step, dropout
+            tokens, shared, config, causal, global_tokens, rotations, blocks_per_step, dropout, axis
         )
     if causal:  # as in the reference, the outputs of prepended globals are their raw queries
         of_tokens = context[..., split:] if short else context
         return jnp.concatenate([query[..., :split], of_tokens], axis=-1) if split else context
     rows = 0 if short else _full_rows(config, global_tokens)
     if rows:
-        first = _full(query[..., :rows], everything, dropout.other())
+        first = _full_over_shards(query[..., :rows], everything, split, dropout.other(), axis)
+        if not split:
+            first = jnp.where(halo.is_first(axis), first, context[..., :rows])
         context = jnp.concatenate([first, context[..., rows - split :]], axis=-1)
     return context
+
+
+def _full_over_shards(query, source: Source, split: int, dropout: "_Dropout", axis: str | None):
+    """Full attention of the globals: the `split` prepended ones, or the first token."""
+    if axis is None:
+        return _full(query, source, dropout)
+    if split:  # every shard has them: they are keys once
+        is_key = (jnp.arange(source.mask.shape[-1]) >= split) | halo.is_first(axis)
+        source = source._replace(mask=source.mask & is_key[None, None])
+    first = query if split else halo.of_first(query, axis)
+    spec = _full_spec(first, dropout)
+    parts = blocked.attend_in_part(_scaled(first), (), source, spec, dropout.key)
+    return halo.combined(*parts, axis)
+
+
+def _attend_sharded(query, key, value, mask, *, split: int, config: LSGConfig, **options: Any):
+    """`attend_features_first` of a whole sequence, in shards over the ambient mesh: the globals go
+    to each of them."""
+    length = query.shape[-1] - split
+    extra = config.needs_padding(length, sharding.sequence_shards())
+    arrays = tuple(blocked.pad(x, 0, extra) for x in (query, key, value, mask))
+    first, own = (
+        tuple(x[..., part] for x in arrays) for part in (slice(split), slice(split, None))
+    )
+    random = {name: options.pop(name) for name in ("dropout_key", "lsh_key", "lsh_rotations")}
+
+    def of_shard(first, own, random):
+        whole = (jnp.concatenate(pair, axis=-1) for pair in zip(first, own, strict=True))
+        context = attend_features_first(
+            *whole, config=config, sequence_axis=sharding.SEQUENCE, **random, **options
+        )
+        return context[..., :split], context[..., split:]
+
+    run = sharding.over_sequence(of_shard, in_axes=(None, (3, 3, 3, 1), None), out_axes=(None, 3))
+    return jnp.concatenate(run(first, own, random), axis=-1)[..., : split + length]
 
 
 def lsg_attention_reference(
@@ -249,9 +304,13 @@ def full_attention(
 
 
 def _full(query, source: Source, dropout: "_Dropout", *, causal: bool = False):
-    block = min(query.shape[-1], FULL_ATTENTION_BLOCK)
-    spec = Spec(block, shared_causal=causal, dropout_rate=dropout.rate)
+    spec = _full_spec(query, dropout, causal=causal)
     return blocked.attend(_scaled(query), (), source, spec, dropout.key)
+
+
+def _full_spec(query, dropout: "_Dropout", *, causal: bool = False) -> Spec:
+    block = min(query.shape[-1], FULL_ATTENTION_BLOCK)
+    return Spec(block, shared_causal=causal, dropout_rate=dropout.rate)
 
 
 class _Dropout(NamedTuple):
@@ -266,6 +325,10 @@ class _Dropout(NamedTuple):
         if rate and key is None:
             raise ValueError(f"dropout_rate={rate} needs a dropout_key.")
         return cls(rate, key if rate else None)
+
+    def of_shard(self, axis: str | None) -> "_Dropout":
+        """The same rate with a key of the shard's own."""
+        return self._replace(key=halo.folded(self.key, axis))
 
     def other(self) -> "_Dropout":
         """The same rate with an independent key."""
@@ -363,16 +426,23 @@ def _right_offset(config: LSGConfig) -> int:
     return 2 * config.sparse_step if config.sparse_step > 1 else 0
 
 
-def _representatives(tokens: _Tokens, config: LSGConfig, global_tokens: GlobalTokens, rotations):
+def _representatives(
+    tokens: _Tokens,
+    config: LSGConfig,
+    global_tokens: GlobalTokens,
+    rotations,
+    axis: str | None = None,
+):
     """Of whole blocks of tokens: keys and values [B, N, H, R], mask [B, N, R]."""
-    first_is_global = global_tokens == "first_token"
-    mask = tokens.mask.at[:, 0].set(False) if first_is_global else tokens.mask
+    mask = tokens.mask
+    if global_tokens == "first_token":
+        mask = mask & ~_is_first_token(mask, axis)
     key, value, chosen = sparsity.select(
         tokens.key.swapaxes(2, 3),
         tokens.value.swapaxes(2, 3),
         mask,
         config=config,
-        bos_query=first_query(tokens.query, tokens.mask, config),
+        bos_query=first_query(tokens.query, tokens.mask, config, axis),
         bos_mask=tokens.mask,
         rotations=rotations,
     )
@@ -383,15 +453,23 @@ def _representatives(tokens: _Tokens, config: LSGConfig, global_tokens: GlobalTo
     return key.swapaxes(2, 3), value.swapaxes(2, 3), chosen
 
 
+def _is_first_token(mask: Bool[Array, "B T"], axis: str | None) -> Bool[Array, "1 T"]:
+    return (jnp.arange(mask.shape[1])[None] == 0) & halo.is_first(axis)
+
+
 def first_query(
-    query: Float[Array, "B N H T"], mask: Bool[Array, "B T"], config: LSGConfig
+    query: Float[Array, "B N H T"],
+    mask: Bool[Array, "B T"],
+    config: LSGConfig,
+    axis: str | None = None,
 ) -> Float[Array, "B N H"]:
     """The query that "bos_pooling" weighs with: of the first real token, so that left padding does
     not leak. The reference's is that of position 0, which counts as real under mask_first_token."""
     if config.strict_reference or config.mask_first_token:
-        return query[..., 0]
+        return halo.of_first(query[..., 0], axis)
     first = jnp.argmax(mask, axis=1)[:, None, None, None]  # [B, 1, 1, 1]
-    return jnp.take_along_axis(query, first, axis=-1)[..., 0]
+    chosen = jnp.take_along_axis(query, first, axis=-1)[..., 0]
+    return halo.of_first_true(chosen, mask.any(axis=1), axis)
 
 
 def _block_rows(
@@ -403,25 +481,43 @@ def _block_rows(
     rotations,
     blocks_per_step: int | None,
     dropout: _Dropout,
+    axis: str | None,
 ) -> Float[Array, "B N H T"]:
     """Context of the tokens in blocks."""
     block, wide, length = config.block_size, config.sparse_block_size, tokens.query.shape[-1]
     tokens = _padded(tokens, config)
-    local = Source(tokens.key, tokens.value, tokens.mask[:, None])
+    mask = tokens.mask
     if global_tokens == "first_token":
-        local = local._replace(mask=local.mask.at[..., 0].set(False))  # seen once, as the global
-    sources = [local]
-    windows = [Window(0, -block, block, (2 if causal else 3) * block, causal=causal)]
+        mask = mask & ~_is_first_token(mask, axis)  # seen once, as the global
+    halos = _Halos(0, 0) if axis is None else _Halos(block, config.sparse_halo)
+    sources = [
+        _extended(Source(tokens.key, tokens.value, mask[:, None]), halos.tokens, causal, axis)
+    ]
+    start = halos.tokens - block
+    windows = [Window(0, start, block, (2 if causal else 3) * block, causal=causal)]
     if config.is_sparse:
         step = config.sparse_step
-        sources.append(Source(*_representatives(tokens, config, global_tokens, rotations)))
-        windows.append(Window(1, -step - wide, step, wide))
+        chosen = Source(*_representatives(tokens, config, global_tokens, rotations, axis))
+        sources.append(_extended(chosen, halos.sparse, causal, axis))
+        windows.append(Window(1, halos.sparse - step - wide, step, wide))
         if not causal:
-            windows.append(Window(1, _right_offset(config), step, wide))
+            windows.append(Window(1, halos.sparse + _right_offset(config), step, wide))
     spec = Spec(block, tuple(windows), False, blocks_per_step or 0, dropout.rate)
     globals_ = None if global_tokens == "none" else shared
     context = blocked.attend(_scaled(tokens.query), tuple(sources), globals_, spec, dropout.key)
     return context[..., :length]
+
+
+class _Halos(NamedTuple):
+    """How many keys of its neighbours a shard sees on either side: tokens and representatives."""
+
+    tokens: int
+    sparse: int
+
+
+def _extended(source: Source, size: int, causal: bool, axis: str | None) -> Source:
+    after = 0 if causal else size
+    return Source(*(halo.extended(x, size, after, axis) for x in source))
 
 
 def _scaled(query: Float[Array, "B N H T"]) -> Float[Array, "B N H T"]:

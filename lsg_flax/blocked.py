@@ -11,9 +11,10 @@ a block, W keys of a block's windows. Features come before tokens everywhere, [B
 products measured up to 1.6 x faster on CPU than with tokens first.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +77,18 @@ def attend(
 
     A query that sees nothing gets zeros and passes no gradient.
     """
+    return attend_in_part(query, sources, shared, spec, dropout_key)[0]
+
+
+def attend_in_part(
+    query: Float[Array, "B N H T"],
+    sources: tuple[Source, ...],
+    shared: Source | None,
+    spec: Spec,
+    dropout_key: PRNGKeyArray | None = None,
+) -> tuple[Float[Array, "B N H T"], Float[Array, "B N T"]]:
+    """`attend`, and the logarithm of each query's sum of exp(score): with both, attention to other
+    keys can be added."""
     length = query.shape[-1]
     blocks = -(-length // spec.block)
     steps = -(-blocks // (spec.blocks_per_step or _blocks_per_step(query, shared, spec, blocks)))
@@ -96,18 +109,26 @@ def attend(
         spec, windows=tuple(replace(w, offset=w.offset + left[w.source]) for w in spec.windows)
     )
     query = pad(query, 0, blocks * spec.block - length)
-    context: Array = _attend(spec, query, sources, shared, dropout_key)
-    return context[..., :length]
+    results: Any = _attend(spec, query, sources, shared, dropout_key)
+    context, normaliser = results
+    normaliser = jnp.moveaxis(normaliser, 0, 2).reshape(*query.shape[:2], -1)  # [B, N, T]
+    return context[..., :length], normaliser[..., :length]
 
 
 def _blocks_per_step(query, shared: Source | None, spec: Spec, blocks: int) -> int:
     """One on CPU, where the scores then stay in cache; elsewhere as many as keep a step's scores
-    within STEP_BYTES."""
-    if jax.default_backend() == "cpu":
+    within STEP_BYTES on each device.
+
+    The device is that of the ambient mesh, where a program is compiled for another machine.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    device = mesh.abstract_device
+    if (jax.default_backend() if device is None else device.device_kind) == "cpu":
         return 1
     keys = sum(w.width for w in spec.windows) + (0 if shared is None else shared.key.shape[-1])
     one_block = 4 * query.shape[0] * query.shape[1] * spec.block * keys
-    return max(1, min(blocks, STEP_BYTES // one_block))
+    devices = math.prod(mesh.shape[axis] for axis in mesh.auto_axes)  # rows and heads are spread
+    return max(1, min(blocks, STEP_BYTES * devices // one_block))
 
 
 def pad(x, before: int, after: int):
@@ -289,24 +310,25 @@ def _forward(spec: Spec, query, sources, shared, dropout_key):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(spec: Spec, query, sources, shared, dropout_key):
-    return _from_steps(_forward(spec, query, sources, shared, dropout_key)[0])
+    context, normaliser = _forward(spec, query, sources, shared, dropout_key)
+    return _from_steps(context), normaliser
 
 
 def _attend_forward(spec: Spec, query, sources, shared, dropout_key):
     context, normaliser = _forward(spec, query, sources, shared, dropout_key)
     context = _from_steps(context)
-    return context, (query, sources, shared, dropout_key, context, normaliser)
+    return (context, normaliser), (query, sources, shared, dropout_key, context, normaliser)
 
 
-def _attend_backward(spec: Spec, saved, gradient):
+def _attend_backward(spec: Spec, saved, gradients):
     query, sources, shared, dropout_key, context, normaliser = saved
+    gradient, of_normaliser = gradients
 
     def one_step(totals, inputs):
-        step, query, context, gradient, normaliser = inputs
+        step, query, context, gradient, normaliser, of_normaliser = inputs
         views = _views(step, sources, shared, spec)
-        delta = (gradient.astype(jnp.float32) * context.astype(jnp.float32)).sum(axis=-2)[
-            ..., None
-        ]  # [B, N, C, Q, 1]
+        delta = (gradient.astype(jnp.float32) * context.astype(jnp.float32)).sum(axis=-2)
+        delta = (delta - of_normaliser)[..., None]  # [B, N, C, Q, 1]
         query_gradients, view_gradients = [], []
         for i, (scores, (key, value, _)) in enumerate(
             zip(_scores(query, views), views, strict=True)
@@ -334,7 +356,7 @@ def _attend_backward(spec: Spec, saved, gradient):
     )
     steps = tuple(_to_steps(x, spec) for x in (query, context, gradient))
     (windowed, common), query_gradient = lax.scan(
-        one_step, totals, (jnp.arange(steps[0].shape[0]), *steps, normaliser)
+        one_step, totals, (jnp.arange(steps[0].shape[0]), *steps, normaliser, of_normaliser)
     )
 
     def as_source(grads, source):

@@ -154,23 +154,50 @@ class LSGConfig:
         """Tokens per chunk from which "norm" and "lsh" pick."""
         return min(self.block_size, self.sparse_block_size)
 
-    def needs_padding(self, length: int) -> int:
+    def needs_padding(self, length: int, shards: int = 1) -> int:
         """Tokens to append to `length` real ones so that the blocked path sees whole blocks; 0 on
         the short path.
 
+        Args:
+            shards: how many devices the tokens are spread over, with as many blocks each.
+
         Raises:
-            ValueError: if the length needs padding and `adaptive` is off.
+            ValueError: if the length needs padding and `adaptive` is off, or if shards would be
+                smaller than what a neighbour needs of them.
         """
-        if length <= 2 * self.block_size or length % self.block_size == 0:
+        if shards == 1 and length <= 2 * self.block_size:
             return 0
+        unit = shards * self.block_size
+        extra = -length % unit
+        if shards > 1:
+            self._check_shards(length, shards, (length + extra) // unit)
         _require(
-            self.adaptive,
+            self.adaptive or not extra,
             f"length {length} is over two blocks and not a multiple of "
-            f"block_size={self.block_size}, and adaptive=False: "
-            f"pad the inputs to {-(-length // self.block_size) * self.block_size} or set "
-            "adaptive=True.",
+            f"{'' if shards == 1 else f'{shards} shards x '}block_size={self.block_size}, and "
+            f"adaptive=False: pad the inputs to {length + extra} or set adaptive=True.",
         )
-        return -length % self.block_size
+        return extra
+
+    def _check_shards(self, length: int, shards: int, blocks: int) -> None:
+        needed = max(3, -(-self.sparse_halo // self.sparse_step) if self.is_sparse else 0)
+        _require(
+            blocks >= needed,
+            f"{length} tokens over sequence={shards} devices give each {blocks} blocks of "
+            f"{self.block_size}, fewer than the {needed} that its neighbours look into; use at "
+            f"most sequence={max(length // (needed * self.block_size), 1)}, or texts of more than "
+            f"{shards * (needed - 1) * self.block_size} tokens.",
+        )
+        _require(
+            not self.strict_reference,
+            "strict_reference=True reproduces numbers that depend on the padding of the whole "
+            f"text, which sequence={shards} shards do not see; use sequence=1.",
+        )
+
+    @property
+    def sparse_halo(self) -> int:
+        """Representatives in front of a run of blocks, and behind it, that its queries see."""
+        return self.sparse_step + self.sparse_block_size
 
 
 _LSG_FIELDS = tuple(f.name for f in fields(LSGConfig))

@@ -15,10 +15,12 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from lsg_flax import halo
 from lsg_flax.attention import attend_features_first
 from lsg_flax.blocked import Source, drop
 from lsg_flax.config import MAX_GLOBAL_TOKENS, EncoderConfig
 from lsg_flax.decoding import Cache, LayerCache, attend_step, first_layer_cache
+from lsg_flax.sharding import constrain
 
 Layout = Literal["btd", "bdt"]
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -47,13 +49,15 @@ def activation(name: str) -> Callable[[Array], Array]:
 
 
 class Part(nn.Module):
-    """What every part of a model is told: the config, the dtypes of computation and parameters, and
-    whether it is being trained."""
+    """What every part of a model is told: the config, the dtypes of computation and parameters,
+    whether it is being trained, and inside `jax.shard_map` the mesh axis that tokens are spread
+    over."""
 
     config: EncoderConfig
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     train: bool = False
+    sequence_axis: str | None = None
 
     def dense(self, features: int, name: str) -> nn.Dense:
         """A projection with BERT's initialisation."""
@@ -71,7 +75,14 @@ class Part(nn.Module):
         rate = self.config.hidden_dropout_prob if rate is None else rate
         if not self.train or not rate:
             return x
-        return drop(x, self.make_rng("dropout"), rate)
+        key, axis = self.make_rng("dropout"), self.sequence_axis
+        if axis is None or self.config.lsg is None:
+            return drop(x, key, rate)
+        split = self.config.lsg.num_global_tokens  # the globals stay the same in every shard
+        own: PRNGKeyArray | None = halo.folded(key, axis)
+        return jnp.concatenate(
+            [drop(x[:, :split], key, rate), drop(x[:, split:], own, rate)], axis=1
+        )
 
     def inherited(self) -> dict[str, Any]:
         """The fields of this class, for a part of this part."""
@@ -80,6 +91,7 @@ class Part(nn.Module):
             "dtype": self.dtype,
             "param_dtype": self.param_dtype,
             "train": self.train,
+            "sequence_axis": self.sequence_axis,
         }
 
 
@@ -142,7 +154,10 @@ class LayerNorm(nn.Module):
 def rows(table: Float[Array, "V D"], ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Rows of a table; NaN for ids outside it, where plain indexing would silently take the last
     row."""
-    return jnp.take(table, ids, axis=0, mode="fill", fill_value=jnp.nan)
+    # On a mesh every device looks up its columns for all tokens; they are exchanged afterwards.
+    ids = constrain(ids, "batch", None)
+    x = jnp.take(table, ids, axis=0, mode="fill", fill_value=jnp.nan)
+    return constrain(x, "batch", None, "columns")
 
 
 class Embedding(nn.Module):
@@ -164,7 +179,7 @@ class Embedding(nn.Module):
 
 
 class Embeddings(Part):
-    """Word + position + segment, the global tokens in front, LayerNorm, dropout
+    """Word + position + segment, LayerNorm, dropout; the same for the global tokens
     (reference-behaviour 1.3)."""
 
     def table(self, rows: int, name: str) -> Float[Array, "V E"]:
@@ -173,7 +188,7 @@ class Embeddings(Part):
         table = Embedding(
             rows, config.embedding_width, config.initializer_range, self.param_dtype, name=name
         )()
-        return table.astype(self.dtype)
+        return constrain(table.astype(self.dtype), "vocab", "columns")
 
     @nn.compact
     def __call__(
@@ -182,7 +197,8 @@ class Embeddings(Part):
         token_type_ids: Int[Array, "B T"] | None,
         position_ids: Int[Array, "#B T"] | None,
         inputs_embeds: Float[Array, "B T E"] | None,
-    ) -> tuple[Float[Array, "B GT E"], Float[Array, "V E"]]:
+    ) -> tuple[Float[Array, "B G E"] | None, Float[Array, "B T E"], Float[Array, "V E"]]:
+        """Returns the globals (None without LSG), the tokens, and the word table."""
         config = self.config
         words = self.table(config.vocab_size, "word_embeddings")
         if input_ids is not None:
@@ -197,14 +213,15 @@ class Embeddings(Part):
         if config.type_vocab_size:
             types = self.table(config.type_vocab_size, "token_type_embeddings")
             x += types[None, :1] if token_type_ids is None else rows(types, token_type_ids)
+        x = constrain(x, "batch", "length", None)
+        norm = self.layer_norm("layer_norm")
+        globals_ = None
         if config.lsg:
-            globals_ = self.table(MAX_GLOBAL_TOKENS, "global_embeddings")[
-                None, : config.lsg.num_global_tokens
-            ]
-            x = jnp.concatenate(
-                [jnp.broadcast_to(globals_, (x.shape[0], *globals_.shape[1:])), x], axis=1
-            )  # [B, G + T, E]
-        return self.dropout(self.layer_norm("layer_norm")(x)), words
+            table = self.table(MAX_GLOBAL_TOKENS, "global_embeddings")
+            first = table[None, : config.lsg.num_global_tokens]
+            globals_ = jnp.broadcast_to(norm(first), (x.shape[0], *first.shape[1:]))
+            globals_ = self.dropout(globals_)
+        return globals_, self.dropout(norm(x)), words
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -274,7 +291,8 @@ class _Attention(Part):
         config = self.config
         features = config.num_attention_heads * config.head_dim
         y = Projection(**self.inherited(), features=features, writes="bdt", name=name)(x)
-        return y.reshape(x.shape[0], config.num_attention_heads, config.head_dim, x.shape[1])
+        y = y.reshape(x.shape[0], config.num_attention_heads, config.head_dim, x.shape[1])
+        return constrain(y, "batch", "heads", None, "length")
 
     def merged(self, context: Float[Array, "B N H T"]) -> Float[Array, "B T D"]:
         """The heads side by side, projected."""
@@ -317,6 +335,7 @@ class SelfAttention(_Attention):
             config=config.lsg,
             causal=config.is_decoder,
             lsh_key=lsh_key,
+            sequence_axis=self.sequence_axis,
             **self.weight_dropout(),
         )
         new = None
@@ -386,4 +405,6 @@ class EncoderLayer(Part):
                 (config.hidden_size, activation(config.hidden_act), "mlp_down"),
             )
         )
-        return self.layer_norm("mlp_norm")(x + self.dropout(down(up(x)))), new
+        wide = constrain(up(x), "batch", "length", "mlp")
+        x = self.layer_norm("mlp_norm")(x + self.dropout(down(wide)))
+        return constrain(x, "batch", "length", None), new

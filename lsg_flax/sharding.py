@@ -22,7 +22,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-AXES = ("data", "fsdp", "tensor", "sequence")
+SEQUENCE = "sequence"
+AXES = ("data", "fsdp", "tensor", SEQUENCE)
 
 # The ends of parameter paths, and the logical axes of the last dimensions there; leading ones, of
 # stacked layers, are whole. Optimizer states have the paths of their parameters.
@@ -36,9 +37,9 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"layers/mlp_up/kernel", ("width", "mlp")),
     (r"layers/mlp_up/bias", ("mlp",)),
     (r"layers/mlp_down/kernel", ("mlp", "width")),
-    (r"head/(masked_lm/)?kernel", ("width", "vocab")),
+    (r"head/(masked_lm/)?kernel", (None, "vocab")),
     (r"head/(masked_lm/)?bias", ("vocab",)),
-    (r"(pooler|head)/\w+(/\w+)?/kernel", ("width", None)),
+    (r"(pooler|head)/\w+(/\w+)?/kernel", (None, None)),
     (r"(pooler|head)/\w+(/\w+)?/bias", (None,)),
     (r"layers/(\w+/output|mlp_down)/bias", (None,)),
     (r"embeddings_project/bias", (None,)),
@@ -51,6 +52,7 @@ MESH_AXES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "batch": ("data", "fsdp"),
     "length": ("sequence",),
+    "columns": ("sequence",),  # of embedding tables, while rows are looked up
 }
 _WHOLE_IF_ODD = ("vocab",)  # published vocabularies are what they are (RoBERTa's has 50,265 words)
 
@@ -224,7 +226,31 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 def sequence_shards() -> int:
     """How many shards of tokens the ambient mesh asks for; 1 without one, and inside a shard."""
     mesh = jax.sharding.get_abstract_mesh()
-    return mesh.shape["sequence"] if "sequence" in mesh.auto_axes else 1
+    return mesh.shape[SEQUENCE] if SEQUENCE in mesh.auto_axes else 1
+
+
+def over_sequence(function: Callable, *, in_axes: Any, out_axes: Any) -> Callable:
+    """`jax.shard_map` over the ambient mesh's sequence axis; the other axes stay with XLA.
+
+    Args:
+        in_axes, out_axes: as in `jax.vmap`: the axis of each argument and result that is cut, None
+            for those that every shard has whole.
+    """
+
+    def specs(axes):
+        return jax.tree.map(
+            lambda axis: PartitionSpec(*() if axis is None else (*[None] * axis, SEQUENCE)),
+            axes,
+            is_leaf=lambda axis: axis is None,
+        )
+
+    return jax.shard_map(
+        function,
+        in_specs=specs(in_axes),
+        out_specs=specs(out_axes),
+        axis_names={SEQUENCE},
+        check_vma=False,  # hand-written backward passes do not say along which axes they vary
+    )
 
 
 def check_heads(num_attention_heads: int) -> None:

@@ -5,6 +5,7 @@ Axes: B batch, T tokens, U tokens with an output (T, or 1 with a cache), G globa
 width, E embedding width, L layers.
 """
 
+from functools import partial
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -17,6 +18,7 @@ from lsg_flax.config import EncoderConfig
 from lsg_flax.decoding import Cache, LayerCache, extend, prompt_length
 from lsg_flax.layers import Embeddings, EncoderLayer, Memory, Part
 from lsg_flax.models.families import family_of
+from lsg_flax.sharding import SEQUENCE, over_sequence, sequence_shards
 
 Remat = Literal["none", "full", "dots"]
 REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
@@ -62,15 +64,17 @@ class Encoder(Part):
             position_ids = cache.position[:, None]
         if position_ids is None and family.positions_after_padding:
             position_ids = _positions_after_padding(input_ids, inputs_embeds, self.config)
-        x, words = Embeddings(**self.inherited(), name="embeddings")(
+        first, x, words = Embeddings(**self.inherited(), name="embeddings")(
             input_ids, token_type_ids, position_ids, inputs_embeds
         )
-        if family.projects(self.config) and not family.always_projects:
-            x = self.dense(self.config.hidden_size, "embeddings_project")(x)
-        if cache is not None and self.config.lsg:
-            x = x[:, self.config.lsg.num_global_tokens :]  # they are in the cache
-        globals_ = lsg.num_global_tokens if lsg else 0
-        length = x.shape[1] - globals_
+        project = (
+            self.dense(self.config.hidden_size, "embeddings_project")
+            if family.projects(self.config)
+            else lambda x: x
+        )
+        if not family.always_projects:
+            x = project(x)
+        length, shards = x.shape[1], self._shards() if lsg else 1
         mask = (
             jnp.ones((x.shape[0], length), bool)
             if attention_mask is None
@@ -79,65 +83,115 @@ class Encoder(Part):
         if lsg:
             if lsg.mask_first_token:
                 mask = mask.at[:, 0].set(False)
-            extra = lsg.needs_padding(length)  # once here, not in each layer
-            mask = jnp.pad(
-                jnp.pad(mask, ((0, 0), (0, extra))), ((0, 0), (globals_, 0)), constant_values=True
-            )  # [B, G + T]
+            extra = lsg.needs_padding(length, shards)  # once here, not in each layer
+            mask = jnp.pad(mask, ((0, 0), (0, extra)))
             x = jnp.pad(x, ((0, 0), (0, extra), (0, 0)))
         if family.always_projects:  # behind the padding, which can be seen under strict_reference
-            x = self.dense(self.config.hidden_size, "embeddings_project")(x)
-        last, states, layers = self._layers(x, mask, memory, cache)
+            x = project(x)
+        first = project(first) if lsg else x[:, :0]  # with a cache they are there already
+        after, last, states, layers = self._layers(first, x, mask, memory, cache, shards)
         if lsg and lsg.pool_with_global:
-            last = last.at[:, globals_].set(last[:, 0])
+            at_first = jnp.arange(last.shape[1])[None, :, None] == 0
+            last = jnp.where(at_first, after[:, :1], last)
         if states is not None:  # the reference pools in place, so its last entry shows it
-            states = (x, *states[:-1], last)
-        last = last[:, globals_ : globals_ + length]
+            begin, end = (jnp.concatenate(pair, axis=1) for pair in ((first, x), (after, last)))
+            states = (begin, *states[:-1], end)
+        last, mask = last[:, :length], mask[:, :length]
         if cache is not None:
             assert position_ids is not None and layers is not None
             position = jnp.broadcast_to(position_ids[:, 0], cache.position.shape)
             cache = extend(cache, layers, position, self.config.lsg)
         elif layers is not None:
-            cache = _first_cache(layers, mask[:, globals_ : globals_ + length], position_ids)
+            cache = _first_cache(layers, mask, position_ids)
             last = jax.lax.dynamic_slice_in_dim(last, cache.length - 1, 1, axis=1)
         return last, states, words, cache
 
     def _layers(
         self,
+        first: Float[Array, "B G D"],
         x: Float[Array, "B T D"],
         mask: Bool[Array, "B T"],
         memory: Memory | None,
         cache: Cache | None,
+        shards: int,
     ):
+        """The layers on the globals and the tokens: the last states of both, the states of all
+        layers, and what the cache shall keep."""
+        stack, keys = self._stack(), self._lsh_keys()
+        split = first.shape[1]
+        layers = stack(**self._of_stack(), name="layers")
+
+        def run(layers, first, x, mask, memory, keys):
+            whole = jnp.concatenate([first, x], axis=1)  # [B, G + T, D]
+            mask = jnp.pad(mask, ((0, 0), (split, 0)), constant_values=True)
+            numbers = None if cache is None else jnp.arange(self.config.num_hidden_layers)
+            last, (states, new) = layers(whole, mask, keys, memory, cache, numbers)
+            if states is not None:
+                states = self._by_layer(states)
+            return last[:, :split], last[:, split:], states, new
+
+        if shards == 1:
+            return run(layers, first, x, mask, memory, keys)
+        within = stack(**self._of_stack() | {"sequence_axis": SEQUENCE}, parent=None)
+        rngs = {"dropout": self.make_rng("dropout")} if self.train else {}
+
+        def run_shard(params, rngs, *arrays):
+            after, last, states, _ = run(
+                partial(within.apply, {"params": params}, rngs=rngs), *arrays
+            )
+            if states is None:
+                return after, last
+            return after, last, states[:, :, :split], states[:, :, split:]
+
+        sharded = over_sequence(
+            run_shard,
+            in_axes=(None, None, None, 1, 1, None, None),
+            out_axes=(None, 1, None, 2) if self.keep_states else (None, 1),
+        )
+        params = self.variables["params"]["layers"]
+        after, last, *states = sharded(params, rngs, first, x, mask, memory, keys)
+        return after, last, jnp.concatenate(states, axis=2) if states else None, None
+
+    def _stack(self) -> Any:
         """The scan over stacked layers: parameters have a leading axis of layers, and compile time
         does not grow with depth."""
         step: Any = _Step
         if self.remat != "none":
             step = nn.remat(step, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        config, keys = self.config, self._lsh_keys()
-        unroll = min(self.unroll, config.num_hidden_layers)
-        stack = _scan(step, config.stack[-1], unroll)
+        config = self.config
+        stack = _scan(step, config.stack[-1], min(self.unroll, config.num_hidden_layers))
         if config.num_hidden_groups is not None:  # group, times that it is used, layer within
-            groups, inner = config.stack
+            groups, _ = config.stack
             times = config.num_hidden_layers // groups
             stack = _scan(_scan(stack, times, 1, shared=True), groups, 1)
-            keys = None if keys is None else keys.reshape(groups, times, inner)
-        layers = stack(
-            **self.inherited(), slots=self.slots, keep_states=self.keep_states, name="layers"
-        )
-        numbers = None if cache is None else jnp.arange(config.num_hidden_layers)
-        last, (states, new) = layers(x, mask, keys, memory, cache, numbers)
-        if states is not None and config.num_hidden_groups is not None:
-            states = states[:, :, -1].reshape(config.num_hidden_layers, *x.shape)
-        return last, states, new
+        return stack
 
-    def _lsh_keys(self) -> Key[Array, "L"] | None:
+    def _of_stack(self) -> dict[str, Any]:
+        return self.inherited() | {"slots": self.slots, "keep_states": self.keep_states}
+
+    def _by_layer(self, states: Float[Array, "..."]) -> Float[Array, "L B T D"]:
+        """The states of all layers; of a shared group the last one's each time."""
+        config = self.config
+        if config.num_hidden_groups is None:
+            return states
+        return states[:, :, -1].reshape(config.num_hidden_layers, *states.shape[3:])
+
+    def _shards(self) -> int:
+        """How many shards the tokens are in: with a cache and while parameters are drawn one."""
+        return 1 if self.slots or self.is_initializing() else sequence_shards()
+
+    def _lsh_keys(self) -> Key[Array, "..."] | None:
         """One key per layer, from the "lsh" rng or a fixed seed."""
         lsg = self.config.lsg
         if not lsg or lsg.sparsity_type != "lsh":
             return None
         key = self.make_rng("lsh") if self.has_rng("lsh") else jax.random.key(DEFAULT_LSH_SEED)
-        inner = self.config.inner_group_num or 1
-        return jax.random.split(key, self.config.num_hidden_layers * inner)
+        config = self.config
+        keys = jax.random.split(key, config.num_hidden_layers * (config.inner_group_num or 1))
+        if config.num_hidden_groups is None:
+            return keys
+        groups, inner = config.stack
+        return keys.reshape(groups, config.num_hidden_layers // groups, inner)
 
 
 def _scan(step, length: int, unroll: int, *, shared: bool = False) -> Any:

@@ -19,6 +19,7 @@ from lsg_flax.layers import Memory
 from lsg_flax.models.encoder import Encoder, Remat
 from lsg_flax.models.families import family_of
 from lsg_flax.models.heads import ModelOutput, Pooler, Task
+from lsg_flax.sharding import check_heads
 
 
 class Model(nn.Module):
@@ -90,6 +91,7 @@ class Model(nn.Module):
             )
         inputs = _Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         _check_inputs(inputs, self.config, self.max_length, choices=self.task == "multiple_choice")
+        check_heads(self.config.num_attention_heads)
         slots = _check_cache(self, inputs, cache, cache_length, train=train)
         memory = self._memory(encoder_hidden_states, encoder_attention_mask, inputs.lead, cache)
         choices = inputs.lead[1] if self.task == "multiple_choice" else None

@@ -1,0 +1,65 @@
+"""What a shard of a long sequence needs of the others, inside `jax.shard_map`: its neighbours'
+edges, what the first shard has, and attention to all keys at once.
+
+Every shard holds whole blocks of tokens, in order along a mesh axis. With `axis=None` there is one
+shard, which needs nothing.
+
+Axes: B batch, N heads, H head width, T tokens of a shard, Q queries.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Shaped
+
+
+def extended(x: Shaped[Array, "*A T"], before: int, after: int, axis: str | None):
+    """The tokens of a shard between the last `before` of the shard in front and the first `after`
+    of the one behind; zeros (False) where there is none."""
+    if axis is None:
+        return x
+    last = lax.axis_size(axis) - 1
+    parts = [x]
+    if before:
+        edge = x[..., x.shape[-1] - before :]
+        parts.insert(0, lax.ppermute(edge, axis, [(i, i + 1) for i in range(last)]))
+    if after:
+        parts.append(lax.ppermute(x[..., :after], axis, [(i + 1, i) for i in range(last)]))
+    return jnp.concatenate(parts, axis=-1)
+
+
+def is_first(axis: str | None) -> Bool[Array, ""] | bool:
+    """Whether this is the shard where the sequence begins."""
+    return True if axis is None else lax.axis_index(axis) == 0
+
+
+def of_first(x: Shaped[Array, "*A"], axis: str | None):
+    """What the first shard has, in all of them."""
+    if axis is None:
+        return x
+    return lax.psum(jnp.where(is_first(axis), x, 0), axis).astype(x.dtype)
+
+
+def of_first_true(x: Shaped[Array, "B *A"], has: Bool[Array, "B"], axis: str | None):
+    """Per row, what the first shard with `has` has, in all of them; zeros where none has it."""
+    if axis is None:
+        return x
+    place = jnp.where(has, lax.axis_index(axis), lax.axis_size(axis))
+    chosen = has & (place == lax.pmin(place, axis))
+    return lax.psum(jnp.where(chosen.reshape(-1, *[1] * (x.ndim - 1)), x, 0), axis)
+
+
+def combined(
+    context: Float[Array, "B N H Q"], normaliser: Float[Array, "B N Q"], axis: str
+) -> Float[Array, "B N H Q"]:
+    """Attention to the keys of all shards, from that to each one's and the logarithm of its
+    softmax's denominator."""
+    top = lax.pmax(lax.stop_gradient(normaliser), axis)
+    weight = jnp.exp(normaliser - top)[:, :, None]  # [B, N, 1, Q]
+    total = lax.psum(weight, axis)
+    return lax.psum(context.astype(jnp.float32) * weight / total, axis).astype(context.dtype)
+
+
+def folded(key: jax.Array | None, axis: str | None) -> jax.Array | None:
+    """A random key of the shard's own."""
+    return key if key is None or axis is None else jax.random.fold_in(key, lax.axis_index(axis))
