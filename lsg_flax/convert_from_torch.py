@@ -6,7 +6,7 @@ to_lsg.py's.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.traverse_util
@@ -26,15 +26,23 @@ _LISTED = 12
 Params = dict[str, Any]
 
 
-def params_from_torch(tensors: Mapping[str, np.ndarray], model: Model) -> Params:
+Place = Callable[[str, Callable[[tuple[slice, ...]], np.ndarray], jax.ShapeDtypeStruct], jax.Array]
+
+
+def params_from_torch(
+    tensors: Mapping[str, Any], model: Model, place: Place | None = None
+) -> Params:
     """Our parameters from the tensors of a PyTorch state dict.
 
     Weights of the head or pooler that are missing are drawn from a fixed seed and named in one
     warning, as are those of another head that are left over.
 
     Args:
-        tensors: by name, as stored, of a plain or LSG checkpoint with or without a head.
+        tensors: by name, as stored, of a plain or LSG checkpoint with or without a head; arrays, or
+            what has their shape and gives parts of itself by slices.
         model: whose config, task and parameter dtype are wanted.
+        place: makes the array of a path from a function that reads a part of it, and its shape;
+            a whole array on the default device by default.
 
     Raises:
         ValueError: for any other missing or unexpected tensor (both are listed), or one of another
@@ -51,20 +59,28 @@ def params_from_torch(tensors: Mapping[str, np.ndarray], model: Model) -> Params
     other_heads, unexpected = _sort_unused(tensors, found, family, model.task, config)
     if strictly_missing or unexpected:
         raise ValueError(_mismatch(strictly_missing, unexpected, family, config))
-    leaves: dict[str, Any] = {}
-    for path, of_leaf in _by_path(keys).items():
-        if any(key.torch not in found for key in of_leaf):
-            continue
-        leaves[path] = _read_leaf(tensors, of_leaf, shapes[path]).astype(model.param_dtype)
-    absent = sorted(shapes.keys() - leaves.keys())
+    readers: dict[str, Callable[[tuple[slice, ...]], np.ndarray]] = {
+        path: _reader(tensors, of_leaf, shapes[path])
+        for path, of_leaf in _by_path(keys).items()
+        if all(key.torch in found for key in of_leaf)
+    }
+    absent = sorted(shapes.keys() - readers.keys())
     if absent or other_heads:
         _warn_heads(absent, other_heads, model)
-    leaves |= {
-        path: np.asarray(value) for path, value in initial_leaves(model, absent, HEAD_SEED).items()
-    }
-    return flax.traverse_util.unflatten_dict(
-        {path: jnp.asarray(leaf) for path, leaf in leaves.items()}, sep="/"
-    )
+    for path, value in initial_leaves(model, absent, HEAD_SEED).items():
+        readers[path] = np.asarray(value).__getitem__
+    leaves, dtype = {}, model.param_dtype
+    for path, read in readers.items():
+
+        def cast(index, read=read):
+            return read(index).astype(dtype)
+
+        shape = shapes[path]
+        if place is None:
+            leaves[path] = jnp.asarray(cast((slice(None),) * len(shape)))
+        else:
+            leaves[path] = place(path, cast, jax.ShapeDtypeStruct(shape, dtype))
+    return flax.traverse_util.unflatten_dict(leaves, sep="/")
 
 
 def params_to_torch(params: Params, model: Model) -> dict[str, np.ndarray]:
@@ -133,9 +149,7 @@ def _by_path(keys: list[Key]) -> dict[str, list[Key]]:
     return grouped
 
 
-def _with_prefix(
-    tensors: dict[str, np.ndarray], family: Family, task: Task
-) -> dict[str, np.ndarray]:
+def _with_prefix(tensors: dict[str, Any], family: Family, task: Task) -> dict[str, Any]:
     """Names as a model of `task` has them: encoder tensors carry the prefix, except in the base
     model."""
     prefix = f"{family.prefix}."
@@ -186,23 +200,35 @@ def _names_of_heads(family: Family, config: EncoderConfig):
         yield from family.head(task).tied
 
 
-def _read_leaf(tensors, keys: list[Key], shape: tuple[int, ...]) -> np.ndarray:
-    stacked = keys[0].layer is not None
-    expected = shape[len(keys[0].layer) :] if keys[0].layer is not None else shape
-    parts = []
+def _reader(
+    tensors: Mapping[str, Any], keys: list[Key], shape: tuple[int, ...]
+) -> Callable[[tuple[slice, ...]], np.ndarray]:
+    """Reads a part of a leaf, from the tensors of its layers if it is stacked; only that part of a
+    file is touched."""
+    lead = shape[: len(keys[0].layer)] if keys[0].layer is not None else ()
+    expected = shape[len(lead) :]
     for key in keys:
-        tensor = tensors[key.torch]
-        tensor = tensor.T if key.transposed else tensor
-        if tuple(tensor.shape) != expected:
-            given = tensors[key.torch].shape
+        given = tuple(tensors[key.torch].shape)
+        if (given[::-1] if key.transposed else given) != expected:
             raise ValueError(
-                f"{key.torch} has shape {tuple(given)}, but config.json asks for "
+                f"{key.torch} has shape {given}, but config.json asks for "
                 f"{expected[::-1] if key.transposed else expected}; "
                 "the file belongs to another config.json, or the config was overridden "
                 "(num_labels, vocab_size, ...)."
             )
-        parts.append(tensor)
-    return np.stack(parts).reshape(shape) if stacked else parts[0]
+
+    def part(key: Key, index: tuple[slice, ...]) -> np.ndarray:
+        tensor = tensors[key.torch]
+        return tensor[index[::-1]].T if key.transposed else tensor[index]
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        if not lead:
+            return part(keys[0], index)
+        numbers = np.arange(len(keys)).reshape(lead)[index[: len(lead)]]
+        parts = [part(keys[number], index[len(lead) :]) for number in numbers.flat]
+        return np.stack(parts).reshape(*numbers.shape, *parts[0].shape)
+
+    return read
 
 
 def _mismatch(

@@ -6,6 +6,7 @@ into place at the end.
 """
 
 import errno
+import functools
 import json
 import os
 import pathlib
@@ -14,11 +15,13 @@ from dataclasses import fields, replace
 from typing import Any
 
 import flax.traverse_util
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
 from flax.typing import Dtype
+from jax.sharding import Mesh
 
 from lsg_flax.config import EncoderConfig, LSGConfig
 from lsg_flax.convert_from_torch import Params, params_from_torch, params_to_torch
@@ -27,6 +30,7 @@ from lsg_flax.models.families import family_of
 from lsg_flax.models.heads import Task
 from lsg_flax.models.model import Model
 from lsg_flax.sentence_files import MODULES, carry_modules, read_modules
+from lsg_flax.sharding import shardings_for
 from lsg_flax.to_lsg import LSGOptions, to_lsg
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -41,6 +45,7 @@ def from_pretrained(
     dtype: Dtype = jnp.float32,
     param_dtype: Dtype = jnp.float32,
     check: bool = False,
+    mesh: Mesh | None = None,
     **config_overrides: Any,
 ) -> tuple[Model, Params]:
     """Loads a model and its parameters from a local folder or a hub id: plain, LSG, or saved by
@@ -55,6 +60,8 @@ def from_pretrained(
         dtype: of the computation (float32, bfloat16, float16).
         param_dtype: of the parameters.
         check: also look for NaN and infinity in the weights.
+        mesh: place the parameters on it as `sharding.shardings_for` says; of safetensors every
+            device then reads its part, and no host ever holds the whole.
         **config_overrides: fields of config.json to change, such as `num_labels=3` or
         `sparsity_type="lsh"`.
 
@@ -76,7 +83,8 @@ def from_pretrained(
     if task == "question_answering":  # PyTorch's classes count start and end as labels
         config = config.with_overrides(num_labels=2)
     model = Model(config, task, dtype=dtype, param_dtype=param_dtype)
-    params = params_from_torch(read_tensors(folder), model)
+    place = None if mesh is None else functools.partial(_place, mesh)
+    params = params_from_torch(open_tensors(folder), model, place)
     if check:
         check_finite(params)
     return model, params
@@ -275,17 +283,41 @@ def _task_of(values: dict[str, Any], config: EncoderConfig) -> Task:
     return task
 
 
+def _place(mesh: Mesh, path: str, read, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    sharding = shardings_for({path: leaf}, mesh)[path]
+    return jax.make_array_from_callback(leaf.shape, sharding, read)
+
+
+class StoredTensor:
+    """A tensor in a safetensors file: slices of it are read when asked for."""
+
+    def __init__(self, stored: Any):
+        self._stored = stored
+        self.shape = tuple(stored.get_shape())
+
+    def __getitem__(self, index) -> np.ndarray:
+        return self._stored[index]
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.asarray(self._stored[...], dtype)
+
+
 def read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """Every tensor of a checkpoint by its PyTorch name.
+    """Every tensor of a checkpoint by its PyTorch name, in memory; raises as `open_tensors`."""
+    return {name: np.asarray(tensor) for name, tensor in open_tensors(folder).items()}
+
+
+def open_tensors(folder: pathlib.Path) -> dict[str, Any]:
+    """Every tensor of a checkpoint by its PyTorch name: `StoredTensor`s, or arrays of a pickle.
 
     Raises:
         FileNotFoundError: if there are no weights or a shard is missing.
         ValueError: if a file is damaged, or a pickle holds anything but weights.
     """
     if (folder / WEIGHTS).exists():
-        return _read_safetensors(folder / WEIGHTS)
+        return _open_safetensors(folder / WEIGHTS)
     if (folder / INDEX).exists():
-        return _read_shards(folder, INDEX, _read_safetensors)
+        return _read_shards(folder, INDEX, _open_safetensors)
     if (folder / BIN).exists():
         return _read_bin(folder / BIN)
     if (folder / BIN_INDEX).exists():
@@ -295,9 +327,9 @@ def read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
     )
 
 
-def _read_shards(folder: pathlib.Path, index: str, read) -> dict[str, np.ndarray]:
+def _read_shards(folder: pathlib.Path, index: str, read) -> dict[str, Any]:
     places = read_index(folder, index)
-    tensors: dict[str, np.ndarray] = {}
+    tensors: dict[str, Any] = {}
     for shard in sorted(set(places.values())):
         tensors |= read(folder / shard)
     lost = sorted(places.keys() - tensors.keys())
@@ -308,9 +340,10 @@ def _read_shards(folder: pathlib.Path, index: str, read) -> dict[str, np.ndarray
     return tensors
 
 
-def _read_safetensors(file: pathlib.Path) -> dict[str, np.ndarray]:
+def _open_safetensors(file: pathlib.Path) -> dict[str, StoredTensor]:
     try:
-        return safetensors.numpy.load_file(file)
+        opened = safetensors.safe_open(file, framework="numpy")
+        return {name: StoredTensor(opened.get_slice(name)) for name in opened.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"{file} is damaged or cut short ({error}); copy or download it again."

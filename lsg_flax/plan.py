@@ -355,7 +355,8 @@ def _program(model: Model, settings: PlanSettings, mesh: Mesh):
         params = jax.eval_shape(lambda key: model.init(key, ids)["params"], key)
         params = _placed(params, sharding.shardings_for(params, mesh))
         weights = Memory(_bytes_per_chip(params), 0, _bytes_per_chip(batch))
-        return inference._program(model, None, None).apply, (params, batch), weights
+        predict = jax.jit(lambda params, batch: inference.outputs_of(model, params, batch, None))
+        return predict, (params, batch), weights
     optimizer = training.make_optimizer(1e-4, total_steps=1000)
 
     def init(key: jax.Array) -> training.TrainState:

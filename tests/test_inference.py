@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from lsg_flax import inference
+from lsg_flax import inference, sharding
 from lsg_flax.config import EncoderConfig, LSGConfig
 from lsg_flax.models.model import Model
 
@@ -151,6 +151,61 @@ def test_settings_that_cannot_be():
         inference.Predictor(model, params, batch_size=0)
     with pytest.raises(ValueError, match=r"fields=\('pooled',\) are not all outputs of .* logits"):
         inference.predict(model, params, documents(), fields=["pooled"], progress=False)
+
+
+@pytest.mark.parametrize(
+    "axes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 4, "sequence": 2}], ids=str
+)
+def test_a_mesh_gives_what_one_device_gives(axes):
+    model, params = make("sequence_classification", vocab_size=24)
+    encodings, mesh = documents(), sharding.make_mesh(**axes)
+    buckets = (24, 32) if "sequence" in axes else BUCKETS  # three blocks of 4 for each shard
+    options = {"buckets": buckets, "batch_size": 8}
+    one = inference.predict(model, params, encodings, **options, progress=False)
+    predictor = inference.Predictor(model, params, **options, mesh=mesh)
+    cut = [leaf for leaf in jax.tree.leaves(predictor.params) if not leaf.is_fully_replicated]
+    assert bool(cut) == (axes != {"data": 8})
+    many = list(predictor(encodings, progress=False))
+    list(inference.Predictor(model, params, **options, mesh=mesh)(encodings, progress=False))
+    assert predictor.compilations == len(BUCKETS)
+    for ours, theirs in zip(many, one, strict=True):
+        np.testing.assert_allclose(ours["logits"], theirs["logits"], rtol=1e-5, atol=1e-5)
+
+
+def test_meshes_that_do_not_fit():
+    model, params = make()
+    mesh = sharding.make_mesh(data=4, sequence=2)
+    with pytest.raises(ValueError, match=r"6 rows, which data=4 cannot cut .* a multiple of 4"):
+        inference.Predictor(model, params, mesh=mesh, batch_size=6, buckets=BUCKETS)
+    with pytest.raises(ValueError, match=r"31 tokens, which sequence=2 cannot .* a multiple of 2"):
+        inference.Predictor(model, params, mesh=mesh, batch_size=8, buckets=(24, 31))
+    with pytest.raises(ValueError, match=r"16 tokens over sequence=2 .* 2 blocks of 4, fewer than"):
+        inference.Predictor(model, params, mesh=mesh, batch_size=8, buckets=BUCKETS)
+
+
+def test_the_device_is_ahead_of_the_host_and_not_too_far():
+    """Each window is one batch: how many were read when a result comes is how many are at the
+    device or done."""
+    model, params = make()
+    read = []
+
+    def windows():
+        for encoding in documents((3, 7, 5, 9, 4, 6)):
+            read.append(encoding)
+            yield [encoding]
+
+    predictor = inference.Predictor(model, params, batch_size=1, buckets=(16,))
+    ahead, results = [], []
+    for (result,) in predictor.stream(windows()):
+        results.append(result)
+        ahead.append(len(read) - len(results))
+    assert ahead == [inference.IN_FLIGHT] * 4 + [1, 0]
+    assert [len(r["logits"]) for r in results] == [len(e["input_ids"]) for e in read]
+    expected = inference.predict(model, params, read, batch_size=1, buckets=(16,), progress=False)
+    for ours, theirs in zip(results, expected, strict=True):
+        np.testing.assert_array_equal(ours["logits"], theirs["logits"])
+    with pytest.raises(ValueError, match="window 1 has no documents"):
+        list(predictor.stream([read[:1], []]))
 
 
 def test_default_buckets_end_at_what_the_model_reads():

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from golden_data import GOLDEN
 from jax.sharding import PartitionSpec as P
 
-from lsg_flax import sharding
+import lsg_flax
+from lsg_flax import hub, sharding
 
 TREES = json.loads((pathlib.Path(__file__).parent / "golden" / "parameter_trees.json").read_text())
 
@@ -139,3 +141,36 @@ def test_constraints_do_nothing_without_a_mesh_and_skip_what_does_not_divide():
     with jax.set_mesh(sharding.make_mesh(data=4, sequence=2)):
         y = jax.jit(lambda x: sharding.constrain(x, "batch", "length"))(x)
     assert y.sharding.spec == P(None, "sequence")
+
+
+@pytest.mark.parametrize("checkpoint", ["bert_question_answering"])
+def test_checkpoints_load_straight_into_shards(checkpoint, monkeypatch):
+    model, params = lsg_flax.from_pretrained(GOLDEN / checkpoint)
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    read = []
+    part = hub.StoredTensor.__getitem__
+    monkeypatch.setattr(
+        hub.StoredTensor,
+        "__getitem__",
+        lambda self, index: read.append((self.shape, part(self, index).shape)) or part(self, index),
+    )
+    _, placed = lsg_flax.from_pretrained(GOLDEN / checkpoint, mesh=mesh)
+    expected = sharding.shardings_for(params, mesh)
+    for one, other, wanted in zip(*map(jax.tree.leaves, (params, placed, expected)), strict=True):
+        assert other.sharding == wanted
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    wide = model.config.hidden_size, model.config.hidden_size
+    assert {given for shape, given in read if shape == wide} == {(wide[0] // 2, wide[1] // 2)}
+
+
+def test_parameters_are_drawn_straight_into_shards():
+    model, _ = lsg_flax.from_pretrained(GOLDEN / "bert_masked_lm")
+    mesh, ids = sharding.make_mesh(data=2, fsdp=4), np.zeros((1, 4), np.int32)
+
+    def draw(key):
+        return model.init(key, ids)["params"]
+
+    placed = sharding.sharded_init(draw, jax.random.key(0), mesh=mesh)
+    for one, other in zip(*map(jax.tree.leaves, (draw(jax.random.key(0)), placed)), strict=True):
+        np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=1e-6, atol=1e-7)
+    assert placed["encoder"]["layers"]["mlp_up"]["kernel"].sharding.spec == P(None, "fsdp")

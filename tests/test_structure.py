@@ -41,11 +41,10 @@ MAY_IMPORT = {
     "to_lsg": {"models", "config"},
     "files": set(),
     "sentence_files": {"files"},
-    "hub": {*FILES, "files", "sentence_files"},
-    "data": {"config"},
+    "hub": {*FILES, "files", "sentence_files", "sharding"},
+    "data": {"files"},
     "losses": {"models", "config"},
     "training": {*FILES, "hub", "losses", "data", "sharding"},
-    "inference": {*FILES, "hub", "data", "sharding"},
     "chips": set(),
     "hlo_report": set(),
     "plan": {
@@ -61,10 +60,17 @@ MAY_IMPORT = {
         "hlo_report",
     },
     "plan_search": {"plan", "models", "hlo_report"},
+    "resumable_lines": set(),
+    "inference": {*FILES, "hub", "data", "sharding", "resumable_lines"},
+    "export": {*FILES, "files", "inference"},
     "embeddings": {*FILES, "files", "sentence_files", "hub", "inference"},
     "pipeline_tasks": {"config", "inference"},
     "pipeline_spans": {"pipeline_tasks"},
     "pipelines": {*FILES, "hub", "inference", "pipeline_tasks", "pipeline_spans"},
+    "predict_files": {
+        *("models", "convert_from_torch", "inference"),
+        *("resumable_lines", "pipeline_tasks", "pipeline_spans"),
+    },
 }
 MAY_IMPORT |= {"__init__": {*MAY_IMPORT}, "cli": {"__init__", *MAY_IMPORT}}
 

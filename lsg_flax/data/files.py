@@ -1,0 +1,288 @@
+"""Rows of data as dicts, from local files or the `datasets` library, one at a time and each with
+the place it comes from."""
+
+import csv
+import glob
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+OnError = Literal["raise", "skip"]
+TextUnit = Literal["line", "file"]
+Paths = str | pathlib.Path | Sequence[str | pathlib.Path]
+
+_REPORTED = 5  # messages of skipped rows that are kept
+_LARGEST_FIELD = 2**31 - 1  # of a CSV file; Python's own limit is 128 KiB, less than a document
+
+
+class Row(NamedTuple):
+    """What one row of the data says, and where it stands."""
+
+    place: str
+    values: dict[str, Any]
+
+
+class Problems:
+    """What happens to a broken row: it raises, or is counted and left out.
+
+    Attributes:
+        skipped: how many rows were left out.
+        messages: the first few reasons.
+    """
+
+    def __init__(self, on_error: OnError):
+        self.on_error = on_error
+        self.skipped = 0
+        self.messages: list[str] = []
+
+    def found(self, place: str, reason: object) -> None:
+        """Tells of a broken row.
+
+        Raises:
+            ValueError: unless rows are to be skipped.
+        """
+        message = f"{place}: {reason}"
+        if self.on_error == "raise":
+            raise ValueError(f"{message} (on_error='skip' leaves such rows out)")
+        self.skipped += 1
+        if len(self.messages) < _REPORTED:
+            self.messages.append(message)
+
+
+class FileSource:
+    """Local files of one kind."""
+
+    def __init__(self, files: Sequence[pathlib.Path], text_unit: TextUnit):
+        self.files = tuple(files)
+        self.text_unit: TextUnit = text_unit
+        self.name = ", ".join(map(str, self.files[:3])) + (", ..." if len(self.files) > 3 else "")
+
+    def rows(self, problems: Problems) -> Iterator[Row]:
+        """All rows, file by file."""
+        for file in self.files:
+            if file.suffix == ".txt":
+                yield from _read_text(file, self.text_unit, problems)
+            else:
+                yield from _READERS[file.suffix](file, problems)
+
+    def digest(self) -> str:
+        """A hash of the contents of the files, in order."""
+        total = hashlib.sha256()
+        for file in self.files:
+            with file.open("rb") as opened:
+                total.update(hashlib.file_digest(opened, "sha256").digest())
+            total.update(file.suffix.encode())
+        return total.hexdigest()
+
+    def label_names(self, column: str) -> tuple[str, ...] | None:
+        """Names of the labels, if the source itself knows them; files do not."""
+        return None
+
+
+class DatasetSource:
+    """A split of a dataset of the `datasets` library."""
+
+    def __init__(self, name: str, subset: str | None, split: str):
+        try:
+            import datasets
+        except ImportError as error:
+            raise ImportError(
+                f"{name!r} is no file or folder here, so it is taken for the name of a dataset, "
+                "which needs the `datasets` library: pip install 'lsg-flax[data]'."
+            ) from error
+        try:
+            loaded = datasets.load_dataset(name, subset, split=split)
+        except Exception as error:  # the library raises many kinds
+            raise ValueError(
+                f"{name!r} is no file or folder here, and `datasets` cannot load it as "
+                f"load_dataset({name!r}, {subset!r}, split={split!r}): {error}"
+            ) from error
+        self.dataset: Any = loaded
+        self.name = f"{name}[{split}]"
+
+    def rows(self, problems: Problems) -> Iterator[Row]:
+        """All rows in order."""
+        for number, values in enumerate(self.dataset):
+            yield Row(f"{self.name}, row {number}", values)
+
+    def digest(self) -> str:
+        """The library's own fingerprint of the table and all that was done to it."""
+        return f"{self.name} {self.dataset._fingerprint}"
+
+    def label_names(self, column: str) -> tuple[str, ...] | None:
+        """The names of a `ClassLabel` column, or of a list of them."""
+        feature = self.dataset.features.get(column)
+        names = getattr(getattr(feature, "feature", feature), "names", None)
+        return None if names is None else tuple(names)
+
+
+Source = FileSource | DatasetSource
+
+
+def open_source(
+    paths: Paths, *, subset: str | None, split: str, text_unit: TextUnit = "line"
+) -> Source:
+    """Where the rows come from.
+
+    Args:
+        paths: a file, a folder, a pattern such as "data/part-*.jsonl", a list of these, or the
+            name of a dataset for `datasets.load_dataset`.
+        subset: for a dataset, the second argument of `load_dataset`.
+        split: for a dataset.
+        text_unit: whether a line or a whole file is a text in .txt files.
+
+    Raises:
+        FileNotFoundError: if nothing is there.
+        ValueError: for files that no reader knows or of several kinds, or a dataset that cannot
+            be loaded.
+        ImportError: for a dataset, without the library.
+    """
+    given = [paths] if isinstance(paths, str | pathlib.Path) else list(paths)
+    if len(given) == 1 and isinstance(given[0], str) and _is_dataset_name(given[0]):
+        return DatasetSource(given[0], subset, split)
+    files = [file for path in given for file in _files_of(str(path))]
+    kinds = sorted({file.suffix for file in files})
+    if len(kinds) != 1:
+        raise ValueError(
+            f"the files of {paths!r} are of the kinds {kinds}; give files of one kind, for example "
+            "by a pattern such as 'folder/*.jsonl'."
+        )
+    return FileSource(files, text_unit)
+
+
+def _is_dataset_name(path: str) -> bool:
+    known = pathlib.Path(path).suffix in KINDS
+    return (
+        not known
+        and not pathlib.Path(path).exists()
+        and bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path))
+    )
+
+
+def _files_of(path: str) -> list[pathlib.Path]:
+    place = pathlib.Path(path).expanduser()
+    if place.is_file():
+        if place.suffix not in KINDS:
+            raise ValueError(f"{path} is none of {', '.join(KINDS)}, which can be read.")
+        return [place]
+    if place.is_dir():
+        files = sorted(file for file in place.rglob("*") if not _hidden(file.relative_to(place)))
+    else:
+        files = sorted(map(pathlib.Path, glob.glob(str(place), recursive=True)))
+    found = [file for file in files if file.suffix in KINDS and file.is_file()]
+    if not found:
+        raise FileNotFoundError(
+            f"{path} is no file, and no folder or pattern with files of {', '.join(KINDS)} "
+            f"(other files there: {[file.name for file in files[:3]]})."
+        )
+    return found
+
+
+def _hidden(path: pathlib.Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+# Readers of files. Bytes that are not UTF-8 are read as surrogates, so that reading can go on
+# behind them, and then found in the row.
+
+
+def _read_jsonl(file: pathlib.Path, problems: Problems) -> Iterator[Row]:
+    with file.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            place = f"{file}:{number}"
+            try:
+                values = json.loads(valid_text(line))
+                if not isinstance(values, dict):
+                    raise ValueError(f"a row must be an object, got {line.strip():.60}")
+            except ValueError as error:
+                problems.found(place, f"not a row of JSON: {error}")
+                continue
+            yield Row(place, values)
+
+
+def _read_csv(file: pathlib.Path, problems: Problems) -> Iterator[Row]:
+    csv.field_size_limit(_LARGEST_FIELD)
+    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        reader = csv.reader(lines, strict=True)
+        names = next(reader, [])
+        if len(set(names)) < len(names):
+            raise ValueError(f"{file}:1: names of columns must differ, got {names}.")
+        while True:
+            first = reader.line_num + 1
+            place = f"{file}:{first}"
+            try:
+                fields = next(reader, None)
+                if fields is None:
+                    return
+                if not fields:  # a blank line
+                    continue
+                if len(fields) != len(names):
+                    raise ValueError(f"{len(fields)} fields for the columns {names}")
+                valid_text("".join(fields))
+            except (csv.Error, ValueError) as error:
+                if isinstance(error, csv.Error) and reader.line_num > first:
+                    raise ValueError(  # never skipped: nobody knows where the row should end
+                        f"{place}: a quoted field goes wrong by line {reader.line_num}: {error}"
+                    ) from error
+                problems.found(place, f"not a row of CSV: {error}")
+                continue
+            yield Row(place, dict(zip(names, fields, strict=True)))
+
+
+def _read_parquet(file: pathlib.Path, problems: Problems) -> Iterator[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(f"reading {file} needs pyarrow: pip install 'lsg-flax[data]'.") from error
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(file) as opened:
+            for batch in opened.iter_batches(batch_size=256):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Row(f"{file}, row {number}", values)
+    except pyarrow.ArrowException as error:  # nothing behind the damage can be read: never skipped
+        raise ValueError(f"{file} is no valid Parquet file after row {number}: {error}") from error
+
+
+def _read_text(file: pathlib.Path, unit: TextUnit, problems: Problems) -> Iterator[Row]:
+    with file.open(encoding="utf-8-sig", errors="surrogateescape") as opened:
+        texts = [opened.read()] if unit == "file" else opened
+        for number, text in enumerate(texts, 1):
+            if not text.strip():
+                continue
+            place = f"{file}:{number}"
+            try:
+                valid_text(text)
+            except ValueError as error:
+                problems.found(place, error)
+                continue
+            yield Row(place, {"text": text.rstrip("\n")})
+
+
+_READERS: dict[str, Callable[[pathlib.Path, Problems], Iterator[Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
+KINDS = (*_READERS, ".txt")
+
+
+def valid_text(text: str) -> str:
+    """The text, if it is valid Unicode.
+
+    Raises:
+        ValueError: for lone surrogates, which stand for bytes that are not UTF-8 too; tokenizers
+            cannot read them.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"not valid UTF-8 at character {error.start}") from error
+    return text

@@ -1,0 +1,127 @@
+"""What a user says about data: the task, and how rows become examples."""
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from lsg_flax.data.files import OnError, TextUnit
+
+DataTask = Literal[
+    "sequence_classification",
+    "token_classification",
+    "question_answering",
+    "multiple_choice",
+    "masked_lm",
+    "causal_lm",
+]
+ProblemType = Literal[
+    "single_label_classification", "multi_label_classification", "regression"
+]  # Hugging Face's names
+
+IGNORED = -100  # the label that does not count, as in losses.py
+LABELLED = ("sequence_classification", "token_classification")  # tasks whose labels have names
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the columns of the data are called. `id` and `text_pair` may be missing in a row.
+
+    Attributes:
+        label: of texts and of multiple choice; a list of several for multi-label.
+        tokens: the words of a text, for token classification; `tags` are their labels.
+        answers: {"text": [...], "answer_start": [...]} as in SQuAD, both empty where the context
+            has no answer.
+        choices: the texts to choose from, each read as a pair with `text`.
+    """
+
+    id: str = "id"
+    text: str = "text"
+    text_pair: str = "text_pair"
+    label: str = "label"
+    tokens: str = "tokens"
+    tags: str = "tags"
+    question: str = "question"
+    context: str = "context"
+    answers: str = "answers"
+    choices: str = "choices"
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How rows become examples.
+
+    Attributes:
+        task: what the examples are for.
+        max_length: tokens of a row at most; longer texts are cut, contexts of questions are split
+            into windows, and texts for language models fill pieces of this length.
+        problem_type: what `sequence_classification` predicts.
+        labels: names of the labels in the order of their numbers; by default the names found in
+            the data, sorted, or the numbers 0 to the largest. For evaluation data give those of
+            the training data.
+        with_labels: False reads data without labels, to predict them.
+        pack: language models: join the texts and cut them into pieces of `max_length`. False
+            makes a row of each text.
+        stride: question answering: tokens that neighbouring windows share.
+        token_type_ids: keep them, if the tokenizer gives any; False for a model without.
+        text_unit: in .txt files, whether a line or a whole file is a text.
+        on_error: what a broken row does.
+        columns: names of the columns.
+
+    Raises:
+        ValueError: for an unknown choice, or a number that is too small.
+    """
+
+    task: DataTask
+    max_length: int
+    problem_type: ProblemType = "single_label_classification"
+    labels: tuple[str, ...] | None = None
+    with_labels: bool = True
+    pack: bool = True
+    stride: int = 128
+    token_type_ids: bool = True
+    text_unit: TextUnit = "line"
+    on_error: OnError = "raise"
+    columns: Columns = field(default_factory=Columns)
+
+    def __post_init__(self):
+        allowed = {
+            "task": DataTask,
+            "problem_type": ProblemType,
+            "text_unit": TextUnit,
+            "on_error": OnError,
+        }
+        for name, choice in allowed.items():
+            if getattr(self, name) not in get_args(choice):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is unknown; choose one of "
+                    f"{list(get_args(choice))}."
+                )
+        if self.max_length < 1 or self.stride < 0:
+            raise ValueError(
+                f"max_length={self.max_length} must be at least 1 and stride={self.stride} at "
+                "least 0."
+            )
+        classes = self.task in LABELLED and self.problem_type != "regression"
+        if self.labels is not None and not classes:
+            raise ValueError(
+                f"labels={self.labels} are for {' and '.join(LABELLED)}, and not for regression."
+            )
+        if self.task != "sequence_classification" and self.problem_type != get_args(ProblemType)[0]:
+            raise ValueError(
+                f"problem_type={self.problem_type!r} is for sequence_classification, not "
+                f"{self.task}."
+            )
+        if self.labels is not None and len(set(self.labels)) < max(len(self.labels), 1):
+            raise ValueError(f"labels={self.labels} must be different names, at least one.")
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows are pieces of several texts."""
+        return self.pack and self.task in ("masked_lm", "causal_lm")
+
+    @property
+    def label_column(self) -> str | None:
+        """The column whose labels have names or numbers from 0, if there is one."""
+        named = self.task in LABELLED and self.problem_type != "regression"
+        if not named or not self.with_labels:
+            return None
+        return self.columns.tags if self.task == "token_classification" else self.columns.label

@@ -1,0 +1,140 @@
+"""Which rows of the data are in batch n, and which of them a process holds. A pure function of n:
+nothing has to be kept to go on anywhere.
+
+Axes: M microbatches, B batch, R rows, N batches.
+"""
+
+import bisect
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+SHORTEST_BUCKET = 512
+_ROWS, _BATCHES = range(2)  # random numbers of these two under one seed
+
+Remainder = Literal["fill", "carry"]
+
+
+def default_buckets(limit: int) -> tuple[int, ...]:
+    """Powers of two from 512 up to `limit`, and `limit` itself."""
+    lengths = [SHORTEST_BUCKET]
+    while lengths[-1] < limit:
+        lengths.append(2 * lengths[-1])
+    return (*(length for length in lengths if length < limit), limit)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which rows of a global batch this process holds: of each microbatch its own slice."""
+
+    index: int
+    count: int
+    batch_size: int
+    microbatches: int = 1
+
+    def __post_init__(self):
+        if self.batch_size < 1 or self.microbatches < 1:
+            raise ValueError(
+                f"batch_size={self.batch_size} and microbatches={self.microbatches} must be at "
+                "least 1."
+            )
+        if not 0 <= self.index < self.count or self.batch_size % self.count:
+            raise ValueError(
+                f"batch_size={self.batch_size} is that of all processes together and must be a "
+                f"multiple of process_count={self.count}; process_index={self.index} must lie in "
+                f"0..{self.count - 1}."
+            )
+
+    @classmethod
+    def of(cls, index: int | None, count: int | None, batch_size: int, microbatches: int = 1):
+        """With JAX's own numbers where none are given."""
+        index = jax.process_index() if index is None else index
+        return cls(index, jax.process_count() if count is None else count, batch_size, microbatches)
+
+    @property
+    def rows(self) -> int:
+        """Of a whole step, all processes together."""
+        return self.batch_size * self.microbatches
+
+    def own(self, places: Int[np.ndarray, "R"]) -> Int[np.ndarray, "M B"]:
+        """This process's share of all rows."""
+        shares = places.reshape(self.microbatches, self.count, -1)  # [M, processes, B]
+        return shares[:, self.index]
+
+
+class Order:
+    """Which rows are in batch n. Each bucket has an endless stream of its rows, one shuffled epoch
+    after another, cut into batches; an epoch has the batches that its rows complete ("carry"), or
+    ends each bucket with a batch filled up by -1 ("fill")."""
+
+    def __init__(
+        self,
+        lengths: Int[np.ndarray, "R"],
+        *,
+        buckets: tuple[int, ...],
+        size: int,
+        seed: int,
+        remainder: Remainder,
+        shuffle: bool,
+    ):
+        buckets_of_rows = np.searchsorted(buckets, lengths)
+        members = [np.flatnonzero(buckets_of_rows == i) for i in range(len(buckets))]
+        self.buckets = [b for b, rows in zip(buckets, members, strict=True) if len(rows)]
+        self._members = [rows for rows in members if len(rows)]
+        self._size, self._seed = size, seed
+        self._remainder, self._shuffle = remainder, shuffle
+        # Threads ask for the same epoch together; a few buckets of two epochs are alive at once.
+        self._permuted = functools.lru_cache(2 * len(self.buckets))(self._permute)
+        self._listed = functools.lru_cache(2)(self._list)
+
+    def start(self, epoch: int) -> int:
+        """The number of batches before an epoch."""
+        return sum(self._before(epoch, len(rows)) for rows in self._members)
+
+    def epoch_of(self, number: int) -> int:
+        """The epoch that batch `number` belongs to."""
+        rows = sum(map(len, self._members))
+        enough = (number + len(self.buckets) + 1) * self._size // rows + 2
+        return bisect.bisect_right(range(enough), number, key=self.start) - 1
+
+    def batch(self, number: int) -> tuple[int, Int[np.ndarray, "R"]]:
+        """The bucket of batch `number`, and its rows."""
+        epoch = self.epoch_of(number)
+        bucket, turn = self._listed(epoch)[number - self.start(epoch)].tolist()
+        return self.buckets[bucket], self._rows(bucket, epoch, turn)
+
+    def _before(self, epoch: int, rows: int) -> int:
+        if self._remainder == "carry":
+            return epoch * rows // self._size
+        return epoch * -(-rows // self._size)
+
+    def _list(self, epoch: int) -> Int[np.ndarray, "N 2"]:
+        """Bucket and place in its stream of each batch of an epoch, in their order."""
+        parts = []
+        for bucket, rows in enumerate(self._members):
+            turns = np.arange(self._before(epoch, len(rows)), self._before(epoch + 1, len(rows)))
+            parts.append(np.stack([np.full_like(turns, bucket), turns], axis=1))
+        pairs = np.concatenate(parts)
+        if not self._shuffle:
+            return pairs
+        return np.random.default_rng([self._seed, _BATCHES, epoch]).permutation(pairs)
+
+    def _rows(self, bucket: int, epoch: int, turn: int) -> Int[np.ndarray, "R"]:
+        count = len(self._members[bucket])
+        if self._remainder == "fill":
+            first = (turn - self._before(epoch, count)) * self._size
+            rows = self._permuted(bucket, epoch)[first : first + self._size]
+            return np.pad(rows, (0, self._size - len(rows)), constant_values=-1)
+        epochs, places = np.divmod(np.arange(turn * self._size, (turn + 1) * self._size), count)
+        parts = [self._permuted(bucket, int(e))[places[epochs == e]] for e in np.unique(epochs)]
+        return np.concatenate(parts)
+
+    def _permute(self, bucket: int, epoch: int) -> Int[np.ndarray, "R"]:
+        if not self._shuffle:
+            return self._members[bucket]
+        generator = np.random.default_rng([self._seed, _ROWS, epoch, bucket])
+        return generator.permutation(self._members[bucket])

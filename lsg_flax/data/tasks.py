@@ -1,0 +1,386 @@
+"""From rows of data to rows of tokens and labels, per task.
+
+Axes: T tokens, K labels.
+"""
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lsg_flax.data.files import Problems, Row, valid_text
+from lsg_flax.data.options import IGNORED, DataOptions
+from lsg_flax.data.values import answers_in, label_number, numbers_in, text_in, value_in
+
+# What a tokenizer gives for each token, and how it is stored.
+TOKEN_FIELDS = {"input_ids": np.int32, "token_type_ids": np.int8, "offset_mapping": np.int32}
+
+EncodedRow = dict[str, Any]  # `lengths` of its sequences, and arrays by name
+
+
+class Example(NamedTuple):
+    """A row whose columns are checked."""
+
+    place: str
+    inputs: tuple[Any, ...]  # what the tokenizer reads
+    label: Any  # as it is stored; None without
+    record: dict[str, Any]  # what is kept beside the tokens
+
+
+class Encoder:
+    """Reads the rows of a task; a subclass says how.
+
+    Attributes:
+        truncated: how many texts were longer than `max_length` (a slow tokenizer does not say).
+    """
+
+    token_labels = False  # whether labels are one per token
+    fast = False  # whether the tokenizer must know words or characters
+
+    def __init__(
+        self,
+        options: DataOptions,
+        tokenizer: Any,
+        labels: tuple[str, ...] | None,
+        problems: Problems,
+    ):
+        self.options, self.tokenizer = options, tokenizer
+        self.labels, self.problems = labels, problems
+        self.truncated = 0
+        if self.fast and not getattr(tokenizer, "is_fast", False):
+            raise ValueError(
+                f"{options.task} needs to know where in the text a token lies, which "
+                f"{type(tokenizer).__name__} as a slow tokenizer does not; give a fast one "
+                "(AutoTokenizer with use_fast=True, or a folder with tokenizer.json)."
+            )
+
+    def examples(self, rows: Iterable[Row]) -> Iterator[Example]:
+        """The rows that are whole."""
+        for row in rows:
+            try:
+                yield self.example(row)
+            except ValueError as error:
+                self.problems.found(row.place, error)
+
+    def example(self, row: Row) -> Example:
+        """Checks a row's columns."""
+        raise NotImplementedError
+
+    def encode(self, examples: list[Example]) -> Iterator[tuple[Example | None, list[EncodedRow]]]:
+        """The rows of tokens of each example; None where a row is of several."""
+        raise NotImplementedError
+
+    def rest(self) -> Iterator[tuple[Example | None, list[EncodedRow]]]:
+        """What is left when all examples are encoded."""
+        return iter(())
+
+    def id_of(self, row: Row) -> dict[str, Any]:
+        """The id, where the row has one."""
+        column = self.options.columns.id
+        value = row.values.get(column)
+        if value is not None and not isinstance(value, str | int):
+            raise ValueError(f"{column!r} must be a text or an integer, got {value!r:.60}")
+        return {} if value is None else {"id": value}
+
+    def tokenize(self, texts: Sequence, pairs: Sequence | None = None, **options: Any) -> Any:
+        """Calls the tokenizer on a chunk of texts."""
+        types = self.options.token_type_ids
+        types = types and "token_type_ids" in self.tokenizer.model_input_names
+        given = dict(truncation=True, max_length=self.options.max_length) | options
+        encoded = self.tokenizer(
+            list(texts),
+            None if pairs is None else list(pairs),
+            return_token_type_ids=types,
+            return_attention_mask=False,
+            verbose=False,
+            **given,
+        )
+        if not given.get("return_overflowing_tokens") and given["truncation"]:
+            self.truncated += sum(bool(e.overflowing) for e in encoded.encodings or [])
+        return encoded
+
+    def rows(self, example: Example, encoded: Any, *places: int) -> list[EncodedRow]:
+        """The row whose sequences are at these places; none if one has no tokens."""
+        parts = {
+            name: [np.asarray(encoded[name][place], dtype) for place in places]
+            for name, dtype in TOKEN_FIELDS.items()
+            if name in encoded
+        }
+        lengths = [len(ids) for ids in parts["input_ids"]]
+        if 0 in lengths:
+            self.problems.found(
+                example.place, "no tokens: the text is empty, and the tokenizer adds none"
+            )
+            return []
+        return [{"lengths": lengths} | {n: np.concatenate(arrays) for n, arrays in parts.items()}]
+
+
+class TextEncoder(Encoder):
+    """A text or a pair of them, with one label, several, or numbers; or none."""
+
+    width: int | None = None  # how many numbers
+
+    def example(self, row):
+        names = self.options.columns
+        texts = (text_in(row, names.text),)
+        if row.values.get(names.text_pair) not in (None, ""):
+            texts += (text_in(row, names.text_pair),)
+        label = None
+        if self.options.task == "sequence_classification" and self.options.with_labels:
+            label = self._label(value_in(row, names.label))
+        return Example(row.place, texts, label, self.id_of(row))
+
+    def _label(self, value: Any) -> Any:
+        problem = self.options.problem_type
+        if problem == "regression":
+            numbers = numbers_in(value)
+            self.width = self.width or len(numbers)
+            if len(numbers) != self.width:
+                raise ValueError(f"{len(numbers)} numbers, but {self.width} in the rows before")
+            return numbers
+        if problem == "single_label_classification":
+            if isinstance(value, list):
+                raise ValueError(
+                    f"one label is wanted, got {value!r}; several need "
+                    "problem_type='multi_label_classification'"
+                )
+            return np.int32(label_number(value, self.labels or ()))
+        if not isinstance(value, list):
+            raise ValueError(f"a list of labels is wanted, got {value!r}")
+        present = np.zeros(len(self.labels or ()), np.float32)
+        present[[label_number(v, self.labels or ()) for v in value]] = 1.0
+        return present
+
+    def encode(self, examples) -> Iterator[tuple[Example | None, list[EncodedRow]]]:
+        for _, group in itertools.groupby(examples, lambda example: len(example.inputs)):
+            group = list(group)
+            encoded = self.tokenize(*zip(*(example.inputs for example in group), strict=True))
+            for place, example in enumerate(group):
+                labels = {} if example.label is None else {"labels": example.label}
+                yield example, [row | labels for row in self.rows(example, encoded, place)]
+
+
+class TokenEncoder(Encoder):
+    """Words with a tag each; the first token of a word carries it, no other counts."""
+
+    token_labels, fast = True, True
+
+    def __init__(self, options, tokenizer, labels, problems):
+        super().__init__(options, tokenizer, labels, problems)
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
+        steps = backend.get("pretokenizers", [backend])
+        if any(s.get("type") == "ByteLevel" and not s["add_prefix_space"] for s in steps):
+            raise ValueError(
+                f"{type(tokenizer).__name__} reads a word differently without a space before it; "
+                "load it with add_prefix_space=True for words that are split already."
+            )
+
+    def example(self, row):
+        names = self.options.columns
+        words, tags = value_in(row, names.tokens), None
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise ValueError(f"{names.tokens!r} must be a list of words, got {words!r:.60}")
+        if not words:
+            raise ValueError(f"{names.tokens!r} is empty")
+        if self.options.with_labels:
+            given = value_in(row, names.tags)
+            if not isinstance(given, list) or len(given) != len(words):
+                raise ValueError(
+                    f"{names.tags!r} must be a list of one label for each of {len(words)} words, "
+                    f"got {given!r:.60}"
+                )
+            tags = np.array([label_number(tag, self.labels or ()) for tag in given], np.int32)
+        words = [valid_text(word) for word in words]
+        return Example(row.place, (words,), tags, self.id_of(row))
+
+    def encode(self, examples):
+        encoded = self.tokenize([e.inputs[0] for e in examples], is_split_into_words=True)
+        for place, example in enumerate(examples):
+            rows = self.rows(example, encoded, place)
+            if example.label is not None:
+                words = [-1 if word is None else word for word in encoded.word_ids(place)]
+                first = [w >= 0 and w != before for before, w in itertools.pairwise([-1, *words])]
+                labels = np.where(first, example.label[words], IGNORED).astype(np.int32)
+                rows = [row | {"labels": labels} for row in rows]
+            yield example, rows
+
+
+class QuestionEncoder(Encoder):
+    """Questions with contexts, in windows; the answer is a span of tokens, or position 0 where the
+    window does not hold all of it."""
+
+    fast = True
+
+    def example(self, row):
+        names = self.options.columns
+        question, context = text_in(row, names.question), text_in(row, names.context)
+        record = self.id_of(row) | {"question": question, "context": context}
+        if not self.options.with_labels:
+            return Example(row.place, (question, context), None, record)
+        answers = value_in(row, names.answers)
+        texts, starts = (answers_in(answers, name) for name in ("text", "answer_start"))
+        if len(texts) != len(starts):
+            raise ValueError(f"{names.answers!r} has {len(texts)} texts, {len(starts)} places")
+        for text, start in zip(texts, starts, strict=True):
+            if not isinstance(text, str) or not isinstance(start, int) or not text.strip():
+                raise ValueError(f"an answer is a text and a place, got {text!r}, {start!r}")
+            if start < 0 or context[start : start + len(text)] != text:
+                raise ValueError(
+                    f"the answer {text!r:.60} is not at character {start} of the context, where "
+                    f"{context[max(start, 0) : max(start, 0) + len(text)]!r:.60} stands"
+                )
+        record["answers"] = {"text": texts, "answer_start": starts}
+        span = (-1, -1)  # characters of the first answer
+        if texts:
+            start = starts[0] + len(texts[0]) - len(texts[0].lstrip())
+            span = start, start + len(texts[0].strip())
+        return Example(row.place, (question, context), span, record)
+
+    def encode(self, examples):
+        examples = self._fitting(examples)
+        if not examples:
+            return
+        encoded = self.tokenize(
+            *zip(*(example.inputs for example in examples), strict=True),
+            truncation="only_second",
+            stride=self.options.stride,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+        )
+        windows: list[list[EncodedRow]] = [[] for _ in examples]
+        for place, number in enumerate(encoded["overflow_to_sample_mapping"]):
+            (row,), span = self.rows(examples[number], encoded, place), examples[number].label
+            context = np.array([part == 1 for part in encoded.sequence_ids(place)])
+            row["offset_mapping"][~context] = -1
+            if span is not None:
+                first, last = _tokens_of(span, row["offset_mapping"])
+                row |= {"start_positions": np.int32(first), "end_positions": np.int32(last)}
+            windows[number].append(row)
+        yield from zip(examples, windows, strict=True)
+
+    def _fitting(self, examples: list[Example]) -> list[Example]:
+        """Those whose question leaves room for windows."""
+        questions = [example.inputs[0] for example in examples]
+        encoded = self.tokenizer(questions, add_special_tokens=False, verbose=False)["input_ids"]
+        special = self.tokenizer.num_special_tokens_to_add(pair=True)
+        fitting = []
+        for example, ids in zip(examples, encoded, strict=True):
+            room = self.options.max_length - len(ids) - special
+            if room > self.options.stride:
+                fitting.append(example)
+                continue
+            self.problems.found(
+                example.place,
+                f"max_length={self.options.max_length} leaves {max(room, 0)} tokens for the "
+                f"context after a question of {len(ids)}; stride={self.options.stride} must be "
+                "less than that",
+            )
+        return fitting
+
+
+class ChoiceEncoder(Encoder):
+    """A text with several continuations, each a pair with it; all rows have as many."""
+
+    choices: int | None = None
+
+    def example(self, row):
+        names = self.options.columns
+        choices = value_in(row, names.choices)
+        if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
+            raise ValueError(f"{names.choices!r} must be a list of texts, got {choices!r:.60}")
+        wanted = len(choices) if self.choices is None else self.choices
+        if len(choices) != wanted or wanted < 2:
+            raise ValueError(
+                f"{names.choices!r} has {len(choices)} texts; at least 2 are wanted, as many in "
+                f"all rows{f' ({self.choices})' if self.choices else ''}"
+            )
+        text, label = text_in(row, names.text), None
+        if self.options.with_labels:
+            value = value_in(row, names.label)
+            label = np.int32(label_number(value, tuple(map(str, range(wanted)))))
+        self.choices = wanted
+        choices = [valid_text(choice) for choice in choices]
+        return Example(row.place, (text, choices), label, self.id_of(row))
+
+    def encode(self, examples):
+        texts = [text for text, choices in (e.inputs for e in examples) for _ in choices]
+        encoded = self.tokenize(texts, [choice for e in examples for choice in e.inputs[1]])
+        for number, example in enumerate(examples):
+            count = len(example.inputs[1])
+            labels = {} if example.label is None else {"labels": example.label}
+            rows = self.rows(example, encoded, *range(number * count, (number + 1) * count))
+            yield example, [row | labels for row in rows]
+
+
+class PackedEncoder(TextEncoder):
+    """Texts joined, with the tokenizer's separator between them, and cut into pieces that fill
+    `max_length` with the special tokens of a single text around each; the last may be shorter."""
+
+    def __init__(self, options, tokenizer, labels, problems):
+        super().__init__(options, tokenizer, labels, problems)
+        plain, framed = (
+            tokenizer("a", add_special_tokens=special, verbose=False)["input_ids"]
+            for special in (False, True)
+        )
+        at = next(i for i in range(len(framed)) if framed[i : i + len(plain)] == plain)
+        self._before, self._after = framed[:at], framed[at + len(plain) :]
+        self._room = options.max_length - len(self._before) - len(self._after)
+        if self._room < 1:
+            raise ValueError(
+                f"max_length={options.max_length} has no room beside the special tokens "
+                f"{self._before + self._after}."
+            )
+        separators = (tokenizer.sep_token_id, tokenizer.eos_token_id)
+        self._between = [next((i for i in separators if i is not None), None)]
+        self._between = [token for token in self._between if token is not None]
+        self._waiting: list[int] = []
+
+    def encode(self, examples) -> Iterator[tuple[Example | None, list[EncodedRow]]]:
+        texts = [text for example in examples for text in example.inputs]
+        for ids in self.tokenize(texts, add_special_tokens=False, truncation=False)["input_ids"]:
+            self._waiting += [*self._between, *ids] if self._waiting else ids
+        whole = len(self._waiting) // self._room * self._room
+        for start in range(0, whole, self._room):
+            yield None, [self._piece(self._waiting[start : start + self._room])]
+        self._waiting = self._waiting[whole:]
+
+    def rest(self):
+        if self._waiting:
+            yield None, [self._piece(self._waiting)]
+
+    def _piece(self, ids: list[int]) -> EncodedRow:
+        ids = [*self._before, *ids, *self._after]
+        return {"lengths": [len(ids)], "input_ids": np.array(ids, np.int32)}
+
+
+def make_encoder(
+    options: DataOptions, tokenizer: Any, labels: tuple[str, ...] | None, problems: Problems
+) -> Encoder:
+    """The encoder of the task.
+
+    Raises:
+        ValueError: for a tokenizer that cannot serve it.
+    """
+    kinds: dict[str, type[Encoder]] = {
+        "token_classification": TokenEncoder,
+        "question_answering": QuestionEncoder,
+        "multiple_choice": ChoiceEncoder,
+    }
+    kind = PackedEncoder if options.packed else kinds.get(options.task, TextEncoder)
+    if options.task == "masked_lm" and tokenizer.mask_token_id is None:
+        raise ValueError("masked_lm needs a tokenizer with a mask token; this one has none.")
+    return kind(options, tokenizer, labels, problems)
+
+
+def _tokens_of(span: tuple[int, int], offsets: np.ndarray) -> tuple[int, int]:
+    """First and last token of a span of characters; 0, 0 where the window does not hold it."""
+    start, end = span
+    inside = np.flatnonzero(offsets[:, 1] > offsets[:, 0])  # of the context, and not empty
+    if start < 0 or not len(inside):
+        return 0, 0
+    if offsets[inside[0], 0] > start or offsets[inside[-1], 1] < end:
+        return 0, 0
+    touched = inside[(offsets[inside, 1] > start) & (offsets[inside, 0] < end)]
+    return (int(touched[0]), int(touched[-1])) if len(touched) else (0, 0)

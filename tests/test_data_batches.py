@@ -1,0 +1,465 @@
+"""From rows to batches: what is in them, that each row comes as often as it should, and that a
+stream goes on as if it had never stopped."""
+
+import collections
+import functools
+import hashlib
+import itertools
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from lsg_flax import losses
+from lsg_flax.config import EncoderConfig
+from lsg_flax.data import (
+    DataOptions,
+    TokenizedDataset,
+    default_buckets,
+    eval_batches,
+    load_examples,
+    train_batches,
+)
+from lsg_flax.data.order import Order
+from lsg_flax.models.model import Model
+
+TOKENIZER = pathlib.Path(__file__).parent / "golden" / "bert_to_convert_512"  # w5 ... w30
+BUCKETS = (8, 16, 32)
+MASK, VOCABULARY, SPECIAL = 4, 31, 5
+
+
+def text(number: int, words: int) -> str:
+    """A text that tells its number: the first two words."""
+    digits = [5 + number // 26, 5 + number % 26]
+    return " ".join(f"w{i}" for i in [*digits, *(5 + (number + i) % 26 for i in range(words))])
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory):
+    """Data of a task, with the rows' lengths in all buckets."""
+    folder = tmp_path_factory.mktemp("data")
+
+    @functools.cache
+    def make(task="sequence_classification", rows=50, **options) -> TokenizedDataset:
+        path = folder / f"{task}-{rows}.jsonl"
+        examples = [
+            {
+                "text": text(i, (7 * i) % 27),
+                "label": i % 3,
+                "tokens": text(i, i % 20).split(),
+                "tags": [(i + j) % 4 for j in range(2 + i % 20)],
+                "question": f"w{5 + i % 26}",
+                "context": text(i, 3 * i % 70),
+                "answers": {"text": [f"w{5 + i // 26}"], "answer_start": [0]},
+                "choices": [text(i, i % 9), text(i, 2)],
+            }
+            for i in range(rows)
+        ]
+        if options.get("problem_type") == "regression":
+            examples = [example | {"label": i / 2} for i, example in enumerate(examples)]
+        if task == "multiple_choice":
+            examples = [example | {"label": i % 2} for i, example in enumerate(examples)]
+        path.write_text("".join(json.dumps(example) + "\n" for example in examples))
+        options = DataOptions(task, **{"max_length": 32, "stride": 4} | options)
+        tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+        return load_examples(
+            path, options, tokenizer=tokenizer, cache=folder / "cache", progress=False
+        )
+
+    return make
+
+
+def equal(a, b) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def numbers(batch) -> list[int]:
+    """The texts in a batch, by their first two words; those that do not count are left out."""
+    ids = batch["input_ids"].reshape(-1, batch["input_ids"].shape[-1])
+    return [26 * (a - 5) + b - 5 for _, a, b, *_ in ids[ids[:, 0] != 0].tolist()]
+
+
+def test_default_buckets():
+    assert default_buckets(4096) == (512, 1024, 2048, 4096)
+    assert default_buckets(3000) == (512, 1024, 2048, 3000)
+    assert default_buckets(100) == (100,)
+
+
+# What is in a batch
+
+
+def test_rows_are_padded_to_their_bucket_and_what_fills_up_does_not_count(make):
+    data = make()
+    seen = collections.Counter()
+    for batch in train_batches(data, batch_size=4, seed=0, buckets=BUCKETS, epochs=1):
+        assert set(batch) == {"input_ids", "attention_mask", "token_type_ids", "labels"}
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        length = ids.shape[1]
+        assert ids.shape == mask.shape and len(ids) == 4 and length in BUCKETS
+        for row in range(4):
+            real = mask[row].sum()
+            assert (ids[row, real:] == 0).all() and (mask[row, :real] == 1).all()
+            if not real:
+                assert batch["labels"][row] == -100
+                continue
+            (number,) = numbers({"input_ids": ids[row : row + 1]})
+            expected = data[number]
+            np.testing.assert_array_equal(ids[row, :real], expected["input_ids"])
+            assert batch["labels"][row] == expected["labels"] == number % 3
+            assert length == min(b for b in BUCKETS if b >= real)
+            seen[number] += 1
+    assert seen == dict.fromkeys(range(50), 1)
+
+
+TINY = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+}
+TASKS = {
+    "sequence_classification": {"num_labels": 3},
+    "token_classification": {"num_labels": 4},
+    "question_answering": {},
+    "multiple_choice": {},
+    "masked_lm": {},
+    "causal_lm": {},
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_loss_takes_the_batch_and_ignores_what_fills_it_up(make, task):
+    """5 rows in a batch of 8, against the loss of the 5 alone."""
+    data = make(task, 5, pack=False)
+    batch = next(iter(train_batches(data, batch_size=8, seed=0, buckets=[32], epochs=1)))
+    kept = {name: array[: len(data)] for name, array in batch.items()}
+    assert len(kept["input_ids"]) == 5 < len(batch["input_ids"]) == 8
+    settings = dict(TASKS[task])
+    names = {"labels": tuple(map(str, range(settings.pop("num_labels", 2))))}
+    model = Model(EncoderConfig(**TINY | names | settings), task)
+    params = jax.jit(model.init)(jax.random.key(0), batch["input_ids"])["params"]
+    loss_fn = jax.jit(losses.loss_fn, static_argnums=0)
+    (loss, metrics), (alone, expected) = (loss_fn(model, params, b) for b in (batch, kept))
+    np.testing.assert_allclose(loss, alone, rtol=1e-5)
+    assert np.isfinite(loss) and loss > 0
+    assert (metrics["targets"], metrics["tokens"]) == (expected["targets"], expected["tokens"])
+
+
+def test_choices_have_an_axis_of_their_own(make):
+    data = make("multiple_choice", 6)
+    batch = next(train_batches(data, batch_size=6, seed=0, buckets=[32], shuffle=False))
+    assert batch["input_ids"].shape == (6, 2, 32) and batch["labels"].tolist() == [0, 1] * 3
+    for row in range(6):
+        for choice, ids in enumerate(data[row]["input_ids"]):
+            np.testing.assert_array_equal(batch["input_ids"][row, choice, : len(ids)], ids)
+            assert batch["attention_mask"][row, choice].sum() == len(ids)
+
+
+def test_causal_labels_are_the_tokens(make):
+    batch = next(train_batches(make("causal_lm"), batch_size=2, seed=0))
+    expected = np.where(batch["attention_mask"] == 1, batch["input_ids"], -100)
+    np.testing.assert_array_equal(batch["labels"], expected)
+
+
+def test_microbatches_are_batches_of_one_bucket(make):
+    flat = train_batches(make(), batch_size=6, seed=3, buckets=BUCKETS, epochs=2)
+    parts = train_batches(make(), batch_size=2, seed=3, buckets=BUCKETS, microbatches=3, epochs=2)
+    for whole, split in zip(flat, parts, strict=True):
+        assert split["input_ids"].shape[:2] == (3, 2)
+        assert equal(whole, {n: x.reshape(6, *x.shape[2:]) for n, x in split.items()})
+
+
+# Masked tokens
+
+
+def test_masked_tokens(make):
+    data = make("masked_lm", 50)
+    batches = train_batches(data, batch_size=4, seed=5, epochs=60)
+    plain = {tuple(data[i]["input_ids"].tolist()) for i in range(len(data))}
+    asked = masked = same = total = 0
+    for batch in batches:
+        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+            chosen = labels != -100
+            original = np.where(chosen, labels, ids)
+            real = batch["attention_mask"][0].sum()
+            if ids[0] == 0:  # fills up
+                assert not chosen.any()
+                continue
+            assert tuple(original[original > 0].tolist()) in plain and real
+            assert (original[chosen] >= SPECIAL).all()
+            assert ((ids[chosen] == MASK) | (ids[chosen] >= SPECIAL)).all()
+            total += (original >= SPECIAL).sum()
+            asked += chosen.sum()
+            masked += (ids[chosen] == MASK).sum()
+            same += (ids[chosen] == labels[chosen]).sum()
+    # Within four standard deviations of the shares of BERT's recipe.
+    other = 25 / 26  # a random word is another one
+
+    def close(count, of, share):
+        return abs(count - of * share) < 4 * np.sqrt(of * share * (1 - share))
+
+    assert total > 40_000
+    assert close(asked, total, 0.15) and close(masked, asked, 0.8)
+    assert close(same, asked, 0.1 + 0.1 * (1 - other))
+
+
+def test_masks_change_with_the_epoch_and_the_seed_only(make):
+    data = make("masked_lm", 50)
+
+    def some(**options):
+        batches = train_batches(data, batch_size=4, shuffle=False, **options)
+        return [next(batches) for _ in range(batches.steps(2))]
+
+    first = some(seed=1)
+    assert all(map(equal, first, some(seed=1, prefetch=0)))
+    half = len(first) // 2
+    assert len({tuple(row) for row in (first[0]["labels"] != -100).tolist()}) == 4
+    for a, b in ((first[0], first[half]), (first[0], some(seed=2)[0])):
+        plain_a, plain_b = (np.where(x["labels"] < 0, x["input_ids"], x["labels"]) for x in (a, b))
+        np.testing.assert_array_equal(plain_a, plain_b)
+        assert not equal(a, b)
+
+
+# How often and in which order
+
+
+@pytest.mark.parametrize("problem", ["single_label_classification", "regression"])
+def test_every_example_comes_once_per_epoch(make, problem):
+    """With labels that cannot be ignored, the last rows of an epoch come in the next."""
+    data = make(problem_type=problem)
+    batches = train_batches(data, batch_size=4, seed=0, buckets=BUCKETS, epochs=4)
+    count = collections.Counter(number for batch in batches for number in numbers(batch))
+    if problem == "regression":  # in 4 epochs of 4 rows a batch nothing is left over
+        assert batches.steps(1) < batches.steps(4) / 4 + 1
+        assert batches.steps(4) == 50
+    assert count == dict.fromkeys(range(50), 4)
+
+
+def test_epochs_have_different_orders_and_seeds_too(make):
+    def orders(seed):
+        batches = train_batches(make(), batch_size=4, seed=seed, buckets=BUCKETS)
+        steps = batches.steps(1)
+        read = list(itertools.islice(batches, 2 * steps))
+        shapes = [batch["input_ids"].shape for batch in read]
+        assert len(set(shapes[:steps])) == 3 and shapes[:steps] != sorted(shapes[:steps])
+        return [[numbers(b) for b in part] for part in (read[:steps], read[steps:])]
+
+    first, second = orders(0)
+    other, _ = orders(1)
+    assert first != second and first != other
+    assert {*map(frozenset, first)} != {*map(frozenset, second)}  # not only batches by turns
+    assert sorted(itertools.chain(*first)) == sorted(itertools.chain(*second)) == list(range(50))
+    assert orders(0) == [first, second]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 32), min_size=1, max_size=40),
+    size=st.integers(1, 9),
+    seed=st.integers(0, 99),
+    remainder=st.sampled_from(["fill", "carry"]),
+    shuffle=st.booleans(),
+)
+def test_any_stream_shows_its_rows_evenly(lengths, size, seed, remainder, shuffle):
+    order = Order(
+        np.array(lengths),
+        buckets=BUCKETS,
+        size=size,
+        seed=seed,
+        remainder=remainder,
+        shuffle=shuffle,
+    )
+    epochs, counts = 7, collections.Counter(dict.fromkeys(range(len(lengths)), 0))
+    for number in range(order.start(epochs)):
+        epoch = order.epoch_of(number)
+        assert order.start(epoch) <= number < order.start(epoch + 1)
+        bucket, rows = order.batch(number)
+        assert len(rows) == size
+        real = rows[rows >= 0].tolist()
+        counts.update(real)
+        for row in real:
+            assert bucket == min(b for b in BUCKETS if b >= lengths[row])
+        for_every_row = {counts[i] for i in range(len(lengths)) if lengths[i] <= bucket}
+        assert max(for_every_row) <= epoch + 1
+    if remainder == "fill":
+        assert set(counts.values()) == {epochs}
+    else:  # what is missing waits for the next epoch, less than a batch in each bucket
+        missing = collections.Counter()
+        for row, count in counts.items():
+            missing[min(b for b in BUCKETS if b >= lengths[row])] += epochs - count
+        assert all(0 <= rows < size for rows in missing.values())
+
+
+def test_evaluation_reads_every_row_once(make):
+    for data in (make(), make(problem_type="regression"), make("question_answering")):
+        batches = eval_batches(data, batch_size=4, buckets=BUCKETS)
+        read = list(batches)
+        assert len(read) == len(batches)
+        rows = np.concatenate([part.rows for part in read])
+        assert sorted(rows[rows >= 0].tolist()) == list(range(len(data)))
+        lengths = [part.batch["input_ids"].shape[1] for part in read]
+        assert lengths == sorted(lengths, reverse=True)
+        for batch, places in read:
+            for row, place in enumerate(places):
+                real = batch["attention_mask"][row].sum()
+                assert real == (0 if place < 0 else data.lengths[place])
+                if place >= 0:
+                    ids = batch["input_ids"][row, :real]
+                    np.testing.assert_array_equal(ids, data[place]["input_ids"])
+        assert all(equal(a.batch, b.batch) for a, b in zip(read, batches, strict=True))
+
+
+def test_evaluation_masks_the_same_tokens_for_each_batch_size(make):
+    data = make("masked_lm", 50)
+
+    def labels(size):
+        read = eval_batches(data, batch_size=size)
+        return {
+            r: b["labels"][i].tolist() for b, rows in read for i, r in enumerate(rows) if r >= 0
+        }
+
+    assert labels(3) == labels(8)
+
+
+# Several processes
+
+
+@pytest.mark.parametrize("task", ["sequence_classification", "masked_lm"])
+def test_processes_share_the_batches_of_one(make, task):
+    data = make(task)
+    options = {"batch_size": 6, "seed": 7, "epochs": 2, "microbatches": 2, "buckets": BUCKETS}
+    alone = train_batches(data, **options)
+    shares = [train_batches(data, **options, process_index=i, process_count=3) for i in range(3)]
+    assert len({share.steps(2) for share in (alone, *shares)}) == 1
+    for whole, *parts in zip(alone, *shares, strict=True):
+        assert parts[0]["input_ids"].shape[:2] == (2, 2)
+        assert equal(whole, {n: np.concatenate([p[n] for p in parts], axis=1) for n in whole})
+    whole = list(eval_batches(data, batch_size=6))
+    shares = [eval_batches(data, batch_size=6, process_index=i, process_count=3) for i in range(3)]
+    for one, *parts in zip(whole, *shares, strict=True):
+        assert equal(one.batch, {n: np.concatenate([p.batch[n] for p in parts]) for n in one.batch})
+        np.testing.assert_array_equal(one.rows, np.concatenate([p.rows for p in parts]))
+
+
+# Going on
+
+
+@pytest.mark.parametrize("prefetch", [0, 3])
+@pytest.mark.parametrize("read", [0, 1, 17, 40])
+def test_a_state_continues_bit_for_bit(make, read, prefetch):
+    options = {"batch_size": 4, "seed": 11, "buckets": BUCKETS, "epochs": 3, "prefetch": prefetch}
+    for data in (make("masked_lm"), make(problem_type="regression")):
+        stream = train_batches(data, **options)
+        for _ in range(min(read, stream.steps(3))):
+            next(stream)
+        state = json.loads(json.dumps(stream.get_state()))
+        rest = list(stream)
+        assert stream.steps(3) == read + len(rest) or read > stream.steps(3)
+        fresh = train_batches(data, **options)
+        next(fresh)
+        fresh.set_state(state)
+        again = list(fresh)
+        assert len(again) == len(rest) and all(map(equal, rest, again))
+        assert all(equal(stream.batch_at(stream.steps(3) - 1), batch) for batch in rest[-1:])
+
+
+CONTINUE = """
+import hashlib, itertools, json, sys
+from lsg_flax.data import TokenizedDataset, train_batches
+import pathlib
+data = TokenizedDataset(pathlib.Path(sys.argv[1]))
+stream = train_batches(data, **json.loads(sys.argv[2]), process_index=0, process_count=1)
+stream.set_state(json.loads(sys.argv[3]))
+total = hashlib.sha256()
+for batch in itertools.islice(stream, 20):
+    for name in sorted(batch):
+        total.update(name.encode() + str(batch[name].dtype).encode() + batch[name].tobytes())
+print(total.hexdigest())
+"""
+
+
+def test_another_process_continues_bit_for_bit(make):
+    data = make("masked_lm")
+    options = {"batch_size": 4, "seed": 2**40}
+    stream = train_batches(data, **options)
+    for _ in range(9):
+        next(stream)
+    state, total = stream.get_state(), hashlib.sha256()
+    for batch in itertools.islice(stream, 20):
+        for name in sorted(batch):
+            total.update(name.encode() + str(batch[name].dtype).encode() + batch[name].tobytes())
+    stream.close()
+    folder = pathlib.Path(data.arrays["input_ids"].filename).parent
+    done = subprocess.run(
+        [sys.executable, "-c", CONTINUE, str(folder), json.dumps(options), json.dumps(state)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == total.hexdigest()
+
+
+def test_a_state_of_another_stream_is_refused_with_the_differences(make):
+    state = train_batches(make(), batch_size=4, seed=0, buckets=BUCKETS).get_state()
+    other = train_batches(make(), batch_size=2, seed=1, buckets=BUCKETS, epochs=3)
+    with pytest.raises(ValueError, match="batch_size: 4 in the state, 2 here; seed: 0 in the st"):
+        other.set_state(state)
+    with pytest.raises(ValueError, match="data: "):
+        train_batches(make(rows=20), batch_size=4, seed=0, buckets=BUCKETS).set_state(state)
+    shares = {"process_index": 1, "process_count": 2}  # another number of processes may go on
+    train_batches(make(), batch_size=4, seed=0, buckets=BUCKETS, **shares).set_state(state)
+
+
+def test_the_stream_tells_what_comes(make):
+    stream = train_batches(make(), batch_size=4, seed=0, buckets=(*BUCKETS, 64))
+    assert stream.buckets == BUCKETS
+    for number in range(2 * stream.steps(1)):
+        batch = next(stream)
+        assert stream.bucket_at(number) == batch["input_ids"].shape[1]
+        assert stream.epoch_at(number) == number // stream.steps(1)
+
+
+# Bad input
+
+
+def test_one_row_is_enough(make):
+    data = make(rows=1)
+    (batch,) = train_batches(data, batch_size=4, seed=0, epochs=1)
+    assert batch["labels"].tolist() == [0, -100, -100, -100]
+    regression = make(rows=1, problem_type="regression")
+    batch = next(train_batches(regression, batch_size=4, seed=0))  # the row of four epochs
+    assert numbers(batch) == [0] * 4
+    with pytest.raises(ValueError, match="epochs=3 of 1 rows make no whole batch of 4 rows"):
+        train_batches(regression, batch_size=4, seed=0, epochs=3)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"batch_size": 0}, "batch_size=0 and microbatches=1 must be at least 1"),
+        ({"process_count": 3, "process_index": 0}, "must be a multiple of process_count=3"),
+        ({"process_count": 2, "process_index": 2}, "process_index=2 must lie in 0..1"),
+        ({"buckets": (8, 16)}, "the longest row has 30 tokens"),
+        ({"buckets": ()}, "must be lengths from 1"),
+        ({"seed": -1}, "seed=-1"),
+        ({"epochs": 0}, "epochs=0 at least 1"),
+        ({"mask_probability": 1.0}, "mask_probability=1.0 must lie between"),
+    ],
+)
+def test_options_that_do_not_fit(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        train_batches(make(), **{"batch_size": 4, "seed": 0} | options)
+
+
+def test_floats_cannot_be_filled_up(make):
+    with pytest.raises(ValueError, match="remainder='fill': choose 'fill' or 'carry'; with labels"):
+        train_batches(make(problem_type="regression"), batch_size=4, seed=0, remainder="fill")

@@ -1,0 +1,230 @@
+"""From file to file: what lines say, killed runs, and what is refused."""
+
+import functools
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import transformers
+
+import lsg_flax
+from lsg_flax import inference
+from lsg_flax.config import EncoderConfig, LSGConfig
+from lsg_flax.models.model import Model
+from lsg_flax.pipeline_tasks import FillMask, TextClassification
+from lsg_flax.predict_files import ANSWERS, DocumentFile, Written, predict_file
+
+WORDS = "paris is the capital of france and a small town with long roads ##s ##er . , ?"
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS.split()]
+TEXTS = ["Paris is the capital.", "A small town, " * 6, "Long roads?", "", "France. " * 20]
+LIMIT, BUCKETS = 64, (64,)
+OPTIONS = {"buckets": BUCKETS, "batch_size": 4, "progress": False}
+
+
+@functools.cache
+def make(task="sequence_classification"):
+    lsg = LSGConfig(block_size=4, sparse_block_size=4, num_global_tokens=2)
+    sizes = {"vocab_size": len(VOCABULARY), "hidden_size": 8, "intermediate_size": 16}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": LIMIT}
+    model = Model(EncoderConfig(**sizes, initializer_range=1.0, lsg=lsg), task)
+    return model, jax.jit(model.init)(jax.random.key(1), np.zeros((1, 3), np.int32))["params"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
+    config = {"tokenizer_class": "BertTokenizer", "model_max_length": LIMIT}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def write(path, documents):
+    path.write_text("".join(f"{json.dumps(d)}\n" for d in documents))
+    return path
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def ids(count):
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(1, LIMIT, count)
+    return [{"input_ids": generator.integers(5, 20, n).tolist()} for n in lengths]
+
+
+@pytest.mark.parametrize("kind", [".txt", ".jsonl"])
+def test_texts_in_answers_out(kind, tmp_path, tokenizer):
+    source, target = tmp_path / f"in{kind}", tmp_path / "out.jsonl"
+    names = list(range(5)) if kind == ".txt" else ["a", 7, "c", None, "e"]
+    if kind == ".txt":
+        source.write_text("".join(f"{text}\n" for text in TEXTS))
+    else:
+        write(source, [{"id": n, "text": t} for n, t in zip(names, TEXTS, strict=True)])
+    options = OPTIONS | {"tokenizer": tokenizer, "window": 2}
+    for task in ("sequence_classification", "token_classification"):
+        pair = make(task)
+        done = predict_file(source, target, *pair, answers=ANSWERS[task], **options)
+        assert done == Written(5, 5, ())
+        name, choice = (
+            ("text-classification", {"top_k": None})
+            if task == "sequence_classification"
+            else ("token-classification", {"aggregation_strategy": "simple"})
+        )
+        run = lsg_flax.pipeline(name, pair, tokenizer, buckets=BUCKETS, batch_size=4, **choice)
+        assert [line["id"] for line in lines(target)] == names
+        for line, expected in zip(lines(target), run(TEXTS), strict=True):
+            assert len(line["answer"]) == len(expected)
+            for ours, theirs in zip(line["answer"], expected, strict=True):
+                score, other = ours.pop("score"), theirs.pop("score")
+                assert ours == theirs and score == pytest.approx(other, abs=1e-5)
+    # TEXTS[4] has 42 tokens
+    done = predict_file(source, target, *make(), **options, max_length=8, truncation=True)
+    cut = [{"input_ids": tokenizer(t, truncation=True, max_length=8)["input_ids"]} for t in TEXTS]
+    for line, expected in zip(
+        lines(target), inference.predict(*make(), cut, **OPTIONS), strict=True
+    ):
+        np.testing.assert_allclose(line["logits"], expected["logits"], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=rf"in{kind}, line 2: .* more than 8.*truncation=True"):
+        predict_file(source, tmp_path / "no.jsonl", *make(), **options, max_length=8)
+
+
+def test_a_question_is_answered_over_windows(tmp_path, tokenizer):
+    context = "Paris is the capital of France,  a small town. " * 12
+    documents = [{"question": "Is Paris small?", "context": c} for c in (TEXTS[0], context)]
+    source, target = write(tmp_path / "in.jsonl", documents), tmp_path / "out.jsonl"
+    pair = make("question_answering")
+    answers = ANSWERS["question_answering"]
+    predict_file(source, target, *pair, tokenizer=tokenizer, answers=answers, **OPTIONS)
+    run = lsg_flax.pipeline("question-answering", pair, tokenizer, buckets=BUCKETS, batch_size=4)
+    for line, expected in zip(lines(target), run(documents), strict=True):
+        assert line["answer"].pop("score") == pytest.approx(expected.pop("score"), abs=1e-5)
+        assert line["answer"] == expected
+
+
+KILLED = """
+import pickle
+from lsg_flax.predict_files import predict_file
+with open({made!r}, "rb") as file:
+    model, params, options = pickle.load(file)
+print(predict_file({source!r}, {target!r}, model, params, **options).computed)
+"""
+
+
+def test_a_killed_run_continues_and_makes_the_same_bytes(tmp_path):
+    """SIGKILL at random moments after the first window, then once more to the end."""
+    source, target = write(tmp_path / "in.jsonl", ids(600)), tmp_path / "out.jsonl"
+    whole, made = tmp_path / "whole.jsonl", tmp_path / "made"
+    options = OPTIONS | {"window": 8, "buckets": (16, LIMIT)}
+    model, params = make()
+    assert predict_file(source, whole, model, params, **options).computed == 600
+    made.write_bytes(pickle.dumps((model, jax.tree.map(np.asarray, params), options)))
+    partial = tmp_path / "out.jsonl.partial"
+    code = KILLED.format(made=str(made), source=str(source), target=str(target))
+    generator, before, kills = random.Random(0), 0, 0
+    while kills < 3:
+        with subprocess.Popen([sys.executable, "-c", code], env=os.environ) as process:
+            while not partial.exists() or partial.read_bytes().count(b"\n") <= before:
+                assert process.poll() is None
+                time.sleep(0.005)
+            time.sleep(generator.uniform(0, 0.1))
+            process.send_signal(signal.SIGKILL)
+        assert not target.exists() and process.returncode == -signal.SIGKILL
+        kills, before = kills + 1, partial.read_bytes().count(b"\n")
+    last = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert last.returncode == 0, last.stderr
+    assert 600 - before <= int(last.stdout) <= 600 - before + 8
+    assert target.read_bytes() == whole.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        *("in.jsonl", "made", "out.jsonl", "whole.jsonl")
+    ]
+
+
+def test_what_was_finished_belongs_to_one_model_and_source(tmp_path):
+    source, target = write(tmp_path / "in.jsonl", [*ids(6), {"input_ids": [99]}]), tmp_path / "out"
+    model, params = make()
+    run = functools.partial(predict_file, source, target, **OPTIONS | {"window": 1})
+    with pytest.raises(ValueError, match=r"in.jsonl, line 7 has input_ids in 99\.\.99") as caught:
+        run(model, params)
+    finished = int(caught.value.__notes__[0].split()[0])
+    assert 6 - inference.IN_FLIGHT - 1 <= finished <= 6
+    other = jax.tree.map(lambda x: x + 1, params)
+    with pytest.raises(ValueError, match=r"parameters: it was '.*' and is"):
+        run(model, other)
+    with pytest.raises(ValueError, match=r"buckets: it was .* and is \[16, 64\]"):
+        run(model, params, buckets=(16, 64))
+    with pytest.raises(ValueError, match=r"answers: it was None and is .TextClassification\("):
+        run(model, params, answers=TextClassification())
+    write(source, ids(6))
+    assert run(model, params, batch_size=2) == Written(6, 6 - finished, ())
+
+
+def test_broken_lines_are_named_and_skipped_on_request(tmp_path, tokenizer):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    broken = {
+        2: (b'{"text": "Par', "it is not valid JSON"),
+        3: (b'{"text": "\xff"}', "it is not UTF-8"),
+        5: (b"[1]", "it is no object but a list"),
+        6: (
+            b'{"id": 1, "label": 2}',
+            r"it has \['id', 'label'\] and must have input_ids; or question",
+        ),
+        7: (b'{"text": 3}', "its text is no text but a int"),
+        8: (b'{"input_ids": [1, "2"]}', "its input_ids are no list of whole numbers"),
+        9: (b"", "it is not valid JSON"),
+    }
+    good = {1: b'{"text": "Paris"}', 4: b'{"text": "town", "label": 1}', 10: b'{"text": "a"}'}
+    for number, (line, message) in broken.items():
+        every = good | {number: line}
+        source.write_bytes(b"\n".join(every.get(i, good[1]) for i in range(1, 11)) + b"\n")
+        with pytest.raises(
+            ValueError, match=rf"in.jsonl, line {number} is broken: {message}.*skip"
+        ):
+            list(DocumentFile(source))
+    every = good | {number: line for number, (line, _) in broken.items()}
+    source.write_bytes(b"\n".join(every[i] for i in range(1, 11)))
+    with pytest.warns(UserWarning, match=r"7 broken lines of .* were skipped: 2, 3, 5, 6"):
+        done = predict_file(
+            source, target, *make(), tokenizer=tokenizer, broken_lines="skip", **OPTIONS
+        )
+    assert done == Written(3, 3, tuple(broken))
+    assert [line["id"] for line in lines(target)] == [0, 3, 9]
+
+
+@pytest.mark.parametrize(
+    ("document", "options", "message"),
+    [
+        ({"text": "Paris"}, {}, r"line 1: a text needs tokenizer="),
+        ({"input_ids": [[1, 2], [3]]}, {}, r"line 1: input_ids are one list of numbers"),
+        ({"input_ids": [1]}, {"answers": FillMask()}, "FillMask is not possible for files"),
+        ({"input_ids": [1]}, {"answers": ANSWERS["question_answering"]}, "needs a model of the"),
+        (
+            {"input_ids": [1]},
+            {"answers": TextClassification(), "fields": ("logits",)},
+            "give either answers or fields",
+        ),
+        ({"input_ids": [1]}, {"max_length": 65}, r"max_length=65 must lie in 1..64"),
+        ({"input_ids": [1]}, {"window": 0}, "window=0 must be at least 1"),
+    ],
+)
+def test_what_does_not_fit(document, options, message, tmp_path):
+    source = write(tmp_path / "in.jsonl", [document])
+    with pytest.raises(ValueError, match=message):
+        predict_file(source, tmp_path / "out.jsonl", *make(), **OPTIONS | options)
+    assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_sources_that_cannot_be_read(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no\.jsonl is no file"):
+        DocumentFile(tmp_path / "no.jsonl")
+    with pytest.raises(ValueError, match=r"must end in \.jsonl or \.txt"):
+        DocumentFile(tmp_path / "in.csv")
