@@ -254,7 +254,7 @@ def compile_plan(settings: PlanSettings) -> Plan:
         return _refused(settings, notes, topology, memory, str(error), time.perf_counter() - start)
     seconds = time.perf_counter() - start
     memory = _measured(memory, compiled.memory_analysis())
-    program = read_program(compiled.as_text())
+    program = read_program(compiled.as_text() or "")
     chip = topology.chip
     return Plan(
         settings,
