@@ -2,7 +2,13 @@
 
     python examples/batched_inference.py [documents.jsonl] [--checkpoint FOLDER] [--devices 8]
 
-EXPECTED
+By default MiniLM, converted to LSG, reads 32 sources of Python's library; it has no classifier, so
+a line holds the pooler's vector. A checkpoint with labels answers as `lsg_flax.pipeline` does. Stop
+it and start it again: it goes on behind the last finished window. Expected with --devices 2
+--max-length 1024, on 2 busy CPU cores:
+
+    predictions.jsonl: 32 documents, 32 of them now
+    in 61 s, with compilation
 """
 
 import argparse

@@ -1,8 +1,19 @@
 """Masked language modelling on local text, and how perplexity holds when the model reads on.
 
-    python examples/pretrain_mlm.py [--model FOLDER_OR_HUB_ID --steps 0] [--train FILES]
+    python examples/pretrain_mlm.py [--steps 800 20] [--train train.jsonl --held-out test.jsonl]
+    python examples/pretrain_mlm.py --model roberta-base --steps 0 20 --rate 5e-5
 
-EXPECTED
+A small BERT that spells learns Python's sources and pages of its documentation at 512 tokens, is
+converted to read 4,096, and trains on at that length. Expected, measured in 3 minutes on 2 busy CPU
+cores; perplexity of 10,000 held-out masked letters, where their frequencies alone give 40:
+
+    tokens                             512   1,024   2,048   4,096
+    full attention, 800 steps         30.1
+    LSG, converted                    30.1    28.9    30.0    29.7
+    LSG, 20 steps at 4,096 tokens     30.1    29.0    30.2    29.8
+
+So conversion loses nothing here. But 800 steps teach little more than which letters are frequent: what
+far context is worth only a well-trained model can show (--model).
 """
 
 import argparse
