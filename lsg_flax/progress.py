@@ -23,8 +23,8 @@ from lsg_flax.config import EncoderConfig
 from lsg_flax.losses import Batch, Metrics
 from lsg_flax.models.model import Model
 
-# Peak dense bfloat16 FLOP/s of one chip by what `device_kind` contains; NVIDIA's from its data sheets
-# (SXM). A device of JAX is one chip (two cores of v4 and v5p together).
+# Peak dense bfloat16 FLOP/s of one chip by what `device_kind` contains; NVIDIA's from its data
+# sheets (SXM). A device of JAX is one chip (two cores of v4 and v5p together).
 PEAK_FLOPS = {kind: chip.flops for chip in CHIPS.values() for kind in chip.kinds} | {
     "A100": 312e12,
     "H100": 989e12,
