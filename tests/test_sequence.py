@@ -141,7 +141,6 @@ MESHES = [
     {"tensor": 2},
     {"sequence": 8},
     {"data": 2, "fsdp": 2, "tensor": 2},
-    {"data": 1, "fsdp": 2, "tensor": 2, "sequence": 2},
     {"data": 2, "tensor": 2, "sequence": 2},
 ]
 MODELS = {
@@ -175,6 +174,25 @@ def assert_same_on(mesh, network, params, rows, expected):
         gradients,
         found_gradients,
     )
+
+
+MIXED = {"data": 1, "fsdp": 2, "tensor": 2, "sequence": 2}
+OTHERS = {
+    "electra": model("token_classification", "electra", embedding_size=8),
+    "distilbert": model("masked_lm", "distilbert"),
+    "causal": model("causal_lm", is_decoder=True),
+    "full attention": Model(model().config.with_overrides(lsg=None), "masked_lm"),
+}
+
+
+@pytest.mark.parametrize("name", list(OTHERS))
+def test_other_models_on_a_mixed_mesh(name):
+    network, rows = OTHERS[name], batch()
+    if network.task == "token_classification":
+        rows["labels"] = rows["input_ids"] % 2
+    params = initial(network)
+    expected = loss_and_gradients(network, params, rows)
+    assert_same_on(sharding.make_mesh(**MIXED), network, params, rows, expected)
 
 
 ALL_AXES = """
