@@ -97,6 +97,7 @@ def environment_for(topology: Topology) -> dict[str, str]:
             "TPU_SKIP_MDS_QUERY": "1",  # asks no metadata server: there is none
             "TPU_ACCELERATOR_TYPE": topology.chip.accelerator,
             "TPU_WORKER_HOSTNAMES": "localhost",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # it takes no chip, so several may compile at once
         }
     return environment | {"XLA_FLAGS": flags.strip()}
 

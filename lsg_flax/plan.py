@@ -109,7 +109,7 @@ class Memory:
     optimizer: int
     batch: int
     outputs: int = 0  # that no argument makes room for
-    temporaries: int = 0
+    temporaries: int = 0  # at the peak
     code: int = 0
     padding: int = 0  # of arguments, by the chip's memory layout
 
@@ -425,10 +425,14 @@ def _bytes_per_chip(tree: Any) -> int:
 
 def _measured(memory: Memory, stats: Any) -> Memory:
     known = memory.parameters + memory.optimizer + memory.batch
+    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    # At the program's peak: XLA accepts or refuses by this number. The sum of all temporaries
+    # counts places that are used one after the other.
+    peak = stats.peak_memory_in_bytes - stats.argument_size_in_bytes - outputs
     return dataclasses.replace(
         memory,
-        outputs=stats.output_size_in_bytes - stats.alias_size_in_bytes,
-        temporaries=stats.temp_size_in_bytes,
+        outputs=outputs,
+        temporaries=peak if peak > 0 else stats.temp_size_in_bytes,
         code=stats.generated_code_size_in_bytes,
         padding=max(stats.argument_size_in_bytes - known, 0),
     )
