@@ -187,7 +187,9 @@ def contender(
     )
     step = training.make_train_step(model, optimizer, ACCUMULATE)
     state = training.init_state(params, optimizer, jax.random.key(options.seed))
-    state, history = training.fit(step, state, batches(train, options.seed), steps=options.steps)
+    state, history = training.fit(
+        step, state, training.BatchesAt(batches(train, options.seed)), steps=options.steps
+    )
     console.print("held-out documents, fine-tuned")
     result["fine-tuned"] = measure(state.params, output / "predictions.jsonl")
     lsg_flax.save_pretrained(output / "model", model, state.params, hub.read_tokenizer(folder))

@@ -62,7 +62,9 @@ def toy_checkpoint(folder: pathlib.Path, steps: int) -> float:
     optimizer = training.make_optimizer(5e-3, total_steps=steps, warmup_steps=steps // 10)
     state = training.init_state(params, optimizer, jax.random.key(1))
     step = training.make_train_step(model, optimizer)
-    state, history = training.fit(step, state, batch_at, steps=steps, progress=False)
+    state, history = training.fit(
+        step, state, training.BatchesAt(batch_at), steps=steps, progress=False
+    )
     lsg_flax.save_pretrained(folder, model, state.params, tokenizer)
     return history[-1]["loss"]
 

@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     before = evaluate("before", params)
     state = training.init_state(params, optimizer, jax.random.key(0))
     step = training.make_train_step(model, optimizer)
-    state, history = training.fit(step, state, batch_at, steps=options.steps)
+    state, history = training.fit(step, state, training.BatchesAt(batch_at), steps=options.steps)
     print(f"training loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f}")
     return {"before": before, "after": evaluate("after", state.params)}
 

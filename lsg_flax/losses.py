@@ -126,11 +126,21 @@ def _loss_of(model: Model) -> str:
 
 def loss_sums(model: Model, params: Params, batch: Batch, key) -> list[Float[Array, ""]]:
     """Per target, the sum of the losses of the labels that count."""
+    return target_sums(model, apply_model(model, params, batch, key), batch)
+
+
+def apply_model(model: Model, params: Params, batch: Batch, key) -> Any:
+    """The model's output for the inputs of a batch, which may hold targets beside them; trains
+    with the dropout and LSH rotations of `key`, None evaluates."""
     rngs: Any = None
     if key is not None:
         rngs = dict(zip(("dropout", "lsh"), jax.random.split(key), strict=True))
     inputs = {name: batch[name] for name in INPUTS if name in batch}
-    output = model.apply({"params": params}, **inputs, train=key is not None, rngs=rngs)
+    return model.apply({"params": params}, **inputs, train=key is not None, rngs=rngs)
+
+
+def target_sums(model: Model, output: Any, batch: Batch) -> list[Float[Array, ""]]:
+    """Per target, the sum of the losses of the labels that count, from the model's output."""
     sums = []
     for target, labels in zip(_targets(model), _labels(model, batch), strict=True):
         logits = getattr(output, target.output).astype(jnp.float32)

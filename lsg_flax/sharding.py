@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 SEQUENCE = "sequence"
 AXES = ("data", "fsdp", "tensor", SEQUENCE)
@@ -97,7 +97,7 @@ def make_mesh(
         return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=types)
 
 
-def shardings_for(tree: Any, mesh: Mesh) -> Any:
+def shardings_for(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The `NamedSharding` of every leaf of parameters, of an optimizer's state, or of a train
     state that holds both; concrete or abstract. Scalars and random keys are whole.
 
@@ -263,7 +263,7 @@ def check_heads(num_attention_heads: int) -> None:
         )
 
 
-def _spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def _spec_of(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     rules = [names for end, names in PARAMETER_AXES if re.search(rf"(^|/|_){end}$", path)]
     if not rules:
         raise ValueError(
@@ -294,15 +294,15 @@ def _spec(axes: Sequence[tuple[str, ...] | None]) -> PartitionSpec:
     return PartitionSpec(*(part[0] if part and len(part) == 1 else part for part in axes))
 
 
-def _axes_of(name: str | None, mesh: Mesh) -> tuple[str, ...] | None:
+def _axes_of(name: str | None, mesh: Mesh | AbstractMesh) -> tuple[str, ...] | None:
     """The mesh axes of a logical axis that are more than one device."""
     axes = tuple(axis for axis in MESH_AXES.get(name or "", ()) if mesh.shape.get(axis, 1) > 1)
     return axes or None
 
 
-def _count(axes: tuple[str, ...] | None, mesh: Mesh) -> int:
+def _count(axes: tuple[str, ...] | None, mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape[axis] for axis in axes or ())
 
 
-def _said(axes: tuple[str, ...] | None, mesh: Mesh) -> str:
+def _said(axes: tuple[str, ...] | None, mesh: Mesh | AbstractMesh) -> str:
     return " x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes or ())

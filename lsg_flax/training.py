@@ -1,30 +1,39 @@
-"""Training as pure functions: the optimizer, one jitted step, checkpoints of the training state,
-and a plain loop around them. The losses are those of losses.py.
+"""Training as pure functions: the state, one jitted step, and a plain loop around it. The losses
+are those of losses.py, the optimizer is that of optimizers.py, files are written by checkpoints.py
+and progress.py.
 
-Nothing here knows about devices: place the state and the batch with `NamedSharding`, and the same
-step runs on a mesh.
+The step knows nothing of devices: under `jax.set_mesh(mesh)`, with state and batch placed by
+sharding.py, it runs on a mesh, which `fit(mesh=...)` does.
 
 Axes: M microbatches, B batch, T tokens.
 """
 
-import functools
+import contextlib
 import math
 import os
-import pathlib
-import re
+import signal
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import flax.struct
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental import multihost_utils
 from jaxtyping import PRNGKeyArray
-from orbax.checkpoint import v1 as ocp
-from tqdm import tqdm
 
+from lsg_flax.checkpoints import (
+    Checkpoints,
+    Mode,
+    check_settings,
+    restore,
+    saved_steps,
+)
+from lsg_flax.checkpoints import restore_state as restore_state
+from lsg_flax.checkpoints import save_state as save_state
 from lsg_flax.losses import (
     Batch,
     Metrics,
@@ -36,6 +45,11 @@ from lsg_flax.losses import (
 )
 from lsg_flax.losses import loss_fn as loss_fn
 from lsg_flax.models.model import Model
+from lsg_flax.optimizers import make_optimizer as make_optimizer
+from lsg_flax.progress import CompilationCounter, RunLog, peak_flops
+from lsg_flax.sharding import shard, shard_batch, sharded_init, shardings_for
+
+Step = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
 
 
 @flax.struct.dataclass
@@ -49,83 +63,25 @@ class TrainState:
 
 
 def init_state(
-    params: Params, optimizer: optax.GradientTransformation, key: PRNGKeyArray
-) -> TrainState:
-    """The state before the first step. Parameters and key are copied, since steps donate it."""
-    params = jax.tree.map(jnp.copy, params)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jnp.copy(key))
-
-
-# Optimizer
-
-
-def make_optimizer(
-    learning_rate: float,
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    key: PRNGKeyArray,
     *,
-    total_steps: int,
-    warmup_steps: int = 0,
-    weight_decay: float = 0.01,
-    max_grad_norm: float | None = 1.0,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    frozen: str | None = None,
-) -> optax.GradientTransformation:
-    """AdamW after clipping by the global norm; the learning rate rises linearly from 0 in
-    `warmup_steps` and falls linearly to 0 at `total_steps`, step for step as Hugging Face's
-    `get_linear_schedule_with_warmup`. Biases and LayerNorm's parameters do not decay.
+    mesh: jax.sharding.Mesh | None = None,
+) -> TrainState:
+    """The state before the first step. Parameters and key are copied, since steps donate it.
 
     Args:
-        frozen: regular expression, searched in paths such as "encoder/layers/mlp_up/kernel";
-            parameters that match keep every bit and have no moments. They do not count in the
-            norm, so their gradients are not even computed.
-
-    Raises:
-        ValueError: for steps that do not fit, or a pattern that matches no parameter or all of
-            them (when the optimizer is initialised).
+        mesh: place the state on it; no device ever holds the optimizer's state whole.
     """
-    if not 0 <= warmup_steps < total_steps:
-        raise ValueError(
-            f"warmup_steps={warmup_steps} must lie in 0..{total_steps - 1}, below "
-            f"total_steps={total_steps}."
-        )
-    schedule = optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, learning_rate, warmup_steps),
-            optax.linear_schedule(learning_rate, 0.0, total_steps - warmup_steps),
-        ],
-        [warmup_steps],
-    )
-    adamw = optax.adamw(schedule, b1, b2, eps, weight_decay=weight_decay, mask=_decays)
-    clip = optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm)
-    optimizer = optax.chain(clip, adamw)
-    if frozen is None:
-        return optimizer
-    return optax.multi_transform(
-        {"trained": optimizer, "frozen": optax.set_to_zero()},
-        functools.partial(_label_frozen, pattern=frozen),
-    )
 
+    def init(params: Params, key: PRNGKeyArray) -> TrainState:
+        copied = jax.tree.map(jnp.copy, params)
+        return TrainState(jnp.zeros((), jnp.int32), copied, optimizer.init(copied), jnp.copy(key))
 
-def _by_path(params: Params, value: Callable[[str], Any]) -> Params:
-    """A tree like `params` whose leaves are values of their paths."""
-    paths = flax.traverse_util.flatten_dict(params, sep="/")
-    return flax.traverse_util.unflatten_dict({path: value(path) for path in paths}, sep="/")
-
-
-def _decays(params: Params) -> Params:
-    return _by_path(params, lambda path: path.split("/")[-1] not in ("bias", "scale"))
-
-
-def _label_frozen(params: Params, pattern: str) -> Params:
-    paths = list(flax.traverse_util.flatten_dict(params, sep="/"))
-    matching = sum(bool(re.search(pattern, path)) for path in paths)
-    if matching in (0, len(paths)):
-        raise ValueError(
-            f"frozen={pattern!r} matches {'no' if not matching else 'every'} parameter; it is "
-            f"searched in paths such as {paths[:4]}."
-        )
-    return _by_path(params, lambda path: "frozen" if re.search(pattern, path) else "trained")
+    if mesh is None:
+        return init(params, key)
+    return sharded_init(init, params, key, mesh=mesh)
 
 
 # The step
@@ -134,7 +90,8 @@ def _label_frozen(params: Params, pattern: str) -> Params:
 def make_train_step(
     model: Model, optimizer: optax.GradientTransformation, accumulate_steps: int = 1
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """One optimizer step as a jitted function `(state, batch) -> (state, metrics)`.
+    """One optimizer step as a jitted function `(state, batch) -> (state, metrics)`. Under
+    `jax.set_mesh(mesh)`, with state and batch placed by sharding.py, it runs on that mesh.
 
     The state is donated: use the returned one. With `accumulate_steps` M > 1 every array of the
     batch has a leading axis of M microbatches, [M, B, ...], run one after the other. Each one's
@@ -169,7 +126,7 @@ def make_train_step(
         total, _ = jax.lax.scan(add, (jnp.float32(0.0), zeros), (numbers, batch))
         return total
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         counts = target_counts(model, batch)
         key = jax.random.fold_in(state.key, state.step)
         if accumulate_steps > 1:
@@ -181,9 +138,18 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         metrics = batch_metrics(loss, batch, counts) | {"update_norm": optax.tree.norm(updates)}
         new = state.replace(step=state.step + 1, params=params, opt_state=opt_state)  # type: ignore[attr-defined]
-        return new, metrics
+        return _placed(new), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def _placed(state: TrainState) -> TrainState:
+    """On the ambient mesh the new state lies as the old one, whatever XLA would like better:
+    another layout would compile the next step anew."""
+    mesh: Any = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return state
+    return jax.lax.with_sharding_constraint(state, shardings_for(state, mesh))
 
 
 def _check_microbatches(batch: Batch, count: int) -> None:
@@ -195,168 +161,301 @@ def _check_microbatches(batch: Batch, count: int) -> None:
         )
 
 
-# Checkpoints
-
-
-def save_state(path: str | os.PathLike, state: TrainState, *, keep: int = 3) -> None:
-    """Saves the state under `path`/<its step>, atomically (a folder that an interruption leaves
-    unfinished is never restored), and deletes all but the last `keep`.
-
-    Raises:
-        ValueError: if `keep` is not positive or the step is there already.
-    """
-    if keep < 1:
-        raise ValueError(f"keep={keep} must be at least 1.")
-    step = int(state.step)
-    policy: Any = ocp.training.preservation_policies.LatestN(keep)
-    with ocp.training.Checkpointer(_absolute(path), preservation_policy=policy) as checkpointer:
-        if step in [saved.step for saved in checkpointer.checkpoints]:
-            raise ValueError(
-                f"{path} has a checkpoint of step {step} already; continue from it, or choose "
-                "another folder."
-            )
-        checkpointer.save(step, state, force=True)
-
-
-def restore_state(
-    path: str | os.PathLike, abstract_state: TrainState, *, step: int | None = None
-) -> TrainState:
-    """The state saved at `step`, the last one by default.
-
-    Args:
-        abstract_state: a state of the same structure, concrete or of `jax.ShapeDtypeStruct`; the
-            result takes its dtypes and shardings, so another mesh may continue.
-
-    Raises:
-        FileNotFoundError: if there is no such checkpoint.
-        ValueError: if it is that of another model or optimizer (both sides are listed).
-    """
-    steps = saved_steps(path)
-    if not steps or (step is not None and step not in steps):
-        raise FileNotFoundError(
-            f"{path} has no checkpoint{'' if step is None else f' of step {step}'}; it has the "
-            f"steps {steps}."
-        )
-    step = steps[-1] if step is None else step
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
-        abstract_state,
-    )
-    with ocp.training.Checkpointer(_absolute(path)) as checkpointer:
-        _check_same_tree(path, checkpointer.metadata(step).metadata, abstract)
-        return checkpointer.load(step, abstract)
-
-
-def saved_steps(path: str | os.PathLike) -> list[int]:
-    """The steps of the checkpoints under `path`, in order; empty if there is no such folder."""
-    if not pathlib.Path(path).is_dir():
-        return []
-    with ocp.training.Checkpointer(_absolute(path)) as checkpointer:
-        return sorted(saved.step for saved in checkpointer.checkpoints)
-
-
-def _absolute(path: str | os.PathLike) -> str:
-    return str(pathlib.Path(path).absolute())
-
-
-def _check_same_tree(path, saved: Any, wanted: Any) -> None:
-    """Compares names and shapes before Orbax reads, whose own message does not name the leaf."""
-    saved, wanted = _shapes_by_name(saved), _shapes_by_name(wanted)
-    missing, unexpected = sorted(wanted.keys() - saved.keys()), sorted(saved.keys() - wanted.keys())
-    shapes = [
-        f"{name}: {saved[name]} in the checkpoint, {wanted[name]} wanted"
-        for name in sorted(saved.keys() & wanted.keys() - {"key"})
-        if saved[name] != wanted[name]
-    ]
-    if missing or unexpected or shapes:
-        raise ValueError(
-            f"the checkpoint in {path} is of another model or optimizer: it lacks {missing[:8]}, "
-            f"has beside {unexpected[:8]}, and of another shape are {shapes[:8]}."
-        )
-
-
-def _shapes_by_name(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {
-        jax.tree_util.keystr(keys, simple=True, separator="/"): tuple(leaf.shape)
-        for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-    }
-
-
 # The loop
 
 
+class BatchesAt:
+    """Batches from a pure function of the step (from 0); an iterator whose place can be saved."""
+
+    def __init__(self, function: Callable[[int], Batch], *, step: int = 0):
+        """Begins with `function(step)`."""
+        self._function, self._step = function, step
+
+    def __iter__(self) -> "BatchesAt":
+        return self
+
+    def __next__(self) -> Batch:
+        self._step += 1
+        return self._function(self._step - 1)
+
+    def get_state(self) -> dict[str, int]:
+        """The place: the step of the next batch."""
+        return {"step": self._step}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Goes to a place."""
+        self._step = state["step"]
+
+
+class Preempted(SystemExit):
+    """The run was asked to stop, by SIGTERM or Ctrl-C, and has saved its state. Where nobody
+    catches it the program ends, with the exit status that is usual for the signal.
+
+    Attributes:
+        step: the step that was saved.
+    """
+
+    def __init__(self, step: int, status: int):
+        super().__init__(status)
+        self.step = step
+
+
 def fit(
-    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    step: Step,
     state: TrainState,
-    batch_at: Callable[[int], Batch],
+    batches: Iterable[Batch],
     *,
     steps: int,
+    mesh: jax.sharding.Mesh | None = None,
+    microbatches: bool = False,
     evaluate: Callable[[TrainState], Metrics] | None = None,
     evaluate_every: int | None = None,
     checkpoints: str | os.PathLike | None = None,
     save_every: int | None = None,
     keep: int = 3,
+    best: str | None = None,
+    mode: Mode = "max",
+    settings: dict[str, Any] | None = None,
+    log: str | os.PathLike | None = None,
+    tensorboard: bool = False,
+    flops: Callable[[Batch], float] | None = None,
     progress: bool = True,
 ) -> tuple[TrainState, list[Metrics]]:
     """Runs a train step until `state.step == steps`.
 
+    With `checkpoints`, a run that was killed and is started again with the same arguments goes on
+    from the last checkpoint with the batches it would have seen, and its losses are the same, on
+    CPU bit for bit. SIGTERM and Ctrl-C then let the step finish, save, and raise `Preempted`; a
+    second Ctrl-C interrupts at once.
+
     Args:
         step: from `make_train_step`.
         state: where to start. It is donated; if `checkpoints` holds a later one, that is used.
-        batch_at: the batch of step n (from 0), a pure function: so a resumed run sees the
-            same data and repeats the loss curve bit for bit.
+        batches: dicts of arrays, at least as many as steps. With `checkpoints` their iterator has
+            `get_state()` (JSON) and `set_state(state)`, as Grain's and `BatchesAt(function)` do.
+        mesh: from `sharding.make_mesh`. State and batches are placed on it; with several processes
+            each gives its own rows of every batch.
+        microbatches: batches are [M, B, ...], for a step with `accumulate_steps`; only a mesh
+            needs to know.
         evaluate: metrics of a state, every `evaluate_every` steps and at the end.
-        checkpoints: a folder for `save_state`, every `save_every` steps and at the end.
-        progress: show a bar with the loss and tokens per second.
+        checkpoints: a folder, written in the background every `save_every` steps and at the end,
+            with the last `keep` and the one where the metric `best` of `evaluate` was best (`mode`
+            "max" or "min").
+        settings: of the run, nested dicts of what JSON can hold; kept in `checkpoints`/run.json,
+            and those of a run to be continued must be the same.
+        log: a folder for metrics.jsonl, one line per step, and with `tensorboard` event files.
+        flops: model FLOPs of a batch, such as `partial(progress.train_flops, model)`: gives the
+            utilisation `mfu` on chips that `progress.PEAK_FLOPS` knows.
+        progress: show a bar.
 
     Returns:
         The last state, and one dict per step run here: `step` (from 1), `seconds` since the start,
-        the step's metrics and, where it was evaluated, those of `evaluate`.
+        `tokens_per_second`, `compilations` of the step so far, the step's metrics and, where it was
+        evaluated, those of `evaluate`.
 
     Raises:
         FloatingPointError: at a loss that is not finite; the step is named, and no checkpoint is
             written of it.
-        ValueError: for intervals without their use, or the other way round.
+        Preempted: see above.
+        SaveError: if a checkpoint cannot be written.
+        ValueError: for options without their use, for other settings than those of the run to be
+            continued, and if the batches end too early.
     """
+    _check_options(evaluate, evaluate_every, checkpoints, save_every, best, mesh)
+    iterator = iter(batches)
+    with contextlib.ExitStack() as stack:
+        if mesh is not None:
+            state = shard(state, mesh)
+            stack.enter_context(jax.set_mesh(mesh))
+        state = _resumed(state, iterator, checkpoints, settings)
+        first = int(state.step)
+        saver = _saver(stack, checkpoints, keep, best, mode)
+        stop = stack.enter_context(_Stop(active=saver is not None))
+        log_options: dict[str, Any] = {"tensorboard": tensorboard, "progress": progress}
+        out = stack.enter_context(RunLog(log, first=first, steps=steps, **log_options))
+        told = _Recorder(out, stack.enter_context(CompilationCounter(step)))
+        for number in range(first + 1, steps + 1):
+            batch = _next(iterator, number, steps)
+            work = flops(batch) if flops else None
+            if mesh is not None:
+                batch = shard_batch(batch, mesh, microbatches=microbatches)
+            state, metrics = step(state, batch)
+            told.add(number, metrics, work)
+            stops, last = stop.reached(number), number == steps
+            evaluates = not stops and (last or _due(number, evaluate_every))
+            saves = stops or last or _due(number, save_every)
+            if evaluates or saves:
+                told.read()  # raises at a loss that is not finite: nothing is saved of it
+                scores = evaluate(state) if evaluate and evaluates else {}
+                told.finish(scores)
+                if saver is not None and saves:
+                    place = iterator.get_state()  # type: ignore[attr-defined]
+                    saver.save(state, data=place, metrics=_judged(scores, best))
+            if stops and saver is not None and not last:
+                saver.wait()
+                raise stop.preempted(number, checkpoints)
+    return state, told.history
+
+
+def _check_options(evaluate, evaluate_every, checkpoints, save_every, best, mesh) -> None:
     if (evaluate_every and not evaluate) or (save_every and not checkpoints):
         raise ValueError("evaluate_every needs evaluate, and save_every needs checkpoints.")
-    if checkpoints is not None and (saved_steps(checkpoints) or [0])[-1] > int(state.step):
-        state = restore_state(checkpoints, state)
-    first, start, history = int(state.step), time.perf_counter(), []
-    waiting: tuple[int, Metrics] | None = None  # read one step late, so that the device never waits
-    with tqdm(total=steps, initial=first, unit="step", disable=not progress) as bar:
-
-        def settle():
-            if waiting is not None:
-                history.append(_record(*waiting, time.perf_counter() - start))
-                read = sum(record["tokens"] for record in history)
-                rate = read / max(history[-1]["seconds"], 1e-9)
-                bar.set_postfix_str(f"loss {history[-1]['loss']:.4f}, {rate:,.0f} tokens/s", False)
-                bar.update()
-
-        for number in range(first + 1, steps + 1):
-            state, metrics = step(state, batch_at(number - 1))
-            settle()
-            waiting = number, metrics
-            last = number == steps
-            evaluates = evaluate and (last or (evaluate_every and number % evaluate_every == 0))
-            saves = checkpoints and (last or (save_every and number % save_every == 0))
-            if last or evaluates or saves:
-                settle()
-                waiting = None
-            if evaluates and evaluate:
-                history[-1] |= evaluate(state)
-            if saves and checkpoints:
-                save_state(checkpoints, state, keep=keep)
-    return state, history
+    if best is not None and not (evaluate and checkpoints):
+        raise ValueError(f"best={best!r} needs evaluate, which gives it, and checkpoints.")
+    if mesh is None and jax.process_count() > 1:
+        raise ValueError(
+            f"{jax.process_count()} processes share this run, so it needs a mesh over all their "
+            "devices: mesh=sharding.make_mesh()."
+        )
 
 
-def _record(number: int, metrics: Metrics, seconds: float) -> Metrics:
-    values = {name: float(value) for name, value in metrics.items()}
+def _resumed(state: TrainState, iterator: Iterator, folder, settings) -> TrainState:
+    """The state to begin with; `iterator` goes to its place in the data."""
+    if folder is None:
+        return state
+    if not (hasattr(iterator, "get_state") and hasattr(iterator, "set_state")):
+        raise ValueError(
+            f"checkpoints keep the place in the data, but batches ({type(iterator).__name__}) have "
+            "no get_state() and set_state(); give Grain's iterator, data.train_batches, or "
+            "BatchesAt(function of the step)."
+        )
+    if settings is not None:
+        check_settings(folder, settings)
+    saved, begun = saved_steps(folder), int(state.step)
+    if not saved or saved[-1] < begun:
+        return state
+    state, place = restore(folder, state)
+    if place is not None:
+        iterator.set_state(place)  # pyright: ignore[reportAttributeAccessIssue]
+    elif saved[-1] > begun:
+        raise ValueError(
+            f"the checkpoint of step {saved[-1]} in {folder} has no place in the data; restore it "
+            "with restore_state, and give fit that state and batches that begin there."
+        )
+    return state
+
+
+def _saver(stack: contextlib.ExitStack, folder, keep, best, mode) -> Any:
+    if folder is None:
+        return None
+    return stack.enter_context(Checkpoints(folder, keep=keep, best=best, mode=mode))
+
+
+def _due(number: int, every: int | None) -> bool:
+    return bool(every) and number % every == 0
+
+
+def _next(iterator: Iterator[Batch], number: int, steps: int) -> Batch:
+    try:
+        return next(iterator)
+    except StopIteration:
+        raise ValueError(
+            f"the batches ended before step {number} of {steps}; give an iterator that repeats "
+            "the data, or fewer steps."
+        ) from None
+
+
+def _judged(scores: Metrics, best: str | None) -> dict[str, float] | None:
+    """What a checkpoint keeps of an evaluation."""
+    if best is not None and scores and best not in scores:
+        raise ValueError(f"best={best!r} is not among the metrics of evaluate: {sorted(scores)}.")
+    return {name: float(value) for name, value in scores.items()} or None
+
+
+class _Recorder:
+    """Metrics on their way from the device to the log, read one step late, so that the device never
+    waits for the host."""
+
+    def __init__(self, out: RunLog, compilations: CompilationCounter):
+        self.history: list[Metrics] = []
+        self._out, self._compilations = out, compilations
+        self._start = self._last = time.perf_counter()
+        self._waiting: tuple[int, Metrics, float | None, int] | None = None
+        peak = peak_flops(jax.local_devices()[0].device_kind)
+        self._peak = peak and peak * jax.local_device_count()
+
+    def add(self, number: int, metrics: Metrics, work: float | None) -> None:
+        """Takes a step's metrics, and tells those of the step before."""
+        if self._waiting is not None:
+            self.read()
+            self.finish({})
+        self._waiting = number, metrics, work, self._compilations.count
+
+    def read(self) -> None:
+        """Waits for the step that was added last."""
+        assert self._waiting is not None
+        number, metrics, work, compilations = self._waiting
+        self._waiting = None
+        values = {name: float(value) for name, value in metrics.items()}
+        _check_finite(number, values)
+        now = time.perf_counter()
+        took, self._last = max(now - self._last, 1e-9), now
+        record = {"step": number, "seconds": now - self._start} | values
+        record |= {"tokens_per_second": values["tokens"] / took, "compilations": compilations}
+        if work is not None and self._peak:
+            record["mfu"] = work / took / self._peak
+        self.history.append(record)
+
+    def finish(self, scores: Metrics) -> None:
+        """Tells the step that was read last, with the scores of its evaluation."""
+        self.history[-1] |= scores
+        self._out.write(self.history[-1])
+        self._last = time.perf_counter() if scores else self._last
+
+
+def _check_finite(number: int, values: Metrics) -> None:
     if not math.isfinite(values["loss"]):
         raise FloatingPointError(
             f"the loss is {values['loss']} at step {number} ({values['tokens']:.0f} tokens, "
             f"{values['targets']:.0f} targets); lower the learning rate, look at this batch's "
             "labels and ids, or compute in float32."
         )
-    return {"step": number, "seconds": seconds} | values
+
+
+class _Stop:
+    """Notes SIGTERM and Ctrl-C inside a `with`, for the loop to act on between two steps.
+
+    With several processes JAX's preemption service notes SIGTERM, tells the others, and agrees on
+    the step to stop at; Ctrl-C is passed on to it.
+    """
+
+    def __init__(self, *, active: bool):
+        own = active and threading.current_thread() is threading.main_thread()
+        self._several = jax.process_count() > 1
+        self._active, self._noted, self._before = active, None, {}
+        self._signals = () if not own else (signal.SIGINT,) if self._several else _STOPPING
+
+    def __enter__(self) -> "_Stop":
+        for number in self._signals:
+            self._before[number] = signal.signal(number, self._note) or signal.SIG_DFL
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self._noted = number
+        signal.signal(signal.SIGINT, self._before[signal.SIGINT])  # a second one acts at once
+        print(f"\n{signal.Signals(number).name}: finishing this step", file=sys.stderr)
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def reached(self, step: int) -> bool:
+        """Whether the run shall stop behind this step; all processes agree."""
+        if self._active and self._several:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._noted is not None
+
+    def preempted(self, step: int, folder: Any) -> Preempted:
+        """The exception, after a word to the user."""
+        if jax.process_index() == 0:
+            print(
+                f"stopped behind step {step}, which is saved in {folder}; start the same command "
+                "again to go on from there.",
+                file=sys.stderr,
+            )
+        return Preempted(step, 128 + (self._noted or signal.SIGTERM))
+
+
+_STOPPING = (signal.SIGINT, signal.SIGTERM)

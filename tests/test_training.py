@@ -2,21 +2,32 @@
 checkpoints and the loop on a tiny model."""
 
 import functools
+import json
 import math
+import pathlib
+import resource
+import shutil
+import subprocess
+import sys
 
 import flax.traverse_util
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from golden_data import GOLDEN, cases, load
+from tensorboard.backend.event_processing import event_accumulator
 
 import lsg_flax
-from lsg_flax import losses, training
-from lsg_flax.config import EncoderConfig
+from lsg_flax import checkpoints, losses, metrics, optimizers, progress, training
+from lsg_flax.config import EncoderConfig, LSGConfig
 from lsg_flax.models.heads import ModelOutput
 from lsg_flax.models.model import Model
+from lsg_flax.sharding import make_mesh
+
+HERE = pathlib.Path(__file__).parent
 
 WITH_LOSS = [
     n
@@ -291,6 +302,7 @@ def fit(folder, steps, batches=batch_at, **options):
     model, params = make()
     state, step = training.init_state(params, ADAMW, jax.random.key(1)), train_step(model, ADAMW)
     options = {"progress": False, "save_every": 2} | options
+    batches = training.BatchesAt(batches)
     return training.fit(step, state, batches, steps=steps, checkpoints=folder, **options)
 
 
@@ -331,3 +343,302 @@ def test_a_nan_names_its_step_and_is_not_saved(tmp_path):
     with pytest.raises(FloatingPointError, match="the loss is nan at step 4"):
         fit(tmp_path, 6, broken)
     assert training.saved_steps(tmp_path) == [2]
+
+
+def test_schedules_follow_their_formulas():
+    warm = [0, 0.5]
+    rest = np.arange(5) / 5
+    expected = {
+        "linear": [*warm, *(1 - rest), 0],
+        "cosine": [*warm, *((1 + np.cos(np.pi * rest)) / 2), 0],
+        "constant": [*warm, *np.ones(6)],
+    }
+    for schedule, rates in expected.items():
+        rate = optimizers.make_schedule(1.0, total_steps=7, warmup_steps=2, schedule=schedule)
+        np.testing.assert_allclose([rate(step) for step in range(8)], rates, atol=1e-6)
+    with pytest.raises(ValueError, match="schedule='square' must be one of linear, cosine"):
+        optimizers.make_schedule.__wrapped__(1.0, total_steps=7, schedule="square")
+
+
+def test_bfloat16_computes_and_float32_remembers():
+    model, params = make(**NO_DROPOUT)
+    batches = [masked_lm_batch(rows=6)] * 4
+    _, curve = run(model, params, ADAMW, batches)
+    state, low = run(model.clone(dtype=jnp.bfloat16), params, ADAMW, batches)
+    kinds = {x.dtype for x in jax.tree.leaves((state.params, state.opt_state)) if x.ndim}
+    assert kinds == {jnp.dtype("float32")}
+    np.testing.assert_allclose([m["loss"] for m in low], [m["loss"] for m in curve], rtol=2e-2)
+    assert low[0]["loss"] != curve[0]["loss"]
+
+
+MESHES = {
+    "data": {"data": 8},
+    "mixed": {"fsdp": 4, "tensor": 2},
+    "accumulated": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+
+
+def mesh_config():
+    """Sizes that the meshes divide."""
+    return make(hidden_size=16, vocab_size=24, **NO_DROPOUT)
+
+
+def fit_on(sizes, folder, steps, accumulate=1, scored=None):
+    model, params = mesh_config()
+    mesh = sizes and make_mesh(**sizes)
+    state = training.init_state(params, ADAMW, jax.random.key(1), mesh=mesh)
+
+    def batch(number):
+        whole = masked_lm_batch(seed=number, rows=16)
+        if accumulate == 1:
+            return whole
+        return {n: a.reshape(accumulate, -1, *a.shape[1:]) for n, a in whole.items()}
+
+    return training.fit(
+        train_step(model, ADAMW, accumulate),
+        state,
+        training.BatchesAt(batch),
+        steps=steps,
+        mesh=mesh,
+        microbatches=accumulate > 1,
+        evaluate=scored
+        and (lambda state: metrics.evaluate(model, state.params, scored, mesh=mesh)),
+        checkpoints=folder,
+        progress=False,
+    )
+
+
+def test_another_mesh_goes_on(tmp_path):
+    _, expected = fit_on(None, tmp_path / "one", 4)
+    _, begun = fit_on(MESHES["data"], tmp_path / "two", 2)
+    shutil.copytree(tmp_path / "two", tmp_path / "three")
+    held_out = [(masked_lm_batch(rows=16), np.arange(16))]
+    ends = [
+        fit_on(MESHES["mixed"], tmp_path / "two", 4, scored=held_out),
+        fit_on(None, tmp_path / "three", 4, scored=held_out),
+    ]
+    scores = [rest[-1]["eval_perplexity"] for _, rest in ends]
+    np.testing.assert_allclose(*scores, rtol=1e-5)
+    assert all(record["compilations"] == 1 for record in begun)
+    for _, rest in ends:
+        losses_ = [record["loss"] for record in [*begun, *rest]]
+        np.testing.assert_allclose(losses_, [r["loss"] for r in expected], rtol=1e-5)
+        assert [record["step"] for record in rest] == [3, 4]
+    kernel = ends[0][0].params["encoder"]["layers"]["mlp_up"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (2, 4, 8)  # layers, width / 4, mlp / 2
+    _, accumulated = fit_on(MESHES["accumulated"], None, 3, accumulate=4)
+    np.testing.assert_allclose(
+        [r["loss"] for r in accumulated], [r["loss"] for r in expected[:3]], rtol=1e-5
+    )
+
+
+class Dice:
+    """Batches without a place."""
+
+    def __iter__(self):
+        return map(batch_at, range(3))
+
+
+def test_batches_need_a_place_and_must_suffice(tmp_path):
+    model, params = make()
+    step = train_step(model, ADAMW)
+
+    def run_on(batches, **options):
+        state = training.init_state(params, ADAMW, jax.random.key(1))
+        return training.fit(step, state, batches, steps=4, progress=False, **options)
+
+    with pytest.raises(ValueError, match=r"have no get_state\(\) and set_state\(\)"):
+        run_on(Dice(), checkpoints=tmp_path)
+    with pytest.raises(ValueError, match="the batches ended before step 4 of 4"):
+        run_on(Dice())
+
+
+def test_grain_goes_on_where_it_was(tmp_path):
+    def batches():
+        data = grain.MapDataset.range(6).shuffle(seed=3).map(batch_at)
+        return data.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+
+    model, params = make()
+
+    def run_to(folder, steps):
+        state = training.init_state(params, ADAMW, jax.random.key(1))
+        options = {"steps": steps, "checkpoints": folder, "progress": False}
+        return training.fit(train_step(model, ADAMW), state, batches(), **options)
+
+    whole, expected = run_to(tmp_path / "whole", 6)
+    _, begun = run_to(tmp_path / "parts", 3)
+    resumed, rest = run_to(tmp_path / "parts", 6)
+    assert [r["loss"] for r in begun + rest] == [r["loss"] for r in expected]
+    bits_equal(whole, resumed)
+
+
+def test_settings_of_the_run_must_be_the_same(tmp_path):
+    settings = {"task": "masked_lm", "optimizer": {"learning_rate": 0.01}, "buckets": (16, 32)}
+    fit(tmp_path, 2, settings=settings)
+    assert json.loads((tmp_path / "run.json").read_text())["buckets"] == [16, 32]
+    fit(tmp_path, 3, settings=settings)
+    other = settings | {"optimizer": {"learning_rate": 0.1}, "seed": 1}
+    message = r"optimizer.learning_rate: 0.01 there, 0.1 here; seed: \(not set\) there, 1 here"
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, 4, settings=other)
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(ValueError, match=r"checkpoints of steps \[2, 3\] but no run.json"):
+        fit(tmp_path, 4, settings=settings)
+
+
+def test_the_best_checkpoint_stays(tmp_path):
+    def evaluate(state):
+        return {"eval_loss": abs(int(state.step) - 2.0)}
+
+    options = {"evaluate": evaluate, "evaluate_every": 1, "save_every": 1, "keep": 2}
+    fit(tmp_path, 6, best="eval_loss", mode="min", **options)
+    assert training.saved_steps(tmp_path) == [2, 5, 6]
+    assert checkpoints.best_step(tmp_path, "eval_loss", mode="min") == 2
+    with pytest.raises(FileNotFoundError, match=r"metric 'f1'; the steps there are \[2, 5, 6\]"):
+        checkpoints.best_step(tmp_path, "f1")
+    with pytest.raises(ValueError, match="best='f1' is not among the metrics"):
+        fit(tmp_path / "other", 2, best="f1", **options)
+
+
+def test_saving_goes_on_beside_training(tmp_path):
+    """The state is donated to the next step while it is written: what is read is what it was."""
+    model, params = make(hidden_size=64, intermediate_size=512)
+    step, state = train_step(model, SGD), training.init_state(params, SGD, jax.random.key(7))
+    with checkpoints.Checkpoints(tmp_path, keep=9) as folder:
+        expected = []
+        for number in range(3):
+            state, _ = step(state, batch_at(number))
+            folder.save(state, data=number)
+            expected.append(jax.tree.map(lambda x: x + 0 if x.ndim else x.copy(), state.params))
+    for number, params in enumerate(expected, 1):
+        saved, place = checkpoints.restore(tmp_path, state, step=number)
+        bits_equal(saved.params, params)
+        assert place == number - 1
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
+    _, params = make(hidden_size=64, intermediate_size=512)
+    state = training.init_state(params, SGD, jax.random.key(7))
+    training.save_state(tmp_path, state.replace(step=jnp.int32(1)))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))  # files cannot grow any more
+    try:
+        with pytest.raises(checkpoints.SaveError, match=r"step 2 could not .* steps \[1\] there"):
+            training.save_state(tmp_path, state.replace(step=jnp.int32(2)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert training.saved_steps(tmp_path) == [1]
+    bits_equal(training.restore_state(tmp_path, state).params, params)
+    training.save_state(tmp_path, state.replace(step=jnp.int32(2)))  # with room again
+    assert training.saved_steps(tmp_path) == [1, 2]
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_log_goes_on_without_duplicates(tmp_path):
+    state, log = tmp_path / "state", tmp_path / "log"
+    fit(state, 3, log=log, tensorboard=True, save_every=2)
+    assert [record["step"] for record in read_log(log)] == [1, 2, 3]
+    shutil.rmtree(state / "3")  # as if killed before it was saved, in the middle of a line
+    with (log / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    _, history = fit(state, 5, log=log, tensorboard=True)
+    assert [record["step"] for record in history] == [3, 4, 5]
+    assert [record["step"] for record in read_log(log)] == [1, 2, 3, 4, 5]
+    assert read_log(log)[2:] == history
+    assert {"loss", "tokens_per_second", "compilations"} <= history[0].keys()
+    events = event_accumulator.EventAccumulator(str(log)).Reload().Scalars("loss")
+    assert [event.step for event in events] == [1, 2, 3, 4, 5]
+    np.testing.assert_allclose([e.value for e in events[2:]], [r["loss"] for r in history])
+    (log / "metrics.jsonl").write_text("[]\n" * 2)
+    with pytest.raises(ValueError, match=r"line 1 of .* is no record of a step"):
+        fit(state, 6, log=log)
+    with pytest.raises(ValueError, match="give log=FOLDER"):
+        fit(None, 1, save_every=None, tensorboard=True)
+
+
+def test_flops_of_a_step_counted_by_hand():
+    model = Model(config(), "masked_lm")
+    batch = {"input_ids": np.ones((2, 10), int), "attention_mask": np.ones((2, 10), int)}
+    batch["attention_mask"][1, 5:] = 0  # 15 tokens
+    kernels = 2 * (4 * 8 * 8 + 2 * 8 * 16) + 8 * 8 + 8 * 23  # layers, transform, vocabulary
+    assert progress.train_flops(model, batch) == 15 * (6 * kernels + 12 * 2 * 8 * 10)
+    shared = config(model_type="albert", embedding_size=4, num_hidden_groups=1)
+    kernels = 2 * (4 * 8 * 8 + 2 * 8 * 16) + 4 * 8  # one layer, used twice; the embeddings'
+    expected = 15 * (6 * kernels + 12 * 2 * 8 * 10)
+    assert progress.train_flops(Model(shared, "sequence_classification"), batch) == expected
+    assert progress.peak_flops("TPU v5 lite") == 197e12
+    assert progress.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert progress.peak_flops("cpu") is None
+
+
+def test_utilisation_where_the_chip_is_known(monkeypatch):
+    monkeypatch.setitem(progress.PEAK_FLOPS, "cpu", 1e9)
+    _, history = fit(None, 2, save_every=None, flops=lambda batch: 4e6)
+    for record, before in zip(history, [0, history[0]["seconds"]], strict=True):
+        rate = 4e6 / (record["seconds"] - before)
+        np.testing.assert_allclose(record["mfu"], rate / 1e9 / jax.device_count(), rtol=1e-3)
+
+
+STOPPED = """
+import os, signal, sys
+sys.path[:0] = {path!r}
+import test_training as t
+def batch_at(number):
+    if number == 2:
+        os.kill(os.getpid(), signal.{signal})  # while step 3 is being prepared
+    return t.batch_at(number)
+handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+try:
+    t.fit({folder!r}, 6, batch_at, log={folder!r} + "-log", save_every=None)
+except t.training.Preempted as stop:
+    assert stop.step == 3
+    assert handlers == [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    raise
+"""
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_lets_the_step_finish_and_saves(tmp_path, name, status):
+    folder = str(tmp_path / "state")
+    code = STOPPED.format(path=sys.path, signal=name, folder=folder)
+    code = "import conftest\n" + code if "conftest" in sys.modules else code
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, check=False
+    )
+    assert done.returncode == status, done.stderr
+    assert "stopped behind step 3, which is saved" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert training.saved_steps(folder) == [3]
+    _, expected = fit(tmp_path / "whole", 6)
+    _, rest = fit(folder, 6)
+    begun = read_log(pathlib.Path(folder + "-log"))
+    assert [r["loss"] for r in begun + rest] == [r["loss"] for r in expected]
+
+
+@pytest.mark.slow
+def test_lengths_from_50_to_4096_compile_once_per_bucket(tmp_path):
+    buckets, sizes = (512, 1024, 2048, 4096), {"hidden_size": 4, "num_attention_heads": 1}
+    lsg = LSGConfig(block_size=32, sparse_block_size=32, sparsity_factor=2)
+    sizes |= {"intermediate_size": 4, "num_hidden_layers": 1, "max_position_embeddings": 4096}
+    model, params = make(lsg=lsg, **sizes)
+
+    def batch_at(number):
+        length = int(np.random.default_rng(number).integers(50, 4097))
+        bucket = min(b for b in buckets if b >= length)
+        ids = np.random.default_rng(number).integers(0, 23, (1, bucket))
+        mask = (np.arange(bucket) < length)[None]
+        labels = np.where(mask, ids, -100)
+        return {"input_ids": ids, "attention_mask": mask.astype(np.int32), "labels": labels}
+
+    state = training.init_state(params, SGD, jax.random.key(1))
+    batches = training.BatchesAt(batch_at)
+    step = training.make_train_step(model, SGD)
+    training.fit(step, state, batches, steps=200, log=tmp_path, progress=False)
+    seen, told = set(), read_log(tmp_path)
+    for number, record in enumerate(told):
+        seen.add(batch_at(number)["input_ids"].shape)
+        assert record["compilations"] == len(seen)
+    assert len(told) == 200 and len(seen) == len(buckets)

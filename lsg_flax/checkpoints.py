@@ -1,0 +1,350 @@
+"""Checkpoints of a training state: Orbax writes them in the background, whole or not at all.
+
+A folder holds one subfolder per step, named by it. Beside the state a checkpoint has the place in
+the data, one entry per process, and the metrics it was judged by. `run.json` in the same folder
+holds the settings of the run, so that a resumed run is the same run.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import uuid
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint.utils import checkpoint_steps
+
+from lsg_flax.files import read_json
+
+Mode = Literal["max", "min"]
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; those written before are intact."""
+
+
+class Checkpoints:
+    """An open folder of checkpoints, to be used in a `with`: leaving it waits for the last write.
+
+    With several processes, all of them make the same calls.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        keep: int = 3,
+        best: str | None = None,
+        mode: Mode = "max",
+    ):
+        """Opens `path`, which is created if need be, for writing.
+
+        Args:
+            keep: how many of the last checkpoints stay.
+            best: a metric's name; the checkpoint where it was best stays as well.
+            mode: whether "max" or "min" of it is best.
+
+        Raises:
+            ValueError: if `keep` is not positive, or for an unknown mode.
+        """
+        if keep < 1:
+            raise ValueError(f"keep={keep} must be at least 1.")
+        if mode not in ("max", "min"):
+            raise ValueError(f"mode={mode!r} must be 'max' or 'min'.")
+        self.path = pathlib.Path(path)
+        policies: Any = ocp.training.preservation_policies
+        kept: list[Any] = [policies.LatestN(keep)]
+        if best is not None:
+            kept.append(
+                policies.BestN(
+                    get_metric_fn=lambda metrics: _rank(metrics, best, mode),
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        preserved: Any = policies.AnyPreservationPolicy(kept)
+        always: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
+        self._checkpointer: Any = ocp.training.Checkpointer(
+            _absolute(path),
+            preservation_policy=preserved,
+            save_decision_policy=always,
+            cleanup_tmp_directories=True,
+        )
+        self._writing: int | None = None
+
+    def save(
+        self,
+        state: Any,
+        *,
+        data: Any = None,
+        metrics: dict[str, float] | None = None,
+    ) -> None:
+        """Begins to save the state as the checkpoint of its step. Returns when it is copied out of
+        the devices, so that the next step may overwrite it; a save still running is waited for.
+
+        Args:
+            data: the place in the data, anything JSON can hold; with several processes each
+                gives its own.
+            metrics: what `best` looks at.
+
+        Raises:
+            ValueError: if the step is there already.
+            SaveError: if the save before this one, or the copying, failed.
+        """
+        self.wait()
+        step = int(state.step)
+        if step in self.steps:
+            raise ValueError(
+                f"{self.path} has a checkpoint of step {step} already; continue from it, or choose "
+                "another folder."
+            )
+        places = {"data": _of_all_processes(data)}
+        self._writing = step
+        with self._explained():
+            self._checkpointer.save_async(
+                step, state, force=True, metrics=metrics, custom_metadata=places
+            )
+
+    def wait(self) -> None:
+        """Returns when nothing is being written any more.
+
+        Raises:
+            SaveError: if the write failed.
+        """
+        with self._explained():
+            self._checkpointer.wait()
+        self._writing = None
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that can be restored, in order."""
+        return [s.step for s in self._checkpointer.checkpoints if s.step != self._writing]
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            failed, self._writing = self._writing, None
+            intact = [step for step in saved_steps(self.path) if step != failed]
+            raise SaveError(
+                f"the checkpoint of step {failed} could not be written to {self.path}: {error}. "
+                f"The checkpoints of steps {intact} there are intact; make room on the disk, or "
+                "mend what the message names, and run again to continue from the last one."
+            ) from error
+
+    def close(self) -> None:
+        """Waits for the last write and lets go of the folder."""
+        try:
+            self.wait()
+        finally:
+            with contextlib.suppress(Exception):  # has been raised by `wait`
+                self._checkpointer.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if error is None:
+            return self.close()
+        with contextlib.suppress(SaveError):  # the error that is on its way matters more
+            self.close()
+
+
+def save_state(path: str | os.PathLike, state: Any, *, keep: int = 3, data: Any = None) -> None:
+    """Saves the state under `path`/<its step> and returns when it is there: all of it or, after an
+    interruption, nothing that is ever restored. All but the last `keep` are deleted.
+
+    Raises:
+        ValueError: if `keep` is not positive or the step is there already.
+        SaveError: if it cannot be written.
+    """
+    with Checkpoints(path, keep=keep) as checkpoints:
+        checkpoints.save(state, data=data)
+
+
+def restore_state(path: str | os.PathLike, abstract_state: Any, *, step: int | None = None) -> Any:
+    """The state saved at `step`, the last one by default.
+
+    Args:
+        abstract_state: a state of the same structure, concrete or of `jax.ShapeDtypeStruct`; the
+            result takes its dtypes and shardings, so another mesh may continue.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint.
+        ValueError: if it is that of another model or optimizer (both sides are listed).
+    """
+    return restore(path, abstract_state, step=step)[0]
+
+
+def restore(
+    path: str | os.PathLike, abstract_state: Any, *, step: int | None = None
+) -> tuple[Any, Any]:
+    """As `restore_state`, with the place in the data beside the state (None if none was saved).
+
+    Raises:
+        FileNotFoundError, ValueError: as `restore_state`; and if other processes than now saved
+            places in the data that differ.
+    """
+    steps = saved_steps(path)
+    if not steps or (step is not None and step not in steps):
+        raise FileNotFoundError(
+            f"{path} has no checkpoint{'' if step is None else f' of step {step}'}; it has the "
+            f"steps {steps}."
+        )
+    step = steps[-1] if step is None else step
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
+        abstract_state,
+    )
+    with ocp.training.Checkpointer(_absolute(path)) as checkpointer:
+        saved = checkpointer.metadata(step)
+        _check_same_tree(path, saved.metadata, abstract)
+        places = (saved.custom_metadata or {}).get("data", [None])
+        return checkpointer.load(step, abstract), _own(places, path)
+
+
+def saved_steps(path: str | os.PathLike) -> list[int]:
+    """The steps of the checkpoints under `path`, in order; empty if there is no such folder."""
+    if not pathlib.Path(path).is_dir():
+        return []
+    return sorted(checkpoint_steps(_absolute(path)))  # asks no other process
+
+
+def best_step(path: str | os.PathLike, metric: str, *, mode: Mode = "max") -> int:
+    """The step of the checkpoint under `path` where `metric` was best; the later one of equals.
+
+    Raises:
+        FileNotFoundError: if no checkpoint has the metric.
+    """
+    saved = {step: m for step, m in _saved_metrics(path).items() if metric in (m or {})}
+    if not saved:
+        raise FileNotFoundError(
+            f"no checkpoint in {path} has the metric {metric!r}; the steps there are "
+            f"{saved_steps(path)}. Metrics are kept where a save follows an evaluation."
+        )
+    return max(saved, key=lambda step: (_rank(saved[step], metric, mode), step))
+
+
+def check_settings(path: str | os.PathLike, settings: dict[str, Any]) -> None:
+    """Compares the settings of a run with those in `path`/run.json, which is written if it is not
+    there.
+
+    Args:
+        settings: what makes the run what it is, such as the model's config, the task, and the
+            settings of optimizer and batches: nested dicts of what JSON can hold.
+
+    Raises:
+        ValueError: if they differ, field by field; or if there are checkpoints without settings.
+    """
+    file = pathlib.Path(path) / "run.json"
+    wanted = json.loads(json.dumps(settings))  # tuples are lists in JSON
+    if file.exists():
+        saved, wanted = _flat(read_json(file)), _flat(wanted)
+        missing = "(not set)"
+        different = [
+            f"{name}: {saved.get(name, missing)} there, {wanted.get(name, missing)} here"
+            for name in sorted(saved.keys() | wanted.keys())
+            if saved.get(name, missing) != wanted.get(name, missing)
+        ]
+        if different:
+            raise ValueError(
+                f"the run in {path} has other settings: {'; '.join(different)}. Continue it with "
+                "its own, or choose another folder."
+            )
+    elif steps := saved_steps(path):
+        raise ValueError(
+            f"{path} has checkpoints of steps {steps} but no run.json, so nothing says whether "
+            "their settings are the same; continue without settings, or choose another folder."
+        )
+    elif jax.process_index() == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside = file.with_name(f".run-{uuid.uuid4().hex}.json")
+        aside.write_text(json.dumps(wanted, indent=2) + "\n")
+        os.replace(aside, file)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, str]:
+    """{"optimizer.learning_rate": "0.1"}; leaves as JSON."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix.removesuffix("."): json.dumps(tree)}
+    return {
+        name: leaf
+        for key, value in tree.items()
+        for name, leaf in _flat(value, f"{prefix}{key}.").items()
+    }
+
+
+def _absolute(path: str | os.PathLike) -> str:
+    return str(pathlib.Path(path).absolute())
+
+
+def _saved_metrics(path: str | os.PathLike) -> dict[int, dict[str, float] | None]:
+    if not pathlib.Path(path).is_dir():
+        return {}
+    with ocp.training.Checkpointer(_absolute(path)) as checkpointer:
+        return {saved.step: saved.metrics for saved in checkpointer.checkpoints}
+
+
+def _rank(metrics: dict[str, float] | None, name: str, mode: Mode) -> float:
+    """Higher is better; a checkpoint without the metric is worst."""
+    value = (metrics or {}).get(name)
+    return float("-inf") if value is None else value if mode == "max" else -value
+
+
+def _of_all_processes(data: Any) -> list[Any]:
+    """Every process's `data`, in their order."""
+    try:
+        text = json.dumps(data).encode()
+    except TypeError as error:
+        raise TypeError(
+            f"the state of the batches must be what JSON can hold, got {type(data).__name__}: "
+            f"{error}."
+        ) from error
+    if jax.process_count() == 1:
+        return [data]
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(text)))).reshape(-1)
+    row = np.zeros(int(sizes.max()), np.uint8)
+    row[: len(text)] = np.frombuffer(text, np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(row))
+    return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
+
+
+def _own(places: list[Any], path: Any) -> Any:
+    """This process's entry; where the number of processes changed, the one that all share."""
+    if len(places) == jax.process_count():
+        return places[jax.process_index()]
+    if any(place != places[0] for place in places):
+        raise ValueError(
+            f"{path} was saved by {len(places)} processes, each at another place in its data, and "
+            f"cannot be continued by {jax.process_count()}; use as many as before."
+        )
+    return places[0]
+
+
+def _check_same_tree(path, saved: Any, wanted: Any) -> None:
+    """Compares names and shapes before Orbax reads, whose own message does not name the leaf."""
+    saved, wanted = _shapes_by_name(saved), _shapes_by_name(wanted)
+    missing, unexpected = sorted(wanted.keys() - saved.keys()), sorted(saved.keys() - wanted.keys())
+    shapes = [
+        f"{name}: {saved[name]} in the checkpoint, {wanted[name]} wanted"
+        for name in sorted(saved.keys() & wanted.keys() - {"key"})
+        if saved[name] != wanted[name]
+    ]
+    if missing or unexpected or shapes:
+        raise ValueError(
+            f"the checkpoint in {path} is of another model or optimizer: it lacks {missing[:8]}, "
+            f"has beside {unexpected[:8]}, and of another shape are {shapes[:8]}."
+        )
+
+
+def _shapes_by_name(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {
+        jax.tree_util.keystr(keys, simple=True, separator="/"): tuple(leaf.shape)
+        for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
