@@ -1,0 +1,297 @@
+"""Files to a trained checkpoint: every task end to end, resuming, meshes, and what is refused."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from golden_data import GOLDEN
+
+import lsg_flax
+from lsg_flax import hub
+from lsg_flax.config import EncoderConfig, LSGConfig
+from lsg_flax.finetune import finetune
+from lsg_flax.finetune_settings import SCORES, Settings, read_settings
+
+PLAIN = GOLDEN / "bert_to_convert_512"
+WORDS = [f"w{i}" for i in range(5, 30)]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """An LSG model that reads 64 tokens, without a head."""
+    folder = tmp_path_factory.mktemp("tiny")
+    config = EncoderConfig(
+        vocab_size=31,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        lsg=LSGConfig(block_size=8, sparse_block_size=8, num_global_tokens=2),
+    )
+    model = lsg_flax.Model(config, "base")
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 3), np.int32))["params"]
+    lsg_flax.save_pretrained(folder, model, params, hub.read_tokenizer(PLAIN))
+    return folder
+
+
+def texts(seed: int, count: int, least: int = 4, most: int = 30) -> list[list[str]]:
+    generator = np.random.default_rng(seed)
+    return [list(generator.choice(WORDS, generator.integers(least, most))) for _ in range(count)]
+
+
+def row(task: str, words: list[str]) -> dict:
+    """A row whose answer can be seen in the words."""
+    text, first = " ".join(words), int(words[0][1:])
+    if task == "token_classification":
+        return {"tokens": words, "tags": ["B-low" if int(w[1:]) < 15 else "O" for w in words]}
+    if task == "question_answering":
+        answers = {"text": [words[-1]], "answer_start": [len(text) - len(words[-1])]}
+        return {"question": "w5 w6", "context": text, "answers": answers}
+    if task == "multiple_choice":
+        return {"text": text, "choices": [words[0], words[-1]], "label": first % 2}
+    kinds = {
+        "single_label_classification": "low" if first < 17 else "high",
+        "multi_label_classification": [name for name in ("w5", "w6", "w7") if name in words],
+        "regression": first / 10,
+    }
+    return {"text": text, "label": kinds.get(task)}
+
+
+def write(folder, task: str, *, rows: int = 24, seed: int = 0, name: str = "train.jsonl"):
+    lines = [json.dumps(row(task, words)) + "\n" for words in texts(seed, rows)]
+    (folder / name).write_text("".join(lines))
+    return str(folder / name)
+
+
+def settings_of(tiny, folder, kind: str = "single_label_classification", **options) -> Settings:
+    """Two files of that kind, and a short run on one device."""
+    classifies = kind in ("single_label_classification", "regression") or "multi_label" in kind
+    values = {
+        "model": tiny,
+        "task": "sequence_classification" if classifies else kind,
+        "train_data": write(folder, kind),
+        "eval_data": write(folder, kind, rows=10, seed=1, name="eval.jsonl"),
+        "output": folder / "out",
+        "cache": folder / "cache",
+        "steps": 4,
+        "evaluate_every": 2,
+        "learning_rate": 1e-3,
+        "devices": 1,
+        "stride": 4,
+    }
+    values |= {"problem_type": kind} if classifies else {}
+    return read_settings(None, values | options)
+
+
+def run(settings: Settings):
+    return finetune(settings, progress=False)
+
+
+@pytest.mark.parametrize("kind", SCORES)
+def test_every_task_from_files_to_a_checkpoint(tiny, tmp_path, kind):
+    settings = settings_of(tiny, tmp_path, kind)
+    result = run(settings)
+    assert result.step == 4 and [record["step"] for record in result.history] == [1, 2, 3, 4]
+    assert set(result.scores) == {"eval_loss", *(f"eval_{name}" for name in SCORES[kind])}
+    assert np.isfinite(list(result.scores.values())).all()
+    model, params = lsg_flax.from_pretrained(settings.output)
+    assert model.task == settings.task
+    jax.tree.map(np.testing.assert_array_equal, params, result.params)
+    tokenizer = hub.read_tokenizer(result.output)
+    assert tokenizer is not None and tokenizer.model_max_length == 64
+    lines = (result.output / "log" / "metrics.jsonl").read_text().splitlines()
+    losses = {r["step"]: r["eval_loss"] for r in map(json.loads, lines) if "eval_loss" in r}
+    assert list(losses) == [2, 4] and result.best == min(losses, key=lambda step: losses[step])
+    best = lsg_flax.from_pretrained(result.output / "best")[1]
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), best, params)
+    assert all(jax.tree.leaves(same)) == (result.best == 4)
+
+
+def test_a_classifier_learns_and_says_the_names_of_its_labels(tiny, tmp_path):
+    data = [{"text": " ".join(words), "label": "low"} for words in texts(0, 40, most=10)]
+    for line in data[::2]:
+        line |= {"text": f"{line['text']} w7 w7 w7 w7 w7 w7 w7 w7", "label": "high"}
+    train, held_out = tmp_path / "train.jsonl", tmp_path / "held_out.jsonl"
+    for file, part in ((train, data[:30]), (held_out, data[30:])):
+        file.write_text("".join(json.dumps(line) + "\n" for line in part))
+    options = {"learning_rate": 5e-3, "steps": 30, "best": "eval_accuracy", "evaluate_every": 10}
+    options |= {"train_data": train, "eval_data": held_out}
+    result = run(settings_of(tiny, tmp_path, **options))
+    classify = lsg_flax.pipeline("text-classification", model=str(result.output / "best"))
+    answers = [answer["label"] for answer in classify([line["text"] for line in data[30:]])]
+    right = np.mean([a == line["label"] for a, line in zip(answers, data[30:], strict=True)])
+    assert set(answers) == {"low", "high"}
+    assert right == max(r.get("eval_accuracy", 0) for r in result.history) >= 0.9
+
+
+def without_the_end(folder):
+    """What a kill after the save of step 2 would have left."""
+    for place in (folder / "checkpoints" / "4", folder / "best"):
+        shutil.rmtree(place)
+    for file in (hub.CONFIG, hub.WEIGHTS):
+        (folder / file).unlink()
+
+
+def test_the_same_command_goes_on_bit_for_bit(tiny, tmp_path):
+    settings = settings_of(tiny, tmp_path, accumulate=2)
+    whole = run(settings)
+    weights = (whole.output / hub.WEIGHTS).read_bytes()
+    best = (whole.output / "best" / hub.WEIGHTS).read_bytes()
+    without_the_end(whole.output)
+    rest = run(dataclasses.replace(settings, keep=3))  # how it is kept may change
+    assert [record["step"] for record in rest.history] == [3, 4]
+    losses = [[r["loss"] for r in history] for history in (whole.history[2:], rest.history)]
+    assert losses[0] == losses[1] and rest.scores == whole.scores and rest.best == whole.best
+    assert (rest.output / hub.WEIGHTS).read_bytes() == weights
+    assert (rest.output / "best" / hub.WEIGHTS).read_bytes() == best
+    again = run(settings)  # nothing left to do
+    assert again.history == [] and again.scores == pytest.approx(whole.scores, abs=1e-6)
+
+
+def test_a_run_is_continued_only_as_itself(tiny, tmp_path):
+    settings = settings_of(tiny, tmp_path, steps=2)
+    run(settings)
+    other = dataclasses.replace(settings, learning_rate=2e-3, seed=5)
+    with pytest.raises(ValueError, match=r"learning_rate: 0.001 there, 0.002 here; seed: 0 there"):
+        run(other)
+    write(tmp_path, "single_label_classification", seed=7)
+    with pytest.raises(ValueError, match="contents_of_train_data"):
+        run(settings)
+
+
+def test_meshes_train_as_one_device(tiny, tmp_path):
+    one = run(settings_of(tiny, tmp_path, steps=2))
+    cut = {"data": 2, "fsdp": 2, "tensor": 2}
+    for number, (mesh, devices) in enumerate([(cut, 8), ({}, 2)]):
+        options = {"mesh": mesh, "devices": devices, "output": tmp_path / str(number)}
+        many = run(settings_of(tiny, tmp_path, steps=2, **options))
+        pairs = zip(one.history, many.history, strict=True)
+        assert all(a["loss"] == pytest.approx(b["loss"], abs=1e-5) for a, b in pairs)
+        assert many.scores == pytest.approx(one.scores, abs=1e-4)
+
+
+def test_a_plain_model_is_converted_and_only_its_globals_learn(tmp_path):
+    options = {"max_length": 640, "convert": True, "lsg": {"num_global_tokens": 3}, "steps": 2}
+    settings = settings_of(PLAIN, tmp_path, train_only="global_tokens_and_head", **options)
+    with pytest.warns(UserWarning, match="drawn from seed"):
+        result = run(dataclasses.replace(settings, evaluate_every=None))
+    assert result.model.config.lsg.num_global_tokens == 3 and result.model.max_length == 640
+    before = lsg_flax.convert_checkpoint(
+        PLAIN, max_sequence_length=640, num_global_tokens=3, task="base"
+    )[1]
+    moved = jax.tree.map(
+        lambda a, b: bool((a != b).any()), before["encoder"], result.params["encoder"]
+    )
+    table = moved["embeddings"].pop("global_embeddings")
+    assert table["embedding"] and not any(jax.tree.leaves(moved))
+    again = hub.read_tokenizer(result.output)
+    assert again.model_max_length == 640
+
+
+def test_labels_of_a_trained_head_keep_their_order(tiny, tmp_path):
+    settings = settings_of(tiny, tmp_path, steps=1, labels=["low", "high"])
+    assert run(settings).model.config.labels == ("low", "high")  # sorted, they would be turned
+    further = settings_of(tmp_path / "out", tmp_path, steps=1, output=tmp_path / "further")
+    assert run(further).model.config.labels == ("low", "high")
+
+
+def test_yaml_and_flags_make_settings(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "model: tiny\ntask: masked_lm\ntrain_data: [a.txt, b.txt]\noutput: out\n"
+        "learning_rate: 1e-4\nmesh: {data: 2, fsdp: 2}\nlsg: {block_size: 64}\n"
+    )
+    read = read_settings(file, {"batch_size": 4, "mesh": {"data": 4}, "model": tmp_path})
+    assert read == Settings(
+        model=str(tmp_path),
+        task="masked_lm",
+        train_data=("a.txt", "b.txt"),
+        output="out",
+        learning_rate=0.0001,
+        mesh={"data": 4, "fsdp": 2},
+        lsg={"block_size": 64},
+        batch_size=4,
+    )
+
+
+YAML = {
+    "learning_rat: 1": "'learning_rat' is unknown; did you mean 'learning_rate'",
+    "columns: {txt: body}": "columns: 'txt' is unknown; did you mean 'text'",
+    "mesh: {model: 2}": "mesh: 'model' is unknown; Known are data, fsdp, tensor, sequence",
+    "lsg: {blocksize: 2}": "did you mean 'block_size'",
+    "batch_size: 8.5": "batch_size=8.5 must be a whole number",
+    "batch_size: 0": "batch_size=0 must be at least 1",
+    "learning_rate: fast": "learning_rate='fast' must be a number",
+    "pack: 'no'": "pack='no' must be true or false",
+    "labels: []": "labels=.* must be a list of at least one",
+    "mesh: 8": "mesh=8 must be a mapping",
+    "remat: some": "remat='some' must be one of none, full, dots",
+    "{epochs: 1, steps: 2}": "epochs=1 and steps=2: give one",
+    "{batch_size: 6, accumulate: 4}": "batch_size=6 is no multiple of accumulate=4",
+    "{train_only: head, frozen: x}": "give one of them",
+    "warmup: 100": "warmup=100.0 is a share",
+    "best: eval_f1": "best='eval_f1' needs eval_data",
+    "{eval_data: x, best: eval_f1}": "eval_f1' is none of the scores of masked_lm: eval_loss, eval",
+    "{eval_data: x, evaluate_every: 10, save_every: 4}": "must be a multiple of save_every=4",
+    "- model": "must hold lines such as",
+    "a: b: c": "not valid YAML",
+}
+
+
+@pytest.mark.parametrize("text", YAML)
+def test_wrong_settings_are_named(tmp_path, text):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    given = {"model": "m", "task": "masked_lm", "train_data": "a.txt", "output": "o"}
+    with pytest.raises(ValueError, match=YAML[text]):
+        read_settings(file, given)
+
+
+def test_missing_settings_are_named(tmp_path):
+    with pytest.raises(ValueError, match="train_data, output, task must be given as flags or"):
+        read_settings(None, {"model": "m"})
+    with pytest.raises(FileNotFoundError, match=r"none.yaml is no file"):
+        read_settings(tmp_path / "none.yaml")
+
+
+def test_what_does_not_fit_is_refused_before_training(tiny, tmp_path):
+    settings = settings_of(tiny, tmp_path)
+    file = tmp_path / "odd.jsonl"
+    file.write_text('{"text": "w5", "label": "low"}\n{"text": \n{"text": "w5", "label": "odd"}\n')
+    wrong = {
+        "max_length": (65, r"reads 64 tokens; set convert \(--convert\)"),
+        "devices": (9, "devices=9, but there are 8"),
+        "mesh": ({"data": 3}, "mesh of data=3.* does not fit 1 devices"),
+        "train_data": (str(tmp_path / "none.jsonl"), "none.jsonl"),
+        "eval_data": (str(file), r"odd.jsonl:2: not a row of JSON.*on_error='skip'"),
+        "output": (str(GOLDEN / "bert_base"), "holds a model that this run has not made"),
+        "model": (str(GOLDEN / "bert_base"), "has no tokenizer"),
+        "buckets": ((8, 16), "add a bucket"),
+    }
+    for name, (value, message) in wrong.items():
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            run(dataclasses.replace(settings, **{name: value}))
+    with pytest.raises(ValueError, match=r"odd.jsonl:3: label 'odd' is none of the 2 labels"):
+        run(dataclasses.replace(settings, eval_data=str(file), on_error="skip", labels=None))
+    with pytest.raises(ValueError, match=r"batch_size gives 8 rows of 64 tokens.*multiple of 3"):
+        run(dataclasses.replace(settings, devices=3))
+    with pytest.raises(ValueError, match=r"over sequence=8 devices give each 1 blocks"):
+        run(dataclasses.replace(settings, devices=8, mesh={"sequence": 8}))
+    with pytest.raises(ValueError, match="full attention and no global tokens"):
+        run(dataclasses.replace(settings, model=str(PLAIN), train_only="global_tokens_and_head"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_broken_rows_are_skipped_on_request(tiny, tmp_path):
+    settings = settings_of(tiny, tmp_path, steps=1, on_error="skip")
+    with open(settings.train_data, "a") as file:
+        file.write("{broken\n")
+    with pytest.warns(UserWarning, match=r"1 broken rows.*train.jsonl:25"):
+        assert run(settings).step == 1
+    tensors = safetensors.numpy.load_file(tmp_path / "out" / hub.WEIGHTS)
+    assert all(np.isfinite(tensor).all() for tensor in tensors.values())
