@@ -1,15 +1,24 @@
 """Sequences over several devices: the numbers of one device, and only edges of shards that move."""
 
+import functools
 import math
+import os
+import pathlib
 import re
+import subprocess
+import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from lsg_flax import EncoderConfig, LSGConfig, Model, losses, sharding
 from lsg_flax.attention import lsg_attention
+from lsg_flax.layers import Part
 
 KINDS = ("norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", "none")
 
@@ -118,11 +127,12 @@ def initial(network):
     return jax.jit(network.init)(jax.random.key(0), ids)["params"]
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def loss_and_gradients(network, params, batch, key=None):
-    def loss(params, batch):
+    def loss(params):
         return losses.loss_fn(network, params, batch, key)[0]
 
-    return jax.jit(jax.value_and_grad(loss))(params, batch)
+    return jax.value_and_grad(loss)(params)
 
 
 MESHES = [
@@ -149,8 +159,11 @@ def on_one_device(request):
 
 @pytest.mark.parametrize("axes", MESHES, ids=str)
 def test_loss_and_gradients_are_those_of_one_device(axes, on_one_device):
-    network, params, rows, (loss, gradients) = on_one_device
-    mesh = sharding.make_mesh(**axes)
+    assert_same_on(sharding.make_mesh(**axes), *on_one_device)
+
+
+def assert_same_on(mesh, network, params, rows, expected):
+    loss, gradients = expected
     with jax.set_mesh(mesh):
         placed = sharding.shard(params, mesh), sharding.shard_batch(rows, mesh)
         found, found_gradients = loss_and_gradients(network, *placed)
@@ -162,6 +175,28 @@ def test_loss_and_gradients_are_those_of_one_device(axes, on_one_device):
         gradients,
         found_gradients,
     )
+
+
+ALL_AXES = """
+import jax
+import test_sequence as t
+network, rows = t.MODELS["masked_lm"]
+params = t.initial(network)
+mesh = t.sharding.make_mesh(data=2, fsdp=2, tensor=2, sequence=2)
+t.assert_same_on(mesh, network, params, rows, t.loss_and_gradients(network, params, rows))
+print(mesh.size, "devices agree")
+"""
+
+
+@pytest.mark.slow
+def test_all_four_axes_at_once():
+    flags = "--xla_force_host_platform_device_count=16 --xla_backend_optimization_level=0"
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)}
+    here = pathlib.Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", ALL_AXES], cwd=here, env=environment, capture_output=True, text=True
+    )
+    assert "16 devices agree" in done.stdout, done.stderr
 
 
 def test_hidden_states_and_globals_are_those_of_one_device():
@@ -186,17 +221,34 @@ def test_hidden_states_and_globals_are_those_of_one_device():
         )
 
 
-def test_training_with_dropout_keeps_globals_together():
-    """Every shard has a copy of the globals: if dropout tore them apart, the loss of a task that
-    reads the first global would depend on the shard."""
-    network = model("sequence_classification", "bert", "norm")
+class Dropped(Part):
+    @nn.compact
+    def __call__(self, x):
+        return self.dropout(x)
+
+
+def test_dropout_keeps_the_copies_of_the_globals_together():
+    """Every shard has a copy of the globals, which must not drift apart; its tokens are its own."""
+    part = Dropped(model().config, train=True, sequence_axis="sequence")
+    rngs = {"dropout": jax.random.key(0)}
+    run = sharding.over_sequence(lambda x: part.apply({}, x, rngs=rngs), in_axes=(1,), out_axes=1)
+    with jax.set_mesh(sharding.make_mesh(sequence=8)):
+        found = jax.jit(run)(jnp.ones((2, 8 * (3 + 5), 16)))
+    shards = np.asarray(found).reshape(2, 8, 3 + 5, 16)
+    np.testing.assert_array_equal(shards[:, :, :3], shards[:, :1, :3].repeat(8, axis=1))
+    tokens = {shards[:, i, 3:].tobytes() for i in range(8)}
+    assert len(tokens) == 8 and 0 < (shards == 0).mean() < 0.2
+
+
+def test_training_on_a_sequence_mesh_depends_on_the_key_alone():
+    network = model("sequence_classification")
     rows = batch("sequence_classification", rows=2)
-    params, mesh = initial(network), sharding.make_mesh(data=1, sequence=8)
-    with jax.set_mesh(mesh):
-        one = loss_and_gradients(network, params, rows, jax.random.key(1))
-        same = loss_and_gradients(network, params, rows, jax.random.key(1))
-        other = loss_and_gradients(network, params, rows, jax.random.key(2))
-    assert np.isfinite(one[0]) and one[0] == same[0] and one[0] != other[0]
+    params = initial(network)
+    with jax.set_mesh(sharding.make_mesh(sequence=8)):
+        one, same, other = (
+            loss_and_gradients(network, params, rows, jax.random.key(seed))[0] for seed in (1, 1, 2)
+        )
+    assert np.isfinite(one) and one == same and one != other
 
 
 # ----------------------------------------------------------------------------------- what moves
@@ -220,21 +272,26 @@ def test_shards_exchange_edges_and_nothing_else(causal):
         block_size=block, sparse_block_size=block, sparsity_factor=2, num_global_tokens=1
     )
     mesh = sharding.make_mesh(sequence=8)
-    arrays = [jnp.ones((rows, 1 + length, heads, width))] * 3
+    cut = NamedSharding(mesh, P(None, "sequence"))
+    arrays = [jax.device_put(jnp.ones((rows, length, heads, width)), cut)] * 3
 
     def total(query, key, value):
-        context = lsg_attention(query, key, value, config=config, causal=causal)
-        return (context[:, 1:] ** 2).sum()
+        context = lsg_attention(
+            query, key, value, config=config, causal=causal, global_tokens="first_token"
+        )
+        return (context**2).sum()
 
     with jax.set_mesh(mesh):
         program = jax.jit(jax.grad(total, (0, 1, 2))).lower(*arrays).compile().as_text()
     collectives = moved(program)
     per_token = rows * heads * width
-    halo = per_token * max(block, config.sparse_halo)
+    edges = {per_token * block, per_token * config.sparse_halo, heads * block}
+    edges |= {heads * config.sparse_halo, block}  # keys, values and masks
     permutes = [size for kind, size in collectives if kind == "collective-permute"]
-    # the inputs themselves, with a global in front, are cut anew; the rest are edges
-    assert sum(size <= halo for size in permutes) >= (4 if causal else 8)
-    assert not [size for kind, size in collectives if kind == "all-gather" and size > halo]
+    assert len(permutes) >= (4 if causal else 8) and set(permutes) <= edges
+    assert {kind for kind, _ in collectives} == {"collective-permute", "all-reduce"}
+    sums = [size for kind, size in collectives if kind == "all-reduce"]
+    assert max(sums) <= per_token  # of the one global
 
 
 def test_the_model_gathers_parameters_only():

@@ -408,6 +408,7 @@ def fit_on(sizes, folder, steps, accumulate=1, scored=None):
     )
 
 
+@pytest.mark.slow
 def test_another_mesh_goes_on(tmp_path):
     _, expected = fit_on(None, tmp_path / "one", 4)
     _, begun = fit_on(MESHES["data"], tmp_path / "two", 2)
@@ -600,6 +601,7 @@ except t.training.Preempted as stop:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_signal_lets_the_step_finish_and_saves(tmp_path, name, status):
     folder = str(tmp_path / "state")

@@ -1,0 +1,66 @@
+"""The command line, `lsg-flax`: one module per command, each with `add` (its options) and `run`."""
+
+import argparse
+import os
+from collections.abc import Sequence
+
+import flax
+import jax
+
+import lsg_flax
+from lsg_flax.cli import convert, embed, inspect, plan
+from lsg_flax.cli.shared import plain_warnings, say
+
+ERROR, INTERRUPTED = 2, 130
+_COMMANDS = (convert, inspect, embed, plan)  # in the order of --help
+
+_DESCRIPTION = "LSG attention (local + sparse + global) for BERT-like checkpoints, in JAX."
+_EXAMPLES = """examples:
+  lsg-flax convert bert-base-uncased ./bert-4096 --max-sequence-length 4096 --num-global-tokens 7
+  lsg-flax convert ./bert-4096 ./bert-16384 --max-sequence-length 16384 --resize-lsg
+  lsg-flax inspect ./bert-4096 --check
+  lsg-flax embed ./minilm-4096 documents.jsonl vectors.npy
+  lsg-flax plan ./bert-4096 --task sequence_classification --topology v5e:2x4 --batch-size 32"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: the arguments after the program's name; those of the process by default.
+
+    Returns:
+        The exit code: 0, or 2 after an error, which is one message on stderr.
+    """
+    arguments = _parser().parse_args(argv)
+    # transformers, asked for a tokenizer, would advise to install PyTorch.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    try:
+        with plain_warnings():
+            arguments.run(arguments)
+    except KeyboardInterrupt:
+        say("interrupted")
+        return INTERRUPTED
+    except Exception as error:
+        if arguments.debug:
+            raise
+        expected = isinstance(error, ValueError | OSError | ImportError)
+        kind = "" if expected else f"unexpected {type(error).__name__}: "
+        say(f"error: {kind}{error}" + ("" if expected else " (--debug shows where)"))
+        return ERROR
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lsg-flax",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    versions = f"%(prog)s {lsg_flax.__version__} (jax {jax.__version__}, flax {flax.__version__})"
+    parser.add_argument("--version", action="version", version=versions)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        command.add(commands)
+    return parser

@@ -1,0 +1,62 @@
+"""`lsg-flax embed`: turns texts into vectors."""
+
+import argparse
+import sys
+from typing import Any, get_args
+
+from lsg_flax import embeddings
+from lsg_flax.cli.shared import add_command, console
+
+_DESCRIPTION = """Write one vector for each text of INPUT.
+
+INPUT is a .txt with one text per line, or a .jsonl of objects with "text" and, if wanted, "id".
+OUTPUT is a .npy array [texts, width], or a .jsonl of objects with "id" and "embedding"; it gets its
+name when it is complete. MODEL is a folder of sentence-transformers, converted or not; with
+--pooling any base checkpoint."""
+
+
+def add(commands: Any) -> None:
+    """Declares the command and its options."""
+    command = add_command(commands, "embed", _DESCRIPTION, run)
+    command.add_argument("model", metavar="MODEL", help="folder, or id on the Hugging Face hub")
+    command.add_argument("input", metavar="INPUT", help=" or ".join(embeddings.TEXTS))
+    command.add_argument("output", metavar="OUTPUT", help=" or ".join(embeddings.VECTORS))
+    command.add_argument(
+        "--pooling",
+        choices=get_args(embeddings.Pooling),
+        metavar="MODE",
+        help=f"instead of MODEL's own; one of {', '.join(get_args(embeddings.Pooling))}",
+    )
+    command.add_argument(
+        "--normalize",
+        action=argparse.BooleanOptionalAction,
+        help="scale vectors to length 1, or do not (default: as MODEL says)",
+    )
+    command.add_argument(
+        "--max-length", type=int, metavar="N", help="tokens after which a text is cut"
+    )
+    command.add_argument(
+        "--batch-size",
+        type=int,
+        default=8,
+        metavar="N",
+        help="texts at once (default: %(default)s)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the command."""
+    embeddings.check_suffix(arguments.output, embeddings.VECTORS)  # before the work, not after
+    names, texts = embeddings.read_texts(arguments.input)
+    embedder = embeddings.Embedder.from_pretrained(
+        arguments.model,
+        pooling=arguments.pooling,
+        normalize=arguments.normalize,
+        max_length=arguments.max_length,
+    )
+    vectors = embedder.embed(texts, batch_size=arguments.batch_size, progress=sys.stderr.isatty())
+    embeddings.write_vectors(arguments.output, names, vectors)
+    console().print(
+        f"wrote {arguments.output}: {vectors.shape[0]:,} vectors of {vectors.shape[1]}, texts cut "
+        f"at {embedder.max_length:,} tokens"
+    )

@@ -1,0 +1,262 @@
+"""`lsg-flax plan`: what a run needs of a TPU that is not there yet."""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any, get_args
+
+from rich.console import Console
+from rich.table import Table
+
+from lsg_flax.chips import CHIPS, GIB
+from lsg_flax.cli.shared import add_command, add_pattern, console, given_pattern, say
+from lsg_flax.models.encoder import Remat
+from lsg_flax.models.heads import Task
+from lsg_flax.plan import Attention, Mode, Plan, PlanSettings, Precision, plan
+from lsg_flax.plan_search import largest_batch, nearest_that_fits
+from lsg_flax.sharding import AXES
+
+_DESCRIPTION = """Compile a training step, or inference, for a TPU slice without having one.
+
+SOURCE is a checkpoint's folder, a hub id, or a config.json; weights are not read. A checkpoint
+with full attention is planned as `lsg-flax convert` makes it, and so is a --max-length beyond its
+positions. Shown are memory per chip against the chip's capacity, FLOPs, memory traffic, collectives
+and the least time that a step can take; where it does not fit, the nearest setting that does."""
+_KINDS = {
+    "parameters": "parameters",
+    "optimizer": "optimizer state",
+    "batch": "batch",
+    "outputs": "outputs",
+    "temporaries": "temporaries",
+    "code": "program",
+    "padding": "layout of the arguments",
+}
+_TIMES = {
+    "compute": "FLOPs at the chip's peak",
+    "memory": "memory traffic at peak bandwidth",
+    "communication": "collectives, by rings over all links",
+    "compiler": "sum of XLA's own cycle estimates",
+}
+_WHAT = {False: "the nearest setting that fits", True: "the largest batch that fits"}
+_UNITS = ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
+_LISTED = 8  # collectives
+
+
+def add(commands: Any) -> None:
+    """Declares the command and its options."""
+    command = add_command(commands, "plan", _DESCRIPTION, run)
+    command.add_argument("source", metavar="SOURCE", help="folder, hub id, or a config.json")
+    command.add_argument(
+        "--topology",
+        required=True,
+        metavar="CHIP:SHAPE",
+        help=f"such as v5e:2x4; chips are {', '.join(CHIPS)}; cpu:8 for devices on this machine",
+    )
+    command.add_argument(
+        "--mesh",
+        type=_mesh,
+        default={},
+        metavar="AXIS=N,...",
+        help=f"chips along {', '.join(AXES)}; -1 takes what is left (default: all along data)",
+    )
+    command.add_argument(
+        "--batch-size",
+        type=int,
+        required=True,
+        metavar="N",
+        help="rows per step, over all chips and microbatches together",
+    )
+    command.add_argument(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="tokens per row (default: what an LSG SOURCE reads, else 4096)",
+    )
+    command.add_argument(
+        "--task",
+        choices=get_args(Task),
+        metavar="TASK",
+        help=f"head (default: that of SOURCE); one of {', '.join(get_args(Task))}",
+    )
+    _add_choices(command)
+    add_pattern(command)
+    search = command.add_argument_group("search")
+    search.add_argument(
+        "--find-batch", action="store_true", help="look for the largest batch that fits"
+    )
+    search.add_argument(
+        "--no-search",
+        dest="search",
+        action="store_false",
+        help="do not look for a setting that fits where this one does not",
+    )
+    search.add_argument(
+        "--max-compiles",
+        type=int,
+        default=8,
+        metavar="N",
+        help="after how many tries a search gives up (default: %(default)s)",
+    )
+    command.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write it there")
+
+
+def _add_choices(command: argparse.ArgumentParser) -> None:
+    for name, kind, text in (
+        ("--mode", Mode, "what runs"),
+        ("--attention", Attention, "LSG, or the full attention of the same checkpoint"),
+        ("--remat", Remat, "what the backward pass recomputes"),
+        ("--dtype", Precision, "of the computation"),
+        ("--param-dtype", Precision, "of parameters and optimizer state"),
+    ):
+        field = name[2:].replace("-", "_")
+        default = getattr(PlanSettings, field)
+        choices = get_args(kind)
+        command.add_argument(
+            name,
+            choices=choices,
+            default=default,
+            metavar="NAME",
+            help=f"{text}: {', '.join(choices)} (default: %(default)s)",
+        )
+    command.add_argument(
+        "--accumulate",
+        type=int,
+        default=1,
+        metavar="M",
+        help="microbatches that the rows of a step are cut into (default: %(default)s)",
+    )
+
+
+def _mesh(text: str) -> dict[str, int]:
+    try:
+        pairs = [part.split("=") for part in text.split(",")]
+        mesh = {name.strip(): int(size) for name, size in pairs}
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not AXIS=N,... with whole numbers, as in data=4,sequence=2"
+        ) from None
+    if not set(mesh) <= set(AXES):
+        raise argparse.ArgumentTypeError(f"{text!r}: the axes are {', '.join(AXES)}")
+    return mesh
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the command."""
+    if arguments.json and not arguments.json.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{arguments.json.parent} is no folder to write --json into.")
+    out, tried = console(), []
+    with out.status("compiling") as status:
+
+        def planner(settings: PlanSettings) -> Plan:
+            status.update(f"compiling {_in_words(settings)}")
+            tried.append(plan(settings))
+            say(f"{_in_words(tried[-1].settings)}: {_verdict(tried[-1])}")
+            return tried[-1]
+
+        shown, others = planner(_settings(arguments)), []
+        limit = arguments.max_compiles
+        if arguments.find_batch:
+            largest = largest_batch(shown, planner, max_compiles=limit)[0]
+            others = [largest] if largest and largest is not shown else []
+        elif arguments.search and not shown.fits:
+            nearest = nearest_that_fits(shown, planner, max_compiles=limit)[0]
+            others = [nearest] if nearest else []
+    _show(shown, out)
+    for other in others:
+        out.print(f"{_WHAT[arguments.find_batch]}: {_in_words(other.settings)}")
+        _show(other, out)
+    if not others and not shown.fits:
+        out.print(f"no setting that fits was found in {len(tried)} compilations")
+    if arguments.json:
+        _write(arguments.json, [shown, *others], tried)
+
+
+def _settings(arguments: argparse.Namespace) -> PlanSettings:
+    names = {f.name for f in dataclasses.fields(PlanSettings)} & vars(arguments).keys()
+    values = {name: getattr(arguments, name) for name in names}
+    return PlanSettings(**values, lsg=given_pattern(arguments))
+
+
+def _in_words(settings: PlanSettings) -> str:
+    mesh = " ".join(f"{axis}={size}" for axis, size in settings.mesh.items() if size != 1)
+    accumulate = f" in {settings.accumulate} microbatches" if settings.accumulate > 1 else ""
+    remat = f", remat {settings.remat}" if settings.mode == "train" else ""
+    return (
+        f"{settings.topology} {mesh or 'data'}, batch {settings.batch_size}{accumulate}{remat}, "
+        f"{settings.attention} attention"
+    )
+
+
+def _verdict(found: Plan) -> str:
+    needed = f"{_bytes(found.needed)} per chip"
+    if found.capacity is None:
+        return f"{needed}, {found.compile_seconds:.0f} s to compile"
+    word, at_least = ("fits", "") if found.fits else ("does not fit", "at least ")
+    room = f"{_bytes(found.capacity)} usable"
+    return f"{word}: {at_least}{needed}, {room}; {found.compile_seconds:.0f} s to compile"
+
+
+def _show(found: Plan, out: Console) -> None:
+    settings = found.settings
+    title = (
+        f"{settings.task}, {settings.mode}, {settings.max_length:,} tokens: {_in_words(settings)}"
+    )
+    out.print(title)
+    table = Table()
+    table.add_column("per chip and step")
+    table.add_column("", justify="right")
+    for kind, size in dataclasses.asdict(found.memory).items():
+        if size and (found.fits or kind in ("parameters", "optimizer", "batch")):
+            table.add_row(_KINDS[kind], _bytes(size))
+    table.add_row("memory in all", _bytes(found.needed))
+    table.add_section()
+    if found.program:
+        _add_work(table, found)
+    table.add_row("compile time", f"{found.compile_seconds:.1f} s")
+    out.print(table)
+    for note in found.notes:
+        out.print(f"note: {note}")
+    out.print(_verdict(found))
+
+
+def _add_work(table: Table, found: Plan) -> None:
+    program = found.program
+    assert program is not None
+    table.add_row("matrix FLOPs", f"{program.flops:.3g}")
+    table.add_row("memory traffic", _bytes(program.bytes))
+    for c in program.collectives[:_LISTED]:
+        runs = f"{c.runs:,} x " if c.runs > 1 else ""
+        table.add_row(f"{c.kind} among {c.group}", f"{runs}{_bytes(c.bytes)}")
+    rest = program.collectives[_LISTED:]
+    if rest:
+        total = _bytes(sum(c.runs * c.bytes for c in rest))
+        table.add_row(f"{sum(c.runs for c in rest):,} smaller collectives", total)
+    if program.kernels:
+        table.add_row("custom kernels, FLOPs as they declare", f"{program.kernels:,}")
+    if program.unknown_loops:
+        table.add_row("loops of unknown length, counted once", f"{program.unknown_loops}")
+    table.add_section()
+    for name, seconds in found.times.items():
+        table.add_row(_TIMES[name], f"{1e3 * seconds:.2f} ms")
+    if found.roofline is not None:
+        table.add_row("a step takes at least", f"{1e3 * found.roofline:.2f} ms")
+
+
+def _bytes(size: int | float) -> str:
+    unit, name = next((u, n) for u, n in _UNITS if size >= u or u == 1)
+    return f"{size / unit:,.0f} {name}" if unit == 1 else f"{size / unit:,.2f} {name}"
+
+
+def _write(file: pathlib.Path, shown: list[Plan], tried: list[Plan]) -> None:
+    values = {
+        name: [json.loads(p.to_json()) for p in plans]
+        for name, plans in (("shown", shown), ("tried", tried))
+    }
+    aside = file.with_name(f".unfinished-{os.getpid()}-{file.name}")
+    try:
+        aside.write_text(json.dumps(values, indent=2) + "\n")
+        aside.replace(file)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -1,0 +1,95 @@
+"""What the commands share: how a command is declared, and how they speak."""
+
+import argparse
+import contextlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+
+from lsg_flax.config import MAX_GLOBAL_TOKENS, SPARSITY_TYPES, LSGConfig
+
+_PIPED_WIDTH = 120
+_NUMBERS = ("num_global_tokens", "block_size", "sparse_block_size", "sparsity_factor")
+
+
+def add_command(
+    commands: Any, name: str, description: str, run: Callable[[argparse.Namespace], None]
+) -> argparse.ArgumentParser:
+    """Declares a command; its `run` gets the parsed arguments. The first line of the description
+    is its help in the list of commands."""
+    command = commands.add_parser(
+        name,
+        help=description.split("\n")[0],
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    command.set_defaults(run=run)
+    return command
+
+
+def add_pattern(command: argparse.ArgumentParser) -> None:
+    """Declares the options of the attention pattern, for `given_pattern`."""
+    pattern = command.add_argument_group(
+        "attention pattern", "defaults are those of an LSG SOURCE, otherwise as shown"
+    )
+    about = {
+        "num_global_tokens": f"learned tokens that see and are seen by all, 1..{MAX_GLOBAL_TOKENS}",
+        "block_size": "tokens per local block",
+        "sparse_block_size": "sparse representatives on either side; 0 for none",
+        "sparsity_factor": "tokens that a representative stands for; 0 for none",
+    }
+    for name in _NUMBERS:
+        text = f"{about[name]} (default: {getattr(LSGConfig, name)})"
+        command_name = "--" + name.replace("_", "-")
+        pattern.add_argument(command_name, type=int, metavar="N", help=text)
+    pattern.add_argument(
+        "--sparsity-type",
+        choices=SPARSITY_TYPES,
+        metavar="TYPE",
+        help="how representatives are chosen: "
+        f"{', '.join(SPARSITY_TYPES)} (default: {LSGConfig.sparsity_type})",
+    )
+
+
+def given_pattern(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `LSGConfig` that were given."""
+    given = {name: getattr(arguments, name) for name in (*_NUMBERS, "sparsity_type")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def pattern_in_words(lsg: LSGConfig) -> str:
+    """What a token attends to, as a sentence."""
+    sparse = (
+        f"{2 * lsg.sparse_block_size} sparse ({lsg.sparsity_type}, 1 for {lsg.sparsity_factor}), "
+        if lsg.is_sparse
+        else ""
+    )
+    return (
+        f"a token attends to {3 * lsg.block_size} local, {sparse}"
+        f"{lsg.num_global_tokens} global ones; up to {2 * lsg.block_size} tokens to all"
+    )
+
+
+def console() -> Console:
+    """Writes to stdout: as wide as the terminal, or 120 characters where there is none."""
+    made = Console(highlight=False, markup=False, emoji=False)
+    if not made.is_terminal:
+        made = Console(highlight=False, markup=False, emoji=False, width=_PIPED_WIDTH)
+    return made
+
+
+def say(message: str) -> None:
+    """One message on stderr."""
+    print(f"lsg-flax: {message}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Shows a warning's message without the line of code that gave it."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
+        yield

@@ -1,0 +1,424 @@
+"""What a compiled program does per step, read from its text: matrix FLOPs, bytes to and from main
+memory, collectives, the compiler's own cycle estimates.
+
+XLA's `cost_analysis` counts the body of a loop once, however often it runs, and the layers of our
+models are a loop with another one, over blocks, inside. Here every instruction counts as often as
+the loops around it run. All numbers are those of one chip.
+"""
+
+import collections
+import functools
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "collective-permute",
+    "all-to-all",
+    "collective-broadcast",
+)
+# Instructions that name or arrange data, or only wait for it.
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while"}
+_FREE |= {"conditional", "call", "partition-id", "replica-id", "opt-barrier", "async-start"}
+_FREE |= {"async-update", "async-done"}
+_VIEWS = {"bitcast", "reshape", "copy", "transpose", "convert"}
+_PARTIAL = {"dynamic-slice", "slice", "gather"}
+_BYTES = {"pred": 1, "token": 0, "opaque": 0}
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
+_LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)"
+    r"|(?:branch_computations|called_computations)=\{([^}]*)\}"
+)
+
+
+class Instruction(NamedTuple):
+    """One line of the program; shape, arguments and attributes as they are printed."""
+
+    name: str
+    shape: str
+    opcode: str
+    arguments: str
+    attributes: str
+    is_root: bool
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of the instructions that it reads."""
+        return re.findall(r"%([\w.\-]+)", self.arguments)
+
+
+Computation = dict[str, Instruction]
+
+
+class Collective(NamedTuple):
+    """All collectives of one kind, group size and payload.
+
+    Attributes:
+        kind: one of `COLLECTIVES`.
+        runs: how often in a step.
+        bytes: payload of one, on one chip: the larger of what it is given and what it gives.
+        group: chips that take part.
+    """
+
+    kind: str
+    runs: int
+    bytes: int
+    group: int
+
+    @property
+    def wire_bytes(self) -> float:
+        """What one chip sends in a step, by a ring."""
+        share = (self.group - 1) / self.group if self.group > 1 else 0.0
+        factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
+        return self.runs * self.bytes * factor
+
+
+class ProgramReport(NamedTuple):
+    """The work of one chip in one step.
+
+    Attributes:
+        flops: of matrix products and convolutions, a multiplication and an addition counted as two.
+        bytes: read from and written to the chip's main memory; what stays in on-chip memory or
+            inside a fusion does not count.
+        collectives: the largest total first.
+        cycles: sum of the compiler's estimates (TPU), 0 where it gives none.
+        kernels: how often custom kernels run, whose FLOPs are those that they declare, or unknown.
+        unknown_loops: loops whose number of rounds is not known; they count as one round.
+    """
+
+    flops: float
+    bytes: float
+    collectives: tuple[Collective, ...]
+    cycles: float
+    kernels: int
+    unknown_loops: int
+
+
+class _Run(NamedTuple):
+    """An instruction and how often it runs; `fused` ones touch no memory of their own."""
+
+    instruction: Instruction
+    computation: Computation
+    times: int
+    fused: bool
+    within: str  # the name of the fusion
+
+
+def read_program(text: str) -> ProgramReport:
+    """Reads `compiled.as_text()`.
+
+    Raises:
+        ValueError: if the text is not that of a compiled program.
+    """
+    computations, entry = _parse(text)
+    unknown: list[str] = []
+    runs = list(_walk(computations, entry, 1, False, "", unknown))
+    counts: collections.Counter = collections.Counter()
+    for run in runs:
+        if kind := _collective_kind(run):
+            size, group = _payload(run), _group_size(run.instruction.attributes)
+            counts[kind, size, group] += run.times
+    found = (Collective(kind, n, size, group) for (kind, size, group), n in counts.items())
+    kernels = [r for r in runs if "tpu_custom_call" in r.instruction.attributes]
+    return ProgramReport(
+        flops=float(sum(r.times * _flops(r) for r in runs)),
+        bytes=float(sum(r.times * _moved(r, computations) for r in runs if not r.fused)),
+        collectives=tuple(sorted(found, key=lambda c: -c.runs * c.bytes)),
+        cycles=float(sum(r.times * _cycles(r.instruction) for r in runs if not r.fused)),
+        kernels=sum(r.times for r in kernels),
+        unknown_loops=len(unknown),
+    )
+
+
+# Text -> computations
+
+
+def _parse(text: str) -> tuple[dict[str, Computation], str]:
+    computations: dict[str, Computation] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            current = computations.setdefault(header[2], {})
+            entry = header[2] if header[1] else entry
+        elif current is not None and (found := _LINE.match(line)):
+            instruction = _instruction(bool(found[1]), found[2], found[3])
+            current[instruction.name] = instruction
+    if not entry:
+        raise ValueError("this is not the text of a compiled program: it has no ENTRY computation.")
+    return computations, entry
+
+
+def _instruction(is_root: bool, name: str, rest: str) -> Instruction:
+    end = _closing(rest, 0) if rest.startswith("(") else rest.index(" ") - 1
+    shape, call = rest[: end + 1], rest[end + 1 :].lstrip()
+    opening = call.index("(")
+    closing = _closing(call, opening)
+    arguments, attributes = call[opening + 1 : closing], call[closing + 1 :].lstrip(", ")
+    return Instruction(name, shape, call[:opening], arguments, attributes, is_root)
+
+
+def _closing(text: str, opening: int) -> int:
+    """The place of the bracket that closes the one at `opening`."""
+    depth = 0
+    for place in range(opening, len(text)):
+        depth += (text[place] == "(") - (text[place] == ")")
+        if depth == 0:
+            return place
+    raise ValueError(f"brackets do not close in {text[:80]!r}.")
+
+
+def _walk(
+    computations, name: str, times: int, fused: bool, within: str, unknown: list[str]
+) -> Iterator[_Run]:
+    """Every instruction that runs, with the product of the rounds of the loops around it."""
+    for instruction in computations[name].values():
+        yield _Run(instruction, computations[name], times, fused, within)
+        if instruction.opcode not in ("while", "fusion", "call", "conditional", "async-start"):
+            continue  # others call scalar functions, as a reduction does
+        rounds = 1
+        if instruction.opcode == "while":
+            known = _rounds(instruction, computations)
+            rounds = 1 if known is None else known
+            unknown += [instruction.name] if known is None else []
+        inside = fused or instruction.opcode == "fusion"
+        label = f"{within} {instruction.name}" if inside else within
+        for called in _called(instruction):
+            yield from _walk(computations, called, times * rounds, inside, label, unknown)
+
+
+def _called(instruction: Instruction) -> list[str]:
+    names = []
+    for one, several in _CALLED.findall(instruction.attributes):
+        names += [one] if one else re.findall(r"%?([\w.\-]+)", several)
+    return names
+
+
+def _rounds(loop: Instruction, computations: dict[str, Computation]) -> int | None:
+    """As XLA says, or from the only `counter < constant` of its condition (counters start at 0)."""
+    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
+    inside = _with_fusions(computations, condition[1]) if condition else []
+    limits = [
+        int(i.arguments)
+        for i in inside
+        if i.opcode == "constant" and i.shape.startswith(("s32[]", "u32[]"))
+    ]
+    compares = [i for i in inside if i.opcode == "compare" and "direction=LT" in i.attributes]
+    return limits[0] if len(limits) == len(compares) == 1 else None
+
+
+def _with_fusions(computations, name: str) -> list[Instruction]:
+    own = list(computations[name].values())
+    inner = [c for i in own if i.opcode == "fusion" for c in _called(i)]
+    return own + [i for c in inner for i in _with_fusions(computations, c)]
+
+
+# Sizes
+
+
+class _Array(NamedTuple):
+    dims: tuple[int, ...]
+    bytes: int
+    in_memory: bool  # the chip's main memory, not its on-chip ones: layouts say S(1) for those
+
+
+def _arrays(shape: str) -> list[_Array]:
+    """The arrays of a shape, more than one for a tuple."""
+    found = []
+    for dtype, dims, layout in _ARRAY.findall(shape):
+        sizes = tuple(int(d.lstrip("<=")) for d in dims.split(",") if d)
+        bits = re.search(r"\d+", dtype)
+        width = _BYTES.get(dtype, int(bits[0]) / 8 if bits else 0)
+        if dtype.startswith("f8"):
+            width = 1
+        found.append(_Array(sizes, math.ceil(math.prod(sizes) * width), "S(" not in layout))
+    return found
+
+
+def _size(shape: str, *, everywhere: bool = False) -> int:
+    """Bytes of a shape in main memory, or `everywhere`."""
+    return sum(a.bytes for a in _arrays(shape) if a.in_memory or everywhere)
+
+
+# FLOPs and cycles
+
+
+def _flops(run: _Run) -> float:
+    instruction = run.instruction
+    if instruction.opcode == "dot":
+        return _dot_flops(run)
+    if instruction.opcode == "convolution":
+        return _convolution_flops(run)
+    if "tpu_custom_call" in instruction.attributes:
+        declared = re.search(r'"flops":"?(\d+)', instruction.attributes)
+        return float(declared[1]) if declared else 0.0
+    return 0.0
+
+
+def _operand_dims(run: _Run) -> list[tuple[int, ...]]:
+    return [_arrays(run.computation[o].shape)[0].dims for o in run.instruction.operands]
+
+
+def _dot_flops(run: _Run) -> float:
+    left = _operand_dims(run)[0]
+    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", run.instruction.attributes)
+    axes = [int(a) for a in contracted[1].split(",") if a] if contracted else []
+    out = _arrays(run.instruction.shape)[0].dims
+    return 2.0 * math.prod(out) * math.prod(left[a] for a in axes)
+
+
+def _convolution_flops(run: _Run) -> float:
+    """On TPU every product is a convolution, a batch of them one over a dilated axis: what counts
+    are the pairs of output and kernel places that meet a real element."""
+    attributes, (left, right) = run.instruction.attributes, _operand_dims(run)[:2]
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
+    assert labels is not None, run.instruction
+    out = _arrays(run.instruction.shape)[0].dims
+    axes = sorted(label for label in labels[3] if label.isdigit())
+    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", _braces(attributes, "window=")))
+    parts = {name: value.split("x") for name, value in window.items()}
+    pairs = 1
+    for place, axis in enumerate(axes):
+        low = parts["pad"][place].split("_")[0] if "pad" in parts else 0
+        stride, base, kernel = (
+            int(parts[name][place]) if name in parts else 1
+            for name in ("stride", "lhs_dilate", "rhs_dilate")
+        )
+        pairs *= _meeting(
+            left[labels[1].index(axis)],
+            right[labels[2].index(axis)],
+            out[labels[3].index(axis)],
+            (int(low), stride, base, kernel),
+        )
+    groups = re.search(r"batch_group_count=(\d+)", attributes)
+    batch = left[labels[1].index("b")] // (int(groups[1]) if groups else 1)
+    features = right[labels[2].index("i")] * right[labels[2].index("o")]
+    return 2.0 * batch * features * pairs
+
+
+@functools.lru_cache
+def _meeting(size: int, kernel: int, out: int, window: tuple[int, int, int, int]) -> int:
+    """How many (output, kernel) places of one axis fall on an element, not on padding or a gap."""
+    low, stride, base, dilation = window
+    starts = np.arange(out) * stride - low
+    count = 0
+    for place in range(kernel):
+        at = starts + place * dilation
+        count += int(((at >= 0) & (at <= (size - 1) * base) & (at % base == 0)).sum())
+    return count
+
+
+def _cycles(instruction: Instruction) -> float:
+    estimate = re.search(r'"estimated_cycles":"?(\d+)', instruction.attributes)
+    return float(estimate[1]) if estimate else 0.0
+
+
+def _braces(text: str, name: str) -> str:
+    found = re.search(rf"{name}\{{([^}}]*)\}}", text)
+    return found[1] if found else ""
+
+
+# Memory traffic
+
+
+def _moved(run: _Run, computations: dict[str, Computation]) -> int:
+    """Bytes that an instruction reads from and writes to main memory."""
+    instruction, own = run.instruction, run.computation
+    allocates = "AllocateBuffer" in instruction.attributes
+    if allocates or instruction.opcode in _FREE or instruction.opcode.endswith("-start"):
+        return 0
+    if instruction.opcode.endswith("-done"):  # of a copy, a slice: its start counts nothing
+        return _size(instruction.shape, everywhere=True)
+    if instruction.opcode in _PARTIAL:
+        return 2 * _size(instruction.shape)
+    if instruction.opcode == "dynamic-update-slice":
+        return 2 * _size(own[instruction.operands[1]].shape)
+    if instruction.opcode == "fusion":
+        return _fusion_bytes(run, computations)
+    return _size(instruction.shape) + sum(_size(own[o].shape) for o in instruction.operands)
+
+
+def _fusion_bytes(run: _Run, computations: dict[str, Computation]) -> int:
+    """What a fusion takes of its operands, often a slice, and writes, often in place."""
+    inner = _called(run.instruction)[0]
+    read = sum(
+        _used(computations, inner, place, _size(run.computation[operand].shape))
+        for place, operand in enumerate(run.instruction.operands)
+    )
+    body = computations[inner]
+    root = next(i for i in body.values() if i.is_root)
+    roots = [body[o] for o in root.operands] if root.opcode == "tuple" else [root]
+    written = 0
+    for array, made in zip(_arrays(run.instruction.shape), roots, strict=True):
+        while made.opcode in _VIEWS and made.operands:
+            made = body[made.operands[0]]
+        update = made.opcode == "dynamic-update-slice"
+        size = _size(body[made.operands[1]].shape, everywhere=True) if update else array.bytes
+        written += size if array.in_memory else 0
+    return read + written
+
+
+def _used(computations, name: str, place: int, whole: int) -> int:
+    """How many of its `whole` bytes a computation reads of its parameter number `place`."""
+    if not whole:
+        return 0
+    body = computations[name]
+    sources = {
+        i.name for i in body.values() if i.opcode == "parameter" and i.arguments == str(place)
+    }
+    used = 0
+    for i in body.values():
+        where = [n for n, o in enumerate(i.operands) if o in sources]
+        if not where:
+            continue
+        if i.opcode in ("bitcast", "reshape"):
+            sources.add(i.name)
+        elif i.opcode in _PARTIAL and where == [0]:
+            used += _size(i.shape, everywhere=True)
+        elif i.opcode == "fusion":
+            used += sum(_used(computations, _called(i)[0], n, whole) for n in where)
+        elif i.opcode != "dynamic-update-slice" or where != [0]:
+            return whole
+    return min(used, whole)
+
+
+# Collectives
+
+
+def _collective_kind(run: _Run) -> str | None:
+    opcode = run.instruction.opcode.removesuffix("-start")
+    if opcode == "all-reduce" and "all-reduce-scatter" in run.within:  # TPU's reduce-scatter
+        return "reduce-scatter"
+    return opcode if opcode in COLLECTIVES else None
+
+
+def _payload(run: _Run) -> int:
+    shapes = [run.computation[o].shape for o in run.instruction.operands]
+    given = sum(_size(s, everywhere=True) for s in shapes)
+    made = _size(run.instruction.shape, everywhere=True)
+    if run.instruction.opcode.endswith("-start"):  # its result holds the operand too
+        made -= given
+    return max(given, made)
+
+
+def _group_size(attributes: str) -> int:
+    """Chips per group, in the ways XLA writes groups; all chips of a permute send at once."""
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
+        return len(listed[1].split(","))
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attributes):
+        return int(iota[2])
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
+        parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in parts)
+    pairs = _braces(attributes.replace("},{", ";"), "source_target_pairs=")
+    return 2 if pairs else 1

@@ -1,0 +1,452 @@
+"""The plan: what is read from a compiled program, the settings, the search, the command."""
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lsg_flax import chips, cli, losses, plan, plan_search, sharding
+from lsg_flax.convert_from_torch import example_ids
+from lsg_flax.hlo_report import Collective, read_program
+from lsg_flax.models.families import FAMILIES
+from lsg_flax.plan import Memory, Plan, PlanSettings, compile_plan, out_of_memory
+
+TINY = {
+    "model_type": "bert",
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+}
+LSG = {"block_size": 16, "sparse_block_size": 16}
+
+
+@pytest.fixture
+def source(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(TINY))
+    return str(file)
+
+
+def settings_of(source, **changes) -> PlanSettings:
+    given = {
+        "source": source,
+        "topology": "cpu:8",
+        "task": "sequence_classification",
+        "max_length": 128,
+        "lsg": LSG,
+        "dtype": "float32",
+    }
+    return PlanSettings(**given | changes)
+
+
+# ------------------------------------------------------------------------- reading a program
+
+
+def compiled_text(function, *arguments) -> str:
+    return jax.jit(function).lower(*arguments).compile().as_text()
+
+
+def test_flops_count_every_round_of_nested_loops():
+    weights = jnp.ones((3, 5, 24, 24))
+
+    def inner(x, w):
+        return jnp.tanh(x @ w), None
+
+    def run(x, weights):
+        return jax.lax.scan(lambda x, w: jax.lax.scan(inner, x, w), x, weights)[0]
+
+    report = read_program(compiled_text(run, jnp.ones((10, 24)), weights))
+    assert report.flops == 2 * 10 * 24 * 24 * 15
+    assert report.unknown_loops == 0 and report.collectives == ()
+
+
+def test_a_loop_of_unknown_length_is_named():
+    def run(x, w):
+        return jax.lax.while_loop(lambda x: x.sum() < 100.0, lambda x: jnp.tanh(x @ w), x)
+
+    report = read_program(compiled_text(run, jnp.ones((8, 8)), jnp.ones((8, 8))))
+    assert report.unknown_loops == 1 and report.flops == 2 * 8**3
+
+
+def test_bytes_of_slices_are_not_those_of_the_whole():
+    table = jnp.ones((100, 1000))
+
+    def run(table):
+        def add(total, row):
+            return total + row, None
+
+        return jax.lax.scan(add, jnp.zeros(1000), table)[0]
+
+    moved = read_program(compiled_text(run, table)).bytes
+    assert 4 * 100 * 1000 <= moved < 6 * 4 * 100 * 1000  # not 100 x the table
+
+
+@pytest.mark.parametrize(
+    ("spec", "kind", "size", "runs"),
+    [
+        (PartitionSpec(None, "data"), "all-reduce", 4 * 6 * 7, 1),
+        (PartitionSpec("data"), "all-gather", 4 * 8 * 6, 1),
+    ],
+)
+def test_collectives_of_a_sharded_product(spec, kind, size, runs):
+    """[6, 8] @ [8, 7] with the contracted axis cut is summed; cut rows are gathered."""
+    mesh = sharding.make_mesh()
+    whole = NamedSharding(mesh, PartitionSpec())
+    shape = (6, 8) if kind == "all-reduce" else (8, 6)
+    x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+    other = PartitionSpec("data") if kind == "all-reduce" else PartitionSpec()
+    w = jax.ShapeDtypeStruct((shape[1], 7), jnp.float32, sharding=NamedSharding(mesh, other))
+
+    def run(x, w):
+        return x @ w if kind == "all-reduce" else jax.lax.with_sharding_constraint(x, whole)
+
+    text = jax.jit(run, out_shardings=whole).lower(x, w).compile().as_text()
+    assert read_program(text).collectives == (Collective(kind, runs, size, 8),)
+
+
+def test_collectives_in_a_loop_count_every_round():
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+
+    def shift(x):
+        def once(x, _):
+            return jax.lax.ppermute(x, "fsdp", [(i, (i + 1) % 4) for i in range(4)]), None
+
+        return jax.lax.psum(jax.lax.scan(once, x, None, length=5)[0], "data")
+
+    spec = PartitionSpec("fsdp")
+    run = jax.shard_map(shift, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    x = jax.ShapeDtypeStruct((12, 3), jnp.float32, sharding=NamedSharding(mesh, spec))
+    found = {c.kind: c for c in read_program(compiled_text(run, x)).collectives}
+    permute, reduce = found["collective-permute"], found["all-reduce"]
+    assert (permute.runs, permute.bytes) == (5, 4 * 3 * 3)
+    assert (reduce.runs, reduce.bytes, reduce.group) == (1, 4 * 3 * 3, 2)
+    assert permute.wire_bytes == 5 * 36 and reduce.wire_bytes == 36
+
+
+@pytest.mark.parametrize(
+    ("written", "group"),
+    [
+        ("replica_groups={{0,2,4},{1,3,5}}", 3),
+        ("replica_groups=[4,2]<=[8]", 2),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", 4),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([2,4]T(1,0)) {'axis_0'}", 2),
+        ("replica_groups=mesh['axis_0'=8] {'axis_0':(2)4}", 4),
+    ],
+)
+def test_every_way_to_write_groups(written, group):
+    text = f"""HloModule m
+ENTRY %main (p: f32[4]) -> f32[4] {{
+  %p = f32[4]{{0}} parameter(0)
+  ROOT %r = f32[4]{{0}} all-reduce(%p), channel_id=1, {written}, to_apply=%add
+}}
+"""
+    assert read_program(text).collectives == (Collective("all-reduce", 1, 16, group),)
+
+
+def test_a_tpu_program_counts_dilated_batches_cycles_and_on_chip_memory_right():
+    """12 x 8 products of [128, 64] and [64, 640] as TPUs compile them (recorded lines): only pairs
+    that meet an element count; S(1) is not main memory."""
+    buffer = 'custom-call(), custom_call_target="AllocateBuffer"'
+    window = "window={size=12x8 stride=11x7 lhs_dilate=12x8}, dim_labels=01fb_01io->01bf"
+    query = "bf16[12,8,64,128]{3,2,1,0:T(8,128)(2,1)S(1)}"
+    key = "bf16[12,8,64,640]{3,2,1,0:T(8,128)(2,1)}"
+    scores = "f32[12,8,128,640]{3,2,1,0:T(8,128)S(1)}"
+    carried = "(s32[]{:T(128)}, f32[2]{0:T(128)})"
+    cycles = 'backend_config={"window_config":{"estimated_cycles":"1826"}}'
+    text = f"""HloModule m, is_scheduled=true
+%cond (c: (s32[], f32[2])) -> pred[] {{
+  %limit = s32[]{{:T(128)}} constant(4)
+  %c = {carried} parameter(0)
+  %i = s32[]{{:T(128)}} get-tuple-element(%c), index=0
+  ROOT %lt = pred[]{{:T(512)}} compare(%i, %limit), direction=LT
+}}
+%fused (a: bf16[12,8,64,128], b: bf16[12,8,64,640]) -> f32[12,8,128,640] {{
+  %a = {query} parameter(0)
+  %b = {key} parameter(1)
+  ROOT %conv = {scores} convolution(%a, %b), {window}
+}}
+%body (c.1: (s32[], f32[2])) -> (s32[], f32[2]) {{
+  %c.1 = {carried} parameter(0)
+  %x = {query} {buffer}
+  %y = {key} {buffer}
+  %f = {scores} fusion(%x, %y), kind=kOutput, calls=%fused, {cycles}
+  ROOT %t = {carried} tuple(%c.1, %c.1)
+}}
+ENTRY %main (p: f32[2]) -> f32[2] {{
+  %p = f32[2]{{0:T(128)}} parameter(0)
+  %zero = s32[]{{:T(128)}} constant(0)
+  %start = {carried} tuple(%zero, %p)
+  %w = {carried} while(%start), condition=%cond, body=%body
+  ROOT %out = f32[2]{{0:T(128)}} get-tuple-element(%w), index=1
+}}
+"""
+    report = read_program(text)
+    assert report.flops == 4 * 2 * 96 * 128 * 640 * 64
+    assert report.cycles == 4 * 1826 and report.unknown_loops == 0
+    assert report.bytes == 4 * 2 * 96 * 64 * 640  # b alone
+
+
+def test_text_that_is_no_program_raises():
+    with pytest.raises(ValueError, match="no ENTRY"):
+        read_program("HloModule m\n")
+
+
+# ------------------------------------------------------------------------- plans
+
+
+def test_a_plan_of_a_training_step(source):
+    found = compile_plan(settings_of(source, mesh={"data": 4, "fsdp": 2}, batch_size=8))
+    half, whole = (compile_plan_memory(source, fsdp=n) for n in (2, 1))
+    assert found.memory.parameters == half < whole
+    # AdamW keeps two moments of every parameter and two counters
+    assert 0 < found.memory.optimizer - 2 * found.memory.parameters <= 16
+    # a row per chip: 128 ids, masks and segments, and a label
+    assert found.memory.batch == 4 * (3 * 128 + 1)
+    assert found.fits and found.capacity is None and found.roofline is None
+    assert found.needed == found.memory.total > found.memory.temporaries > 0
+    assert {"all-reduce", "all-gather"} <= {c.kind for c in found.program.collectives}
+    assert found.settings.mesh == {"data": 4, "fsdp": 2, "tensor": 1, "sequence": 1}
+    assert "converted to 128 tokens; the checkpoint reads 64" in " ".join(found.notes)
+    assert Plan.from_json(found.to_json()) == found
+
+
+def compile_plan_memory(source, *, fsdp: int) -> int:
+    """Bytes of parameters per chip, from real arrays placed on a mesh."""
+    model, _, _ = plan.planned_model(settings_of(source))
+    mesh = sharding.make_mesh(fsdp=fsdp)
+    params = model.init(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
+    placed = sharding.shard(params, mesh)
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(placed))
+
+
+def test_matrix_flops_of_inference_are_those_of_the_model(source):
+    """Full attention, one row per chip: projections, scores and contexts, pooler-free head."""
+    found = compile_plan(settings_of(source, mode="inference", attention="full", lsg={}))
+    tokens, width, mlp, layers = 128, 16, 32, 2
+    layer = 4 * width * width + 2 * width * mlp + 2 * tokens * width
+    head = width * width + width * 2  # the pooler and two labels, of one token
+    assert found.program.flops == 2 * (layers * tokens * layer + head)
+    assert found.memory.optimizer == 0
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("task", "values"),
+    [
+        *((task, {}) for task in losses.TARGETS if task in FAMILIES["bert"].heads),
+        ("pretraining", {"model_type": "electra"}),
+        ("sequence_classification", {"problem_type": "multi_label_classification"}),
+        ("sequence_classification", {"num_labels": 1}),
+    ],
+)
+def test_batches_are_what_the_losses_take(tmp_path, task, values, accumulate):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(TINY | values))
+    settings = settings_of(str(file), task=task, accumulate=accumulate)
+    model, settings, _ = plan.planned_model(settings)
+    batch = plan.abstract_batch(model, settings)
+    if accumulate > 1:
+        assert {array.shape[0] for array in batch.values()} == {accumulate}
+        batch = {n: jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for n, a in batch.items()}
+    assert {array.shape[0] for array in batch.values()} == {8 // accumulate}
+    params = jax.eval_shape(lambda key: model.init(key, example_ids(model)), jax.random.key(0))
+    loss, _ = jax.eval_shape(lambda p, b: losses.loss_fn(model, p, b), params["params"], batch)
+    assert loss.shape == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"topology": "v9:2x2"}, "'v9:2x2' is unknown"),
+        ({"topology": "v5e:2x2x2"}, "'v5e:2x2x2' is unknown"),
+        ({"topology": "cpu:64"}, "needs 64 CPU devices"),
+        ({"mesh": {"data": 3}}, "does not fit 8 devices"),
+        ({"batch_size": 12}, "12 rows, which data=8 cannot cut evenly"),
+        ({"task": "base"}, "task='base' has no loss"),
+        ({"max_length": 0}, "must be at least 1"),
+        ({"lsg": {"block_size": 15}}, "not divisible by"),
+    ],
+)
+def test_settings_that_do_not_fit_raise(source, changes, says):
+    with pytest.raises(ValueError, match=says):
+        compile_plan(settings_of(source, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"mesh": {"rows": 2}}, "unknown mesh axes"),
+        ({"accumulate": 3}, "divisible by accumulate=3"),
+        ({"mode": "inference", "remat": "full"}, "inference has no backward pass"),
+        ({"attention": "full"}, "are LSG settings"),
+    ],
+)
+def test_settings_that_cannot_be_raise_at_once(source, changes, says):
+    with pytest.raises(ValueError, match=says):
+        settings_of(source, **changes)
+
+
+def test_a_missing_libtpu_is_asked_for(source, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'lsg-flax\[plan\]'"):
+        plan.plan(settings_of(source, topology="v5e:2x4"))
+
+
+def test_a_crash_of_the_compiler_is_told(source, monkeypatch):
+    def crash(*_, **__):
+        return subprocess.CompletedProcess([], -11, stdout="", stderr="Check failed: x")
+
+    monkeypatch.setattr(subprocess, "run", crash)
+    with pytest.raises(RuntimeError, match="exit code -11: Check failed: x"):
+        plan.plan(settings_of(source))
+
+
+# As libtpu 0.0.42.1 said of a training step for v5e:2x4.
+REFUSAL = (
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+    "(85.64G) exceeds available HBM (15.75G)."
+)
+
+
+def test_a_refusal_is_read():
+    needed, available = out_of_memory(REFUSAL)
+    assert needed == int(85.64 * 2**30) and available == int(15.75 * 2**30)
+    assert available == chips.CHIPS["v5e"].memory
+    with pytest.raises(RuntimeError, match="Mosaic failed"):
+        out_of_memory("INTERNAL: Mosaic failed to compile TPU kernel")
+
+
+# ------------------------------------------------------------------------- the search
+
+
+def fake_planner(fixed: float, per_row: dict[str, float], capacity: float = 100.0):
+    """A chip whose memory is a straight line in the rows per chip and microbatch."""
+
+    def planner(settings: PlanSettings) -> Plan:
+        mesh = settings.mesh
+        rows = settings.batch_size / settings.accumulate / plan_search.batch_shards(settings)
+        own = fixed / (mesh["fsdp"] * mesh["sequence"])
+        needed = own + per_row[settings.remat] * rows / mesh["sequence"]
+        memory = Memory(parameters=int(own), optimizer=0, batch=0)
+        fits = needed <= capacity
+        return Plan(settings, (), memory, int(capacity), int(needed), fits, None, None, 0.0, {})
+
+    return planner
+
+
+MESH = {"data": 8, "fsdp": 1, "tensor": 1, "sequence": 1}
+COSTS = {"none": 9.0, "dots": 4.0, "full": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("rows", "fixed", "costs", "expected"),
+    [
+        (20, 10.0, COSTS, {"remat": "dots"}),
+        (40, 10.0, COSTS, {"remat": "full"}),
+        (4, 150.0, COSTS, {"remat": "full", "mesh": MESH | {"data": 1, "fsdp": 8}}),
+        (64, 8.0, COSTS, {"remat": "full", "accumulate": 2}),
+        (512, 8.0, COSTS, {"remat": "full", "accumulate": 16}),
+        (1, 8.0, dict.fromkeys(COSTS, 300.0), {"mesh": MESH | {"data": 1, "fsdp": 2}}),
+    ],
+)
+def test_the_nearest_setting_that_fits(source, rows, fixed, costs, expected):
+    planner = fake_planner(fixed, costs)
+    refused = planner(settings_of(source, batch_size=8 * rows, mesh=MESH))
+    assert not refused.fits
+    found, tried = plan_search.nearest_that_fits(refused, planner)
+    assert found is tried[-1] and found.fits and not any(p.fits for p in tried[:-1])
+    for name, value in expected.items():
+        if rows > 1:
+            assert getattr(found.settings, name) == value
+    if rows == 1:  # a single row is cut along its tokens
+        assert found.settings.mesh["sequence"] == 4 and found.settings.mesh["fsdp"] == 2
+
+
+def test_a_search_gives_up(source):
+    planner = fake_planner(10.0, dict.fromkeys(COSTS, 1e9))
+    refused = planner(settings_of(source, batch_size=8, mesh=MESH))
+    found, tried = plan_search.nearest_that_fits(refused, planner)
+    assert found is None and 0 < len(tried) <= 8
+    assert len(plan_search.nearest_that_fits(refused, planner, max_compiles=2)[1]) == 2
+
+
+@pytest.mark.parametrize("start", [1, 7, 500])
+@pytest.mark.parametrize("fixed", [10.0, 91.0, 200.0])
+def test_the_largest_batch_is_on_the_border(source, start, fixed):
+    planner = fake_planner(fixed, COSTS)
+    first = planner(settings_of(source, batch_size=8 * start, mesh=MESH))
+    found, tried = plan_search.largest_batch(first, planner, max_compiles=20)
+    rows = int((100 - fixed) // 9)
+    if rows < 1:
+        assert found is None
+    else:
+        assert found.settings.batch_size == 8 * rows
+        assert rows + 1 in {p.settings.batch_size / 8 for p in (first, *tried)}
+    assert len(tried) < 12
+
+
+def test_a_cpu_has_no_batch_to_fill(source):
+    settings = settings_of(source, mesh=MESH)
+    unknown = dataclasses.replace(fake_planner(1.0, COSTS)(settings), capacity=None)
+    with pytest.raises(ValueError, match="no known memory"):
+        plan_search.largest_batch(unknown, fake_planner(1.0, COSTS))
+
+
+# ------------------------------------------------------------------------- the command
+
+
+def test_the_command_in_a_process_of_its_own(source, tmp_path, capsys):
+    file = tmp_path / "plan.json"
+    flags = "--topology cpu:4 --mode inference --batch-size 8 --mesh data=2,tensor=-1"
+    lsg = "--max-length 128 --block-size 16 --sparse-block-size 16 --dtype float32"
+    command = ["plan", source, "--task", "base", *flags.split(), *lsg.split()]
+    assert cli.main([*command, "--json", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert "note: as converted to 128 tokens" in shown and "temporaries" in shown
+    written = json.loads(file.read_text())
+    assert written["shown"][0]["settings"]["mesh"]["tensor"] == 2
+    assert written["shown"][0]["program"]["flops"] > 0
+    assert [p.name for p in tmp_path.iterdir() if "unfinished" in p.name] == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--mesh", "rows=2"], "the axes are data"),
+        (["--mesh", "data:2"], "is not AXIS=N"),
+        (["--remat", "some"], "invalid choice"),
+    ],
+)
+def test_wrong_usage(source, capsys, flags, says):
+    with pytest.raises(SystemExit):
+        cli.main(["plan", source, "--topology", "cpu:8", "--batch-size", "8", *flags])
+    assert says in capsys.readouterr().err
+
+
+def test_an_error_of_the_other_process_is_one_line(source, capsys):
+    command = ["plan", source, "--task", "base", "--topology", "cpu:2", "--batch-size", "3"]
+    assert cli.main([*command, "--mode", "inference"]) == 2
+    error = capsys.readouterr().err
+    assert "3 rows, which data=2 cannot cut evenly" in error and error.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: lsg-flax[plan]"
+)
+def test_a_real_tpu_compilation(source):
+    found = plan.plan(settings_of(source, topology="v5e:2x4", dtype="bfloat16"))
+    assert found.fits and found.capacity == chips.CHIPS["v5e"].memory
+    assert found.program.cycles > 0 and found.program.unknown_loops == 0
+    assert found.roofline == max(found.times[k] for k in ("compute", "memory", "communication"))
+    full = plan.plan(settings_of(source, topology="v5e:2x4", batch_size=2**20))
+    assert not full.fits and full.needed > full.capacity and "exceeds" in full.refusal
