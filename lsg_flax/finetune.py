@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import tempfile
 from typing import Any
 
 import jax
@@ -37,7 +36,7 @@ from lsg_flax.losses import Params
 from lsg_flax.models.families import family_of
 from lsg_flax.models.model import Model
 from lsg_flax.progress import train_flops
-from lsg_flax.sharding import batch_shardings, make_mesh
+from lsg_flax.sharding import batch_shardings, make_mesh, shard
 from lsg_flax.to_lsg import LSGOptions
 
 # Settings that change where and how a run works, and not what it computes: a run may be continued
@@ -257,22 +256,24 @@ class _Source:
             if settings.problem_type == "regression":
                 del overrides["labels"]
                 overrides["num_labels"] = data.arrays["labels"].shape[1]
-        options = {"dtype": jnp.dtype(settings.dtype).type, "mesh": mesh}
+        dtype = jnp.dtype(settings.dtype).type
         if not self.converts:
             overrides |= settings.lsg
-            model, params = hub.from_pretrained(self.folder, settings.task, **options, **overrides)
-            return model.clone(remat=settings.remat), params
-        # By way of a folder: the head for these labels is drawn, and shards are cut, on reading.
-        with tempfile.TemporaryDirectory(prefix="lsg-flax-") as folder:
-            hub.convert_checkpoint(
-                self.folder,
-                folder,
-                max_sequence_length=self.length,
-                resize_lsg=self.config.lsg is not None,
-                **settings.lsg,
+            model, params = hub.from_pretrained(
+                self.folder, settings.task, dtype=dtype, mesh=mesh, **overrides
             )
-            model, params = hub.from_pretrained(folder, settings.task, **options, **overrides)
             return model.clone(remat=settings.remat), params
+        model, params = hub.from_pretrained(self.folder, settings.task, dtype=dtype, **overrides)
+        resize = self.config.lsg is not None
+        model, params = hub.make_lsg(
+            model,
+            params,
+            self.tokenizer,
+            options=LSGOptions(self.length, resize_lsg=resize),
+            pattern=settings.lsg,
+        )
+        params = params if mesh is None else shard(jax.device_get(params), mesh)
+        return model.clone(remat=settings.remat), params
 
 
 def _mesh(settings: Settings) -> Mesh | None:

@@ -8,63 +8,17 @@ import jax
 import numpy as np
 import pytest
 from golden_data import GOLDEN
+from tiny_run import PLAIN, save_tiny, write
 
 import lsg_flax
 from lsg_flax import hub
-from lsg_flax.config import EncoderConfig, LSGConfig
 from lsg_flax.finetune import finetune
 from lsg_flax.finetune_settings import SCORES, Settings, read_settings
 
-PLAIN = GOLDEN / "bert_to_convert_512"
-WORDS = [f"w{i}" for i in range(5, 30)]
 
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A model that reads 16 tokens, without a head."""
-    folder = tmp_path_factory.mktemp("tiny")
-    config = EncoderConfig(
-        vocab_size=31,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=16,
-        lsg=LSGConfig(block_size=8, sparse_block_size=8, num_global_tokens=2),
-    )
-    model = lsg_flax.Model(config, "base")
-    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 3), np.int32))["params"]
-    lsg_flax.save_pretrained(folder, model, params, hub.read_tokenizer(PLAIN))
-    return folder
-
-
-def texts(seed: int, count: int, least: int = 4, most: int = 30) -> list[list[str]]:
-    generator = np.random.default_rng(seed)
-    return [list(generator.choice(WORDS, generator.integers(least, most))) for _ in range(count)]
-
-
-def row(task: str, words: list[str]) -> dict:
-    """A row whose answer can be seen in the words."""
-    text, first = " ".join(words), int(words[0][1:])
-    if task == "token_classification":
-        return {"tokens": words, "tags": ["B-low" if int(w[1:]) < 15 else "O" for w in words]}
-    if task == "question_answering":
-        answers = {"text": [words[-1]], "answer_start": [len(text) - len(words[-1])]}
-        return {"question": "w5 w6", "context": text, "answers": answers}
-    if task == "multiple_choice":
-        return {"text": text, "choices": [words[0], words[-1]], "label": first % 2}
-    kinds = {
-        "single_label_classification": "low" if first < 17 else "high",
-        "multi_label_classification": [name for name in ("w5", "w6", "w7") if name in words],
-        "regression": first / 10,
-    }
-    return {"text": text, "label": kinds.get(task)}
-
-
-def write(folder, task: str, *, rows: int = 24, seed: int = 0, name: str = "train.jsonl"):
-    lines = [json.dumps(row(task, words)) + "\n" for words in texts(seed, rows)]
-    (folder / name).write_text("".join(lines))
-    return str(folder / name)
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 def settings_of(tiny, folder, kind: str = "single_label_classification", **options) -> Settings:
@@ -116,7 +70,8 @@ def test_every_task_from_files_to_a_checkpoint(tiny, tmp_path, kind):
 def test_a_classifier_learns_and_is_trained_further(tiny, tmp_path):
     """Broken rows are skipped on request, labels keep the order given, also in a further run."""
     names, files = ("red", "blue"), (tmp_path / "train.jsonl", tmp_path / "held_out.jsonl")
-    data = [{"text": word, "label": label} for word, label in zip(("w7 w8", "w20 w21"), names, strict=False)]
+    words = {"w7 w8": "red", "w20 w21": "blue"}
+    data = [{"text": word, "label": label} for word, label in words.items()]
     for file, count in zip(files, (16, 4), strict=True):
         file.write_text("".join(json.dumps(line) + "\n" for line in data * count) + "{broken\n")
     options = {"learning_rate": 1e-2, "steps": 12, "best": "eval_accuracy", "evaluate_every": 6}
@@ -129,7 +84,7 @@ def test_a_classifier_learns_and_is_trained_further(tiny, tmp_path):
     assert result.model.config.labels == names  # sorted, they would be turned
     assert result.scores["eval_accuracy"] == 1.0
     classify = lsg_flax.pipeline("text-classification", model=str(result.output / "best"))
-    assert [answer["label"] for answer in classify(["w7 w8", "w20 w21"])] == list(names)
+    assert [answer["label"] for answer in classify(list(words))] == list(names)
     further = {"model": str(result.output), "output": str(tmp_path / "further"), "labels": None}
     further |= {"steps": 1, "learning_rate": 0.0, "eval_data": None, "best": None}
     with pytest.warns(UserWarning, match="broken rows"):
