@@ -1,6 +1,6 @@
 """Question answering: spans of a function's source that say what it does, and what it takes.
 
-    python examples/finetune_question_answering.py [--max-length 256] [--steps 60] [--rows 600]
+    python examples/finetune_question_answering.py [--max-length 192] [--steps 60] [--rows 600]
         [--train-data train.jsonl --eval-data eval.jsonl] [--model FOLDER]
 
 Data of your own is as in SQuAD: "question", "context", and "answers" of "text" and "answer_start".
@@ -49,7 +49,7 @@ def rows(sources) -> Iterator[dict]:
 def main(arguments: list[str] | None = None) -> Finetuned:
     """Trains, and asks the best model about a function that it has not seen."""
     options = parse(
-        __doc__, arguments, max_length=256, steps=60, batch_size=8, learning_rate=3e-4, seed=0
+        __doc__, arguments, max_length=192, steps=60, batch_size=8, learning_rate=3e-4, seed=0
     )
     with tempfile.TemporaryDirectory() as folder:
         settings = settings_of(

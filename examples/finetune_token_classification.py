@@ -1,6 +1,6 @@
 """Token classification: names, keywords, numbers, strings and comments in Python source.
 
-    python examples/finetune_token_classification.py [--max-length 256] [--steps 40] [--rows 400]
+    python examples/finetune_token_classification.py [--max-length 192] [--steps 40] [--rows 400]
         [--train-data train.jsonl --eval-data eval.jsonl] [--model FOLDER]
 
 Data of your own has the lists "tokens" (words) and "tags" ("B-PER", "I-PER", "O", ...) per row. The
@@ -51,7 +51,7 @@ def rows(sources) -> Iterator[dict]:
 def main(arguments: list[str] | None = None) -> Finetuned:
     """Trains, and shows what the best model says of a line."""
     options = parse(
-        __doc__, arguments, max_length=256, steps=40, batch_size=8, learning_rate=3e-4, seed=0
+        __doc__, arguments, max_length=192, steps=40, batch_size=8, learning_rate=3e-4, seed=0
     )
     with tempfile.TemporaryDirectory() as folder:
         settings = settings_of(

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -93,28 +94,11 @@ def finetune(settings: Settings, *, progress: bool = True) -> Finetuned:
     mesh = _mesh(settings)
     source = _Source(settings)
     _check_output(output, source.folder)
+    train, held_out = _data(settings, source, progress=progress)
 
-    # ------------------------------------------------------------- data
-    options = source.options(settings)
-    load = functools.partial(
-        load_examples,
-        tokenizer=source.tokenizer,
-        subset=settings.subset,
-        cache=settings.cache,
-        progress=progress and jax.process_index() == 0,
-    )
-    train = load(settings.train_data, options, split=settings.train_split)
-    held_out = None
-    if settings.eval_data is not None:
-        if options.label_column is not None:
-            options = dataclasses.replace(options, labels=train.labels)
-        held_out = load(settings.eval_data, options, split=settings.eval_split)
-
-    # ------------------------------------------------------------- model
+    # ------------------------------------------------------------- model, batches, optimizer
     model, params = source.load(settings, train, mesh)
     buckets = _buckets(settings, model, mesh)
-
-    # ------------------------------------------------------------- batches and optimizer
     batches = train_batches(
         train,
         batch_size=settings.microbatch_size,
@@ -123,26 +107,15 @@ def finetune(settings: Settings, *, progress: bool = True) -> Finetuned:
         seed=settings.seed,
     )
     steps = settings.steps_of(batches.steps)
-    optimizer = training.make_optimizer(
-        settings.learning_rate,
-        total_steps=steps,
-        warmup_steps=round(settings.warmup * steps),
-        schedule=settings.schedule,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        frozen=settings.frozen_paths,
-    )
+    optimizer = _optimizer(settings, steps)
     state = training.init_state(params, optimizer, jax.random.key(settings.seed), mesh=mesh)
     del params  # the state has its own copy
 
-    def evaluate(state: training.TrainState) -> dict[str, float]:
-        assert held_out is not None
-        size = settings.eval_batch_size or settings.microbatch_size
-        rows = eval_batches(held_out, batch_size=size, buckets=buckets, seed=settings.seed)
-        return metrics.evaluate(model, state.params, rows, mesh=mesh)
-
     # ------------------------------------------------------------- the run
     every = settings.evaluate_every or batches.steps(1)
+    evaluate = None
+    if held_out is not None:
+        evaluate = functools.partial(_evaluate, settings, model, held_out, buckets, mesh)
     state, history = training.fit(
         training.make_train_step(model, optimizer, settings.accumulate),
         state,
@@ -150,8 +123,8 @@ def finetune(settings: Settings, *, progress: bool = True) -> Finetuned:
         steps=steps,
         mesh=mesh,
         microbatches=settings.accumulate > 1,
-        evaluate=evaluate if held_out is not None else None,
-        evaluate_every=every if held_out is not None else None,
+        evaluate=evaluate,
+        evaluate_every=every if evaluate else None,
         checkpoints=output / "checkpoints",
         save_every=settings.save_every or every,
         keep=settings.keep,
@@ -166,15 +139,10 @@ def finetune(settings: Settings, *, progress: bool = True) -> Finetuned:
     batches.close()
 
     # ------------------------------------------------------------- results
-    best = None
-    if settings.judged_by is not None:
-        best = best_step(output / "checkpoints", settings.judged_by, mode=settings.mode)
-        chosen = restore_state(output / "checkpoints", state, step=best)
-        _save(output / "best", model, chosen.params, source.tokenizer)
-        del chosen
+    best = _save_best(settings, output, model, state, source.tokenizer)
     _save(output, model, state.params, source.tokenizer)
     scores = {}
-    if held_out is not None:  # a run that had ended before has no history
+    if evaluate is not None:  # a run that had ended before has no history
         last = history[-1] if history else evaluate(state)
         scores = {name: value for name, value in last.items() if name.startswith("eval_")}
     return Finetuned(output, model, state.params, int(state.step), scores, best, history)
@@ -276,6 +244,51 @@ class _Source:
         return model.clone(remat=settings.remat), params
 
 
+def _data(
+    settings: Settings, source: _Source, *, progress: bool
+) -> tuple[TokenizedDataset, TokenizedDataset | None]:
+    """What is learned from and, if given, what is held out, with the same labels."""
+    options = source.options(settings)
+    load = functools.partial(
+        load_examples,
+        tokenizer=source.tokenizer,
+        subset=settings.subset,
+        cache=settings.cache,
+        progress=progress and jax.process_index() == 0,
+    )
+    train = load(settings.train_data, options, split=settings.train_split)
+    if settings.eval_data is None:
+        return train, None
+    if options.label_column is not None:
+        options = dataclasses.replace(options, labels=train.labels)
+    return train, load(settings.eval_data, options, split=settings.eval_split)
+
+
+def _optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
+    return training.make_optimizer(
+        settings.learning_rate,
+        total_steps=steps,
+        warmup_steps=round(settings.warmup * steps),
+        schedule=settings.schedule,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        frozen=settings.frozen_paths,
+    )
+
+
+def _evaluate(
+    settings: Settings,
+    model: Model,
+    held_out: TokenizedDataset,
+    buckets: tuple[int, ...] | None,
+    mesh: Mesh | None,
+    state: training.TrainState,
+) -> dict[str, float]:
+    size = settings.eval_batch_size or settings.microbatch_size
+    rows = eval_batches(held_out, batch_size=size, buckets=buckets, seed=settings.seed)
+    return metrics.evaluate(model, state.params, rows, mesh=mesh)
+
+
 def _mesh(settings: Settings) -> Mesh | None:
     """None on a single device."""
     every = jax.devices()
@@ -340,6 +353,22 @@ def _check_output(output: pathlib.Path, source: pathlib.Path) -> None:
         raise ValueError(
             f"output={output} holds a model that this run has not made; give another folder."
         )
+
+
+def _save_best(
+    settings: Settings,
+    output: pathlib.Path,
+    model: Model,
+    state: training.TrainState,
+    tokenizer: Any,
+) -> int | None:
+    """Writes OUTPUT/best; the step that it is of, None where nothing judges."""
+    if settings.judged_by is None:
+        return None
+    step = best_step(output / "checkpoints", settings.judged_by, mode=settings.mode)
+    chosen = restore_state(output / "checkpoints", state, step=step)
+    _save(output / "best", model, chosen.params, tokenizer)
+    return step
 
 
 def _save(folder: pathlib.Path, model: Model, params: Params, tokenizer: Any) -> None:

@@ -122,7 +122,7 @@ def test_every_setting_has_a_flag(monkeypatch, tmp_path, turn):
             kind = next(
                 k for k in (int, float, str) if k in (hints[name], *typing.get_args(hints[name]))
             )
-            expected[name] = {int: 2, float: 0.5, str: f"some {name}"}[kind]
+            expected[name] = {int: 3, float: 0.5, str: f"some {name}"}[kind]
             flags += [flag, str(expected[name])]
     assert cli.main(["train", *flags]) == 0
     assert seen == [Settings(**expected)]

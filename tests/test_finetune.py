@@ -74,7 +74,7 @@ def test_a_classifier_learns_and_is_trained_further(tiny, tmp_path):
     data = [{"text": word, "label": label} for word, label in words.items()]
     for file, count in zip(files, (16, 4), strict=True):
         file.write_text("".join(json.dumps(line) + "\n" for line in data * count) + "{broken\n")
-    options = {"learning_rate": 1e-2, "steps": 12, "best": "eval_accuracy", "evaluate_every": 6}
+    options = {"learning_rate": 1e-2, "steps": 40, "best": "eval_accuracy", "evaluate_every": 20}
     options |= {"labels": list(names), "on_error": "skip"}
     settings = settings_of(tiny, tmp_path, **options)
     settings = dataclasses.replace(settings, train_data=str(files[0]), eval_data=str(files[1]))
@@ -148,7 +148,7 @@ def test_a_plain_model_is_converted_and_only_its_globals_learn(tmp_path):
     table = moved["embeddings"].pop("global_embeddings")
     assert table["embedding"] and not any(jax.tree.leaves(moved))
     again = hub.read_tokenizer(result.output)
-    assert again.model_max_length == 160
+    assert again.model_max_length == 640
 
 
 def test_yaml_and_flags_make_settings(tmp_path):
@@ -222,7 +222,7 @@ def test_what_does_not_fit_is_refused_before_training(tiny, tmp_path):
         "eval_data": (str(file), r"odd.jsonl:2: not a row of JSON.*on_error='skip'"),
         "output": (str(GOLDEN / "bert_base"), "holds a model that this run has not made"),
         "model": (str(GOLDEN / "bert_base"), "has no tokenizer"),
-        "buckets": ((8, 16), "add a bucket"),
+        "buckets": ((4, 8), "add a bucket"),
     }
     for name, (value, message) in wrong.items():
         with pytest.raises((ValueError, FileNotFoundError), match=message):

@@ -79,7 +79,7 @@ def mesh_axes(text: str) -> dict[str, int]:
     """The type of an option such as data=4,sequence=2."""
     try:
         mesh = {name: int(size) for name, size in name_values(text).items()}
-    except ValueError:
+    except (ValueError, argparse.ArgumentTypeError):
         raise argparse.ArgumentTypeError(
             f"{text!r} is not AXIS=N,... with whole numbers, as in data=4,sequence=2"
         ) from None
