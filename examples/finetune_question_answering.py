@@ -1,12 +1,13 @@
 """Question answering: spans of a function's source that say what it does, and what it takes.
 
-    python examples/finetune_question_answering.py [--max-length 192] [--steps 60] [--rows 600]
+    python examples/finetune_question_answering.py [--max-length 192] [--steps 60] [--rows 400]
         [--train-data train.jsonl --eval-data eval.jsonl] [--model FOLDER]
 
 Data of your own is as in SQuAD: "question", "context", and "answers" of "text" and "answer_start".
 Here a context is a function of Python's library, and the answer to "What does NAME do?" the first
-line of its docstring, to "What does NAME take?" its arguments. Expected without:
-EXPECTED
+line of its docstring, to "What does NAME take?" its arguments. Expected without, in
+6.5 minutes on 2 busy CPU cores: of the windows of 80 held-out questions 58 % are answered exactly,
+F1 0.63. Of the function shown, both questions then get the docstring: more steps are needed.
 """
 
 import ast
@@ -29,11 +30,14 @@ def rows(sources) -> Iterator[dict]:
     """One row per function with arguments and a docstring, with either question in turn."""
     for _, text in sources:
         try:
-            nodes = list(ast.walk(ast.parse(text)))
+            nodes, lines = list(ast.walk(ast.parse(text))), text.split("\n")
         except SyntaxError:
             continue  # a file of the library's tests that is broken on purpose
         for number, node in enumerate(n for n in nodes if isinstance(n, ast.FunctionDef)):
-            source, about = ast.get_source_segment(text, node) or "", ast.get_docstring(node)
+            source, about = (
+                "\n".join(lines[node.lineno - 1 : node.end_lineno]),
+                ast.get_docstring(node),
+            )
             takes = source.partition("(")[2].partition(")")[0].strip()
             does = (about or "").split("\n")[0].strip()
             asks, answer = (("do", does), ("take", takes))[number % 2]

@@ -96,9 +96,14 @@ def finetune(settings: Settings, *, progress: bool = True) -> Finetuned:
     _check_output(output, source.folder)
     train, held_out = _data(settings, source, progress=progress)
 
-    # ------------------------------------------------------------- model, batches, optimizer
+    # ------------------------------------------------------------- model
     model, params = source.load(settings, train, mesh)
     buckets = _buckets(settings, model, mesh)
+    evaluate = None
+    if held_out is not None:
+        evaluate = functools.partial(_evaluate, settings, model, held_out, buckets, mesh)
+
+    # ------------------------------------------------------------- the run
     batches = train_batches(
         train,
         batch_size=settings.microbatch_size,
@@ -110,32 +115,11 @@ def finetune(settings: Settings, *, progress: bool = True) -> Finetuned:
     optimizer = _optimizer(settings, steps)
     state = training.init_state(params, optimizer, jax.random.key(settings.seed), mesh=mesh)
     del params  # the state has its own copy
-
-    # ------------------------------------------------------------- the run
-    every = settings.evaluate_every or batches.steps(1)
-    evaluate = None
-    if held_out is not None:
-        evaluate = functools.partial(_evaluate, settings, model, held_out, buckets, mesh)
-    state, history = training.fit(
-        training.make_train_step(model, optimizer, settings.accumulate),
-        state,
-        batches,
-        steps=steps,
-        mesh=mesh,
-        microbatches=settings.accumulate > 1,
-        evaluate=evaluate,
-        evaluate_every=every if evaluate else None,
-        checkpoints=output / "checkpoints",
-        save_every=settings.save_every or every,
-        keep=settings.keep,
-        best=settings.judged_by,
-        mode=settings.mode,
-        settings=_identity(settings, model, steps, train, held_out),
-        log=output / "log",
-        tensorboard=settings.tensorboard,
-        flops=functools.partial(train_flops, model),
-        progress=progress,
-    )
+    identity = _identity(settings, model, steps, train, held_out)
+    options = {"steps": steps, "mesh": mesh, "settings": identity, "progress": progress}
+    options |= _fit_options(settings, output, model, epoch=batches.steps(1))
+    step = training.make_train_step(model, optimizer, settings.accumulate)
+    state, history = training.fit(step, state, batches, evaluate=evaluate, **options)
     batches.close()
 
     # ------------------------------------------------------------- results
@@ -274,6 +258,25 @@ def _optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
         max_grad_norm=settings.max_grad_norm,
         frozen=settings.frozen_paths,
     )
+
+
+def _fit_options(
+    settings: Settings, output: pathlib.Path, model: Model, *, epoch: int
+) -> dict[str, Any]:
+    """Of `training.fit`: when is evaluated and saved, and where; `epoch` is one in steps."""
+    every = settings.evaluate_every or epoch
+    return {
+        "microbatches": settings.accumulate > 1,
+        "evaluate_every": None if settings.eval_data is None else every,
+        "checkpoints": output / "checkpoints",
+        "save_every": settings.save_every or every,
+        "keep": settings.keep,
+        "best": settings.judged_by,
+        "mode": settings.mode,
+        "log": output / "log",
+        "tensorboard": settings.tensorboard,
+        "flops": functools.partial(train_flops, model),
+    }
 
 
 def _evaluate(
