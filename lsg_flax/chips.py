@@ -21,6 +21,7 @@ class Chip(NamedTuple):
         clock: Hz, what XLA's cycle estimates are divided by: `flops` over the products per cycle of
             the chip's matrix units (4 of 128 x 128 per v5e, 8 per v4 and v5p, 4 of 256 x 256 per
             v6e).
+        kinds: what JAX's `device_kind` of it contains.
         accelerator: a value for TPU_ACCELERATOR_TYPE.
         config: the name that makes one device of a chip's two cores, where it is not the default.
     """
@@ -30,6 +31,7 @@ class Chip(NamedTuple):
     bandwidth: float
     links: float
     clock: float
+    kinds: tuple[str, ...]
     accelerator: str
     config: str | None = None
 
@@ -37,10 +39,14 @@ class Chip(NamedTuple):
 # Sources: "system architecture" pages of Google Cloud's TPU documentation (peak compute, HBM
 # bandwidth, inter-chip interconnect in Gbit/s: v4 2400, v5e 1600, v5p 4800, v6e 3584).
 CHIPS: dict[str, Chip] = {
-    "v4": Chip(int(30.75 * GIB), 275e12, 1228e9, 300e9, 1.05e9, "v4-8", "megacore"),
-    "v5e": Chip(int(15.75 * GIB), 197e12, 819e9, 200e9, 1.5e9, "v5litepod-8"),
-    "v5p": Chip(int(95.74 * GIB), 459e12, 2765e9, 600e9, 1.75e9, "v5p-8"),
-    "v6e": Chip(int(31.25 * GIB), 918e12, 1640e9, 448e9, 1.75e9, "v6e-8"),
+    "v4": Chip(int(30.75 * GIB), 275e12, 1228e9, 300e9, 1.05e9, ("TPU v4",), "v4-8", "megacore"),
+    "v5e": Chip(
+        int(15.75 * GIB), 197e12, 819e9, 200e9, 1.5e9, ("TPU v5 lite", "TPU v5e"), "v5litepod-8"
+    ),
+    "v5p": Chip(int(95.74 * GIB), 459e12, 2765e9, 600e9, 1.75e9, ("TPU v5", "TPU v5p"), "v5p-8"),
+    "v6e": Chip(
+        int(31.25 * GIB), 918e12, 1640e9, 448e9, 1.75e9, ("TPU v6 lite", "TPU v6e"), "v6e-8"
+    ),
 }
 _EXAMPLES = {"v4": "v4:2x2x1", "v5e": "v5e:2x4", "v5p": "v5p:2x2x1", "v6e": "v6e:2x4"}
 

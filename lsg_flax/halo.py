@@ -35,9 +35,13 @@ def is_first(axis: str | None) -> Bool[Array, ""] | bool:
 
 def of_first(x: Shaped[Array, "*A"], axis: str | None):
     """What the first shard has, in all of them."""
-    if axis is None:
-        return x
-    return lax.psum(jnp.where(is_first(axis), x, 0), axis).astype(x.dtype)
+    return x if axis is None else _sum(jnp.where(is_first(axis), x, 0), axis).astype(x.dtype)
+
+
+def _sum(x, axis: str):
+    """Over the shards; in float32, since XLA on CPU dies of a bfloat16 sum inside a shard."""
+    exact = x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    return lax.psum(exact, axis)
 
 
 def of_first_true(x: Shaped[Array, "B *A"], has: Bool[Array, "B"], axis: str | None):
@@ -46,7 +50,7 @@ def of_first_true(x: Shaped[Array, "B *A"], has: Bool[Array, "B"], axis: str | N
         return x
     place = jnp.where(has, lax.axis_index(axis), lax.axis_size(axis))
     chosen = has & (place == lax.pmin(place, axis))
-    return lax.psum(jnp.where(chosen.reshape(-1, *[1] * (x.ndim - 1)), x, 0), axis)
+    return _sum(jnp.where(chosen.reshape(-1, *[1] * (x.ndim - 1)), x, 0), axis).astype(x.dtype)
 
 
 def combined(

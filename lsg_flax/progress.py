@@ -18,21 +18,14 @@ import jax.monitoring
 import numpy as np
 from tqdm import tqdm
 
+from lsg_flax.chips import CHIPS
 from lsg_flax.config import EncoderConfig
 from lsg_flax.losses import Batch, Metrics
 from lsg_flax.models.model import Model
 
-# Peak dense bfloat16 FLOP/s of one chip by what `device_kind` contains, from the makers' data
-# sheets: cloud.google.com/tpu/docs/system-architecture-tpu-vm, nvidia.com (SXM variants). A device
-# of JAX is one chip (two cores of v4 and v5p together).
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
+# Peak dense bfloat16 FLOP/s of one chip by what `device_kind` contains; NVIDIA's from its data
+# sheets (SXM). A device of JAX is one chip (two cores of v4 and v5p together).
+PEAK_FLOPS = {kind: chip.flops for chip in CHIPS.values() for kind in chip.kinds} | {
     "A100": 312e12,
     "H100": 989e12,
     "H200": 989e12,

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -244,13 +245,27 @@ def over_sequence(function: Callable, *, in_axes: Any, out_axes: Any) -> Callabl
             is_leaf=lambda axis: axis is None,
         )
 
-    return jax.shard_map(
-        function,
-        in_specs=specs(in_axes),
-        out_specs=specs(out_axes),
-        axis_names={SEQUENCE},
-        check_vma=False,  # hand-written backward passes do not say along which axes they vary
-    )
+    def run(*arguments):
+        # What every shard has whole crosses in float32: its gradient is a sum over the shards.
+        dtypes = jax.tree.map(lambda x: x.dtype, arguments)
+        widened = tuple(
+            jax.tree.map(_widened, argument) if axis is None else argument
+            for argument, axis in zip(arguments, in_axes, strict=True)
+        )
+        return jax.shard_map(
+            lambda *wide: function(*jax.tree.map(lambda x, dtype: x.astype(dtype), wide, dtypes)),
+            in_specs=specs(in_axes),
+            out_specs=specs(out_axes),
+            axis_names={SEQUENCE},
+            check_vma=False,  # hand-written backward passes do not say along which axes they vary
+        )(*widened)
+
+    return run
+
+
+def _widened(x: jax.Array) -> jax.Array:
+    narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+    return x.astype(jnp.float32) if narrow else x
 
 
 def check_heads(num_attention_heads: int) -> None:
