@@ -157,7 +157,6 @@ def convert_checkpoint(
         )
     names = {f.name for f in fields(LSGConfig)}
     chosen = {name: lsg_overrides.pop(name) for name in names & lsg_overrides.keys()}
-    lsg = replace(model.config.lsg, **chosen) if model.config.lsg else LSGConfig(**chosen)
     tokenizer = read_tokenizer(folder)
     options = LSGOptions(
         max_sequence_length,
@@ -168,6 +167,34 @@ def convert_checkpoint(
         use_token_ids,
         seed,
     )
+    model, params = make_lsg(model, params, tokenizer, options=options, pattern=chosen)
+    model = model.clone(config=model.config.with_overrides(**lsg_overrides))
+    if target is not None:
+        with written_aside(pathlib.Path(target)) as aside:
+            save_pretrained(aside, model, params, tokenizer)
+            if modules and model.task == "base":
+                carry_modules(root, modules, aside, max_sequence_length)
+    return model, params
+
+
+def make_lsg(
+    model: Model,
+    params: Params,
+    tokenizer: Any,
+    *,
+    options: LSGOptions,
+    pattern: dict[str, Any],
+) -> tuple[Model, Params]:
+    """`convert_checkpoint` in memory; the tokenizer then says how many tokens are read.
+
+    Args:
+        tokenizer: of the model, for the ids of [CLS] and [MASK]; None takes those of config.json.
+        pattern: fields of `LSGConfig` in place of the model's or the usual ones.
+
+    Raises:
+        ValueError: for options that do not fit the model.
+    """
+    lsg = replace(model.config.lsg, **pattern) if model.config.lsg else LSGConfig(**pattern)
     extra = json.loads(model.config.extra)
     bos, mask = extra.get("bos_token_id"), extra.get("mask_token_id")
     if tokenizer is not None:
@@ -176,17 +203,11 @@ def convert_checkpoint(
             None,
         )
         mask = mask if tokenizer.mask_token_id is None else tokenizer.mask_token_id
-        tokenizer.model_max_length = max_sequence_length
+        tokenizer.model_max_length = options.max_sequence_length
     params, config = to_lsg(
         params, model.config, options, lsg=lsg, bos_token_id=bos, mask_token_id=mask
     )
-    model = model.clone(config=config.with_overrides(**lsg_overrides))
-    if target is not None:
-        with written_aside(pathlib.Path(target)) as aside:
-            save_pretrained(aside, model, params, tokenizer)
-            if modules and model.task == "base":
-                carry_modules(root, modules, aside, max_sequence_length)
-    return model, params
+    return model.clone(config=config), params
 
 
 def resolve(path_or_id: str | os.PathLike) -> pathlib.Path:

@@ -42,8 +42,41 @@ def test_training_global_tokens_moves_the_held_out_loss(example, capsys):
     assert "right" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("name", "scores"),
+    [
+        ("classification", {"accuracy", "macro_f1"}),
+        ("token_classification", {"accuracy", "precision", "recall", "f1"}),
+        ("question_answering", {"exact_match", "f1"}),
+    ],
+)
+def test_fine_tuning_examples_train_on_the_standard_library(
+    example, capsys, monkeypatch, tmp_path, name, scores
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    arguments = ["--model", str(GOLDEN / "bert_to_convert_512"), "--rows", "20", "--steps", "1"]
+    result = example(f"finetune_{name}").main([*arguments, "--max-length", "64"])
+    assert result.step == 1 and result.scores.keys() == {f"eval_{s}" for s in {*scores, "loss"}}
+    assert np.isfinite(list(result.scores.values())).all()
+    assert "after 1 steps" in capsys.readouterr().out
+
+
+def test_fine_tuning_examples_take_files(example, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    file = tmp_path / "train.csv"
+    file.write_text("text,label\nw5 w6,good\nw7 w8,bad\nw9,fair\n")
+    arguments = ["--model", str(GOLDEN / "bert_to_convert_512"), "--steps", "1"]
+    arguments += ["--train-data", str(file), "--eval-data", str(file), "--max-length", "16"]
+    result = example("finetune_classification").main(arguments)
+    assert result.model.config.labels == ("bad", "fair", "good")
+
+
 def test_every_short_example_is_at_most_100_lines():
     files = [f for f in EXAMPLES.glob("*.py") if not f.name.startswith("demo")]
-    assert {f.name for f in files} >= {"fill_mask.py", "train_global_tokens.py"}
+    assert {f.name for f in files} >= {
+        "fill_mask.py",
+        "train_global_tokens.py",
+        "finetune_classification.py",
+    }
     for file in files:
         assert len(file.read_text().splitlines()) <= 100, file

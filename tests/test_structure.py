@@ -54,6 +54,12 @@ MAY_IMPORT = {
         *("hub", "losses", "data", "sharding"),
         *("optimizers", "checkpoints", "progress", "metrics"),
     },
+    "finetune_settings": {"config", "data", "models", "optimizers", "sharding"},
+    "finetune": {
+        *FILES,
+        *("hub", "losses", "data", "sharding", "checkpoints", "progress", "metrics", "training"),
+        "finetune_settings",
+    },
     "hlo_report": set(),
     "plan": {
         *FILES,

@@ -8,17 +8,20 @@ import flax
 import jax
 
 import lsg_flax
-from lsg_flax.cli import convert, embed, inspect, plan
+from lsg_flax.cli import convert, embed, inspect, plan, predict, train
 from lsg_flax.cli.shared import plain_warnings, say
 
 ERROR, INTERRUPTED = 2, 130
-_COMMANDS = (convert, inspect, embed, plan)  # in the order of --help
+_COMMANDS = (convert, inspect, train, predict, embed, plan)  # in the order of --help
 
 _DESCRIPTION = "LSG attention (local + sparse + global) for BERT-like checkpoints, in JAX."
 _EXAMPLES = """examples:
   lsg-flax convert bert-base-uncased ./bert-4096 --max-sequence-length 4096 --num-global-tokens 7
   lsg-flax convert ./bert-4096 ./bert-16384 --max-sequence-length 16384 --resize-lsg
   lsg-flax inspect ./bert-4096 --check
+  lsg-flax train --model ./bert-4096 --task sequence_classification \\
+      --train-data train.jsonl --eval-data eval.jsonl --output ./areas
+  lsg-flax predict ./areas documents.jsonl answers.jsonl
   lsg-flax embed ./minilm-4096 documents.jsonl vectors.npy
   lsg-flax plan ./bert-4096 --task sequence_classification --topology v5e:2x4 --batch-size 32"""
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lsg_flax.chips import CHIPS, GIB
-from lsg_flax.cli.shared import add_command, add_pattern, console, given_pattern, say
+from lsg_flax.cli.shared import add_command, add_pattern, console, given_pattern, mesh_axes, say
 from lsg_flax.models.encoder import Remat
 from lsg_flax.models.heads import Task
 from lsg_flax.plan import Attention, Mode, Plan, PlanSettings, Precision, plan
@@ -56,7 +56,7 @@ def add(commands: Any) -> None:
     )
     command.add_argument(
         "--mesh",
-        type=_mesh,
+        type=mesh_axes,
         default={},
         metavar="AXIS=N,...",
         help=f"chips along {', '.join(AXES)}; -1 takes what is left (default: all along data)",
@@ -127,19 +127,6 @@ def _add_choices(command: argparse.ArgumentParser) -> None:
         metavar="M",
         help="microbatches that the rows of a step are cut into (default: %(default)s)",
     )
-
-
-def _mesh(text: str) -> dict[str, int]:
-    try:
-        pairs = [part.split("=") for part in text.split(",")]
-        mesh = {name.strip(): int(size) for name, size in pairs}
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not AXIS=N,... with whole numbers, as in data=4,sequence=2"
-        ) from None
-    if not set(mesh) <= set(AXES):
-        raise argparse.ArgumentTypeError(f"{text!r}: the axes are {', '.join(AXES)}")
-    return mesh
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from lsg_flax.config import MAX_GLOBAL_TOKENS, SPARSITY_TYPES, LSGConfig
+from lsg_flax.sharding import AXES
 
 _PIPED_WIDTH = 120
 _NUMBERS = ("num_global_tokens", "block_size", "sparse_block_size", "sparsity_factor")
@@ -72,6 +73,27 @@ def pattern_in_words(lsg: LSGConfig) -> str:
         f"a token attends to {3 * lsg.block_size} local, {sparse}"
         f"{lsg.num_global_tokens} global ones; up to {2 * lsg.block_size} tokens to all"
     )
+
+
+def mesh_axes(text: str) -> dict[str, int]:
+    """The type of an option such as data=4,sequence=2."""
+    try:
+        mesh = {name: int(size) for name, size in name_values(text).items()}
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not AXIS=N,... with whole numbers, as in data=4,sequence=2"
+        ) from None
+    if not set(mesh) <= set(AXES):
+        raise argparse.ArgumentTypeError(f"{text!r}: the axes are {', '.join(AXES)}")
+    return mesh
+
+
+def name_values(text: str) -> dict[str, str]:
+    """The type of an option such as text=body,label=area."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(name.strip() and equals for name, equals, _ in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE,...")
+    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def console() -> Console:

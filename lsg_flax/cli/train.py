@@ -1,0 +1,146 @@
+"""`lsg-flax train`: fine-tunes a checkpoint on files; its options are the fields of `Settings`."""
+
+import argparse
+import dataclasses
+import sys
+import types
+import typing
+from typing import Any, Literal, get_args
+
+import jax
+from rich.table import Table
+
+from lsg_flax.cli.shared import (
+    add_command,
+    add_pattern,
+    console,
+    given_pattern,
+    mesh_axes,
+    name_values,
+    say,
+)
+from lsg_flax.finetune import Finetuned, finetune
+from lsg_flax.finetune_settings import Group, Help, Settings, read_settings
+
+_DESCRIPTION = """Fine-tune a checkpoint on files, or continue to.
+
+Settings come from flags, a YAML file with the same names (learning_rate: 1e-4), or both; flags
+win. OUTPUT gets the model and its tokenizer, OUTPUT/best the best model, OUTPUT/log one line per
+step. A run that was stopped (Ctrl-C, SIGTERM, a crash) goes on when the same command is given.
+
+  lsg-flax train --model ./bert-4096 --task sequence_classification --train-data train.jsonl \\
+      --eval-data eval.jsonl --output ./areas --batch-size 32 --accumulate 4 --dtype bfloat16
+
+Rows of data, by task (other names: --columns):
+  sequence_classification  {"text": ..., "label": ...}, and maybe "text_pair"
+  token_classification     {"tokens": [...], "tags": [...]}
+  question_answering       {"question": ..., "context": ..., "answers": {"text": [...],
+                           "answer_start": [...]}}
+  multiple_choice          {"text": ..., "choices": [...], "label": 0}
+  masked_lm, causal_lm     {"text": ...}, or a .txt file"""
+_METAVARS = {int: "N", float: "X", str: "NAME"}
+_PATHS = {"model": "PATH", "train_data": "PATH", "eval_data": "PATH", "output": "FOLDER"}
+
+
+def add(commands: Any) -> None:
+    """Declares the command and its options."""
+    command = add_command(commands, "train", _DESCRIPTION, run)
+    command.add_argument("--config", metavar="FILE", help="YAML file with settings")
+    hints = typing.get_type_hints(Settings, include_extras=True)
+    fields = [f for f in dataclasses.fields(Settings) if f.name != "lsg"]
+    for group in get_args(Group):
+        options = command.add_argument_group(group)
+        for field in fields:
+            hint, about = get_args(hints[field.name])
+            if about.group == group:
+                _add_option(options, field, hint, about)
+        if group == "devices":
+            options.add_argument(
+                "--distributed",
+                nargs="?",
+                const="auto",
+                metavar="HOST:PORT,COUNT,INDEX",
+                help="this is one of several processes: address of the first, how many, which one; "
+                "without a value found out, as on TPU pods and under Slurm",
+            )
+    add_pattern(command)
+
+
+def _add_option(options: Any, field: dataclasses.Field, hint: Any, about: Help) -> None:
+    """A flag for a field; unset flags are None, so that those of the YAML file stay."""
+    kinds = [kind for kind in get_args(hint) if kind is not types.NoneType]
+    kind = kinds[-1] if isinstance(hint, types.UnionType) else hint
+    origin, parts = typing.get_origin(kind) or kind, get_args(kind)
+    unset = about.unset if field.default in (None, dataclasses.MISSING) else field.default
+    required = field.default is field.default_factory is dataclasses.MISSING
+    text = about.about + (": " + ", ".join(parts) if origin is Literal else "")
+    shape: dict[str, Any] = {"metavar": _PATHS.get(field.name, _METAVARS.get(origin, "NAME"))}
+    if origin is Literal:
+        shape["choices"] = parts
+    elif origin is bool:
+        shape = {"action": argparse.BooleanOptionalAction}
+        unset = "yes" if unset else "no"
+    elif origin is tuple:
+        shape |= {"nargs": "+", "type": parts[0]}
+        shape["metavar"] = _PATHS.get(field.name, _METAVARS[parts[0]])
+    elif origin is dict:
+        sizes = parts[1] is int
+        shape = {"type": mesh_axes if sizes else name_values}
+        shape["metavar"] = "AXIS=N,..." if sizes else "NAME=VALUE,..."
+    else:
+        shape["type"] = origin
+    shape["help"] = f"{text} ({'required' if required else f'default: {unset}'})".replace("%", "%%")
+    options.add_argument("--" + field.name.replace("_", "-"), default=None, **shape)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the command."""
+    names = [f.name for f in dataclasses.fields(Settings) if f.name != "lsg"]
+    given = {name: getattr(arguments, name) for name in names}
+    given = {name: value for name, value in given.items() if value is not None}
+    if lsg := given_pattern(arguments):
+        given["lsg"] = lsg
+    settings = read_settings(arguments.config, given)
+    if arguments.distributed:
+        _join(arguments.distributed)
+    first = jax.process_index() == 0
+    if first:
+        say(f"metrics go to {settings.output}/log/metrics.jsonl")
+    result = finetune(settings, progress=sys.stderr.isatty())
+    if first:
+        _show(result)
+
+
+def _join(text: str) -> None:
+    """Makes this process one of several; before anything asks for devices."""
+    options: dict[str, Any] = {}
+    if text != "auto":
+        try:
+            address, count, index = text.split(",")
+            options = {"coordinator_address": address, "num_processes": int(count)}
+            options["process_id"] = int(index)
+        except ValueError:
+            raise ValueError(
+                f"--distributed {text} is not HOST:PORT,COUNT,INDEX, as in 10.0.0.1:1234,2,0."
+            ) from None
+    try:
+        jax.distributed.initialize(**options)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"--distributed: {error} Give HOST:PORT,COUNT,INDEX where nothing says it by itself."
+        ) from error
+
+
+def _show(result: Finetuned) -> None:
+    out = console()
+    out.print(f"wrote {result.output}: {result.model.task} after {result.step:,} steps")
+    if result.best is not None:
+        out.print(f"wrote {result.output / 'best'}: the best, after {result.best:,} steps")
+    if result.scores:
+        table = Table(title="on the evaluation data, last step", title_justify="left")
+        table.add_column("score")
+        table.add_column("value", justify="right")
+        for name, value in result.scores.items():
+            table.add_row(name.removeprefix("eval_"), f"{value:.4f}")
+        out.print(table)
+    out.print(f"next: lsg-flax predict {result.output} INPUT OUTPUT")

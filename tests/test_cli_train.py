@@ -1,0 +1,204 @@
+"""`lsg-flax train` and `lsg-flax predict`: what reaches the library, what is written, errors."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import typing
+
+import jax
+import numpy as np
+import pytest
+from tiny_run import PLAIN, save_tiny, write
+
+import lsg_flax
+from lsg_flax import cli
+from lsg_flax.cli import train
+from lsg_flax.finetune_settings import Settings
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    code = cli.main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def config_of(folder, tiny, **values) -> pathlib.Path:
+    """A YAML file (JSON is YAML) of a short run."""
+    kind = "single_label_classification"
+    values = {
+        "model": str(tiny),
+        "task": "sequence_classification",
+        "train_data": write(folder, kind),
+        "eval_data": write(folder, kind, rows=8, seed=1, name="eval.jsonl"),
+        "cache": str(folder / "cache"),
+        "devices": 1,
+    } | values
+    (folder / "run.yaml").write_text(json.dumps(values))
+    return folder / "run.yaml"
+
+
+def test_train_then_predict(capsys, tiny, tmp_path):
+    output, answers = tmp_path / "model", tmp_path / "answers.jsonl"
+    file = config_of(tmp_path, tiny, steps=100, learning_rate="1e-3")
+    code, out, err = run(capsys, "train", "--config", file, "--output", output, "--steps", 3)
+    assert code == 0, err
+    assert "sequence_classification after 3 steps" in out and "macro_f1" in out
+    assert "metrics.jsonl" in err
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text('{"text": "w5 w6"}\n{"text": "w20", "id": "second"}\n')
+    options = ["--answers", "top_k=1", "--mesh", "data=8", "--max-length", 8]
+    code, out, err = run(capsys, "predict", output, documents, answers, *options)
+    assert (code, err) == (0, "") and "2 documents" in out
+    lines = [json.loads(line) for line in answers.read_text().splitlines()]
+    classify = lsg_flax.pipeline("text-classification", model=str(output), top_k=1)
+    assert [line["id"] for line in lines] == [0, "second"]
+    for line, expected in zip(lines, classify(["w5 w6", "w20"]), strict=True):
+        assert line["answer"][0]["label"] == expected[0]["label"]
+        assert line["answer"][0]["score"] == pytest.approx(expected[0]["score"], abs=1e-5)
+    logits = tmp_path / "logits.jsonl"
+    assert run(capsys, "predict", output, documents, logits, "--outputs", "logits")[0] == 0
+    rows = [json.loads(line) for line in logits.read_text().splitlines()]
+    model, params = lsg_flax.from_pretrained(output)
+    expected = model.apply({"params": params}, np.array([[2, 20, 3]])).logits[0]
+    np.testing.assert_allclose(rows[1]["logits"], expected, atol=1e-5)
+    code, _, err = run(capsys, "predict", output, documents, answers, "--answers", "topk=1")
+    assert code == 2 and "--answers: 'topk' is unknown; did you mean 'top_k'" in err
+
+
+FLAGS = {  # one that is not the default for every field
+    "train_data": (["a.txt", "b.txt"], ("a.txt", "b.txt")),
+    "eval_data": (["c.txt"], ("c.txt",)),
+    "labels": (["x y", "z"], ("x y", "z")),
+    "columns": (["text=body,label=area"], {"text": "body", "label": "area"}),
+    "mesh": (["data=2,fsdp=4"], {"data": 2, "fsdp": 4}),
+    "lsg": (["--block-size", "64", "--sparsity-type", "lsh"], None),
+    "buckets": (["64", "128"], (64, 128)),
+    "task": (["masked_lm"], "masked_lm"),
+    "problem_type": (["regression"], "regression"),
+    "text_unit": (["file"], "file"),
+    "on_error": (["skip"], "skip"),
+    "dtype": (["bfloat16"], "bfloat16"),
+    "remat": (["dots"], "dots"),
+    "schedule": (["cosine"], "cosine"),
+    "train_only": (["head"], "head"),
+    "evaluate_every": (["8"], 8),
+    "save_every": (["4"], 4),
+    "best": (["eval_perplexity"], "eval_perplexity"),
+}
+EXCLUDED = {"frozen": {"train_only"}, "steps": {"epochs"}}  # of two only one may be given
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+def test_every_setting_has_a_flag(monkeypatch, tmp_path, turn):
+    seen: list[Settings] = []
+    monkeypatch.setattr(train, "finetune", lambda settings, *, progress: seen.append(settings))
+    monkeypatch.setattr(train, "_show", lambda result: None)
+    left_out = {*EXCLUDED} if turn else {name for names in EXCLUDED.values() for name in names}
+    flags, expected = [], {}
+    hints = typing.get_type_hints(Settings)
+    for field in dataclasses.fields(Settings):
+        name, flag = field.name, "--" + field.name.replace("_", "-")
+        if name in left_out:
+            continue
+        if name == "lsg":
+            flags += FLAGS["lsg"][0]
+            expected[name] = {"block_size": 64, "sparsity_type": "lsh"}
+        elif name in FLAGS:
+            flags += [flag, *FLAGS[name][0]]
+            expected[name] = FLAGS[name][1]
+        elif hints[name] is bool:
+            expected[name] = not field.default
+            flags.append(flag if expected[name] else "--no-" + flag[2:])
+        else:
+            kind = next(
+                k for k in (int, float, str) if k in (hints[name], *typing.get_args(hints[name]))
+            )
+            expected[name] = {int: 3, float: 0.5, str: f"some {name}"}[kind]
+            flags += [flag, str(expected[name])]
+    assert cli.main(["train", *flags]) == 0
+    assert seen == [Settings(**expected)]
+    for field in dataclasses.fields(Settings):
+        if field.name in expected and field.default is not dataclasses.MISSING:
+            assert expected[field.name] != field.default, f"{field.name} shows nothing"
+
+
+ERRORS = {
+    ("train", "--model", "x"): "train_data, output, task must be given",
+    ("train", "--config", "none.yaml"): "none.yaml is no file",
+    ("predict", PLAIN, "none.jsonl", "out.jsonl"): "masked_lm has no answers, only outputs",
+    ("predict", PLAIN, "none.jsonl", "o.jsonl", "--outputs"): "none.jsonl is no file",
+    ("predict", PLAIN, "a", "b", "--mesh", "data=3"): "does not fit 8 devices",
+    ("predict", "./none", "a", "b"): "none is not a folder",
+}
+
+
+@pytest.mark.parametrize("arguments", ERRORS)
+def test_errors_are_one_message(capsys, arguments, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *arguments)
+    assert code == 2 and out == ""
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("lsg-flax: error: ") and ERRORS[arguments] in last
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_flags_are_named(capsys, tiny, tmp_path):
+    file = config_of(tmp_path, tiny, output=str(tmp_path / "out"))
+    for flags, message in (
+        (["--mesh", "model=2"], "the axes are data, fsdp, tensor, sequence"),
+        (["--mesh", "data"], "not AXIS=N"),
+        (["--columns", "text"], "is not NAME=VALUE"),
+        (["--task", "translation"], "invalid choice: 'translation'"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(["train", "--config", str(file), *flags])
+        assert message in capsys.readouterr().err
+    code, _, err = run(capsys, "train", "--config", file, "--distributed", "here,2")
+    assert code == 2 and "is not HOST:PORT,COUNT,INDEX" in err
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(tiny, tmp_path):
+    """Each with one device; the model is that of one process with two."""
+    with socket.socket() as opened:
+        opened.bind(("localhost", 0))
+        port = opened.getsockname()[1]
+    values = {"devices": None, "steps": 2, "save_every": 2, "mesh": {"fsdp": 2}}
+    file = config_of(tmp_path, tiny, **values)
+    environment = os.environ | {
+        "PYTHONPATH": str(pathlib.Path(lsg_flax.__file__).parents[1]),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+    }
+    command = [sys.executable, "-m", "lsg_flax.cli", "train", "--config", str(file)]
+    command += ["--output", str(tmp_path / "two")]
+    logs = [(tmp_path / f"{index}.txt").open("w+") for index in range(2)]
+    processes = [
+        subprocess.Popen(
+            [*command, "--distributed", f"localhost:{port},2,{index}"],
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        for index, log in enumerate(logs)
+    ]
+    codes = [process.wait(timeout=300) for process in processes]
+    said = [(tmp_path / f"{index}.txt").read_text() for index in range(2)]
+    assert codes == [0, 0], said
+    assert "after 2 steps" in said[0] and "wrote" not in said[1]
+    assert (
+        cli.main(
+            ["train", "--config", str(file), "--devices", "2", "--output", str(tmp_path / "one")]
+        )
+        == 0
+    )
+    two, one = (lsg_flax.from_pretrained(tmp_path / name)[1] for name in ("two", "one"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), two, one)

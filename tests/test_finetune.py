@@ -1,0 +1,239 @@
+"""Files to a trained checkpoint: every task end to end, resuming, meshes, and what is refused."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from golden_data import GOLDEN
+from tiny_run import PLAIN, save_tiny, write
+
+import lsg_flax
+from lsg_flax import hub
+from lsg_flax.finetune import finetune
+from lsg_flax.finetune_settings import SCORES, Settings, read_settings
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def settings_of(tiny, folder, kind: str = "single_label_classification", **options) -> Settings:
+    """Two files of that kind, and a short run on one device."""
+    classifies = kind in ("single_label_classification", "regression") or "multi_label" in kind
+    values = {
+        "model": tiny,
+        "task": "sequence_classification" if classifies else kind,
+        "train_data": write(folder, kind),
+        "eval_data": write(folder, kind, rows=10, seed=1, name="eval.jsonl"),
+        "output": folder / "out",
+        "cache": folder / "cache",
+        "steps": 4,
+        "evaluate_every": 2,
+        "learning_rate": 1e-3,
+        "devices": 1,
+        "stride": 4,
+    }
+    values |= {"problem_type": kind} if classifies else {}
+    return read_settings(None, values | options)
+
+
+def run(settings: Settings):
+    return finetune(settings, progress=False)
+
+
+@pytest.mark.parametrize("kind", SCORES)
+def test_every_task_from_files_to_a_checkpoint(tiny, tmp_path, kind):
+    settings = settings_of(tiny, tmp_path, kind)
+    result = run(settings)
+    assert result.step == 4 and [record["step"] for record in result.history] == [1, 2, 3, 4]
+    assert set(result.scores) == {"eval_loss", *(f"eval_{name}" for name in SCORES[kind])}
+    assert np.isfinite(list(result.scores.values())).all()
+    model, params = lsg_flax.from_pretrained(settings.output)
+    assert model.task == settings.task
+    jax.tree.map(np.testing.assert_array_equal, params, result.params)
+    tokenizer = hub.read_tokenizer(result.output)
+    assert tokenizer is not None and tokenizer.model_max_length == 16
+    lines = (result.output / "log" / "metrics.jsonl").read_text().splitlines()
+    losses = {r["step"]: r["eval_loss"] for r in map(json.loads, lines) if "eval_loss" in r}
+    assert list(losses) == [2, 4] and result.best == min(
+        losses, key=lambda step: (losses[step], -step)
+    )
+    best = lsg_flax.from_pretrained(result.output / "best")[1]
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), best, params)
+    assert all(jax.tree.leaves(same)) == (result.best == 4)
+
+
+def test_a_classifier_learns_and_is_trained_further(tiny, tmp_path):
+    """Broken rows are skipped on request, labels keep the order given, also in a further run."""
+    names, files = ("red", "blue"), (tmp_path / "train.jsonl", tmp_path / "held_out.jsonl")
+    words = {"w7 w8": "red", "w20 w21": "blue"}
+    data = [{"text": word, "label": label} for word, label in words.items()]
+    for file, count in zip(files, (16, 4), strict=True):
+        file.write_text("".join(json.dumps(line) + "\n" for line in data * count) + "{broken\n")
+    options = {"learning_rate": 1e-2, "steps": 40, "best": "eval_accuracy", "evaluate_every": 20}
+    options |= {"labels": list(names), "on_error": "skip"}
+    settings = settings_of(tiny, tmp_path, **options)
+    settings = dataclasses.replace(settings, train_data=str(files[0]), eval_data=str(files[1]))
+    files[0].write_text("".join(json.dumps(line) + "\n" for line in data * 16) + "{broken\n")
+    with pytest.warns(UserWarning, match=r"1 broken rows.*train.jsonl:33"):
+        result = run(settings)
+    assert result.model.config.labels == names  # sorted, they would be turned
+    assert result.scores["eval_accuracy"] == 1.0
+    classify = lsg_flax.pipeline("text-classification", model=str(result.output / "best"))
+    assert [answer["label"] for answer in classify(list(words))] == list(names)
+    further = {"model": str(result.output), "output": str(tmp_path / "further"), "labels": None}
+    further |= {"steps": 1, "learning_rate": 0.0, "eval_data": None, "best": None}
+    with pytest.warns(UserWarning, match="broken rows"):
+        second = run(dataclasses.replace(settings, **further, evaluate_every=None))
+    assert second.model.config.labels == names and second.best is None and second.scores == {}
+    jax.tree.map(np.testing.assert_array_equal, second.params, result.params)
+
+
+def without_the_end(folder):
+    """What a kill after the save of step 2 would have left."""
+    for place in (folder / "checkpoints" / "4", folder / "best"):
+        shutil.rmtree(place)
+    for file in (hub.CONFIG, hub.WEIGHTS):
+        (folder / file).unlink()
+
+
+def test_the_same_command_goes_on_bit_for_bit(tiny, tmp_path):
+    settings = settings_of(tiny, tmp_path, accumulate=2)
+    whole = run(settings)
+    weights = (whole.output / hub.WEIGHTS).read_bytes()
+    best = (whole.output / "best" / hub.WEIGHTS).read_bytes()
+    without_the_end(whole.output)
+    rest = run(dataclasses.replace(settings, keep=3))  # how it is kept may change
+    assert [record["step"] for record in rest.history] == [3, 4]
+    losses = [[r["loss"] for r in history] for history in (whole.history[2:], rest.history)]
+    assert losses[0] == losses[1] and rest.scores == whole.scores and rest.best == whole.best
+    assert (rest.output / hub.WEIGHTS).read_bytes() == weights
+    assert (rest.output / "best" / hub.WEIGHTS).read_bytes() == best
+    again = run(settings)  # nothing left to do
+    assert again.history == [] and again.scores == pytest.approx(whole.scores, abs=1e-6)
+    other = dataclasses.replace(settings, learning_rate=2e-3, seed=5)
+    with pytest.raises(ValueError, match=r"learning_rate: 0.001 there, 0.002 here; seed: 0 there"):
+        run(other)
+    write(tmp_path, "single_label_classification", seed=7)
+    with pytest.raises(ValueError, match="contents_of_train_data"):
+        run(settings)
+
+
+def test_a_mesh_trains_as_one_device(tiny, tmp_path):
+    alone = settings_of(tiny, tmp_path, steps=2, save_every=2)
+    cut = {"data": 2, "fsdp": 2, "tensor": 2}
+    cut = dataclasses.replace(alone, devices=None, mesh=cut, output=str(tmp_path / "cut"))
+    one, many = run(alone), run(cut)
+    pairs = zip(one.history, many.history, strict=True)
+    assert all(a["loss"] == pytest.approx(b["loss"], abs=1e-5) for a, b in pairs)
+    assert many.scores == pytest.approx(one.scores, abs=1e-4)
+
+
+def test_a_plain_model_is_converted_and_only_its_globals_learn(tmp_path):
+    options = {"max_length": 640, "convert": True, "lsg": {"num_global_tokens": 3}, "steps": 2}
+    options |= {"train_only": "global_tokens_and_head", "eval_data": None, "evaluate_every": None}
+    with pytest.warns(UserWarning, match="drawn from seed"):
+        result = run(settings_of(PLAIN, tmp_path, **options))
+    assert result.model.config.lsg.num_global_tokens == 3 and result.model.max_length == 640
+    before = lsg_flax.convert_checkpoint(
+        PLAIN, max_sequence_length=640, num_global_tokens=3, task="base"
+    )[1]
+    moved = jax.tree.map(
+        lambda a, b: bool((a != b).any()), before["encoder"], result.params["encoder"]
+    )
+    table = moved["embeddings"].pop("global_embeddings")
+    assert table["embedding"] and not any(jax.tree.leaves(moved))
+    again = hub.read_tokenizer(result.output)
+    assert again.model_max_length == 640
+
+
+def test_yaml_and_flags_make_settings(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "model: tiny\ntask: masked_lm\ntrain_data: [a.txt, b.txt]\noutput: out\n"
+        "learning_rate: 1e-4\nmesh: {data: 2, fsdp: 2}\nlsg: {block_size: 64}\n"
+    )
+    read = read_settings(file, {"batch_size": 4, "mesh": {"data": 4}, "model": tmp_path})
+    assert read == Settings(
+        model=str(tmp_path),
+        task="masked_lm",
+        train_data=("a.txt", "b.txt"),
+        output="out",
+        learning_rate=0.0001,
+        mesh={"data": 4, "fsdp": 2},
+        lsg={"block_size": 64},
+        batch_size=4,
+    )
+
+
+YAML = {
+    "learning_rat: 1": "'learning_rat' is unknown; did you mean 'learning_rate'",
+    "columns: {txt: body}": "columns: 'txt' is unknown; did you mean 'text'",
+    "mesh: {model: 2}": "mesh: 'model' is unknown; Known are data, fsdp, tensor, sequence",
+    "lsg: {blocksize: 2}": "did you mean 'block_size'",
+    "batch_size: 8.5": "batch_size=8.5 must be a whole number",
+    "batch_size: 0": "batch_size=0 must be at least 1",
+    "learning_rate: fast": "learning_rate='fast' must be a number",
+    "pack: 'no'": "pack='no' must be true or false",
+    "labels: []": "labels=.* must be a list of at least one",
+    "mesh: 8": "mesh=8 must be a mapping",
+    "remat: some": "remat='some' must be one of none, full, dots",
+    "{epochs: 1, steps: 2}": "epochs=1 and steps=2: give one",
+    "{batch_size: 6, accumulate: 4}": "batch_size=6 is no multiple of accumulate=4",
+    "{train_only: head, frozen: x}": "give one of them",
+    "warmup: 100": "warmup=100.0 is a share",
+    "best: eval_f1": "best='eval_f1' needs eval_data",
+    "{eval_data: x, best: eval_f1}": "eval_f1' is none of the scores of masked_lm: eval_loss, eval",
+    "{eval_data: x, evaluate_every: 10, save_every: 4}": "must be a multiple of save_every=4",
+    "- model": "must hold lines such as",
+    "a: b: c": "not valid YAML",
+}
+
+
+@pytest.mark.parametrize("text", YAML)
+def test_wrong_settings_are_named(tmp_path, text):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    given = {"model": "m", "task": "masked_lm", "train_data": "a.txt", "output": "o"}
+    with pytest.raises(ValueError, match=YAML[text]):
+        read_settings(file, given)
+
+
+def test_missing_settings_are_named(tmp_path):
+    with pytest.raises(ValueError, match="train_data, output, task must be given as flags or"):
+        read_settings(None, {"model": "m"})
+    with pytest.raises(FileNotFoundError, match=r"none.yaml is no file"):
+        read_settings(tmp_path / "none.yaml")
+
+
+def test_what_does_not_fit_is_refused_before_training(tiny, tmp_path):
+    settings = settings_of(tiny, tmp_path)
+    file = tmp_path / "odd.jsonl"
+    file.write_text('{"text": "w5", "label": "low"}\n{"text": \n{"text": "w5", "label": "odd"}\n')
+    wrong = {
+        "max_length": (17, r"reads 16 tokens; set convert \(--convert\)"),
+        "devices": (9, "devices=9, but there are 8"),
+        "mesh": ({"data": 3}, "mesh of data=3.* does not fit 1 devices"),
+        "train_data": (str(tmp_path / "none.jsonl"), "none.jsonl"),
+        "eval_data": (str(file), r"odd.jsonl:2: not a row of JSON.*on_error='skip'"),
+        "output": (str(GOLDEN / "bert_base"), "holds a model that this run has not made"),
+        "model": (str(GOLDEN / "bert_base"), "has no tokenizer"),
+        "buckets": ((4, 8), "add a bucket"),
+    }
+    for name, (value, message) in wrong.items():
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            run(dataclasses.replace(settings, **{name: value}))
+    file.write_text('{"text": "w5", "label": "odd"}\n')
+    with pytest.raises(ValueError, match=r"odd.jsonl:1: label 'odd' is none of the 2 labels"):
+        run(dataclasses.replace(settings, eval_data=str(file)))
+    with pytest.raises(ValueError, match=r"batch_size gives 8 rows of 16 tokens.*multiple of 3"):
+        run(dataclasses.replace(settings, devices=3))
+    with pytest.raises(ValueError, match=r"over sequence=8 devices give each 1 blocks"):
+        run(dataclasses.replace(settings, devices=8, mesh={"sequence": 8}))
+    with pytest.raises(ValueError, match="full attention and no global tokens"):
+        run(dataclasses.replace(settings, model=str(PLAIN), train_only="global_tokens_and_head"))
+    assert not (tmp_path / "out").exists()
