@@ -148,15 +148,15 @@ def convert_checkpoint(
     root = resolve(source)
     modules = read_modules(root)
     folder = modules[0][1] if modules else root
-    model, params = from_pretrained(folder, task, check=check)
+    names = {f.name for f in fields(LSGConfig)}
+    chosen = {name: lsg_overrides.pop(name) for name in names & lsg_overrides.keys()}
+    model, params = from_pretrained(folder, task, check=check, **lsg_overrides)
     if modules and task is None and model.task != "base":
         warnings.warn(
             f"the {model.task} model is saved without the {MODULES} of {root}; pass task='base' "
             "for an embedding model.",
             stacklevel=2,
         )
-    names = {f.name for f in fields(LSGConfig)}
-    chosen = {name: lsg_overrides.pop(name) for name in names & lsg_overrides.keys()}
     tokenizer = read_tokenizer(folder)
     options = LSGOptions(
         max_sequence_length,
@@ -168,7 +168,6 @@ def convert_checkpoint(
         seed,
     )
     model, params = make_lsg(model, params, tokenizer, options=options, pattern=chosen)
-    model = model.clone(config=model.config.with_overrides(**lsg_overrides))
     if target is not None:
         with written_aside(pathlib.Path(target)) as aside:
             save_pretrained(aside, model, params, tokenizer)

@@ -451,3 +451,13 @@ def test_dense_models_may_be_built_without_files():
     values = hub.config_values(lsg_flax.Model(config, "token_classification"))
     assert values["architectures"] == ["LSGBertForTokenClassification"]
     assert values["auto_map"]["AutoModelForMaskedLM"] == "modeling_lsg_bert.LSGBertForMaskedLM"
+
+
+@pytest.mark.filterwarnings("ignore:weights for task")
+def test_conversion_draws_a_head_for_the_labels_it_is_given():
+    labels = ("one", "two", "three")
+    model, params = lsg_flax.convert_checkpoint(
+        GOLDEN / "bert_to_convert_512", task="sequence_classification", labels=labels
+    )
+    assert model.config.labels == labels
+    assert params["head"]["classifier"]["kernel"].shape[-1] == 3
