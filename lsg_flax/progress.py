@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pathlib
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -216,4 +217,5 @@ def _summary_writer(folder: Any, first: int) -> Any:
         raise ImportError(
             "tensorboard=True needs the package tensorboardX: pip install 'lsg-flax[tensorboard]'."
         ) from error
-    return SummaryWriter(str(folder), purge_step=first + 1)
+    # Files are named by the second: a run that goes on at once must not replace its own file.
+    return SummaryWriter(str(folder), purge_step=first + 1, filename_suffix=f".{uuid.uuid4().hex}")
