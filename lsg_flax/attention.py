@@ -87,24 +87,21 @@ def lsg_attention(
         )
     inputs = _checked(query, key, value, mask, config, global_tokens)
     split = config.num_global_tokens if global_tokens == "prepended" else 0
-    attend: Any = attend_features_first
-    if sharding.sequence_shards() > 1:
-        attend = functools.partial(_attend_sharded, split=split)
-    context = attend(
-        _features_first(inputs.query),
-        _features_first(inputs.key),
-        _features_first(inputs.value),
-        inputs.mask,
+    attend: Any = functools.partial(
+        attend_features_first,
         config=config,
         causal=causal,
         global_tokens=global_tokens,
         dropout_rate=dropout_rate,
-        dropout_key=dropout_key,
-        lsh_key=lsh_key,
-        lsh_rotations=lsh_rotations,
         blocks_per_step=blocks_per_step,
     )
-    return _tokens_first(context)
+    arrays = (*map(_features_first, inputs[:3]), inputs.mask)
+    random = {"dropout_key": dropout_key, "lsh_key": lsh_key, "lsh_rotations": lsh_rotations}
+    shards = sharding.sequence_shards()
+    if shards == 1:
+        return _tokens_first(attend(*arrays, **random))
+    extra = config.needs_padding(inputs.mask.shape[1] - split, shards)
+    return _tokens_first(_over_shards(attend, arrays, random, split=split, extra=extra))
 
 
 def attend_features_first(
@@ -179,26 +176,22 @@ def _full_over_shards(query, source: Source, split: int, dropout: "_Dropout", ax
     return halo.combined(*parts, axis)
 
 
-def _attend_sharded(query, key, value, mask, *, split: int, config: LSGConfig, **options: Any):
-    """`attend_features_first` of a whole sequence, in shards over the ambient mesh: the globals go
-    to each of them."""
-    length = query.shape[-1] - split
-    extra = config.needs_padding(length, sharding.sequence_shards())
-    arrays = tuple(blocked.pad(x, 0, extra) for x in (query, key, value, mask))
+def _over_shards(attend, arrays, random: dict[str, Any], *, split: int, extra: int):
+    """`attend` of a whole sequence and `extra` padding, in shards over the ambient mesh: the
+    globals go to each of them."""
+    length = arrays[0].shape[-1]
+    arrays = tuple(blocked.pad(x, 0, extra) for x in arrays)
     first, own = (
         tuple(x[..., part] for x in arrays) for part in (slice(split), slice(split, None))
     )
-    random = {name: options.pop(name) for name in ("dropout_key", "lsh_key", "lsh_rotations")}
 
     def of_shard(first, own, random):
         whole = (jnp.concatenate(pair, axis=-1) for pair in zip(first, own, strict=True))
-        context = attend_features_first(
-            *whole, config=config, sequence_axis=sharding.SEQUENCE, **random, **options
-        )
+        context = attend(*whole, sequence_axis=sharding.SEQUENCE, **random)
         return context[..., :split], context[..., split:]
 
     run = sharding.over_sequence(of_shard, in_axes=(None, (3, 3, 3, 1), None), out_axes=(None, 3))
-    return jnp.concatenate(run(first, own, random), axis=-1)[..., : split + length]
+    return jnp.concatenate(run(first, own, random), axis=-1)[..., :length]
 
 
 def lsg_attention_reference(
@@ -489,33 +482,24 @@ def _block_rows(
     mask = tokens.mask
     if global_tokens == "first_token":
         mask = mask & ~_is_first_token(mask, axis)  # seen once, as the global
-    halos = _Halos(0, 0) if axis is None else _Halos(block, config.sparse_halo)
-    sources = [
-        _extended(Source(tokens.key, tokens.value, mask[:, None]), halos.tokens, causal, axis)
-    ]
-    start = halos.tokens - block
-    windows = [Window(0, start, block, (2 if causal else 3) * block, causal=causal)]
+    local = Source(tokens.key, tokens.value, mask[:, None])
+    sources = [_extended(local, block, causal, axis)]
+    windows = [Window(0, 0, block, (2 if causal else 3) * block, causal=causal)]
     if config.is_sparse:
-        step = config.sparse_step
+        step, halo_size = config.sparse_step, config.sparse_halo
         chosen = Source(*_representatives(tokens, config, global_tokens, rotations, axis))
-        sources.append(_extended(chosen, halos.sparse, causal, axis))
-        windows.append(Window(1, halos.sparse - step - wide, step, wide))
+        sources.append(_extended(chosen, halo_size, causal, axis))
+        windows.append(Window(1, 0, step, wide))
         if not causal:
-            windows.append(Window(1, halos.sparse + _right_offset(config), step, wide))
+            windows.append(Window(1, halo_size + _right_offset(config), step, wide))
     spec = Spec(block, tuple(windows), False, blocks_per_step or 0, dropout.rate)
     globals_ = None if global_tokens == "none" else shared
     context = blocked.attend(_scaled(tokens.query), tuple(sources), globals_, spec, dropout.key)
     return context[..., :length]
 
 
-class _Halos(NamedTuple):
-    """How many keys of its neighbours a shard sees on either side: tokens and representatives."""
-
-    tokens: int
-    sparse: int
-
-
 def _extended(source: Source, size: int, causal: bool, axis: str | None) -> Source:
+    """A source between the `size` keys in front of it and, if they may be seen, those behind."""
     after = 0 if causal else size
     return Source(*(halo.extended(x, size, after, axis) for x in source))
 

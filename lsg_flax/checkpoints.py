@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint.utils import checkpoint_steps
 
-from lsg_flax.files import read_json
+from lsg_flax.files import differences, read_json
 
 Mode = Literal["max", "min"]
 
@@ -245,12 +245,12 @@ def check_settings(path: str | os.PathLike, settings: dict[str, Any]) -> None:
     file = pathlib.Path(path) / "run.json"
     wanted = json.loads(json.dumps(settings))  # tuples are lists in JSON
     if file.exists():
-        saved, wanted = _flat(read_json(file)), _flat(wanted)
         missing = "(not set)"
         different = [
-            f"{name}: {saved.get(name, missing)} there, {wanted.get(name, missing)} here"
-            for name in sorted(saved.keys() | wanted.keys())
-            if saved.get(name, missing) != wanted.get(name, missing)
+            "{}: {} there, {} here".format(
+                path, *(value if value is missing else json.dumps(value) for value in values)
+            )
+            for path, *values in differences(read_json(file), wanted, missing)
         ]
         if different:
             raise ValueError(
@@ -267,17 +267,6 @@ def check_settings(path: str | os.PathLike, settings: dict[str, Any]) -> None:
         aside = file.with_name(f".run-{uuid.uuid4().hex}.json")
         aside.write_text(json.dumps(wanted, indent=2) + "\n")
         os.replace(aside, file)
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, str]:
-    """{"optimizer.learning_rate": "0.1"}; leaves as JSON."""
-    if not isinstance(tree, dict) or not tree:
-        return {prefix.removesuffix("."): json.dumps(tree)}
-    return {
-        name: leaf
-        for key, value in tree.items()
-        for name, leaf in _flat(value, f"{prefix}{key}.").items()
-    }
 
 
 def _absolute(path: str | os.PathLike) -> str:

@@ -33,6 +33,18 @@ def write_json(folder: pathlib.Path, files: dict[str, Any]) -> None:
         (folder / name).write_text(json.dumps(values, indent=2) + "\n")
 
 
+def differences(before: Any, now: Any, missing: Any = None) -> list[tuple[str, Any, Any]]:
+    """Where two trees of dicts differ: path such as "optimizer.seed", value before, value now;
+    `missing` stands for one that is not there."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return [] if before == now else [("", before, now)]
+    return [
+        (f"{key}.{path}".rstrip("."), *values)
+        for key in sorted(before.keys() | now.keys())
+        for path, *values in differences(before.get(key, missing), now.get(key, missing), missing)
+    ]
+
+
 @contextlib.contextmanager
 def written_aside(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A temporary folder whose files move to `path` if all goes well, and vanish if not."""

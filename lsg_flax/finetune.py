@@ -378,14 +378,13 @@ def _save(folder: pathlib.Path, model: Model, params: Params, tokenizer: Any) ->
     """Writes a checkpoint, by the first process; all of them give their shards."""
     first = jax.process_index() == 0
     if jax.process_count() > 1:  # one after the other, and the others keep nothing
-        params = jax.tree.map(
-            lambda leaf: _whole(leaf) if first else [_whole(leaf), None][1], params
-        )
+        params = jax.tree.map(functools.partial(_gathered, kept=first), params)
     if first:
         hub.save_pretrained(folder, model, params, tokenizer)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"saved {folder}")
 
 
-def _whole(leaf: Any) -> np.ndarray:
-    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+def _gathered(leaf: Any, *, kept: bool) -> np.ndarray | None:
+    whole = multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(whole) if kept else None

@@ -2,7 +2,7 @@
 edges, what the first shard has, and attention to all keys at once.
 
 Every shard holds whole blocks of tokens, in order along a mesh axis. With `axis=None` there is one
-shard, which needs nothing.
+shard, without neighbours.
 
 Axes: B batch, N heads, H head width, T tokens of a shard, Q queries.
 """
@@ -17,7 +17,7 @@ def extended(x: Shaped[Array, "*A T"], before: int, after: int, axis: str | None
     """The tokens of a shard between the last `before` of the shard in front and the first `after`
     of the one behind; zeros (False) where there is none."""
     if axis is None:
-        return x
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(before, after)])
     last = lax.axis_size(axis) - 1
     parts = [x]
     if before:

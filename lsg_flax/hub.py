@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import warnings
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -35,6 +36,8 @@ from lsg_flax.to_lsg import LSGOptions, to_lsg
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+# safetensors' names of dtypes
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _HUB_FILES = ["*.json", "*.safetensors", "pytorch_model*.bin", "*.txt", "*.model"]
 
 
@@ -76,13 +79,8 @@ def from_pretrained(
     folder = resolve(path_or_id)
     values = read_config(folder)
     config = EncoderConfig.from_dict(values).with_overrides(**config_overrides)
-    task = task or _task_of(values, config)
-    family_of(config.model_type).head(task)
-    if task == "causal_lm" and not config.is_decoder:
-        config = replace(config, is_decoder=True)
-    if task == "question_answering":  # PyTorch's classes count start and end as labels
-        config = config.with_overrides(num_labels=2)
-    model = Model(config, task, dtype=dtype, param_dtype=param_dtype)
+    task = task or task_of(values, config)
+    model = Model(config_for(task, config), task, dtype=dtype, param_dtype=param_dtype)
     place = None if mesh is None else functools.partial(_place, mesh)
     params = params_from_torch(open_tensors(folder), model, place)
     if check:
@@ -209,8 +207,11 @@ def make_lsg(
     return model.clone(config=config), params
 
 
-def resolve(path_or_id: str | os.PathLike) -> pathlib.Path:
+def resolve(path_or_id: str | os.PathLike, files: Sequence[str] = _HUB_FILES) -> pathlib.Path:
     """The local folder of a checkpoint, downloaded from the hub if it is not one already.
+
+    Args:
+        files: patterns of what to download.
 
     Raises:
         FileNotFoundError: if there is neither such a folder nor such a repository.
@@ -228,7 +229,7 @@ def resolve(path_or_id: str | os.PathLike) -> pathlib.Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
+        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=list(files)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"{name} is neither a local folder nor a repository that the hub gave us: {error}"
@@ -288,7 +289,26 @@ def config_values(model: Model, tensors: dict[str, np.ndarray] | None = None) ->
     return values
 
 
-def _task_of(values: dict[str, Any], config: EncoderConfig) -> Task:
+def config_for(task: Task, config: EncoderConfig) -> EncoderConfig:
+    """The config as a model of the task has it.
+
+    Raises:
+        ValueError: if the family has no such head.
+    """
+    family_of(config.model_type).head(task)
+    if task == "causal_lm":
+        config = replace(config, is_decoder=True)
+    if task == "question_answering":  # PyTorch's classes count start and end as labels
+        config = config.with_overrides(num_labels=2)
+    return config
+
+
+def task_of(values: dict[str, Any], config: EncoderConfig) -> Task:
+    """The task that `architectures` in config.json names; the base model's where there is none.
+
+    Raises:
+        ValueError: for the name of another class.
+    """
     family = family_of(config.model_type)
     architectures = values.get("architectures") or [family.class_name("base", lsg=False)]
     if isinstance(architectures, str):  # as the reference's converter leaves it in memory
@@ -314,8 +334,10 @@ class StoredTensor:
     def __init__(self, stored: Any):
         self._stored = stored
         self.shape = tuple(stored.get_shape())
+        self.dtype = _DTYPES.get(stored.get_dtype(), str(stored.get_dtype()))
 
     def __getitem__(self, index) -> np.ndarray:
+        """Reads a part."""
         return self._stored[index]
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:

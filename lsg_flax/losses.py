@@ -107,7 +107,8 @@ def problem_type(config: EncoderConfig, labels: Array) -> str:
     return "single_label_classification" if integers else "multi_label_classification"
 
 
-def _targets(model: Model) -> tuple[Target, ...]:
+def targets_of(model: Model) -> tuple[Target, ...]:
+    """The terms of the task's loss; raises ValueError for a task without one."""
     loss = _loss_of(model)
     if loss not in TARGETS:
         heads = family_of(model.config.model_type).heads
@@ -142,7 +143,7 @@ def apply_model(model: Model, params: Params, batch: Batch, key) -> Any:
 def target_sums(model: Model, output: Any, batch: Batch) -> list[Float[Array, ""]]:
     """Per target, the sum of the losses of the labels that count, from the model's output."""
     sums = []
-    for target, labels in zip(_targets(model), _labels(model, batch), strict=True):
+    for target, labels in zip(targets_of(model), _labels(model, batch), strict=True):
         logits = getattr(output, target.output).astype(jnp.float32)
         floats = jnp.issubdtype(labels.dtype, jnp.floating)
         binary = _loss_of(model) == "discriminator"
@@ -168,7 +169,7 @@ def _labels(model: Model, batch: Batch) -> list[Array]:
     """Per target, the labels as the loss takes them: of the shape of the logits and floating for
     regression and multi-label, else integers without the last axis of the logits, -100 where
     nothing counts."""
-    wanted = [target.labels for target in _targets(model)]
+    wanted = [target.labels for target in targets_of(model)]
     missing, unknown = sorted({*wanted} - {*batch}), sorted({*batch} - {*wanted, *INPUTS})
     if missing or unknown:
         raise ValueError(
@@ -212,7 +213,7 @@ def target_counts(model: Model, batch: Batch) -> list[Float[Array, ""]]:
 def weighted_mean(model: Model, sums, counts) -> Float[Array, ""]:
     """The loss from each target's sum and count; a count of 0 gives 0."""
     loss = jnp.float32(0.0)
-    for target, total, count in zip(_targets(model), sums, counts, strict=True):
+    for target, total, count in zip(targets_of(model), sums, counts, strict=True):
         loss += target.weight * total / jnp.maximum(count, 1.0)
     return loss
 

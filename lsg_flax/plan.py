@@ -33,7 +33,7 @@ from lsg_flax.models.encoder import Remat
 from lsg_flax.models.families import family_of
 from lsg_flax.models.heads import Task
 from lsg_flax.models.model import Model
-from lsg_flax.sentence_files import read_modules
+from lsg_flax.sentence_files import MODULES, read_modules
 
 Mode = Literal["train", "inference"]
 Attention = Literal["lsg", "full"]
@@ -281,10 +281,9 @@ def planned_model(settings: PlanSettings) -> tuple[Model, PlanSettings, list[str
     """
     values = _read_config(settings.source)
     config = EncoderConfig.from_dict(values)
-    task = settings.task or hub._task_of(values, config)
-    family = family_of(config.model_type)
-    family.head(task)
-    reads = config.max_position_embeddings - family.position_offset
+    task = settings.task or hub.task_of(values, config)
+    config = hub.config_for(task, config)
+    reads = Model(config, task).max_length
     length = settings.max_length
     if length is None:
         length = reads if config.lsg else DEFAULT_LENGTH
@@ -300,12 +299,8 @@ def planned_model(settings: PlanSettings) -> tuple[Model, PlanSettings, list[str
         config = dataclasses.replace(config, lsg=dataclasses.replace(pattern, **settings.lsg))
     if length > reads:
         notes.append(f"as converted to {length:,} tokens; the checkpoint reads {reads:,}")
-        positions = length + family.position_offset
+        positions = length + family_of(config.model_type).position_offset
         config = dataclasses.replace(config, max_position_embeddings=positions)
-    if task == "causal_lm":
-        config = dataclasses.replace(config, is_decoder=True)
-    if task == "question_answering":
-        config = config.with_overrides(num_labels=2)
     model = Model(
         config,
         task,
@@ -323,23 +318,9 @@ def _read_config(source: str) -> dict[str, Any]:
         values = read_json(path)
         family_of(values.get("model_type", "<none>"))
         return values
-    if not path.is_dir() and source.count("/") <= 1 and not source.startswith((".", "/", "~")):
-        return hub.read_config(_config_folder(source))
-    folder = hub.resolve(source)
+    folder = hub.resolve(source, files=[f"*{hub.CONFIG}", MODULES])
     modules = read_modules(folder)
     return hub.read_config(modules[0][1] if modules else folder)
-
-
-def _config_folder(name: str) -> pathlib.Path:
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return pathlib.Path(huggingface_hub.hf_hub_download(name, hub.CONFIG)).parent
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"{name} is no folder, no config.json and no repository that the hub gave us: {error}"
-        ) from error
 
 
 # The program
@@ -385,7 +366,7 @@ def abstract_batch(model: Model, settings: PlanSettings) -> dict[str, jax.ShapeD
     names += ["token_type_ids"] if model.config.type_vocab_size > 1 else []
     shapes: dict[str, tuple[tuple[int, ...], Any]] = dict.fromkeys(names, (tokens, np.int32))
     if settings.mode == "train":
-        for target in losses._targets(model):
+        for target in losses.targets_of(model):
             shapes[target.labels] = _label_shape(model, target.labels, rows, tokens)
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
 

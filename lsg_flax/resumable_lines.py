@@ -18,6 +18,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import filelock
 import numpy as np
 
+from lsg_flax.files import differences
+
 Unfinished = Literal["continue", "replace"]
 
 
@@ -168,7 +170,10 @@ class ResumableLines:
             return start
         settings, *entries = self._read_journal()
         last = {**start, **(entries[-1] if entries else {})}
-        changes = _differences(settings, self._settings)
+        changes = [
+            f"{path}: it was {before!r} and is {now!r}"
+            for path, before, now in differences(settings, self._settings)
+        ]
         if changes:
             raise ValueError(self._foreign("\n  ".join(["these settings differ:", *changes])))
         renamed = last.pop("complete", False) and not self.partial.exists()
@@ -267,12 +272,3 @@ def _sync_folder(folder: pathlib.Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _differences(before: Any, now: Any, path: str = "") -> list[str]:
-    """One line for each value that is another one."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = list(dict.fromkeys([*before, *now]))
-        parts = [_differences(before.get(k), now.get(k), f"{path}.{k}".strip(".")) for k in keys]
-        return [line for part in parts for line in part]
-    return [] if before == now else [f"{path}: it was {before!r} and is {now!r}"]

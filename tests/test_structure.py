@@ -67,7 +67,7 @@ MAY_IMPORT = {
         *("training", "inference", "chips", "hlo_report"),
     },
     "plan_search": {"plan", "models", "hlo_report"},
-    "resumable_lines": set(),
+    "resumable_lines": {"files"},
     "inference": {*FILES, "hub", "data", "sharding", "resumable_lines"},
     "export": {*FILES, "files", "inference"},
     "embeddings": {*FILES, "files", "sentence_files", "hub", "inference"},

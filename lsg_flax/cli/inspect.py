@@ -7,9 +7,8 @@ import pathlib
 import re
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, NamedTuple
+from typing import Any
 
-import safetensors
 from rich.table import Table
 
 import lsg_flax
@@ -17,9 +16,6 @@ from lsg_flax import hub
 from lsg_flax.cli.shared import add_command, console, pattern_in_words
 from lsg_flax.config import EncoderConfig
 from lsg_flax.models.families import family_of
-
-# safetensors' names of dtypes
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 _DESCRIPTION = """Show the config and the tensors of a checkpoint: plain, LSG, or saved by lsg_flax.
 
@@ -42,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     folder = hub.resolve(arguments.path)
     values = hub.read_config(folder)
     config = EncoderConfig.from_dict(values)
-    tensors = _stored_tensors(folder)
+    tensors = hub.open_tensors(folder)
     out = console()
     out.print(_config_table(folder, values, config))
     if config.lsg:
@@ -54,47 +50,12 @@ def run(arguments: argparse.Namespace) -> None:
         out.print(f"checked: the weights fit a {model.task} model and are finite")
 
 
-class _Stored(NamedTuple):
-    """A tensor in a file."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-
-def _stored_tensors(folder: pathlib.Path) -> dict[str, _Stored]:
-    """Shapes and dtypes by name: from the headers of safetensors files, otherwise by reading."""
-    if (folder / hub.WEIGHTS).exists():
-        return _header(folder / hub.WEIGHTS)
-    if (folder / hub.INDEX).exists():
-        stored: dict[str, _Stored] = {}
-        for shard in sorted(set(hub.read_index(folder, hub.INDEX).values())):
-            stored |= _header(folder / shard)
-        return stored
-    return {
-        name: _Stored(tensor.shape, str(tensor.dtype))
-        for name, tensor in hub.read_tensors(folder).items()
-    }
-
-
-def _header(file: pathlib.Path) -> dict[str, _Stored]:
-    try:
-        with safetensors.safe_open(file, framework="numpy") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            return {
-                name: _Stored(tuple(s.get_shape()), _DTYPES.get(s.get_dtype(), str(s.get_dtype())))
-                for name, s in slices.items()
-            }
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{file} is damaged or cut short ({error}); copy or download it again."
-        ) from error
-
-
 def _config_table(folder: pathlib.Path, values: Mapping[str, Any], config: EncoderConfig) -> Table:
     table = Table(title=f"config of {folder}", title_justify="left")
     table.add_column("field")
     table.add_column("value", overflow="fold")
     architectures = values.get("architectures") or ["none: loads as the base model"]
+    architectures = [architectures] if isinstance(architectures, str) else architectures
     table.add_row("architectures", ", ".join(architectures))
     table.add_row("tasks", ", ".join(family_of(config.model_type).heads))
     table.add_row("attention", "LSG" if config.lsg else "full")
@@ -117,23 +78,22 @@ def _shown(value: Any) -> str:
     return json.dumps(value) if isinstance(value, bool | None) else str(value)
 
 
-def _tensor_table(tensors: Mapping[str, _Stored]) -> Table:
+def _tensor_table(tensors: Mapping[str, Any]) -> Table:
     """One row for the tensors that differ by the layer's number only."""
-    rows: dict[tuple[str, _Stored], list[str]] = {}
+    rows: dict[tuple[str, tuple[int, ...], str], list[str]] = {}
     for name, stored in tensors.items():
         pattern = re.sub(r"\.(\d+)\.", ".*.", name, count=1)
-        rows.setdefault((pattern, stored), []).append(name)
+        rows.setdefault((pattern, tuple(stored.shape), str(stored.dtype)), []).append(name)
     table = Table(title=f"{len(tensors)} tensors", title_justify="left", show_footer=True)
     counts = [math.prod(stored.shape) for stored in tensors.values()]
     table.add_column("path (* is the layer)", "total", overflow="fold")
     table.add_column("shape")
-    table.add_column("dtype", ", ".join(sorted({stored.dtype for stored in tensors.values()})))
+    table.add_column("dtype", ", ".join(sorted({str(t.dtype) for t in tensors.values()})))
     table.add_column("parameters", f"{sum(counts):,}", justify="right")
-    for (pattern, stored), names in sorted(rows.items(), key=lambda row: _order(row[0][0])):
+    for (pattern, shape, dtype), names in sorted(rows.items(), key=lambda row: _order(row[0][0])):
         path = names[0] if len(names) == 1 else pattern
         layers = f"{len(names)} x " if len(names) > 1 else ""
-        count = len(names) * math.prod(stored.shape)
-        table.add_row(path, f"{layers}{list(stored.shape)}", stored.dtype, f"{count:,}")
+        table.add_row(path, f"{layers}{list(shape)}", dtype, f"{len(names) * math.prod(shape):,}")
     return table
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Int, Shaped
 from lsg_flax.data.cache import TokenizedDataset
 from lsg_flax.data.options import IGNORED
 from lsg_flax.data.order import Order, Part, Remainder, default_buckets
+from lsg_flax.files import differences
 
 _ENDLESS = 2**62  # batches; what `len` can say
 _MASKS, _EVAL_MASKS = range(2, 4)  # random numbers under the seed, beside those of the order
@@ -95,11 +96,9 @@ class TrainBatches(Iterator[Batch]):
         Raises:
             ValueError: if the state is of other data, batches or seed; the differences are listed.
         """
-        saved = state.get("stream", {})
         different = [
-            f"{name}: {saved.get(name)} in the state, {self._stream.get(name)} here"
-            for name in sorted(saved.keys() | self._stream.keys())
-            if saved.get(name) != self._stream.get(name)
+            f"{name}: {saved} in the state, {here} here"
+            for name, saved, here in differences(state.get("stream", {}), self._stream)
         ]
         if different:
             raise ValueError(
