@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 import lsg_flax
-from lsg_flax.embeddings import Embedder
+from lsg_flax.pipelines import Embedder
 
 SHORTEST, WINDOW, LONGEST = 1024, 512, 4096  # tokens
 OWN_LENGTH = 256  # MiniLM's max_seq_length

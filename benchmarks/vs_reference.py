@@ -42,7 +42,7 @@ def flax_step(folder: str, mode: str, length: int, *, full: bool, dropout: float
     import optax
 
     import lsg_flax
-    from lsg_flax.models.model import Model
+    from lsg_flax.models import Model
 
     rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     model, params = lsg_flax.from_pretrained(folder, **rates)
@@ -189,7 +189,7 @@ def make_checkpoint(folder: str, longest: int) -> None:
 
     import lsg_flax
     from lsg_flax.convert_from_torch import example_ids
-    from lsg_flax.models.model import Model
+    from lsg_flax.models import Model
 
     model = Model(lsg_flax.EncoderConfig.from_dict(MODEL | {"max_position_embeddings": longest}))
     params = model.init(jax.random.key(0), example_ids(model))["params"]

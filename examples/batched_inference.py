@@ -51,9 +51,9 @@ def main(arguments: list[str] | None = None):
     options = parse(arguments)
     if options.devices:  # JAX reads it when it starts
         os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={options.devices}"
-    from lsg_flax.export import export_model
-    from lsg_flax.inference import default_buckets
-    from lsg_flax.predict_files import ANSWERS, predict_file
+    from lsg_flax.buckets import default_buckets
+    from lsg_flax.inference import export_model
+    from lsg_flax.pipelines import ANSWERS, predict_file
     from lsg_flax.sharding import make_mesh
 
     model, params, tokenizer = load(options)

@@ -11,7 +11,8 @@ import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
-from lsg_flax.attention import LSGConfig, attention_pattern
+from lsg_flax import LSGConfig
+from lsg_flax.attention import attention_pattern
 
 KINDS = {"not seen": "white", "sparse": "#9ecae1", "local": "#3182bd", "global": "#e6550d"}
 

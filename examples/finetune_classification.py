@@ -13,7 +13,7 @@ import tempfile
 from finetune_data import parse, settings_of
 
 import lsg_flax
-from lsg_flax.finetune import Finetuned, finetune
+from lsg_flax.training import Finetuned, finetune
 
 AREAS = ("email", "asyncio", "unittest", "xml")
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from at_hand import minilm, write_jsonl
 
-from lsg_flax.finetune_settings import Settings
+from lsg_flax.training import Settings
 
 Rows = Callable[[Iterator[tuple[str, str]]], Iterator[dict[str, Any]]]
 MODULES = "email asyncio unittest xml http json logging concurrent urllib multiprocessing ctypes"

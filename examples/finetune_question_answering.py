@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from finetune_data import parse, settings_of
 
 import lsg_flax
-from lsg_flax.finetune import Finetuned, finetune
+from lsg_flax.training import Finetuned, finetune
 
 EXAMPLE = '''def half(number, digits):
     """Return half of a number, rounded."""

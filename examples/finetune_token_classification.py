@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from finetune_data import parse, settings_of
 
 import lsg_flax
-from lsg_flax.finetune import Finetuned, finetune
+from lsg_flax.training import Finetuned, finetune
 
 KINDS = {tokenize.NUMBER: "number", tokenize.STRING: "string", tokenize.COMMENT: "comment"}
 WORDS = 80  # of a row

@@ -26,7 +26,7 @@ from at_hand import spelling_bert, write_texts
 import lsg_flax
 from lsg_flax import hub, training
 from lsg_flax.data import DataOptions, TokenizedDataset, eval_batches, load_examples, train_batches
-from lsg_flax.metrics import evaluate
+from lsg_flax.training import evaluate
 
 Network = tuple[lsg_flax.Model, dict]
 

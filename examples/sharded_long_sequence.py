@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     import jax
 
     from lsg_flax import EncoderConfig, LSGConfig, Model, sharding, training
-    from lsg_flax.hlo_report import read_program
+    from lsg_flax.planning.hlo import read_program
 
     config = EncoderConfig(
         vocab_size=VOCABULARY,

@@ -23,7 +23,7 @@ from at_hand import minilm, sources, write_jsonl
 import lsg_flax
 from lsg_flax import hub, training
 from lsg_flax.data import DataOptions, eval_batches, load_examples, train_batches
-from lsg_flax.metrics import evaluate
+from lsg_flax.training import evaluate
 
 AREAS = ("email", "asyncio")
 

@@ -14,8 +14,8 @@ from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
-from lsg_flax.attention import GlobalTokens, lsg_attention
-from lsg_flax.config import LSGConfig
+from lsg_flax.attention import lsg_attention
+from lsg_flax.patterns import GlobalTokens, LSGConfig
 
 _MASK = (
     "LSG attention can only hide padding, the same keys from every query, and with causal=True "

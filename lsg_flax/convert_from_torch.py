@@ -1,7 +1,7 @@
 """Tensors of a PyTorch checkpoint <-> our parameters, by the families' key tables. Strict: every
 name is used, tied or ignored.
 
-This file knows names and shapes; files are hub.py's, and turning full attention into LSG is
+This file knows names and shapes; files are those of hub/, and turning full attention into LSG is
 to_lsg.py's.
 """
 
@@ -14,16 +14,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lsg_flax.config import EncoderConfig
-from lsg_flax.models.families import FAMILIES, family_of
-from lsg_flax.models.family import Family, Key, modern_name
-from lsg_flax.models.heads import Task
-from lsg_flax.models.model import Model
+from lsg_flax.models import (
+    FAMILIES,
+    EncoderConfig,
+    Family,
+    Key,
+    Model,
+    Params,
+    Task,
+    family_of,
+    modern_name,
+)
 
 HEAD_SEED = 0  # of head weights that a checkpoint does not have
 _LISTED = 12
-
-Params = dict[str, Any]
 
 
 Place = Callable[[str, Callable[[tuple[slice, ...]], np.ndarray], jax.ShapeDtypeStruct], jax.Array]

@@ -14,8 +14,8 @@ import pytest
 from golden_data import GOLDEN
 
 import lsg_flax
-from lsg_flax.attention import LSGConfig, full_attention, lsg_attention, lsg_attention_reference
-from lsg_flax.config import SPARSITY_TYPES
+from lsg_flax.attention import full_attention, lsg_attention, lsg_attention_reference
+from lsg_flax.patterns.config import SPARSITY_TYPES, LSGConfig
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 # (block_size, sparse_block_size, sparsity_factor)

@@ -12,8 +12,7 @@ import safetensors.numpy
 from golden_data import GOLDEN, load
 
 import lsg_flax
-from lsg_flax import cli, hub
-from lsg_flax.config import LSGConfig
+from lsg_flax import LSGConfig, cli, hub
 
 SOURCE, LSG_SOURCE = GOLDEN / "bert_to_convert_512", GOLDEN / "bert_to_convert_lsg"
 

@@ -17,7 +17,7 @@ from tiny_run import PLAIN, save_tiny, write
 import lsg_flax
 from lsg_flax import cli
 from lsg_flax.cli import train
-from lsg_flax.finetune_settings import Settings
+from lsg_flax.training import Settings
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,9 @@ import jaxtyping
 import pytest
 from golden_data import GOLDEN
 
-from lsg_flax.config import SPARSITY_TYPES, EncoderConfig, LSGConfig, is_lsg
+from lsg_flax.models import EncoderConfig
+from lsg_flax.models.config_json import is_lsg
+from lsg_flax.patterns.config import SPARSITY_TYPES, LSGConfig
 
 
 @pytest.fixture(autouse=True)

@@ -17,18 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from lsg_flax import losses
-from lsg_flax.config import EncoderConfig
-from lsg_flax.data import (
-    DataOptions,
-    TokenizedDataset,
-    default_buckets,
-    eval_batches,
-    load_examples,
-    train_batches,
-)
+from lsg_flax.buckets import default_buckets
+from lsg_flax.data import DataOptions, TokenizedDataset, eval_batches, load_examples, train_batches
 from lsg_flax.data.order import Order
-from lsg_flax.models.model import Model
+from lsg_flax.models import EncoderConfig, Model
+from lsg_flax.training import losses
 
 TOKENIZER = pathlib.Path(__file__).parent / "golden" / "bert_to_convert_512"  # w5 ... w30
 BUCKETS = (8, 16, 32)

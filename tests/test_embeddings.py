@@ -12,8 +12,10 @@ import pytest
 from golden_data import GOLDEN
 
 import lsg_flax
-from lsg_flax import cli, embeddings, hub, sentence_files
-from lsg_flax.embeddings import Embedder, pool
+from lsg_flax import cli, hub
+from lsg_flax.hub import sentence_files
+from lsg_flax.pipelines import embeddings
+from lsg_flax.pipelines.embeddings import Embedder, pool
 
 PLAIN, LSG = GOLDEN / "bert_to_convert_512", GOLDEN / "bert_to_convert_lsg"
 TYPES = "sentence_transformers.models."

@@ -15,10 +15,9 @@ import safetensors.flax
 from golden_data import GOLDEN
 from jax import export
 
-from lsg_flax import hub
-from lsg_flax.config import EncoderConfig, LSGConfig
-from lsg_flax.export import export_model
-from lsg_flax.models.model import Model
+from lsg_flax import LSGConfig, hub
+from lsg_flax.inference import export_model
+from lsg_flax.models import EncoderConfig, Model
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs" / "inference.md"
 *_, EXPORT, RUN = re.findall(r"```python\n(.*?)```", DOCS.read_text(), flags=re.DOTALL)
@@ -138,7 +137,9 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
     path = tmp_path / "x"
     export_model(*make(), path, length=16)
     before = path.read_bytes()
-    monkeypatch.setattr("lsg_flax.export.save_file", lambda *_: (_ for _ in ()).throw(OSError(28)))
+    monkeypatch.setattr(
+        "lsg_flax.inference.export.save_file", lambda *_: (_ for _ in ()).throw(OSError(28))
+    )
     with pytest.raises(OSError, match="28"):
         export_model(*make(), path, length=8, parameters="beside")
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["x"]

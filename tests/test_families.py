@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 import lsg_flax
-from lsg_flax.config import DIALECTS, EncoderConfig, LSGConfig
+from lsg_flax import LSGConfig
 from lsg_flax.convert_from_torch import example_ids, params_from_torch, params_to_torch
 from lsg_flax.generation import generate
-from lsg_flax.losses import loss_fn
-from lsg_flax.models.families import FAMILIES
-from lsg_flax.to_lsg import LSGOptions, to_lsg
+from lsg_flax.hub.to_lsg import LSGOptions, to_lsg
+from lsg_flax.models import FAMILIES, EncoderConfig
+from lsg_flax.models.config_json import DIALECTS
+from lsg_flax.training.losses import loss_fn
 
 HEADS = [(family, task) for family in FAMILIES for task in FAMILIES[family].heads]
 TABLE = pathlib.Path(__file__).parents[1] / "docs" / "families.md"

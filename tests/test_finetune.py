@@ -12,8 +12,8 @@ from tiny_run import PLAIN, save_tiny, write
 
 import lsg_flax
 from lsg_flax import hub
-from lsg_flax.finetune import finetune
-from lsg_flax.finetune_settings import SCORES, Settings, read_settings
+from lsg_flax.training.finetune import finetune
+from lsg_flax.training.settings import SCORES, Settings, read_settings
 
 
 @pytest.fixture(scope="module")

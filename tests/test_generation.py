@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 import lsg_flax
-from lsg_flax import generation
-from lsg_flax.config import EncoderConfig, LSGConfig
+from lsg_flax import LSGConfig, generation
 from lsg_flax.convert_from_torch import params_from_torch, params_to_torch
-from lsg_flax.generation import Sampling, generate, pick
+from lsg_flax.generation.loop import Sampling, generate, pick
+from lsg_flax.models import EncoderConfig
 
 VOCABULARY, STEPS, PROMPT = 23, 300, 6
 SIZES = {

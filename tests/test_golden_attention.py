@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from golden_data import cases, load, lsh_rotations
 
-from lsg_flax import sparsity
-from lsg_flax.attention import LSGConfig, lsg_attention
-from lsg_flax.config import SPARSITY_TYPES
+from lsg_flax.attention import lsg_attention
+from lsg_flax.patterns import sparsity
+from lsg_flax.patterns.config import SPARSITY_TYPES, LSGConfig
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 

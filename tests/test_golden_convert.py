@@ -9,9 +9,9 @@ import pytest
 from golden_data import GOLDEN, cases, load
 
 import lsg_flax
-from lsg_flax.config import MAX_GLOBAL_TOKENS, LSGConfig
-from lsg_flax.hub import config_values
-from lsg_flax.to_lsg import Draws, LSGOptions, spread_positions, to_lsg
+from lsg_flax.hub.load import config_values
+from lsg_flax.hub.to_lsg import Draws, LSGOptions, spread_positions, to_lsg
+from lsg_flax.patterns.config import MAX_GLOBAL_TOKENS, LSGConfig
 
 TOLERANCE = {"rtol": 1e-6, "atol": 1e-6}
 CLS, MASK = 2, 4  # ids in the recorded tokenizers

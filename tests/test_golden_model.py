@@ -11,9 +11,9 @@ import pytest
 from golden_data import GOLDEN, cases, load, lsh_rotations
 
 import lsg_flax
-from lsg_flax import sparsity
 from lsg_flax.convert_from_torch import params_to_torch
-from lsg_flax.hub import config_values
+from lsg_flax.hub.load import config_values
+from lsg_flax.patterns import sparsity
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")

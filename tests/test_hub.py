@@ -19,8 +19,8 @@ from golden_data import GOLDEN
 
 import lsg_flax
 from lsg_flax import hub
-from lsg_flax.config import EncoderConfig
 from lsg_flax.convert_from_torch import params_from_torch, params_to_torch
+from lsg_flax.models import EncoderConfig
 
 MASKED_LM = GOLDEN / "bert_masked_lm"
 WORDS = "bert.embeddings.word_embeddings.weight"

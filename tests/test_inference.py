@@ -8,9 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from lsg_flax import inference, sharding
-from lsg_flax.config import EncoderConfig, LSGConfig
-from lsg_flax.models.model import Model
+from lsg_flax import LSGConfig, inference, sharding
+from lsg_flax.models import EncoderConfig, Model
 
 BUCKETS = (16, 32)
 LENGTHS = (5, 30, 16, 1, 9, 12, 20, 8, 3)

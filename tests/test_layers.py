@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsg_flax.blocked import drop
-from lsg_flax.layers import ACTIVATIONS, normalize, project
+from lsg_flax.kernels.dropout import drop
+from lsg_flax.models.layers import ACTIVATIONS, normalize, project
 
 
 def close(got, wanted, tolerance: float = 1e-5) -> None:

@@ -11,11 +11,9 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 
-from lsg_flax import losses, metrics
-from lsg_flax.config import EncoderConfig
-from lsg_flax.models.heads import ModelOutput
-from lsg_flax.models.model import Model
+from lsg_flax.models import EncoderConfig, Model, ModelOutput
 from lsg_flax.sharding import make_mesh, shard
+from lsg_flax.training import losses, metrics
 
 GENERATOR = np.random.default_rng(0)
 TASKS = {

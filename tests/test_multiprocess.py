@@ -12,8 +12,7 @@ import pytest
 import worker
 
 from lsg_flax import training
-from lsg_flax.config import EncoderConfig
-from lsg_flax.models.model import Model
+from lsg_flax.models import EncoderConfig, Model
 
 pytestmark = pytest.mark.slow
 

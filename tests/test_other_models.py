@@ -13,8 +13,9 @@ from flax import nnx
 from golden_data import GOLDEN
 
 import lsg_flax
+from lsg_flax import LSGConfig
 from lsg_flax.adapters import AttentionFn
-from lsg_flax.attention import LSGConfig, lsg_attention, lsg_attention_reference
+from lsg_flax.attention import lsg_attention, lsg_attention_reference
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "other_models.md"

@@ -16,10 +16,11 @@ import transformers
 from golden_data import GOLDEN
 
 import lsg_flax
-from lsg_flax.config import EncoderConfig, LSGConfig
+from lsg_flax import LSGConfig
 from lsg_flax.inference import predict
-from lsg_flax.pipeline_spans import TokenClassification, best_spans
-from lsg_flax.pipeline_tasks import Reader, TextClassification
+from lsg_flax.models import EncoderConfig
+from lsg_flax.pipelines.spans import TokenClassification, best_spans
+from lsg_flax.pipelines.tasks import Reader, TextClassification
 
 WORDS = "paris is the capital of france and a small town with long roads ##s ##er . , ?"
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS.split()]

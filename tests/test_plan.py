@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lsg_flax import chips, cli, losses, plan, plan_search, sharding
+from lsg_flax import chips, cli, sharding
 from lsg_flax.convert_from_torch import example_ids
-from lsg_flax.hlo_report import Collective, read_program
-from lsg_flax.models.families import FAMILIES
-from lsg_flax.plan import Memory, Plan, PlanSettings, compile_plan, out_of_memory
+from lsg_flax.models import FAMILIES
+from lsg_flax.planning import plan
+from lsg_flax.planning import search as plan_search
+from lsg_flax.planning.hlo import Collective, read_program
+from lsg_flax.planning.plan import Memory, Plan, PlanSettings, compile_plan, out_of_memory
+from lsg_flax.training import losses
 
 TINY = {
     "model_type": "bert",

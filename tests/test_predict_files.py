@@ -16,11 +16,10 @@ import pytest
 import transformers
 
 import lsg_flax
-from lsg_flax import inference
-from lsg_flax.config import EncoderConfig, LSGConfig
-from lsg_flax.models.model import Model
-from lsg_flax.pipeline_tasks import FillMask, TextClassification
-from lsg_flax.predict_files import ANSWERS, DocumentFile, Written, predict_file
+from lsg_flax import LSGConfig, inference
+from lsg_flax.models import EncoderConfig, Model
+from lsg_flax.pipelines.files import ANSWERS, DocumentFile, Written, predict_file
+from lsg_flax.pipelines.tasks import FillMask, TextClassification
 
 WORDS = "paris is the capital of france and a small town with long roads ##s ##er . , ?"
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS.split()]
@@ -113,7 +112,7 @@ def test_a_question_is_answered_over_windows(tmp_path, tokenizer):
 
 KILLED = """
 import pickle
-from lsg_flax.predict_files import predict_file
+from lsg_flax.pipelines import predict_file
 with open({made!r}, "rb") as file:
     model, params, options = pickle.load(file)
 print(predict_file({source!r}, {target!r}, model, params, **options).computed)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from lsg_flax.resumable_lines import Document, ResumableLines
+from lsg_flax.inference.lines import Document, ResumableLines
 
 SETTINGS = {"model": {"layers": 2}, "fields": None}
 

@@ -16,9 +16,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lsg_flax import EncoderConfig, LSGConfig, Model, losses, sharding
+from lsg_flax import EncoderConfig, LSGConfig, Model, sharding
 from lsg_flax.attention import lsg_attention
-from lsg_flax.layers import Part
+from lsg_flax.models.layers import Part
+from lsg_flax.training import losses
 
 KINDS = ("norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", "none")
 

@@ -21,11 +21,12 @@ from golden_data import GOLDEN, cases, load
 from tensorboardX.proto.event_pb2 import Event
 
 import lsg_flax
-from lsg_flax import checkpoints, losses, metrics, optimizers, progress, training
-from lsg_flax.config import EncoderConfig, LSGConfig
-from lsg_flax.models.heads import ModelOutput
-from lsg_flax.models.model import Model
+from lsg_flax import LSGConfig, training
+from lsg_flax.models import EncoderConfig, Model, ModelOutput
 from lsg_flax.sharding import make_mesh
+from lsg_flax.training import log as progress
+from lsg_flax.training import losses, metrics, optimizers
+from lsg_flax.training import states as checkpoints
 
 HERE = pathlib.Path(__file__).parent
 

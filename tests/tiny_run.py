@@ -7,8 +7,8 @@ import numpy as np
 from golden_data import GOLDEN
 
 import lsg_flax
-from lsg_flax import hub
-from lsg_flax.config import EncoderConfig, LSGConfig
+from lsg_flax import LSGConfig, hub
+from lsg_flax.models import EncoderConfig
 
 PLAIN = GOLDEN / "bert_to_convert_512"
 WORDS = [f"w{i}" for i in range(5, 30)]

@@ -75,8 +75,7 @@ def train(options) -> None:
     import numpy as np
 
     from lsg_flax import training
-    from lsg_flax.config import EncoderConfig
-    from lsg_flax.models.model import Model
+    from lsg_flax.models import EncoderConfig, Model
     from lsg_flax.sharding import make_mesh
 
     model = Model(EncoderConfig(**SETTINGS), "masked_lm")

@@ -10,16 +10,9 @@ import jax
 
 import lsg_flax
 from lsg_flax import hub
-from lsg_flax.cli.shared import (
-    add_command,
-    add_pattern,
-    console,
-    given_pattern,
-    pattern_in_words,
-)
-from lsg_flax.config import EncoderConfig
-from lsg_flax.models.heads import Task
-from lsg_flax.to_lsg import LSGOptions
+from lsg_flax.cli.shared import add_command, add_pattern, console, given_pattern, pattern_in_words
+from lsg_flax.hub import LSGOptions
+from lsg_flax.models import EncoderConfig, Task
 
 _DEFAULTS = LSGOptions()
 

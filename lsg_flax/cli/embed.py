@@ -4,8 +4,8 @@ import argparse
 import sys
 from typing import Any, get_args
 
-from lsg_flax import embeddings
 from lsg_flax.cli.shared import add_command, console
+from lsg_flax.pipelines import embeddings
 
 _DESCRIPTION = """Write one vector for each text of INPUT.
 

@@ -14,8 +14,7 @@ from rich.table import Table
 import lsg_flax
 from lsg_flax import hub
 from lsg_flax.cli.shared import add_command, console, pattern_in_words
-from lsg_flax.config import EncoderConfig
-from lsg_flax.models.families import family_of
+from lsg_flax.models import EncoderConfig, family_of
 
 _DESCRIPTION = """Show the config and the tensors of a checkpoint: plain, LSG, or saved by lsg_flax.
 

@@ -12,10 +12,17 @@ from rich.table import Table
 
 from lsg_flax.chips import CHIPS, GIB
 from lsg_flax.cli.shared import add_command, add_pattern, console, given_pattern, mesh_axes, say
-from lsg_flax.models.encoder import Remat
-from lsg_flax.models.heads import Task
-from lsg_flax.plan import Attention, Mode, Plan, PlanSettings, Precision, plan
-from lsg_flax.plan_search import largest_batch, nearest_that_fits
+from lsg_flax.models import Remat, Task
+from lsg_flax.planning import (
+    Attention,
+    Mode,
+    Plan,
+    PlanSettings,
+    Precision,
+    largest_batch,
+    nearest_that_fits,
+    plan,
+)
 from lsg_flax.sharding import AXES
 
 _DESCRIPTION = """Compile a training step, or inference, for a TPU slice without having one.

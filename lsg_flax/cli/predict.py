@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 from lsg_flax import hub
 from lsg_flax.cli.shared import add_command, console, mesh_axes, name_values
-from lsg_flax.finetune_settings import Precision, check_names
-from lsg_flax.models.heads import Task
-from lsg_flax.predict_files import ANSWERS, BrokenLines, predict_file
+from lsg_flax.models import Task
+from lsg_flax.pipelines import ANSWERS, BrokenLines, predict_file
 from lsg_flax.sharding import AXES, make_mesh
+from lsg_flax.training import Precision, check_names
 
 _DESCRIPTION = """Write an answer for each document of a file.
 

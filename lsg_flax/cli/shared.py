@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lsg_flax.config import MAX_GLOBAL_TOKENS, SPARSITY_TYPES, LSGConfig
+from lsg_flax.patterns import MAX_GLOBAL_TOKENS, SPARSITY_TYPES, LSGConfig
 from lsg_flax.sharding import AXES
 
 _PIPED_WIDTH = 120

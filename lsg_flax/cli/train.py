@@ -19,8 +19,7 @@ from lsg_flax.cli.shared import (
     name_values,
     say,
 )
-from lsg_flax.finetune import Finetuned, finetune
-from lsg_flax.finetune_settings import Group, Help, Settings, read_settings
+from lsg_flax.training import Finetuned, Group, Help, Settings, finetune, read_settings
 
 _DESCRIPTION = """Fine-tune a checkpoint on files, or continue to.
 

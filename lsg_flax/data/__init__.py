@@ -9,192 +9,19 @@ on disk; `train_batches` and `eval_batches` make batches of fixed shapes of them
         ...
 """
 
-import dataclasses
-import hashlib
-import itertools
-import json
-import os
-import pathlib
-import shutil
-import warnings
-from collections.abc import Iterator
-from typing import Any
-
-import filelock
-from tqdm import tqdm
-
+from lsg_flax.buckets import default_buckets as default_buckets
 from lsg_flax.data.batches import EvalBatch as EvalBatch
 from lsg_flax.data.batches import EvalBatches as EvalBatches
 from lsg_flax.data.batches import TrainBatches as TrainBatches
 from lsg_flax.data.batches import eval_batches as eval_batches
 from lsg_flax.data.batches import train_batches as train_batches
-from lsg_flax.data.cache import ArrayFiles, DamagedCacheError, RowWriter
 from lsg_flax.data.cache import RowInfo as RowInfo
 from lsg_flax.data.cache import TokenizedDataset as TokenizedDataset
-from lsg_flax.data.files import Paths, Problems, Source, open_source
+from lsg_flax.data.files import OnError as OnError
+from lsg_flax.data.files import TextUnit as TextUnit
+from lsg_flax.data.load import load_examples as load_examples
+from lsg_flax.data.options import LABELLED as LABELLED
 from lsg_flax.data.options import Columns as Columns
 from lsg_flax.data.options import DataOptions as DataOptions
-from lsg_flax.data.order import default_buckets as default_buckets
-from lsg_flax.data.tasks import TOKEN_FIELDS, Encoder, Example, make_encoder
-from lsg_flax.data.values import names_of_labels
-
-_FORMAT = 1  # of the files in the cache; a higher number makes older ones unknown
-_CHUNK = 256  # examples that are tokenised together and held in memory
-
-
-def load_examples(
-    paths: Paths,
-    options: DataOptions,
-    *,
-    tokenizer: Any,
-    subset: str | None = None,
-    split: str = "train",
-    cache: str | os.PathLike | None = None,
-    progress: bool = True,
-) -> TokenizedDataset:
-    """Tokenises data, or opens what an earlier call with the same data, tokenizer and options has
-    left in the cache.
-
-    Args:
-        paths: a .jsonl, .csv, .parquet or .txt file, a folder or pattern ("data/*.jsonl") of files
-            of one kind, a list of these, or the name of a dataset for `datasets.load_dataset`.
-        options: the task, and how rows become examples.
-        tokenizer: a Hugging Face tokenizer.
-        subset: for a dataset, the second argument of `load_dataset`.
-        split: for a dataset.
-        cache: the folder to keep tokens in; `lsg_flax` in the user's cache folder by default.
-        progress: show a bar with examples per second while tokenising.
-
-    Returns:
-        The rows, which are read from disk as they are asked for.
-
-    Raises:
-        FileNotFoundError: if nothing is at `paths`.
-        ValueError: for data without rows, a broken row (file and line are named; `on_error="skip"`
-            leaves it out, with a warning of how many), or a tokenizer that cannot serve the task.
-        ImportError: if a library is needed to read the data; the message says which.
-    """
-    source = open_source(paths, subset=subset, split=split, text_unit=options.text_unit)
-    key = _fingerprint(source, options, tokenizer)
-    folder = (_default_cache() if cache is None else pathlib.Path(cache)).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder / f"{key}.lock"):  # others wait, and then find it done
-        dataset = _open(folder / key)
-        if dataset is None:
-            _tokenize(folder / key, key, source, options, tokenizer, progress)
-            dataset = TokenizedDataset(folder / key)
-    if dataset.skipped:
-        warnings.warn(
-            f"{dataset.skipped} broken rows of {source.name} were left out, the first of them: "
-            + "; ".join(dataset.messages),
-            stacklevel=2,
-        )
-    return dataset
-
-
-def _default_cache() -> pathlib.Path:
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lsg_flax"
-
-
-def _open(folder: pathlib.Path) -> TokenizedDataset | None:
-    if not folder.exists():
-        return None
-    try:
-        return TokenizedDataset(folder)
-    except DamagedCacheError as error:
-        warnings.warn(f"{error} It is not used; the data is tokenised anew.", stacklevel=3)
-        return None
-
-
-def _fingerprint(source: Source, options: DataOptions, tokenizer: Any) -> str:
-    """Of everything that the tokens depend on."""
-    if getattr(tokenizer, "is_fast", False):
-        reads = json.loads(tokenizer.backend_tokenizer.to_str())
-        reads |= {"truncation": None, "padding": None}  # left there by the last call
-    else:
-        settings = {name: str(value) for name, value in tokenizer.init_kwargs.items()}
-        reads = [type(tokenizer).__name__, tokenizer.get_vocab(), settings]
-    parts = [
-        _FORMAT,
-        source.digest(),
-        dataclasses.asdict(options),
-        reads,
-        tokenizer.all_special_ids,
-        [tokenizer.truncation_side, tokenizer.model_input_names, tokenizer.pad_token_id],
-    ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _tokenize(
-    folder: pathlib.Path,
-    key: str,
-    source: Source,
-    options: DataOptions,
-    tokenizer: Any,
-    progress: bool,
-) -> None:
-    """Writes the rows aside and gives them their place when they are all there."""
-    problems = Problems(options.on_error)
-    encoder = make_encoder(options, tokenizer, _labels(source, options), problems)
-    token_fields = {*TOKEN_FIELDS, *(["labels"] if encoder.token_labels else [])}
-    aside = folder.with_name(f".unfinished-{folder.name}")
-    with ArrayFiles(aside) as files, tqdm(unit="example", disable=not progress) as bar:
-        writer = RowWriter(files, frozenset(token_fields))
-        for groups in _encoded(encoder, source, problems, bar):
-            writer.add(groups)
-        if not writer.rows:
-            raise ValueError(
-                f"{source.name} has no rows that can be read ({problems.skipped} were skipped"
-                + (f", the first of them: {problems.messages[0]})." if problems.messages else ").")
-            )
-        about = {
-            "fingerprint": key,
-            "options": dataclasses.asdict(options),
-            "labels": encoder.labels,
-            "choices": writer.choices if options.task == "multiple_choice" else None,
-            "skipped": problems.skipped,
-            "messages": problems.messages,
-            "truncated": encoder.truncated,
-            "pad_token_id": tokenizer.pad_token_id or 0,
-            "mask_token_id": -1 if tokenizer.mask_token_id is None else tokenizer.mask_token_id,
-            "vocab_size": len(tokenizer),
-            "special_ids": sorted(tokenizer.all_special_ids),
-            "token_fields": sorted(token_fields & files.names),
-        }
-        files.finish(about)
-        _replace(aside, folder)
-
-
-def _replace(aside: pathlib.Path, folder: pathlib.Path) -> None:
-    """Puts a folder in its place; what stands there is damaged."""
-    damaged = folder.with_name(f".damaged-{folder.name}")
-    shutil.rmtree(damaged, ignore_errors=True)
-    if folder.exists():
-        folder.rename(damaged)
-    aside.rename(folder)
-    shutil.rmtree(damaged, ignore_errors=True)
-
-
-def _encoded(encoder: Encoder, source: Source, problems: Problems, bar: tqdm) -> Iterator[list]:
-    """Chunks of records with their rows."""
-    examples = encoder.examples(source.rows(problems))
-    while chunk := list(itertools.islice(examples, _CHUNK)):
-        yield [(_record(example), rows) for example, rows in encoder.encode(chunk)]
-        bar.update(len(chunk))
-    yield [(_record(example), rows) for example, rows in encoder.rest()]
-
-
-def _record(example: Example | None) -> dict[str, Any] | None:
-    return None if example is None else example.record
-
-
-def _labels(source: Source, options: DataOptions) -> tuple[str, ...] | None:
-    """The names of the labels: given, known to the source, or found in a pass over the rows."""
-    column = options.label_column
-    if column is None:
-        return None
-    names = options.labels or source.label_names(column)
-    if names is None:
-        rows = source.rows(Problems("skip"))  # told of when they are tokenised
-        names = names_of_labels(row.values.get(column) for row in rows)
-    return tuple(names)
+from lsg_flax.data.options import DataTask as DataTask
+from lsg_flax.data.options import ProblemType as ProblemType

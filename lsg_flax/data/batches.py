@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int, Shaped
 
+from lsg_flax.buckets import default_buckets
 from lsg_flax.data.cache import TokenizedDataset
 from lsg_flax.data.options import IGNORED
-from lsg_flax.data.order import Order, Part, Remainder, default_buckets
+from lsg_flax.data.order import Order, Part, Remainder
 from lsg_flax.files import differences
 
 _ENDLESS = 2**62  # batches; what `len` can say

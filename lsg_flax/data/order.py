@@ -13,18 +13,9 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-SHORTEST_BUCKET = 512
 _ROWS, _BATCHES = range(2)  # random numbers of these two under one seed
 
 Remainder = Literal["fill", "carry"]
-
-
-def default_buckets(limit: int) -> tuple[int, ...]:
-    """Powers of two from 512 up to `limit`, and `limit` itself."""
-    lengths = [SHORTEST_BUCKET]
-    while lengths[-1] < limit:
-        lengths.append(2 * lengths[-1])
-    return (*(length for length in lengths if length < limit), limit)
 
 
 @dataclass(frozen=True)

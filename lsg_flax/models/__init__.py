@@ -1,1 +1,13 @@
 """The models: one encoder, its heads, the families of checkpoints it reads."""
+
+from lsg_flax.models.config import EncoderConfig as EncoderConfig
+from lsg_flax.models.encoder import Remat as Remat
+from lsg_flax.models.families import FAMILIES as FAMILIES
+from lsg_flax.models.families import family_of as family_of
+from lsg_flax.models.family import Family as Family
+from lsg_flax.models.family import Key as Key
+from lsg_flax.models.family import modern_name as modern_name
+from lsg_flax.models.model import Model as Model
+from lsg_flax.models.outputs import ModelOutput as ModelOutput
+from lsg_flax.models.outputs import Params as Params
+from lsg_flax.models.task import Task as Task

@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
-from lsg_flax.attention import DEFAULT_LSH_SEED
-from lsg_flax.config import EncoderConfig
-from lsg_flax.decoding import Cache, LayerCache, extend, prompt_length
-from lsg_flax.layers import Embeddings, EncoderLayer, Memory, Part
+from lsg_flax.models.config import EncoderConfig
 from lsg_flax.models.families import family_of
+from lsg_flax.models.layers import Embeddings, EncoderLayer, Memory, Part
+from lsg_flax.patterns import DEFAULT_LSH_SEED, Cache, LayerCache, extend, prompt_length
 from lsg_flax.sharding import SEQUENCE, over_sequence, sequence_shards
 
 Remat = Literal["none", "full", "dots"]
@@ -32,7 +31,7 @@ class Encoder(Part):
             "dots" (keeps its projections).
         unroll: layers per iteration of the scan; more compiles longer and may run faster.
         keep_states: also return every layer's output.
-        slots: if not 0, also return a cache with this many (from `decoding.slots_for`).
+        slots: if not 0, also return a cache with this many (from `patterns.slots_for`).
     """
 
     remat: Remat = "none"

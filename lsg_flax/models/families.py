@@ -5,7 +5,8 @@ from functools import partial
 
 from lsg_flax.models import heads
 from lsg_flax.models.family import Family, HeadTable, Rows
-from lsg_flax.models.heads import Head, Task
+from lsg_flax.models.heads import Head
+from lsg_flax.models.task import Task
 
 _EMBEDDINGS, _LAYERS = "encoder/embeddings", "encoder/layers"
 

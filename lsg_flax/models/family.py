@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lsg_flax.config import EncoderConfig
-from lsg_flax.models.heads import Head, Task
+from lsg_flax.models.config import EncoderConfig
+from lsg_flax.models.heads import Head
+from lsg_flax.models.task import Task
 
 Rows = tuple[tuple[str, str, str], ...]
 

@@ -4,48 +4,14 @@ Axes: B batch, C choices, T tokens, D model width, E embedding width, V vocabula
     global tokens.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lsg_flax.decoding import Cache
-from lsg_flax.layers import Part, activation
-
-Task = Literal[
-    "base",
-    "masked_lm",
-    "causal_lm",
-    "pretraining",
-    "next_sentence_prediction",
-    "sequence_classification",
-    "token_classification",
-    "question_answering",
-    "multiple_choice",
-]
-
-
-@flax.struct.dataclass
-class ModelOutput:
-    """Outputs by Hugging Face's names; those that a task does not have are None.
-
-    `hidden_states` are the embeddings and each layer's output. As in the reference they keep the
-    globals in front and the padding to whole blocks behind: `num_hidden_layers + 1` arrays of [B, G
-    + T padded, D]. `cache` is what the next call of a causal model takes.
-    """
-
-    last_hidden_state: Array | None = None
-    pooler_output: Array | None = None
-    logits: Array | None = None
-    start_logits: Array | None = None
-    end_logits: Array | None = None
-    prediction_logits: Array | None = None
-    seq_relationship_logits: Array | None = None
-    sop_logits: Array | None = None
-    hidden_states: tuple[Array, ...] | None = None
-    cache: Cache | None = None
+from lsg_flax.models.layers import Part, activation
+from lsg_flax.models.outputs import ModelOutput
 
 
 class Pooler(Part):

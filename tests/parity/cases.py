@@ -5,9 +5,10 @@ import os
 import numpy as np
 from jobs import Case
 
-from lsg_flax.config import DIALECTS, SPARSITY_TYPES, Dialect, EncoderConfig, LSGConfig
-from lsg_flax.models.families import FAMILIES
-from lsg_flax.sparsity import effective_type
+from lsg_flax.models import FAMILIES, EncoderConfig
+from lsg_flax.models.config_json import DIALECTS, Dialect
+from lsg_flax.patterns.config import SPARSITY_TYPES, LSGConfig
+from lsg_flax.patterns.sparsity import effective_type
 
 SEED = int(os.environ.get("LSG_PARITY_SEED", "0"))
 VOCABULARY = 37

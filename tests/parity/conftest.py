@@ -85,7 +85,7 @@ def fixed_rotations(monkeypatch):
     """The rotations that the worker puts in place of the reference's random ones."""
     from jobs import rotations
 
-    from lsg_flax import sparsity
+    from lsg_flax.patterns import sparsity
 
     monkeypatch.setattr(
         sparsity,

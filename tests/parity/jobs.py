@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from golden_data import lsh_rotations
 
-from lsg_flax.config import LSGConfig
+from lsg_flax import LSGConfig
 
 HERE = pathlib.Path(__file__).parent
 DIFFERENCES: dict[str, float] = {}  # the largest seen, by group

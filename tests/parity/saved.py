@@ -11,9 +11,9 @@ from cases import HEADS, SEED, generator_of, random_inputs, random_model, random
 from jobs import Case, Results, ask
 
 import lsg_flax
-from lsg_flax.config import SPARSITY_TYPES, EncoderConfig
 from lsg_flax.convert_from_torch import example_ids
-from lsg_flax.models.families import FAMILIES
+from lsg_flax.models import FAMILIES, EncoderConfig
+from lsg_flax.patterns.config import SPARSITY_TYPES
 
 PLAIN_RUN = ("base", "masked_lm", "pretraining", "multiple_choice")
 CONVERTED = {

@@ -7,8 +7,9 @@ import pytest
 from cases import leaks, names
 from jobs import close, rotations
 
-from lsg_flax import sparsity
-from lsg_flax.attention import LSGConfig, lsg_attention
+from lsg_flax import LSGConfig
+from lsg_flax.attention import lsg_attention
+from lsg_flax.patterns import sparsity
 
 
 def config_of(case) -> LSGConfig:

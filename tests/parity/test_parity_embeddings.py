@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jobs import Case, close, run
 
-from lsg_flax.embeddings import Embedder
+from lsg_flax.pipelines import Embedder
 
 TEXTS = (
     "A man is eating food.",

@@ -17,9 +17,9 @@ from jobs import DIFFERENCES, HERE, TABLE, ask, close
 from saved import BLOCKS, CONVERTED
 
 import lsg_flax
-from lsg_flax.config import LSGConfig
-from lsg_flax.models.families import FAMILIES
-from lsg_flax.to_lsg import Draws, LSGOptions, to_lsg
+from lsg_flax import LSGConfig
+from lsg_flax.hub.to_lsg import Draws, LSGOptions, to_lsg
+from lsg_flax.models import FAMILIES
 
 REQUIREMENTS = HERE.parent / "reference" / "requirements.txt"
 CLS, MASK = 2, 4  # of the worker's tokenizer

@@ -17,8 +17,8 @@ import torch
 import transformers
 
 import lsg_flax
-from lsg_flax.hub import read_tensors
-from lsg_flax.models.families import FAMILIES
+from lsg_flax.hub.weights import read_tensors
+from lsg_flax.models import FAMILIES
 
 REFERENCE, SAVED, OUT = map(pathlib.Path, sys.argv[2:])
 

@@ -1,0 +1,11 @@
+"""Lengths that rows are padded to, so that a few compilations serve all texts."""
+
+SHORTEST_BUCKET = 512
+
+
+def default_buckets(limit: int) -> tuple[int, ...]:
+    """Powers of two from 512 up to `limit`, and `limit` itself."""
+    lengths = [SHORTEST_BUCKET]
+    while lengths[-1] < limit:
+        lengths.append(2 * lengths[-1])
+    return (*(length for length in lengths if length < limit), limit)

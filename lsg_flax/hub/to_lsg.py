@@ -1,0 +1,198 @@
+"""Full attention -> LSG attention, for parameters in memory: longer position tables and the global
+embeddings.
+
+No weight is trained: positions repeat, and a global token starts as [CLS] or [MASK] at positions
+    spread over the table. The numbers
+are those of the reference's LSGConverter (reference-behaviour 1.9); its random draws can be
+injected. Written once for all families.
+
+Axes: P rows of a position table, V vocabulary, D embedding width, G = 512 rows of the global table.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import flax.traverse_util
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from lsg_flax.models import EncoderConfig, family_of
+from lsg_flax.patterns import MAX_GLOBAL_TOKENS, LSGConfig
+
+_EMBEDDINGS = "encoder/embeddings"
+_POSITIONS, _GLOBALS = (
+    f"{_EMBEDDINGS}/position_embeddings/embedding",
+    f"{_EMBEDDINGS}/global_embeddings/embedding",
+)
+_WORDS, _TYPES = (
+    f"{_EMBEDDINGS}/word_embeddings/embedding",
+    f"{_EMBEDDINGS}/token_type_embeddings/embedding",
+)
+
+
+@dataclass(frozen=True)
+class LSGOptions:
+    """The options of the reference's converter, by its names.
+
+    Attributes:
+        max_sequence_length: tokens that the new model reads.
+        random_global_init: draw globals from the distribution of the word table instead of using
+            [MASK].
+        global_positional_stride: distance between the positions of neighbouring globals.
+        keep_first_global_token: leave global 0 as it is (LSG sources only).
+        resize_lsg: change the positions only (LSG sources only).
+        use_token_ids: add the embedding of segment 0 to the globals.
+        seed: of the random draws.
+    """
+
+    max_sequence_length: int = 4096
+    random_global_init: bool = False
+    global_positional_stride: int = 64
+    keep_first_global_token: bool = False
+    resize_lsg: bool = False
+    use_token_ids: bool = True
+    seed: int = 123
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers of a conversion, to inject the reference's: standard normal noise and, for
+    random globals, the samples."""
+
+    position_noise: np.ndarray | None = None  # [512 - P, D]
+    global_noise: np.ndarray | None = None  # [512, D]
+    global_samples: np.ndarray | None = None  # [512, D]; made from global_noise if not given
+
+
+def to_lsg(
+    params: dict[str, Any],
+    config: EncoderConfig,
+    options: LSGOptions,
+    *,
+    lsg: LSGConfig,
+    bos_token_id: int | None,
+    mask_token_id: int | None,
+    draws: Draws | None = None,
+) -> tuple[dict[str, Any], EncoderConfig]:
+    """Parameters and config of the LSG model made from `params`.
+
+    Args:
+        params, config: a model with full attention, or an LSG one to make anew or resize.
+        lsg: the pattern wanted.
+        bos_token_id, mask_token_id: ids whose word embeddings the globals start from ([CLS] where
+            there is no bos).
+
+    Raises:
+        ValueError: for options that do not fit the source, or a table that the stride does not fit.
+    """
+    family = family_of(config.model_type)
+    if config.lsg is None and (options.resize_lsg or options.keep_first_global_token):
+        name = "resize_lsg" if options.resize_lsg else "keep_first_global_token"
+        raise ValueError(
+            f"{name}=True needs an LSG checkpoint as source, and this one has full attention; "
+            "leave it out."
+        )
+    if options.max_sequence_length < 1:
+        raise ValueError(f"max_sequence_length={options.max_sequence_length} must be at least 1.")
+    leaves: dict[str, Any] = dict(flax.traverse_util.flatten_dict(params, sep="/"))
+    table = np.asarray(leaves[_POSITIONS], np.float32)
+    head, positions = table[: family.position_offset], table[family.position_offset :]
+    if not options.resize_lsg:
+        if not family.globals_with_segment:
+            options = replace(options, use_token_ids=False)
+        made = _global_embeddings(
+            leaves, positions, options, bos_token_id, mask_token_id, draws or Draws()
+        )
+        if options.keep_first_global_token:
+            made[0] = np.asarray(leaves[_GLOBALS][0])
+        leaves[_GLOBALS] = jnp.asarray(made, leaves[_WORDS].dtype)
+    rows = options.max_sequence_length
+    tiled = np.tile(positions, (-(-rows // len(positions)), 1))[:rows]
+    leaves[_POSITIONS] = jnp.asarray(np.concatenate([head, tiled]), leaves[_POSITIONS].dtype)
+    new_config = replace(config, max_position_embeddings=rows + family.position_offset, lsg=lsg)
+    return flax.traverse_util.unflatten_dict(leaves, sep="/"), new_config
+
+
+def spread_positions(
+    positions: Float[np.ndarray, "P D"], stride: int, noise: Float[np.ndarray, "M D"]
+) -> Float[np.ndarray, "G D"]:
+    """512 rows of a position table in the order that the globals take them: row k at position
+    stride * k, wrapping around.
+
+    Tables under 512 rows are filled up with `noise` scaled to each column's mean and deviation;
+    longer ones are cut to a multiple.
+    """
+    count = MAX_GLOBAL_TOKENS
+    if len(positions) < count:
+        fill = positions.mean(axis=0) + positions.std(axis=0, ddof=1) * noise
+        positions = np.concatenate([positions, fill])
+    factor = len(positions) // count
+    step = stride // factor
+    if step == 0 or count % step:
+        allowed = [factor * d for d in range(1, count + 1) if count % d == 0]
+        raise ValueError(
+            f"global_positional_stride={stride} does not fit a table of {len(positions)} "
+            f"positions; choose one of {allowed}."
+        )
+    every = positions[: count * factor : factor]  # [512, D]
+    return np.concatenate([every[start::step] for start in range(step)])
+
+
+def _global_embeddings(
+    leaves, positions, options: LSGOptions, bos: int | None, mask: int | None, draws: Draws
+) -> np.ndarray:
+    words = np.asarray(leaves[_WORDS], np.float32)
+    segment = (
+        np.asarray(leaves[_TYPES][0], np.float32)
+        if options.use_token_ids and _TYPES in leaves
+        else 0.0
+    )
+    generator = np.random.default_rng(options.seed)
+    needed = (
+        {"bos_token_id": bos}
+        if options.random_global_init
+        else {"bos_token_id": bos, "mask_token_id": mask}
+    )
+    for name, token in needed.items():
+        if token is None or not 0 <= token < len(words):
+            raise ValueError(
+                f"{name}={token} is not a row of the word table (0..{len(words) - 1}), and the "
+                "globals start from it; "
+                "the source needs a tokenizer with that token, or pass the id in its config.json."
+            )
+    samples = draws.global_samples
+    if options.random_global_init and samples is None:
+        samples = _word_samples(words, generator, draws.global_noise)
+    noise = draws.position_noise
+    if noise is None:
+        noise = generator.standard_normal(
+            (max(MAX_GLOBAL_TOKENS - len(positions), 0), positions.shape[1])
+        )
+    spread = (
+        spread_positions(positions, options.global_positional_stride, noise) + segment
+    )  # [G, D]
+    if options.random_global_init:
+        rows = np.array(samples)
+        rows[0] = words[bos] + segment  # a second time, as in the reference
+    else:
+        rows = np.broadcast_to(words[mask], spread.shape).copy()
+        rows[0] = words[bos]
+    return (rows + spread).astype(np.float32)
+
+
+def _word_samples(
+    words: Float[np.ndarray, "V D"],
+    generator: np.random.Generator,
+    noise: Float[np.ndarray, "G D"] | None,
+) -> Float[np.ndarray, "G D"]:
+    """512 draws from the normal distribution with the mean and covariance of the word table."""
+    covariance = np.cov(words.T)
+    if len(words) > words.shape[1]:
+        root = np.linalg.cholesky(covariance)
+    else:  # too few words for full rank, which Cholesky needs
+        values, vectors = np.linalg.eigh(covariance)
+        root = vectors * np.sqrt(np.abs(values))
+    if noise is None:
+        noise = generator.standard_normal((MAX_GLOBAL_TOKENS, words.shape[1]))
+    return words.mean(axis=0) + noise @ root.T

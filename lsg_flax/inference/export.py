@@ -1,0 +1,156 @@
+"""A model as one program of fixed length that runs with JAX alone: StableHLO, by `jax.export`.
+
+docs/inference.md shows the lines that run it where lsg_flax is not installed.
+
+Axes: B batch, T tokens.
+"""
+
+import importlib.util
+import math
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+import flax.traverse_util
+import jax
+import numpy as np
+from jax import export
+from jax.sharding import AbstractDevice, AbstractMesh
+from safetensors.flax import save_file
+
+from lsg_flax.files import written_aside
+from lsg_flax.inference.predictor import outputs_of
+from lsg_flax.models import Model, Params
+
+Platform = Literal["cpu", "cuda", "rocm", "tpu"]
+Input = Literal["input_ids", "attention_mask", "token_type_ids"]
+Place = Literal["inside", "beside"]
+# A program must stay under 2 GiB (flatbuffers), and constants cost: a base model's 430 MiB, inside
+# instead of beside, took 3.4 instead of 0.8 GiB of memory to export and 12 s instead of 4 s to
+# start on CPU. One file is worth that up to about this size.
+INSIDE_BYTES = 512 * 2**20
+_MOST_INSIDE = 2**31 - 2**26
+
+
+def export_model(
+    model: Model,
+    params: Params,
+    path: str | os.PathLike,
+    *,
+    length: int,
+    batch_size: int | None = None,
+    inputs: Sequence[Input] = ("input_ids", "attention_mask"),
+    fields: Sequence[str] = ("logits",),
+    platforms: Sequence[Platform] = ("cpu",),
+    parameters: Place | None = None,
+) -> tuple[pathlib.Path, ...]:
+    """Writes a program from `inputs`, int32 arrays [B, T] in this order, to a dict of `fields`.
+
+    With the parameters beside it, the program's first argument is a dict of them, which
+    `safetensors.flax.load_file` reads from `path` + ".safetensors". Files get their names when all
+    are complete.
+
+    Args:
+        model, params: of any task but multiple_choice.
+        path: the file to write, such as "classifier.stablehlo".
+        length: tokens T of each row; shorter documents are padded and masked.
+        batch_size: rows B; None for any number, one compilation each where it runs.
+        platforms: devices that it shall run on; none of them needs to be here. Attention works on
+            one block at a time for "cpu" and for any batch size, else on as many as fit.
+        parameters: inside the program or beside it; by default inside up to 512 MiB.
+
+    Returns:
+        The files.
+
+    Raises:
+        ImportError: without flatbuffers, which JAX writes the file with.
+        ValueError: for settings that the model or the file does not allow.
+        OSError: if the files cannot be written; old ones stay as they were.
+    """
+    _check_flatbuffers()
+    shapes = _shapes(model, length, batch_size, inputs, fields, platforms)
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    if parameters not in (None, *get_args(Place)):
+        raise ValueError(f"parameters={parameters!r} must be inside, beside or None.")
+    parameters = parameters or ("inside" if size <= INSIDE_BYTES else "beside")
+    if parameters == "inside" and size > _MOST_INSIDE:
+        raise ValueError(
+            f"parameters of {size / 2**30:.1f} GiB do not fit in a program, which must stay under "
+            '2 GiB; pass parameters="beside".'
+        )
+    run = _program(model, inputs, fields)
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    if parameters == "inside":
+        constants = jax.tree.map(jax.numpy.asarray, flat)
+        program, arguments = (lambda *arrays: run(constants, *arrays)), shapes
+    else:
+        program, arguments = run, [_shapes_of(flat), *shapes]
+    with jax.sharding.use_abstract_mesh(_target(platforms, batch_size)):
+        exported = export.export(jax.jit(program), platforms=tuple(platforms))(*arguments)
+    path = pathlib.Path(path)
+    beside = path.with_name(f"{path.name}.safetensors")
+    with written_aside(path.parent) as aside:
+        (aside / path.name).write_bytes(exported.serialize())
+        if parameters == "beside":
+            save_file(jax.tree.map(jax.numpy.asarray, flat), aside / beside.name)
+    return (path, beside) if parameters == "beside" else (path,)
+
+
+def _program(model: Model, inputs: Sequence[Input], fields: Sequence[str]) -> Callable:
+    def run(flat: dict[str, Any], *arrays) -> dict[str, jax.Array]:
+        params = flax.traverse_util.unflatten_dict(flat, sep="/")
+        return outputs_of(model, params, dict(zip(inputs, arrays, strict=True)), tuple(fields))
+
+    return run
+
+
+def _target(platforms: Sequence[Platform], batch_size: int | None) -> AbstractMesh:
+    """A mesh without axes that says for which device to trace; without it, it would be the one that
+    is here. How many blocks fit cannot be asked of a batch size that is not known."""
+    kind = "cpu" if batch_size is None or "cpu" in platforms else platforms[0]
+    device = AbstractDevice(device_kind=kind, num_cores=None, platform=kind)
+    return AbstractMesh((), (), abstract_device=device)
+
+
+def _shapes_of(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+def _shapes(
+    model: Model,
+    length: int,
+    batch_size: int | None,
+    inputs: Sequence[Input],
+    fields: Sequence[str],
+    platforms: Sequence[Platform],
+) -> list[jax.ShapeDtypeStruct]:
+    """Of the program's inputs, checked."""
+    if model.task == "multiple_choice":
+        raise ValueError("multiple_choice has inputs of another shape and cannot be exported.")
+    if not 1 <= length <= model.max_length:
+        raise ValueError(
+            f"length={length} must lie in 1..{model.max_length}, what this model reads."
+        )
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1, or None for any.")
+    for name, given, allowed in (
+        ("inputs", inputs, get_args(Input)),
+        ("platforms", platforms, get_args(Platform)),
+    ):
+        if not given or len(set(given)) < len(given) or not {*given} <= {*allowed}:
+            raise ValueError(f"{name}={tuple(given)} must be some of {', '.join(allowed)}.")
+    if "input_ids" not in inputs:
+        raise ValueError(f"inputs={tuple(inputs)} must have input_ids.")
+    if not fields:
+        raise ValueError("fields=() leaves nothing to export; name outputs, such as logits.")
+    batch = export.symbolic_shape("batch")[0] if batch_size is None else batch_size
+    return [jax.ShapeDtypeStruct((batch, length), np.int32) for _ in inputs]
+
+
+def _check_flatbuffers() -> None:
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise ImportError(
+            "exporting needs flatbuffers, here and where the file is run: pip install "
+            "'lsg-flax[export]' here, pip install jax flatbuffers there."
+        )

@@ -1,0 +1,31 @@
+"""What models take and give: trees of parameters, and the one type of outputs."""
+
+from typing import Any
+
+import flax.struct
+from jaxtyping import Array
+
+from lsg_flax.patterns import Cache
+
+Params = dict[str, Any]  # nested, with arrays as leaves
+
+
+@flax.struct.dataclass
+class ModelOutput:
+    """Outputs by Hugging Face's names; those that a task does not have are None.
+
+    `hidden_states` are the embeddings and each layer's output. As in the reference they keep the
+    globals in front and the padding to whole blocks behind: `num_hidden_layers + 1` arrays of [B, G
+    + T padded, D]. `cache` is what the next call of a causal model takes.
+    """
+
+    last_hidden_state: Array | None = None
+    pooler_output: Array | None = None
+    logits: Array | None = None
+    start_logits: Array | None = None
+    end_logits: Array | None = None
+    prediction_logits: Array | None = None
+    seq_relationship_logits: Array | None = None
+    sop_logits: Array | None = None
+    hidden_states: tuple[Array, ...] | None = None
+    cache: Cache | None = None

@@ -1,0 +1,297 @@
+"""Embeddings of sentences and documents: the states of a text's tokens pooled to one vector, from
+and to the folders of sentence-transformers.
+
+Axes: B batch, T tokens, D model width.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import warnings
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from flax.typing import Dtype
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from lsg_flax import hub
+from lsg_flax.buckets import default_buckets
+from lsg_flax.files import written_aside
+from lsg_flax.hub import Pooling, Settings, read_settings, write_settings
+from lsg_flax.inference import Predictor
+from lsg_flax.models import Model, ModelOutput, Params
+
+TEXTS, VECTORS = (".txt", ".jsonl"), (".npy", ".jsonl")
+_SHORT_BUCKETS = (32, 128)  # sentences and queries; inference's own begin at 512
+
+
+def pool(
+    states: Float[Array, "B T D"],
+    mask: Bool[Array, "B T"] | Int[Array, "B T"],
+    mode: Pooling,
+    *,
+    normalize: bool = False,
+) -> Float[Array, "B D"]:
+    """One vector per text, in float32; zeros for a text of padding alone.
+
+    Args:
+        states: the encoder's last states.
+        mask: 1 or True for real tokens.
+        mode: "mean" and "max" over the real tokens; "cls" the first token's state. "global" is the
+            first global token's state, which with `pool_with_global` has taken the first token's
+            place: here the same as "cls".
+        normalize: scale to length 1.
+
+    Raises:
+        ValueError: for another mode.
+    """
+    if mode not in get_args(Pooling):
+        raise ValueError(f"pooling={mode!r} must be one of {', '.join(get_args(Pooling))}.")
+    real = mask.astype(bool)
+    states = states.astype(jnp.float32)
+    if mode == "mean":
+        count = jnp.maximum(real.sum(axis=1, keepdims=True), 1)
+        pooled = jnp.where(real[:, :, None], states, 0).sum(axis=1) / count
+    elif mode == "max":
+        pooled = jnp.where(real[:, :, None], states, jnp.finfo(jnp.float32).min).max(axis=1)
+    else:
+        pooled = states[:, 0]
+    pooled = jnp.where(real.any(axis=1, keepdims=True), pooled, 0)  # [B, D]
+    if normalize:  # the bound inside the root keeps the gradient of zeros finite
+        pooled *= lax.rsqrt(jnp.maximum((pooled**2).sum(axis=1, keepdims=True), 1e-24))
+    return pooled
+
+
+_ATTRIBUTES = {f.name for f in dataclasses.fields(Model)} - {"parent", "name"}  # not Linen's own
+
+
+class _EmbeddingModel(Model):
+    """A base model whose `pooler_output` is the embedding, for `Predictor`."""
+
+    pooling: Pooling = "mean"
+    normalize: bool = False
+
+    @nn.compact
+    def __call__(self, input_ids, attention_mask) -> ModelOutput:  # pyright: ignore[reportIncompatibleMethodOverride]
+        output = super().__call__(input_ids, attention_mask)
+        states = jnp.asarray(output.last_hidden_state)
+        embedding = pool(states, attention_mask, self.pooling, normalize=self.normalize)
+        return ModelOutput(pooler_output=embedding)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Embedder:
+    """Texts to vectors.
+
+    Attributes:
+        model, params: of the task "base".
+        tokenizer: of transformers.
+        pooling, normalize: see `pool`.
+        max_length: tokens after which a text is cut.
+        do_lower_case: lower a text's case before the tokenizer sees it.
+    """
+
+    model: Model
+    params: Params
+    tokenizer: Any
+    pooling: Pooling
+    normalize: bool
+    max_length: int
+    do_lower_case: bool = False
+
+    def __post_init__(self):
+        """Raises ValueError for parts that do not fit together."""
+        lsg, longest = self.model.config.lsg, self.model.max_length
+        if self.model.task != "base":
+            raise ValueError(f"the model's task is {self.model.task!r}; load it with task='base'.")
+        if self.pooling not in get_args(Pooling):
+            raise ValueError(
+                f"pooling={self.pooling!r} must be one of {', '.join(get_args(Pooling))}."
+            )
+        if self.pooling == "global" and not (lsg and lsg.pool_with_global):
+            raise ValueError(
+                "pooling='global' needs an LSG model with pool_with_global=True; use 'cls' or "
+                "'mean', or convert the model first."
+            )
+        if not 1 <= self.max_length <= longest:
+            raise ValueError(
+                f"max_length={self.max_length} must lie in 1..{longest}, what this model reads; "
+                "lsg_flax.convert_checkpoint makes one that reads more."
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike,
+        *,
+        pooling: Pooling | None = None,
+        normalize: bool | None = None,
+        max_length: int | None = None,
+        dtype: Dtype = jnp.float32,
+    ) -> "Embedder":
+        """Loads a folder or hub id of sentence-transformers, or, given `pooling`, any checkpoint
+        with a tokenizer.
+
+        Args:
+            pooling, normalize, max_length: instead of those of the folder. Without any the vectors
+                are not normalized and texts are as long as model and tokenizer allow.
+            dtype: of the model's computation; vectors are float32 in any case.
+
+        Raises:
+            FileNotFoundError: if there is no checkpoint or no tokenizer.
+            ValueError: for modules other than Transformer, Pooling and Normalize, settings that are
+                not supported or do not fit, and as `lsg_flax.from_pretrained`.
+        """
+        root = hub.resolve(path)
+        stored = read_settings(root, pooling)
+        with warnings.catch_warnings():  # of a pooler that is not there: it is not used
+            warnings.filterwarnings("ignore", "weights for task='base' not in the checkpoint")
+            model, params = hub.from_pretrained(stored.folder, "base", dtype=dtype)
+        tokenizer = hub.read_tokenizer(stored.folder)
+        if tokenizer is None:
+            raise FileNotFoundError(f"{stored.folder} has no tokenizer; copy its files there.")
+        allowed = min(model.max_length, tokenizer.model_max_length)
+        given = stored.max_length if max_length is None else max_length
+        return cls(
+            model,
+            params,
+            tokenizer,
+            stored.pooling,
+            stored.normalize if normalize is None else normalize,
+            allowed if given is None else given,
+            stored.do_lower_case,
+        )
+
+    def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        batch_size: int = 8,
+        buckets: Sequence[int] | None = None,
+        progress: bool = True,
+    ) -> Float[np.ndarray, "B D"]:
+        """The vector of each text, in order, float32.
+
+        Texts are cut at `max_length` tokens, sorted by length and padded to a few lengths, one
+        compilation each (`inference.Predictor`). An empty text still has the tokenizer's special
+        tokens, as in sentence-transformers; without these its vector is zero.
+
+        Args:
+            buckets: lengths to pad to; 32, 128 and powers of two from 512 by default.
+
+        Raises:
+            ValueError: for anything but texts, and as `Predictor`.
+        """
+        limit = self.max_length
+        short = tuple(length for length in _SHORT_BUCKETS if length < limit)
+        model = _EmbeddingModel(
+            **{n: value for n, value in vars(self.model).items() if n in _ATTRIBUTES},
+            pooling=self.pooling,
+            normalize=self.normalize,
+        )
+        predictor = Predictor(
+            model,
+            self.params,
+            batch_size=batch_size,
+            buckets=short + default_buckets(limit) if buckets is None else buckets,
+            fields=("pooler_output",),
+        )
+        results = predictor(self._encode(texts), progress=progress)
+        vectors = np.zeros((len(texts), self.model.config.hidden_size), np.float32)
+        for place, result in enumerate(results):
+            vectors[place] = result["pooler_output"]
+        return vectors
+
+    def _encode(self, texts: Sequence[str]) -> list[dict[str, list[int]]]:
+        wrong = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
+        if isinstance(texts, str) or wrong is not None:
+            found = "one string" if wrong is None else f"a {type(texts[wrong]).__name__} at {wrong}"
+            raise ValueError(f"texts must be a list of strings, but it is or has {found}.")
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            [self._cleaned(text) for text in texts],
+            truncation=True,
+            max_length=self.max_length,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        nothing = {"input_ids": [self.model.config.pad_token_id or 0], "attention_mask": [0]}
+        return [{"input_ids": i, "attention_mask": [1] * len(i)} if i else nothing for i in encoded]
+
+    def _cleaned(self, text: str) -> str:
+        return text.strip().lower() if self.do_lower_case else text.strip()
+
+    def save_pretrained(self, path: str | os.PathLike) -> None:
+        """Writes model, tokenizer and sentence-transformers' files; all together or, if anything
+        fails, none. "global" is written as sentence-transformers' name for the first token.
+
+        Raises:
+            OSError: if the files cannot be written.
+        """
+        with written_aside(pathlib.Path(path)) as aside:
+            hub.save_pretrained(aside, self.model, self.params, self.tokenizer)
+            settings = Settings(
+                aside, self.pooling, self.normalize, self.max_length, self.do_lower_case
+            )
+            write_settings(settings, width=self.model.config.hidden_size)
+
+
+def read_texts(file: str | os.PathLike) -> tuple[list[Any], list[str]]:
+    """Names and texts: of .txt each line, of .jsonl each object's "id" (else its place) and "text".
+
+    Raises:
+        FileNotFoundError, ValueError: if there is no such file, or it holds something else.
+    """
+    file = check_suffix(file, TEXTS)
+    lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    if file.suffix == ".txt":
+        return list(range(len(lines))), lines
+    names, texts = [], []
+    for place, line in enumerate(lines):
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{file}, line {place + 1} is not valid JSON: {error}") from error
+        if not isinstance(values, dict) or not isinstance(values.get("text"), str):
+            raise ValueError(f'{file}, line {place + 1} is no object with a "text" that is a text.')
+        names.append(values.get("id", place))
+        texts.append(values["text"])
+    return names, texts
+
+
+def write_vectors(
+    file: str | os.PathLike, names: Sequence[Any], vectors: Float[np.ndarray, "B D"]
+) -> None:
+    """Writes the array as .npy, or one object with "id" and "embedding" per line as .jsonl.
+
+    The file gets its name when it is complete.
+
+    Raises:
+        ValueError: for another kind of file, or vectors that are not finite.
+    """
+    file = check_suffix(file, VECTORS)
+    broken = [n for n, vector in zip(names, vectors, strict=True) if not np.isfinite(vector).all()]
+    if broken:
+        raise ValueError(f"the vectors of {broken[:10]} are not finite.")
+    with written_aside(file.parent) as aside:
+        if file.suffix == ".npy":
+            np.save(aside / file.name, vectors)
+            return
+        with (aside / file.name).open("w", encoding="utf-8") as lines:
+            for name, vector in zip(names, vectors, strict=True):
+                lines.write(json.dumps({"id": name, "embedding": vector.tolist()}) + "\n")
+
+
+def check_suffix(file: str | os.PathLike, suffixes: tuple[str, ...]) -> pathlib.Path:
+    """The path, if it ends in one of `suffixes`; raises ValueError if not."""
+    if pathlib.Path(file).suffix not in suffixes:
+        raise ValueError(f"{file} must end in {' or '.join(suffixes)}.")
+    return pathlib.Path(file)

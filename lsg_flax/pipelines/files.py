@@ -1,0 +1,320 @@
+"""From file to file: documents of a .jsonl or .txt in, one line of JSON for each out; resumable.
+
+How lines survive a kill is inference/lines.py's; texts are read, and answers made, as pipelines do.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from lsg_flax.inference import (
+    Document,
+    Encoding,
+    Predictor,
+    Result,
+    ResumableLines,
+    Unfinished,
+    json_line,
+    output_line,
+    predict_lines,
+)
+from lsg_flax.models import Model, Params
+from lsg_flax.pipelines.spans import QuestionAnswering, TokenClassification
+from lsg_flax.pipelines.tasks import FillMask, Reader, Row, Task, TextClassification, check_choice
+
+SOURCES = (".jsonl", ".txt")
+BrokenLines = Literal["raise", "skip"]
+# A model's task -> what its answers are without further options.
+ANSWERS: dict[str, Task] = {
+    "sequence_classification": TextClassification(top_k=None),
+    "token_classification": TokenClassification(aggregation_strategy="simple"),
+    "question_answering": QuestionAnswering(),
+}
+_KINDS = (("input_ids",), ("question", "context"), ("text",))  # what a line has of a document
+_PROBE = "Él NAÏVE 12.5% 日本 [MASK]\n it's"  # tells apart tokenizers of the same vocabulary
+
+
+class Written(NamedTuple):
+    """What `predict_file` did."""
+
+    documents: int  # lines of the target
+    computed: int  # of these by this call; the others were finished before
+    skipped: tuple[int, ...]  # numbers of broken lines of the source, from 1
+
+
+class DocumentFile:
+    """The documents of a .jsonl or .txt, read lazily.
+
+    Attributes:
+        skipped: numbers of the broken lines that were passed over so far.
+    """
+
+    def __init__(self, source: str | os.PathLike, *, broken_lines: BrokenLines = "raise"):
+        """Names the file.
+
+        Args:
+            source: .txt with one text per line, or .jsonl of objects with "text" (and maybe
+                "text_pair"), "question" and "context", or "input_ids" (and maybe "attention_mask"
+                and "token_type_ids"), and maybe "id", else the line's place from 0. Other entries
+                are ignored.
+            broken_lines: raise for a line that is none of this, or skip it.
+
+        Raises:
+            FileNotFoundError, ValueError: for no such file, another kind, or another choice.
+        """
+        self.source, self.skipped = pathlib.Path(source), []
+        check_choice("broken_lines", broken_lines, get_args(BrokenLines))
+        if self.source.suffix not in SOURCES:
+            raise ValueError(f"{source} must end in {' or '.join(SOURCES)}.")
+        if not self.source.is_file():
+            raise FileNotFoundError(f"{source} is no file.")
+        self._broken_lines = broken_lines
+
+    def __iter__(self) -> Iterator[Document]:
+        """Raises ValueError for a broken line, by its number."""
+        with self.source.open("rb") as file:
+            for number, raw in enumerate(file, start=1):
+                place = f"{self.source}, line {number}"
+                raw = raw.rstrip(b"\r\n")
+                try:
+                    content = _content(raw, lines_of_text=self.source.suffix == ".txt")
+                except ValueError as error:
+                    if self._broken_lines == "raise":
+                        raise ValueError(
+                            f'{place} is broken: {error}. Mend it, or pass broken_lines="skip".'
+                        ) from error
+                    self.skipped.append(number)
+                else:
+                    yield Document(content.get("id", number - 1), raw, place, content)
+
+    def count_lines(self) -> int:
+        """All of them, broken ones too."""
+        with self.source.open("rb") as file:
+            return sum(1 for _ in file)
+
+
+def predict_file(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    model: Model,
+    params: Params,
+    *,
+    tokenizer: Any = None,
+    answers: Task | None = None,
+    fields: Sequence[str] | None = None,
+    max_length: int | None = None,
+    truncation: bool = False,
+    batch_size: int = 8,
+    buckets: Sequence[int] | None = None,
+    mesh: Mesh | None = None,
+    window: int = 256,
+    broken_lines: BrokenLines = "raise",
+    unfinished: Unfinished = "continue",
+    progress: bool = True,
+) -> Written:
+    """Writes one line of JSON per document of `source`, in order: its `id` and the model's outputs
+    or, on request, the answer that a pipeline makes of them.
+
+    The file gets its name when it is complete. Before that, finished windows are in `target` +
+    ".partial"; a killed run continues there when it is called again, and then makes the same bytes
+    as an undisturbed one, if batch size, window and mesh are the same too (others are allowed, and
+    round differently).
+
+    Args:
+        source: see `DocumentFile`.
+        tokenizer: of transformers, for documents that are not `input_ids`.
+        answers: write `{"id", "answer"}`, the answer of this task of pipelines; `ANSWERS` has
+            one for each model's task that has labels or places.
+        fields: without `answers`, the outputs wanted, such as `("logits",)`; all by default.
+        max_length: tokens read at most, what the model reads by default.
+        truncation: cut longer texts; without it they raise.
+        batch_size, buckets, mesh: of `Predictor`.
+        window: documents sorted, held in memory and written together: what a kill may cost.
+        broken_lines: raise for a line that is no document, or skip it.
+        unfinished: what to do with a partial file: continue it, or "replace" it.
+
+    Returns:
+        How many documents were written, and how many of them now.
+
+    Raises:
+        FileNotFoundError: if there is no `source`.
+        ValueError: for a document that is broken or does not fit (by its line), outputs that are
+            not finite, settings that do not go together, and the partial file of other settings or
+            another source, saying what differs.
+        OSError: if `target` cannot be written, as on a full disk; what is finished is kept.
+    """
+    documents = DocumentFile(source, broken_lines=broken_lines)
+    _check_answers(answers, model, fields)
+    predictor = Predictor(
+        model,
+        params,
+        batch_size=batch_size,
+        buckets=buckets,
+        fields=fields if answers is None else answers.heads[model.task],
+        mesh=mesh,
+    )
+    limit = predictor.buckets[-1] if max_length is None else max_length
+    if not 1 <= limit <= predictor.buckets[-1]:
+        raise ValueError(f"max_length={limit} must lie in 1..{predictor.buckets[-1]}, the buckets.")
+    encoder = _Encoder(predictor, Reader(tokenizer, model.config, limit, truncation), answers)
+    settings = predictor.settings() | encoder.settings()
+    with ResumableLines(target, settings, unfinished=unfinished) as file:
+        before = file.finished
+        total = documents.count_lines() if progress else None
+        with tqdm(total=total, initial=before, unit="document", disable=not progress) as bar:
+            predict_lines(
+                file,
+                predictor,
+                iter(documents),
+                rows_of=encoder.rows,
+                line_of=encoder.line,
+                window=window,
+                bar=bar,
+            )
+    if documents.skipped:
+        numbers = ", ".join(map(str, documents.skipped[:10]))
+        warnings.warn(
+            f"{len(documents.skipped)} broken lines of {source} were skipped: {numbers}"
+            f"{', ...' if len(documents.skipped) > 10 else ''}.",
+            stacklevel=2,
+        )
+    return Written(file.finished, file.finished - before, tuple(documents.skipped))
+
+
+class _Encoder:
+    """From a document to the model's rows, and from their outputs to its line."""
+
+    def __init__(self, predictor: Predictor, reader: Reader, answers: Task | None):
+        self.predictor, self.reader, self.answers = predictor, reader, answers
+        self._first: Encoding | None = None
+
+    def rows(self, document: Document) -> list[Row]:
+        """Raises ValueError, with the document's place, for one that does not fit."""
+        try:
+            rows = self._rows(document.content)
+        except ValueError as error:
+            raise ValueError(f"{document.place}: {error}") from error
+        self._first = self._first or rows[0].inputs
+        for row in rows:
+            self.predictor.check(document.place, row.inputs, like=self._first)
+        return rows
+
+    def _rows(self, content: dict[str, Any]) -> list[Row]:
+        reader, answers = self.reader, self.answers
+        if "input_ids" in content:
+            if answers is not None and not isinstance(answers, TextClassification):
+                raise ValueError(
+                    f"answers={type(answers).__name__} needs the text, not input_ids; leave "
+                    "answers out to get the outputs."
+                )
+            names = ("input_ids", "attention_mask", "token_type_ids")
+            nested = isinstance(content["input_ids"][0], list)
+            if nested != (self.predictor.model.task == "multiple_choice"):
+                raise ValueError(
+                    "input_ids are one list of numbers, for multiple_choice one such list for each "
+                    "choice."
+                )
+            return [Row({name: content[name] for name in names if name in content}, None)]
+        if reader.tokenizer is None:
+            raise ValueError("a text needs tokenizer=; without one documents are input_ids.")
+        if self.predictor.model.task == "multiple_choice":
+            raise ValueError("multiple_choice reads input_ids, one list for each choice.")
+        item = _item(content)
+        if answers is None:
+            return reader.rows(*([item] if isinstance(item, str) else item.values()))
+        return answers.rows(reader, item)
+
+    def line(self, document: Document, rows: Sequence[Row], results: list[Result]) -> str:
+        """The line of a document."""
+        if self.answers is None:
+            return output_line(document, results[0])
+        for result in results:
+            output_line(document, result)  # raises for outputs that are not finite
+        results = [{n: np.asarray(v, np.float32) for n, v in r.items()} for r in results]
+        answer = self.answers.answer(self.reader, _item(document.content), list(rows), results)
+        return json_line({"id": document.name, "answer": answer})
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the lines besides the model, as JSON values."""
+        tokenizer = self.reader.tokenizer
+        return {
+            "tokenizer": None if tokenizer is None else _tokenizer_digest(tokenizer),
+            "max_length": self.reader.max_length,
+            "truncation": self.reader.truncation,
+            "answers": None if self.answers is None else repr(self.answers),
+        }
+
+
+def _check_answers(answers: Task | None, model: Model, fields: Sequence[str] | None) -> None:
+    """Raises for a task that this model or a file cannot serve."""
+    if answers is None:
+        return
+    name = type(answers).__name__
+    if isinstance(answers, FillMask):
+        raise ValueError("answers=FillMask is not possible for files; use lsg_flax.pipeline.")
+    if model.task not in answers.heads:
+        raise ValueError(
+            f"answers={name} needs a model of the task {' or '.join(answers.heads)}, and this "
+            f"one's is {model.task!r}."
+        )
+    if fields is not None:
+        raise ValueError("fields= are of outputs; give either answers or fields.")
+
+
+def _content(raw: bytes, *, lines_of_text: bool) -> dict[str, Any]:
+    """What a line says; ValueError if it is no document."""
+    try:
+        text = raw.decode()
+        content = {"text": text} if lines_of_text else json.loads(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"it is not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"it is no object but a {type(content).__name__}")
+    kind = next((names for names in _KINDS if content.keys() >= set(names)), None)
+    if kind is None:
+        kinds = "; or ".join(" and ".join(names) for names in _KINDS)
+        raise ValueError(f"it has {sorted(content)} and must have {kinds}")
+    for name in ("text", "text_pair", "question", "context"):
+        if not isinstance(content.get(name, ""), str):
+            raise ValueError(f"its {name} is no text but a {type(content[name]).__name__}")
+    for name in ("input_ids", "attention_mask", "token_type_ids"):
+        if not _are_ids(content.get(name, [0])):
+            raise ValueError(f"its {name} are no list of whole numbers")
+    return content
+
+
+def _item(content: dict[str, Any]) -> Any:
+    """What a pipeline would be given: a text or a dict of two; nothing for input_ids."""
+    kind = (
+        ("question", "context")
+        if content.keys() >= {"question", "context"}
+        else ("text", "text_pair")
+    )
+    item = {name: content[name] for name in kind if name in content}
+    return item["text"] if item.keys() == {"text"} else item
+
+
+def _are_ids(values: Any) -> bool:
+    """A list of whole numbers, or of such lists for multiple choice."""
+    if not isinstance(values, list) or not values:
+        return False
+    if all(isinstance(value, list) for value in values):
+        return all(value and all(type(v) is int for v in value) for value in values)
+    return all(type(value) is int for value in values)
+
+
+def _tokenizer_digest(tokenizer: Any) -> str:
+    """Of its vocabulary and of how it reads."""
+    parts = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    parts.append(tokenizer(_PROBE, _PROBE)["input_ids"])
+    return hashlib.sha256(json_line(parts).encode()).hexdigest()

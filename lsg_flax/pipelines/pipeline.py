@@ -1,0 +1,219 @@
+"""Pipelines with Hugging Face's habits: text in, plain Python answers out, for documents of any
+length. What a task does with a text and with the outputs is in tasks.py and
+spans.py; batching and buckets are those of inference/.
+"""
+
+import itertools
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.typing import Dtype
+
+from lsg_flax import hub
+from lsg_flax.buckets import default_buckets
+from lsg_flax.inference import Predictor, Select
+from lsg_flax.models import Model, Params, family_of
+from lsg_flax.pipelines.spans import QuestionAnswering, TokenClassification
+from lsg_flax.pipelines.tasks import (
+    FeatureExtraction,
+    FillMask,
+    Reader,
+    Task,
+    TextClassification,
+    check_choice,
+)
+
+SHORTEST_BUCKET = 128  # a sentence alone is worth a shorter one than inference has
+_WINDOW = 32  # batches whose documents are sorted by length and held in memory together
+
+TASKS: dict[str, type[Task]] = {
+    "fill-mask": FillMask,
+    "text-classification": TextClassification,
+    "token-classification": TokenClassification,
+    "question-answering": QuestionAnswering,
+    "feature-extraction": FeatureExtraction,
+}
+
+
+class Pipeline:
+    """What `pipeline` returns."""
+
+    def __init__(
+        self,
+        task: Task,
+        model: Model,
+        params: Params,
+        reader: Reader,
+        *,
+        batch_size: int,
+        buckets: Sequence[int],
+    ):
+        self.task, self.reader = task, reader
+        self.model, self.params = model, jax.device_put(params)
+        self.batch_size, self.buckets = batch_size, tuple(buckets)
+        self._used: dict[Select | None, Predictor] = {}
+        self._predictor(None, 2)  # checks the settings
+
+    def __call__(
+        self,
+        inputs: Any = None,
+        *,
+        question: str | Sequence[str] | None = None,
+        context: str | Sequence[str] | None = None,
+        truncation: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """The answers, in the order of the documents.
+
+        Args:
+            inputs: a text, a list of them, or an iterator, which is read and answered lazily.
+            question, context: of question answering, in place of dicts.
+            truncation, **options: other values than the pipeline's, for this call.
+
+        Raises:
+            ValueError: for a document that does not fit or options that do not exist.
+        """
+        task = _with_options(self.task, options)
+        reader = self.reader if truncation is None else replace(self.reader, truncation=truncation)
+        items = task.items(inputs, question, context)
+        if isinstance(items, str | dict) or not isinstance(items, Iterable):
+            (answer,) = self._run(task, reader, [items])
+            return task.alone(items, answer)
+        if isinstance(items, list | tuple):
+            return list(self._stream(task, reader, items))
+        return self._stream(task, reader, items)
+
+    def _stream(self, task: Task, reader: Reader, items: Iterable) -> Iterator[Any]:
+        items, size = iter(items), _WINDOW * self.batch_size
+        while group := list(itertools.islice(items, size)):
+            yield from self._run(task, reader, group)
+
+    def _run(self, task: Task, reader: Reader, items: list) -> Iterator[Any]:
+        rows = [task.rows(reader, item) for item in items]
+        flat = [row for part in rows for row in part]
+        predictor = self._predictor(task.select(reader, flat), len(flat))
+        outputs = predictor([row.inputs for row in flat], progress=False)
+        for item, part in zip(items, rows, strict=True):
+            results = list(itertools.islice(outputs, len(part)))
+            results = [{n: np.asarray(v, np.float32) for n, v in r.items()} for r in results]
+            yield task.answer(reader, item, part, results)
+
+    def _predictor(self, select: Select | None, rows: int) -> Predictor:
+        """A single row is not worth a whole batch."""
+        self._used[select] = Predictor(
+            self.model,
+            self.params,
+            batch_size=1 if rows == 1 else self.batch_size,
+            buckets=self.buckets,
+            fields=self.task.heads[self.model.task],
+            select=select,
+        )
+        return self._used[select]
+
+    @property
+    def compilations(self) -> int:
+        """How often the model was compiled for this task: once per bucket, for a single row and
+        for batches each, shared by all pipelines of the model."""
+        return sum(predictor.compilations for predictor in self._used.values())
+
+
+def pipeline(
+    task: str,
+    model: str | os.PathLike | tuple[Model, Params],
+    tokenizer: Any = None,
+    *,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    truncation: bool = False,
+    buckets: Sequence[int] | None = None,
+    dtype: Dtype | None = None,
+    **options: Any,
+) -> Pipeline:
+    """A task from text to answers, such as `pipeline("fill-mask", path)("Paris is the [MASK] of
+    France.")`.
+
+    Answers are those of transformers 4.37, but: a list gives a list, also one of a single text; a
+    text that is too long raises unless `truncation=True`; targets of fill-mask must be one token;
+    problem_type "regression" applies no function to the logits (as transformers 5); windows of
+    question answering are as long as the model reads, not 384 tokens; features are arrays.
+
+    Args:
+        task: one of `TASKS`, whose classes describe options and answers.
+        model: a folder or hub id, or a model with its parameters.
+        tokenizer: an object or a folder; by default that of the model's folder.
+        batch_size: rows at once; a single one runs alone.
+        max_length: tokens read at most, what the model reads by default.
+        truncation: cut longer texts (question answering reads all in windows).
+        buckets: lengths that rows are padded to, one compilation each.
+        dtype: of the computation, float32 by default.
+        **options: fields of the task's class, also possible in each call.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint.
+        ValueError: for an unknown task or option, a checkpoint without the task's head or without a
+            tokenizer, and settings that do not fit.
+    """
+    check_choice("task", task, TASKS)
+    chosen = _with_options(TASKS[task](), options)
+    if isinstance(model, tuple):
+        network, params = model
+        if network.task not in chosen.heads:
+            raise ValueError(_wrong_head(task, f"this model's task is {network.task!r}"))
+        network = network if dtype is None else network.clone(dtype=dtype)
+    else:
+        tokenizer = model if tokenizer is None else tokenizer
+        network, params = _load(task, model, jnp.float32 if dtype is None else dtype)
+    if isinstance(tokenizer, str | os.PathLike):
+        folder, tokenizer = tokenizer, hub.read_tokenizer(hub.resolve(tokenizer))
+        if tokenizer is None:
+            raise ValueError(f"{folder} has no tokenizer; pass tokenizer=, an object or a folder.")
+    if tokenizer is None:
+        raise ValueError("a model with its parameters needs tokenizer=, an object or a folder.")
+    limit = network.max_length
+    max_length = limit if max_length is None else max_length
+    if not 1 <= max_length <= limit:
+        raise ValueError(f"max_length={max_length} must lie in 1..{limit}, what this model reads.")
+    if buckets is None:
+        buckets = sorted({min(SHORTEST_BUCKET, max_length), *default_buckets(max_length)})
+    reader = Reader(
+        tokenizer, network.config, min(max_length, max(buckets, default=max_length)), truncation
+    )
+    return Pipeline(chosen, network, params, reader, batch_size=batch_size, buckets=buckets)
+
+
+def _load(task: str, path: str | os.PathLike, dtype: Dtype) -> tuple[Model, Params]:
+    """The checkpoint, if it has a head for the task."""
+    folder, heads = hub.resolve(path), TASKS[task].heads
+    values = hub.read_config(folder)
+    names = values.get("architectures") or ["a model without a head"]
+    names = [names] if isinstance(names, str) else names
+    head = family_of(values["model_type"]).task_of(names[0])
+    if "base" in heads:
+        with warnings.catch_warnings():  # that heads are not read is what was asked for
+            warnings.filterwarnings("ignore", message="weights for task")
+            return hub.from_pretrained(folder, "base", dtype=dtype)
+    if head not in heads:
+        raise ValueError(_wrong_head(task, f"{path} is {names[0]}"))
+    return hub.from_pretrained(folder, head, dtype=dtype)
+
+
+def _wrong_head(task: str, found: str) -> str:
+    return (
+        f"{task} needs a model with the task {' or '.join(TASKS[task].heads)}, and {found}; "
+        "fine-tune such a head on it, or load one with lsg_flax.from_pretrained(path, task=...) "
+        "and pass (model, params)."
+    )
+
+
+def _with_options(task: Task, options: dict[str, Any]) -> Task:
+    known = [field.name for field in fields(task)]
+    unknown = sorted(options.keys() - set(known))
+    if unknown:
+        raise ValueError(f"{type(task).__name__} has no options {unknown}; it has {known}.")
+    return replace(task, **options)

@@ -1,0 +1,8 @@
+"""The process of its own that `plan` compiles in: `python -m lsg_flax.planning`."""
+
+import sys
+
+from lsg_flax.planning.plan import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""Losses of the tasks, equal to those of Hugging Face's classes, in float32.
+
+A batch is a dict of arrays by Hugging Face's names: arguments of the model and, beside them, the
+targets (`TARGETS` says which). A loss is a weighted sum of terms, each a sum over the labels that
+count divided by their number; loop.py keeps the two apart to accumulate microbatches.
+
+Axes: M microbatches, B batch, T tokens, K labels or vocabulary.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from lsg_flax.models import EncoderConfig, Model, Params, family_of
+
+IGNORED = -100  # a label that does not count, as in PyTorch
+INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+
+Batch = dict[str, Any]
+Metrics = dict[str, Any]
+
+
+class Target(NamedTuple):
+    """One term of a task's loss: which output answers which array of the batch, and its weight."""
+
+    output: str
+    labels: str
+    weight: float = 1.0
+
+
+TARGETS: dict[str, tuple[Target, ...]] = {
+    "masked_lm": (Target("logits", "labels"),),
+    "causal_lm": (Target("logits", "labels"),),
+    "pretraining": (
+        Target("prediction_logits", "labels"),
+        Target("seq_relationship_logits", "next_sentence_label"),
+    ),
+    "sentence_order": (
+        Target("prediction_logits", "labels"),
+        Target("sop_logits", "sentence_order_label"),
+    ),
+    "discriminator": (Target("logits", "labels"),),
+    "next_sentence_prediction": (Target("logits", "labels"),),
+    "sequence_classification": (Target("logits", "labels"),),
+    "token_classification": (Target("logits", "labels"),),
+    "question_answering": (
+        Target("start_logits", "start_positions", 0.5),
+        Target("end_logits", "end_positions", 0.5),
+    ),
+    "multiple_choice": (Target("logits", "labels"),),
+}
+
+
+def loss_fn(
+    model: Model, params: Params, batch: Batch, dropout_key: PRNGKeyArray | None = None
+) -> tuple[Float[Array, ""], Metrics]:
+    """The loss of a batch, equal to that of Hugging Face's class for the task, in float32.
+
+    Labels of -100 do not count; where none counts the loss is 0 (PyTorch's is NaN). A label that
+    is neither -100 nor a class gives NaN. `sequence_classification` is what `problem_type` says.
+    Answer positions at or beyond the end do not count, negative ones are position 0.
+
+    Args:
+        batch: inputs and targets by Hugging Face's names.
+        dropout_key: trains with dropout and new LSH rotations; None evaluates.
+
+    Returns:
+        The loss, and metrics: `loss`, `targets` (how many labels counted), `tokens` (how many real
+        ones were read).
+
+    Raises:
+        ValueError: for a task without a loss, or a batch whose names, shapes or dtypes do not fit.
+    """
+    counts = target_counts(model, batch)
+    loss = weighted_mean(model, loss_sums(model, params, batch, dropout_key), counts)
+    return loss, batch_metrics(loss, batch, counts)
+
+
+def cross_entropy_sum(logits: Float[Array, "*N K"], labels: Int[Array, "*N"]) -> Float[Array, ""]:
+    """Sum of -log softmax(logits)[label] in float32 over the labels other than -100; NaN if one of
+    them is no class."""
+    logits = logits.astype(jnp.float32)
+    counted = labels != IGNORED
+    invalid = counted & ((labels < 0) | (labels >= logits.shape[-1]))
+    index = jnp.where(counted & ~invalid, labels, 0)
+    chosen = jnp.take_along_axis(logits, index[..., None], axis=-1)[..., 0]
+    losses = jax.nn.logsumexp(logits, axis=-1) - chosen
+    return jnp.sum(jnp.where(invalid, jnp.nan, jnp.where(counted, losses, 0.0)))
+
+
+def problem_type(config: EncoderConfig, labels: Array) -> str:
+    """What `sequence_classification` is trained on: the config's `problem_type`; where that is
+    None, as Hugging Face infers it: "regression" for one label, else
+    "single_label_classification" for integer labels and "multi_label_classification" for floats."""
+    if config.problem_type is not None:
+        return config.problem_type
+    if config.num_labels == 1:
+        return "regression"
+    integers = jnp.issubdtype(labels.dtype, jnp.integer)
+    return "single_label_classification" if integers else "multi_label_classification"
+
+
+def targets_of(model: Model) -> tuple[Target, ...]:
+    """The terms of the task's loss; raises ValueError for a task without one."""
+    loss = _loss_of(model)
+    if loss not in TARGETS:
+        heads = family_of(model.config.model_type).heads
+        trained = [task for task, head in heads.items() if (head.loss or task) in TARGETS]
+        raise ValueError(
+            f"task={model.task!r} has no loss; train one of {', '.join(trained)}, or write a loss "
+            "on the model's outputs."
+        )
+    return TARGETS[loss]
+
+
+def _loss_of(model: Model) -> str:
+    """The name of the loss: the task, or what the family's head has in its place."""
+    return family_of(model.config.model_type).head(model.task).loss or model.task
+
+
+def loss_sums(model: Model, params: Params, batch: Batch, key) -> list[Float[Array, ""]]:
+    """Per target, the sum of the losses of the labels that count."""
+    return target_sums(model, apply_model(model, params, batch, key), batch)
+
+
+def apply_model(model: Model, params: Params, batch: Batch, key) -> Any:
+    """The model's output for the inputs of a batch, which may hold targets beside them; trains
+    with the dropout and LSH rotations of `key`, None evaluates."""
+    rngs: Any = None
+    if key is not None:
+        rngs = dict(zip(("dropout", "lsh"), jax.random.split(key), strict=True))
+    inputs = {name: batch[name] for name in INPUTS if name in batch}
+    return model.apply({"params": params}, **inputs, train=key is not None, rngs=rngs)
+
+
+def target_sums(model: Model, output: Any, batch: Batch) -> list[Float[Array, ""]]:
+    """Per target, the sum of the losses of the labels that count, from the model's output."""
+    sums = []
+    for target, labels in zip(targets_of(model), _labels(model, batch), strict=True):
+        logits = getattr(output, target.output).astype(jnp.float32)
+        floats = jnp.issubdtype(labels.dtype, jnp.floating)
+        binary = _loss_of(model) == "discriminator"
+        expected = logits.shape if floats or binary else logits.shape[:-1]
+        if labels.shape != expected:
+            raise ValueError(
+                f"{target.labels} for task={model.task!r} have shape {labels.shape}, but the "
+                f"outputs {logits.shape} ask for {expected}."
+            )
+        if binary:
+            losses = optax.sigmoid_binary_cross_entropy(logits, labels.astype(jnp.float32))
+            sums.append(jnp.sum(jnp.where(labels == IGNORED, 0.0, losses)))
+        elif not floats:
+            sums.append(cross_entropy_sum(logits, labels))
+        elif problem_type(model.config, labels) == "regression":
+            sums.append(jnp.sum((logits - labels) ** 2))
+        else:
+            sums.append(jnp.sum(optax.sigmoid_binary_cross_entropy(logits, labels)))
+    return sums
+
+
+def _labels(model: Model, batch: Batch) -> list[Array]:
+    """Per target, the labels as the loss takes them: of the shape of the logits and floating for
+    regression and multi-label, else integers without the last axis of the logits, -100 where
+    nothing counts."""
+    wanted = [target.labels for target in targets_of(model)]
+    missing, unknown = sorted({*wanted} - {*batch}), sorted({*batch} - {*wanted, *INPUTS})
+    if missing or unknown:
+        raise ValueError(
+            f"a batch for task={model.task!r} holds {wanted} and of {list(INPUTS)} what the model "
+            f"takes; missing are {missing}, unknown {unknown}."
+        )
+    return [_prepared(model, batch, jnp.asarray(batch[name])) for name in wanted]
+
+
+def _prepared(model: Model, batch: Batch, labels: Array) -> Array:
+    if model.task == "sequence_classification":
+        problem = problem_type(model.config, labels)
+        if problem != "single_label_classification":
+            labels = labels.astype(jnp.float32)
+            return labels[:, None] if labels.ndim == model.config.num_labels == 1 else labels
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(
+            f"labels for task={model.task!r} must be integers, got {labels.dtype}; several labels "
+            "per text need problem_type='multi_label_classification'."
+        )
+    if model.task == "causal_lm":  # position t answers with token t + 1
+        return jnp.full_like(labels, IGNORED).at[..., :-1].set(labels[..., 1:])
+    if _loss_of(model) == "discriminator" and "attention_mask" in batch:
+        return jnp.where(jnp.asarray(batch["attention_mask"]) != 0, labels, IGNORED)
+    if model.task == "question_answering":
+        length = _lead_shape(batch)[-1]
+        return jnp.where(labels >= length, IGNORED, jnp.maximum(labels, 0))
+    return labels
+
+
+def target_counts(model: Model, batch: Batch) -> list[Float[Array, ""]]:
+    """Per target, how many labels count, of a batch or of all microbatches together."""
+    return [
+        jnp.float32(labels.size)
+        if jnp.issubdtype(labels.dtype, jnp.floating)
+        else jnp.sum(labels != IGNORED, dtype=jnp.float32)
+        for labels in _labels(model, batch)
+    ]
+
+
+def weighted_mean(model: Model, sums, counts) -> Float[Array, ""]:
+    """The loss from each target's sum and count; a count of 0 gives 0."""
+    loss = jnp.float32(0.0)
+    for target, total, count in zip(targets_of(model), sums, counts, strict=True):
+        loss += target.weight * total / jnp.maximum(count, 1.0)
+    return loss
+
+
+def _lead_shape(batch: Batch) -> tuple[int, ...]:
+    """[..., T], whichever way the tokens come."""
+    ids = batch.get("input_ids")
+    return ids.shape if ids is not None else batch["inputs_embeds"].shape[:-1]
+
+
+def batch_metrics(loss, batch: Batch, counts) -> Metrics:
+    """The loss with the number of labels that counted and of real tokens."""
+    mask = batch.get("attention_mask")
+    real = math.prod(_lead_shape(batch)) if mask is None else jnp.sum(jnp.asarray(mask) != 0)
+    return {"loss": loss, "targets": sum(counts), "tokens": jnp.asarray(real, jnp.float32)}
