@@ -21,7 +21,6 @@ from lsg_flax.models import (
     Key,
     Model,
     Params,
-    Task,
     family_of,
     modern_name,
 )
@@ -153,7 +152,7 @@ def _by_path(keys: list[Key]) -> dict[str, list[Key]]:
     return grouped
 
 
-def _with_prefix(tensors: dict[str, Any], family: Family, task: Task) -> dict[str, Any]:
+def _with_prefix(tensors: dict[str, Any], family: Family, task: str) -> dict[str, Any]:
     """Names as a model of `task` has them: encoder tensors carry the prefix, except in the base
     model."""
     prefix = f"{family.prefix}."
@@ -170,7 +169,7 @@ def _with_prefix(tensors: dict[str, Any], family: Family, task: Task) -> dict[st
 
 
 def _sort_unused(
-    tensors, found: set[str], family: Family, task: Task, config: EncoderConfig
+    tensors, found: set[str], family: Family, task: str, config: EncoderConfig
 ) -> tuple[list[str], list[str]]:
     """Unused names: those of another head of the family, and those that nothing explains. Ties are
     checked on the way."""

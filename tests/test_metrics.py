@@ -11,6 +11,7 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 
+from lsg_flax.models import TASKS as RECORDS
 from lsg_flax.models import EncoderConfig, Model, ModelOutput
 from lsg_flax.sharding import make_mesh, shard
 from lsg_flax.training import losses, metrics
@@ -31,7 +32,7 @@ TASKS = {
 def make(name):
     sizes = {"vocab_size": 23, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1}
     rest = {"num_attention_heads": 2, "max_position_embeddings": 16}
-    task = name if name in losses.TARGETS else "sequence_classification"
+    task = name if name in RECORDS else "sequence_classification"
     model = Model(EncoderConfig(**sizes | rest | TASKS[name]), task)
     params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 3), np.int32))["params"]
     return model, jax.tree.map(lambda p: p * 8, params)  # answers that differ

@@ -4,7 +4,7 @@ import argparse
 import os
 import pathlib
 from dataclasses import fields
-from typing import Any, get_args
+from typing import Any
 
 import jax
 
@@ -12,7 +12,7 @@ import lsg_flax
 from lsg_flax import hub
 from lsg_flax.cli.shared import add_command, add_pattern, console, given_pattern, pattern_in_words
 from lsg_flax.hub import LSGOptions
-from lsg_flax.models import EncoderConfig, Task
+from lsg_flax.models import TASKS, EncoderConfig
 
 _DEFAULTS = LSGOptions()
 
@@ -37,9 +37,9 @@ def add(commands: Any) -> None:
     )
     command.add_argument(
         "--task",
-        choices=get_args(Task),
+        choices=TASKS,
         metavar="TASK",
-        help=f"head of the result (default: that of SOURCE); one of {', '.join(get_args(Task))}",
+        help=f"head of the result (default: that of SOURCE); one of {', '.join(TASKS)}",
     )
     add_pattern(command)
     _add_global_options(command.add_argument_group("global tokens and positions"))

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from lsg_flax.chips import CHIPS, GIB
 from lsg_flax.cli.shared import add_command, add_pattern, console, given_pattern, mesh_axes, say
-from lsg_flax.models import Remat, Task
+from lsg_flax.models import TASKS, Remat
 from lsg_flax.planning import (
     Attention,
     Mode,
@@ -83,9 +83,9 @@ def add(commands: Any) -> None:
     )
     command.add_argument(
         "--task",
-        choices=get_args(Task),
+        choices=TASKS,
         metavar="TASK",
-        help=f"head (default: that of SOURCE); one of {', '.join(get_args(Task))}",
+        help=f"head (default: that of SOURCE); one of {', '.join(TASKS)}",
     )
     _add_choices(command)
     add_pattern(command)

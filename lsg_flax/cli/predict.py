@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lsg_flax import hub
 from lsg_flax.cli.shared import add_command, console, mesh_axes, name_values
-from lsg_flax.models import Task
+from lsg_flax.models import TASKS
 from lsg_flax.pipelines import ANSWERS, BrokenLines, predict_file
 from lsg_flax.sharding import AXES, make_mesh
 from lsg_flax.training import Precision, check_names
@@ -33,9 +33,9 @@ def add(commands: Any) -> None:
     command.add_argument("output", metavar="OUTPUT", help="lines of JSON")
     command.add_argument(
         "--task",
-        choices=get_args(Task),
+        choices=TASKS,
         metavar="TASK",
-        help=f"head (default: that of MODEL); one of {', '.join(get_args(Task))}",
+        help=f"head (default: that of MODEL); one of {', '.join(TASKS)}",
     )
     _add_what(command.add_argument_group("what is written"))
     _add_how(command.add_argument_group("how it is computed"))

@@ -29,7 +29,7 @@ from lsg_flax.hub.sentence_files import MODULES, carry_modules, read_modules
 from lsg_flax.hub.to_lsg import LSGOptions, to_lsg
 from lsg_flax.hub.tokenizer_files import read_tokenizer
 from lsg_flax.hub.weights import CONFIG, WEIGHTS, open_tensors
-from lsg_flax.models import EncoderConfig, Model, Params, Task, family_of
+from lsg_flax.models import EncoderConfig, Model, Params, family_of
 from lsg_flax.patterns import LSGConfig
 from lsg_flax.sharding import shardings_for
 
@@ -38,7 +38,7 @@ _HUB_FILES = ["*.json", "*.safetensors", "pytorch_model*.bin", "*.txt", "*.model
 
 def from_pretrained(
     path_or_id: str | os.PathLike,
-    task: Task | None = None,
+    task: str | None = None,
     *,
     dtype: Dtype = jnp.float32,
     param_dtype: Dtype = jnp.float32,
@@ -112,7 +112,7 @@ def convert_checkpoint(
     target: str | os.PathLike | None = None,
     *,
     max_sequence_length: int = 4096,
-    task: Task | None = None,
+    task: str | None = None,
     random_global_init: bool = False,
     global_positional_stride: int = 64,
     keep_first_global_token: bool = False,
@@ -265,21 +265,16 @@ def config_values(model: Model, tensors: dict[str, np.ndarray] | None = None) ->
     return values
 
 
-def config_for(task: Task, config: EncoderConfig) -> EncoderConfig:
+def config_for(task: str, config: EncoderConfig) -> EncoderConfig:
     """The config as a model of the task has it.
 
     Raises:
         ValueError: if the family has no such head.
     """
-    family_of(config.model_type).head(task)
-    if task == "causal_lm":
-        config = replace(config, is_decoder=True)
-    if task == "question_answering":  # PyTorch's classes count start and end as labels
-        config = config.with_overrides(num_labels=2)
-    return config
+    return config.with_overrides(**family_of(config.model_type).task(task).fixed)
 
 
-def task_of(values: dict[str, Any], config: EncoderConfig) -> Task:
+def task_of(values: dict[str, Any], config: EncoderConfig) -> str:
     """The task that `architectures` in config.json names; the base model's where there is none.
 
     Raises:

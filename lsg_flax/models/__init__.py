@@ -10,4 +10,10 @@ from lsg_flax.models.family import modern_name as modern_name
 from lsg_flax.models.model import Model as Model
 from lsg_flax.models.outputs import ModelOutput as ModelOutput
 from lsg_flax.models.outputs import Params as Params
+from lsg_flax.models.task import PROBLEM_SCORES as PROBLEM_SCORES
+from lsg_flax.models.task import TASKS as TASKS
+from lsg_flax.models.task import Examples as Examples
+from lsg_flax.models.task import Loss as Loss
+from lsg_flax.models.task import ProblemType as ProblemType
+from lsg_flax.models.task import Target as Target
 from lsg_flax.models.task import Task as Task

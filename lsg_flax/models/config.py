@@ -8,13 +8,11 @@ corrected: an invalid value raises with the value, what is allowed, and what to 
 import json
 import warnings
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from lsg_flax.models.config_json import LSG_FIELDS, read_fields, read_labels, write_fields
+from lsg_flax.models.task import ProblemType
 from lsg_flax.patterns import LSGConfig, require
-
-ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
-
 
 _OF_SOME_FAMILIES = ("embedding_size", "num_hidden_groups", "inner_group_num")
 

@@ -6,7 +6,7 @@ from functools import partial
 from lsg_flax.models import heads
 from lsg_flax.models.family import Family, HeadTable, Rows
 from lsg_flax.models.heads import Head
-from lsg_flax.models.task import Task
+from lsg_flax.models.task import REPLACED_TOKENS, SENTENCE_ORDER
 
 _EMBEDDINGS, _LAYERS = "encoder/embeddings", "encoder/layers"
 
@@ -90,7 +90,7 @@ def _classifier(
 
 def _common_heads(
     question_answering: Callable[..., Head] = heads.QuestionAnsweringHead,
-) -> dict[Task, HeadTable]:
+) -> dict[str, HeadTable]:
     """The heads that are the same everywhere."""
     return {
         "token_classification": HeadTable(
@@ -104,7 +104,7 @@ def _common_heads(
     }
 
 
-def _pooled_heads() -> dict[Task, HeadTable]:
+def _pooled_heads() -> dict[str, HeadTable]:
     """The heads that classify by the pooler's output."""
     return {
         "base": HeadTable("Model", heads.BaseHead, pooled=True),
@@ -213,7 +213,7 @@ ELECTRA = Family(
                 ("dense", "discriminator_predictions.dense", "head/dense"),
                 ("dense", "discriminator_predictions.dense_prediction", "head/prediction"),
             ),
-            loss="discriminator",
+            task=REPLACED_TOKENS,
         ),
         "sequence_classification": HeadTable(
             "ForSequenceClassification",
@@ -316,7 +316,7 @@ ALBERT = Family(
             "ForPreTraining",
             heads.SentenceOrderHead,
             pooled=True,
-            loss="sentence_order",
+            task=SENTENCE_ORDER,
             **_ALBERT_LM(
                 path="head/masked_lm",
                 beside=(("dense", "sop_classifier.classifier", "head/sentence_order/classifier"),),

@@ -15,7 +15,7 @@ import numpy as np
 
 from lsg_flax.models.config import EncoderConfig
 from lsg_flax.models.heads import Head
-from lsg_flax.models.task import Task
+from lsg_flax.models.task import TASKS, Task
 
 Rows = tuple[tuple[str, str, str], ...]
 
@@ -28,16 +28,6 @@ _KINDS = {
     "kernel": ((".weight", "/kernel", True),),
 }
 _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
-_AUTO: dict[Task, str] = {
-    "base": "AutoModel",
-    "causal_lm": "AutoModelForCausalLM",
-    "masked_lm": "AutoModelForMaskedLM",
-    "multiple_choice": "AutoModelForMultipleChoice",
-    "pretraining": "AutoModelForPreTraining",
-    "question_answering": "AutoModelForQuestionAnswering",
-    "sequence_classification": "AutoModelForSequenceClassification",
-    "token_classification": "AutoModelForTokenClassification",
-}
 
 
 @dataclass(frozen=True)
@@ -58,7 +48,7 @@ class HeadTable:
     Attributes:
         pooled: whether the model has the pooler.
         tied: names that repeat another tensor -> that tensor's name.
-        loss: of `losses.TARGETS`, if it is not the task's.
+        task: the task's record, if it is not that of `TASKS`.
     """
 
     architecture: str
@@ -67,7 +57,7 @@ class HeadTable:
     pooled: bool = False
     tied: dict[str, str] = field(default_factory=dict)
     untied_rows: Rows = ()  # in their place if config.tie_word_embeddings is false
-    loss: str | None = None
+    task: Task | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +69,7 @@ class Family:
     prefix: str  # of the encoder's tensors in a model with a head
     encoder: Rows
     pooler: Rows
-    heads: dict[Task, HeadTable]
+    heads: dict[str, HeadTable]
     ignored: tuple[str, ...] = _BUFFERS  # by name behind the prefix
     positions_after_padding: bool = False  # counted from pad_token_id + 1 over real tokens
     position_offset: int = 0  # rows of the position table before that of the first token
@@ -94,14 +84,11 @@ class Family:
     @property
     def auto_classes(self) -> dict[str, str]:
         """For auto_map: Hugging Face's auto classes -> names behind the family's."""
-        named = {
-            auto: self.heads[task].architecture
-            for task, auto in _AUTO.items()
-            if task in self.heads
-        }
+        tasks = sorted((self.task(name).auto_class or "", name) for name in self.heads)
+        named = {auto: self.heads[name].architecture for auto, name in tasks if auto}
         return {"AutoConfig": "Config"} | named
 
-    def class_name(self, task: Task, *, lsg: bool) -> str:
+    def class_name(self, task: str, *, lsg: bool) -> str:
         """Name of the PyTorch class for a task."""
         return ("LSG" if lsg else "") + self.architecture + self.head(task).architecture
 
@@ -115,14 +102,22 @@ class Family:
             raise ValueError(
                 f"task={task!r} is unknown for {self.model_type}; it has {', '.join(self.heads)}."
             )
-        return self.heads[task]  # type: ignore[index]
+        return self.heads[task]
 
-    def task_of(self, class_name: str) -> Task | None:
+    def task(self, name: str) -> Task:
+        """The record of a task.
+
+        Raises:
+            ValueError: if the family has no such head.
+        """
+        return self.head(name).task or TASKS[name]
+
+    def task_of(self, class_name: str) -> str | None:
         """The task of a PyTorch class by its name, None if it is not of this family."""
-        names: dict[str, Task] = {self.class_name(task, lsg=False): task for task in self.heads}
+        names = {self.class_name(task, lsg=False): task for task in self.heads}
         return names.get(class_name.removeprefix("LSG"))
 
-    def keys(self, task: Task, config: EncoderConfig) -> list[Key]:
+    def keys(self, task: str, config: EncoderConfig) -> list[Key]:
         """Every tensor of a model, with its prefix."""
         head = self.head(task)
         prefix = "" if task == "base" else f"{self.prefix}."
@@ -142,7 +137,7 @@ class Family:
         """Whether there is a projection from the embeddings to the layers."""
         return self.always_projects or config.embedding_width != config.hidden_size
 
-    def tied_names(self, task: Task, *, tied: bool) -> dict[str, str]:
+    def tied_names(self, task: str, *, tied: bool) -> dict[str, str]:
         """Tensors that repeat another one, name to name; those of an own decoder kernel do not."""
         own = (
             set()

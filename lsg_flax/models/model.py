@@ -30,7 +30,7 @@ class Model(nn.Module):
 
     Attributes:
         config: sizes, family, kind of attention.
-        task: one of `Task`.
+        task: one of `TASKS`.
         dtype, param_dtype: of the computation and of the parameters; softmax and LayerNorm
             statistics are float32 in any case.
         remat, unroll: run-time choices about the stack of layers, see `Encoder`; change them by
@@ -38,7 +38,7 @@ class Model(nn.Module):
     """
 
     config: EncoderConfig
-    task: Task = "base"
+    task: str = "base"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     remat: Remat = "none"
@@ -122,6 +122,11 @@ class Model(nn.Module):
                 output, logits=output.logits.reshape(-1, choices)
             )  # [B, C]
         return dataclasses.replace(output, hidden_states=states, cache=cache)
+
+    @property
+    def task_record(self) -> Task:
+        """What the task is."""
+        return family_of(self.config.model_type).task(self.task)
 
     @property
     def max_length(self) -> int:

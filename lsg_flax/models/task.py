@@ -1,15 +1,157 @@
-"""Tasks: what a head is for."""
+"""Tasks as records, the one home of what a task is: losses, scores, data, batches, plans and
+exports read it, and the families' heads name it."""
 
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
-Task = Literal[
-    "base",
-    "masked_lm",
-    "causal_lm",
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+# How an output answers its labels. "class": one of the last axis; "next_token": the class of the
+# token behind; "yes_or_no": a number per token; "problem_type": as the config's problem_type says;
+# "position": one of the tokens.
+Loss = Literal["class", "next_token", "yes_or_no", "problem_type", "position"]
+# What a row of data holds: see `data.Columns`. The tokens of "masked_text" and "running_text" are
+# their own labels.
+Examples = Literal["text", "words", "question", "choices", "masked_text", "running_text"]
+
+
+class Target(NamedTuple):
+    """One term of a task's loss.
+
+    Attributes:
+        output: field of `ModelOutput` that answers.
+        labels: array of the batch that it is compared with.
+        weight: of the term in the sum.
+    """
+
+    output: str
+    labels: str
+    loss: Loss
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a head is for.
+
+    Attributes:
+        name: what `from_pretrained(task=...)` is given.
+        auto_class: Hugging Face's, None where there is none.
+        targets: the terms of the loss; none for a task that is not trained.
+        input_rank: axes of `input_ids`: [batch, tokens], or [batch, choices, tokens].
+        per_token: the outputs that have an axis of tokens behind that of the batch.
+        scores: names of an evaluation's scores beside the loss; for "problem_type" losses those of
+            `PROBLEM_SCORES`.
+        fixed: values of the config that every model of the task has.
+        named_labels: whether the labels are the config's, which have names.
+        examples: what a row of training data holds; None where there is no reader.
+    """
+
+    name: str
+    auto_class: str | None = None
+    targets: tuple[Target, ...] = ()
+    input_rank: int = 2
+    per_token: tuple[str, ...] = ()
+    scores: tuple[str, ...] = ()
+    fixed: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    named_labels: bool = False
+    examples: Examples | None = None
+
+
+_CLASSES = ("accuracy", "macro_f1")
+PROBLEM_SCORES: dict[ProblemType, tuple[str, ...]] = {
+    "single_label_classification": _CLASSES,
+    "multi_label_classification": ("accuracy", "micro_f1", "macro_f1"),
+    "regression": ("mse", "pearson"),
+}
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("base", "AutoModel", per_token=("last_hidden_state",)),
+        Task(
+            "masked_lm",
+            "AutoModelForMaskedLM",
+            (Target("logits", "labels", "class"),),
+            per_token=("logits",),
+            scores=("perplexity",),
+            examples="masked_text",
+        ),
+        Task(
+            "causal_lm",
+            "AutoModelForCausalLM",
+            (Target("logits", "labels", "next_token"),),
+            per_token=("logits",),
+            scores=("perplexity",),
+            fixed={"is_decoder": True},
+            examples="running_text",
+        ),
+        Task(
+            "pretraining",
+            "AutoModelForPreTraining",
+            (
+                Target("prediction_logits", "labels", "class"),
+                Target("seq_relationship_logits", "next_sentence_label", "class"),
+            ),
+            per_token=("prediction_logits",),
+        ),
+        Task(
+            "next_sentence_prediction",
+            targets=(Target("logits", "labels", "class"),),
+            scores=_CLASSES,
+        ),
+        Task(
+            "sequence_classification",
+            "AutoModelForSequenceClassification",
+            (Target("logits", "labels", "problem_type"),),
+            named_labels=True,
+            examples="text",
+        ),
+        Task(
+            "token_classification",
+            "AutoModelForTokenClassification",
+            (Target("logits", "labels", "class"),),
+            per_token=("logits",),
+            scores=("accuracy", "precision", "recall", "f1"),
+            named_labels=True,
+            examples="words",
+        ),
+        Task(
+            "question_answering",
+            "AutoModelForQuestionAnswering",
+            (
+                Target("start_logits", "start_positions", "position", 0.5),
+                Target("end_logits", "end_positions", "position", 0.5),
+            ),
+            per_token=("start_logits", "end_logits"),
+            scores=("exact_match", "f1"),
+            fixed={"num_labels": 2},  # PyTorch's classes count start and end as labels
+            examples="question",
+        ),
+        Task(
+            "multiple_choice",
+            "AutoModelForMultipleChoice",
+            (Target("logits", "labels", "class"),),
+            input_rank=3,
+            scores=_CLASSES,
+            examples="choices",
+        ),
+    )
+}
+
+# What other families pretrain: ELECTRA finds replaced tokens, ALBERT tells the order of segments.
+REPLACED_TOKENS = Task(
     "pretraining",
-    "next_sentence_prediction",
-    "sequence_classification",
-    "token_classification",
-    "question_answering",
-    "multiple_choice",
-]
+    "AutoModelForPreTraining",
+    (Target("logits", "labels", "yes_or_no"),),
+    per_token=("logits",),
+)
+SENTENCE_ORDER = Task(
+    "pretraining",
+    "AutoModelForPreTraining",
+    (
+        Target("prediction_logits", "labels", "class"),
+        Target("sop_logits", "sentence_order_label", "class"),
+    ),
+    per_token=("prediction_logits",),
+)

@@ -28,7 +28,7 @@ from lsg_flax.chips import Topology, check_libtpu, devices_of, environment_for, 
 from lsg_flax.convert_from_torch import example_ids
 from lsg_flax.files import read_json
 from lsg_flax.hub import MODULES, read_modules
-from lsg_flax.models import EncoderConfig, Model, Remat, Task, family_of
+from lsg_flax.models import EncoderConfig, Model, Remat, family_of
 from lsg_flax.patterns import LSGConfig
 from lsg_flax.planning.hlo import Collective, ProgramReport, read_program
 from lsg_flax.training import losses
@@ -63,7 +63,7 @@ class PlanSettings:
 
     source: str
     topology: str
-    task: Task | None = None
+    task: str | None = None
     mode: Mode = "train"
     max_length: int | None = None
     batch_size: int = 8

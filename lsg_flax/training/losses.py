@@ -1,58 +1,27 @@
 """Losses of the tasks, equal to those of Hugging Face's classes, in float32.
 
 A batch is a dict of arrays by Hugging Face's names: arguments of the model and, beside them, the
-targets (`TARGETS` says which). A loss is a weighted sum of terms, each a sum over the labels that
-count divided by their number; loop.py keeps the two apart to accumulate microbatches.
+targets (the record of the task says which). A loss is a weighted sum of terms, each a sum over the
+labels that count divided by their number; loop.py keeps the two apart to accumulate microbatches.
 
 Axes: M microbatches, B batch, T tokens, K labels or vocabulary.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from lsg_flax.models import EncoderConfig, Model, Params, family_of
+from lsg_flax.models import EncoderConfig, Loss, Model, Params, Target, family_of
 
 IGNORED = -100  # a label that does not count, as in PyTorch
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 
 Batch = dict[str, Any]
 Metrics = dict[str, Any]
-
-
-class Target(NamedTuple):
-    """One term of a task's loss: which output answers which array of the batch, and its weight."""
-
-    output: str
-    labels: str
-    weight: float = 1.0
-
-
-TARGETS: dict[str, tuple[Target, ...]] = {
-    "masked_lm": (Target("logits", "labels"),),
-    "causal_lm": (Target("logits", "labels"),),
-    "pretraining": (
-        Target("prediction_logits", "labels"),
-        Target("seq_relationship_logits", "next_sentence_label"),
-    ),
-    "sentence_order": (
-        Target("prediction_logits", "labels"),
-        Target("sop_logits", "sentence_order_label"),
-    ),
-    "discriminator": (Target("logits", "labels"),),
-    "next_sentence_prediction": (Target("logits", "labels"),),
-    "sequence_classification": (Target("logits", "labels"),),
-    "token_classification": (Target("logits", "labels"),),
-    "question_answering": (
-        Target("start_logits", "start_positions", 0.5),
-        Target("end_logits", "end_positions", 0.5),
-    ),
-    "multiple_choice": (Target("logits", "labels"),),
-}
 
 
 def loss_fn(
@@ -106,20 +75,15 @@ def problem_type(config: EncoderConfig, labels: Array) -> str:
 
 def targets_of(model: Model) -> tuple[Target, ...]:
     """The terms of the task's loss; raises ValueError for a task without one."""
-    loss = _loss_of(model)
-    if loss not in TARGETS:
-        heads = family_of(model.config.model_type).heads
-        trained = [task for task, head in heads.items() if (head.loss or task) in TARGETS]
+    targets = model.task_record.targets
+    if not targets:
+        family = family_of(model.config.model_type)
+        trained = [name for name in family.heads if family.task(name).targets]
         raise ValueError(
             f"task={model.task!r} has no loss; train one of {', '.join(trained)}, or write a loss "
             "on the model's outputs."
         )
-    return TARGETS[loss]
-
-
-def _loss_of(model: Model) -> str:
-    """The name of the loss: the task, or what the family's head has in its place."""
-    return family_of(model.config.model_type).head(model.task).loss or model.task
+    return targets
 
 
 def loss_sums(model: Model, params: Params, batch: Batch, key) -> list[Float[Array, ""]]:
@@ -143,7 +107,7 @@ def target_sums(model: Model, output: Any, batch: Batch) -> list[Float[Array, ""
     for target, labels in zip(targets_of(model), _labels(model, batch), strict=True):
         logits = getattr(output, target.output).astype(jnp.float32)
         floats = jnp.issubdtype(labels.dtype, jnp.floating)
-        binary = _loss_of(model) == "discriminator"
+        binary = target.loss == "yes_or_no"
         expected = logits.shape if floats or binary else logits.shape[:-1]
         if labels.shape != expected:
             raise ValueError(
@@ -173,11 +137,14 @@ def _labels(model: Model, batch: Batch) -> list[Array]:
             f"a batch for task={model.task!r} holds {wanted} and of {list(INPUTS)} what the model "
             f"takes; missing are {missing}, unknown {unknown}."
         )
-    return [_prepared(model, batch, jnp.asarray(batch[name])) for name in wanted]
+    return [
+        _prepared(model, target.loss, batch, jnp.asarray(batch[target.labels]))
+        for target in targets_of(model)
+    ]
 
 
-def _prepared(model: Model, batch: Batch, labels: Array) -> Array:
-    if model.task == "sequence_classification":
+def _prepared(model: Model, loss: Loss, batch: Batch, labels: Array) -> Array:
+    if loss == "problem_type":
         problem = problem_type(model.config, labels)
         if problem != "single_label_classification":
             labels = labels.astype(jnp.float32)
@@ -187,11 +154,11 @@ def _prepared(model: Model, batch: Batch, labels: Array) -> Array:
             f"labels for task={model.task!r} must be integers, got {labels.dtype}; several labels "
             "per text need problem_type='multi_label_classification'."
         )
-    if model.task == "causal_lm":  # position t answers with token t + 1
+    if loss == "next_token":  # position t answers with token t + 1
         return jnp.full_like(labels, IGNORED).at[..., :-1].set(labels[..., 1:])
-    if _loss_of(model) == "discriminator" and "attention_mask" in batch:
+    if loss == "yes_or_no" and "attention_mask" in batch:
         return jnp.where(jnp.asarray(batch["attention_mask"]) != 0, labels, IGNORED)
-    if model.task == "question_answering":
+    if loss == "position":
         length = _lead_shape(batch)[-1]
         return jnp.where(labels >= length, IGNORED, jnp.maximum(labels, 0))
     return labels
