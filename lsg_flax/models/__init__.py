@@ -8,6 +8,7 @@ from lsg_flax.models.family import Family as Family
 from lsg_flax.models.family import Key as Key
 from lsg_flax.models.family import modern_name as modern_name
 from lsg_flax.models.model import Model as Model
+from lsg_flax.models.outputs import Batch as Batch
 from lsg_flax.models.outputs import ModelOutput as ModelOutput
 from lsg_flax.models.outputs import Params as Params
 from lsg_flax.models.task import PROBLEM_SCORES as PROBLEM_SCORES

@@ -8,6 +8,7 @@ from jaxtyping import Array
 from lsg_flax.patterns import Cache
 
 Params = dict[str, Any]  # nested, with arrays as leaves
+Batch = dict[str, Any]  # arrays by Hugging Face's names, inputs and labels
 
 
 @flax.struct.dataclass
