@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from lsg_flax.models import (
-    FAMILIES,
     EncoderConfig,
     Family,
     Key,
@@ -112,7 +111,7 @@ def params_to_torch(params: Params, model: Model) -> dict[str, np.ndarray]:
         leaf = np.asarray(leaves[path])
         for key in of_leaf:
             tensor = leaf if key.layer is None else leaf[key.layer]
-            tensors[key.torch] = np.ascontiguousarray(tensor.T if key.transposed else tensor)
+            tensors[key.torch] = np.ascontiguousarray(key.storage.to_torch(tensor))
     for name, source in family.tied_names(model.task, tied=config.tie_word_embeddings).items():
         tensors[name] = tensors[source].copy()
     return tensors
@@ -134,7 +133,7 @@ def initial_leaves(model: Model, paths: list[str], seed: int) -> dict[str, jax.A
 
 def example_ids(model: Model) -> np.ndarray:
     """The smallest input a model takes: what shapes are inferred from."""
-    return np.zeros((1, 1, 2) if model.task == "multiple_choice" else (1, 2), np.int32)
+    return model.example_inputs()["input_ids"]
 
 
 def _leaf_shapes(model: Model) -> dict[str, tuple[int, ...]]:
@@ -160,7 +159,7 @@ def _with_prefix(tensors: dict[str, Any], family: Family, task: str) -> dict[str
     if stored_with and task == "base":
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     if not stored_with and task != "base":
-        parts = {row[1].split(".")[0] for row in (*family.encoder, *family.pooler)}
+        parts = {row.torch.split(".")[0] for row in (*family.encoder, *family.pooler)}
         return {
             prefix + name if name.split(".")[0] in parts else name: tensor
             for name, tensor in tensors.items()
@@ -211,18 +210,16 @@ def _reader(
     lead = shape[: len(keys[0].layer)] if keys[0].layer is not None else ()
     expected = shape[len(lead) :]
     for key in keys:
-        given = tuple(tensors[key.torch].shape)
-        if (given[::-1] if key.transposed else given) != expected:
+        given, wanted = tuple(tensors[key.torch].shape), key.torch_shape(expected)
+        if given != wanted:
             raise ValueError(
-                f"{key.torch} has shape {given}, but config.json asks for "
-                f"{expected[::-1] if key.transposed else expected}; "
-                "the file belongs to another config.json, or the config was overridden "
+                f"{key.torch} has shape {given}, but config.json asks for {wanted}; the file "
+                "belongs to another config.json, or the config was overridden "
                 "(num_labels, vocab_size, ...)."
             )
 
     def part(key: Key, index: tuple[slice, ...]) -> np.ndarray:
-        tensor = tensors[key.torch]
-        return tensor[index[::-1]].T if key.transposed else tensor[index]
+        return key.storage.read(tensors[key.torch], index, expected)
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         if not lead:
@@ -262,6 +259,3 @@ def _warn_heads(absent: list[str], other_heads: list[str], model: Model) -> None
     if other_heads:
         parts.append(f"of another head and not used: {', '.join(other_heads[:_LISTED])}")
     warnings.warn(f"weights for task={model.task!r} " + "; ".join(parts) + ".", stacklevel=4)
-
-
-assert all(family.model_type == name for name, family in FAMILIES.items())

@@ -126,7 +126,7 @@ def test_only_adaptive_patterns_pad():
         ({"hidden_dropout_prob": 1.0}, r"hidden_dropout_prob=1.0 must lie in \[0, 1\)"),
         ({"attention_probs_dropout_prob": -0.1}, r"attention_probs_dropout_prob=-0.1 must lie"),
         ({"classifier_dropout": 2.0}, "classifier_dropout=2.0 must lie"),
-        ({"problem_type": "ranking"}, "problem_type='ranking' is unknown; choose one of regr"),
+        ({"problem_type": "ranking"}, "problem_type='ranking' is unknown; choose one of single"),
         ({"position_embedding_type": "relative_key"}, "'relative_key' in config.json changes what"),
         ({"add_cross_attention": True}, "set is_decoder=True as well"),
         ({"id2label": {"0": "a", "2": "b"}}, r"ids \[0, 2\]; they must be 0..1 without gaps"),

@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from lsg_flax import EncoderConfig, LSGConfig, Model, sharding
 from lsg_flax.attention import lsg_attention
-from lsg_flax.models.layers import Part
+from lsg_flax.models.architecture import Architecture
+from lsg_flax.models.layers import Context, Part
 from lsg_flax.training import losses
 
 KINDS = ("norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", "none")
@@ -263,7 +264,8 @@ class Dropped(Part):
 
 def test_dropout_keeps_the_copies_of_the_globals_together():
     """Every shard has a copy of the globals, which must not drift apart; its tokens are its own."""
-    part = Dropped(model().config, train=True, sequence_axis="sequence")
+    context = Context(model().config, Architecture(), train=True, sequence_axis="sequence")
+    part = Dropped(context)
     rngs = {"dropout": jax.random.key(0)}
     run = sharding.over_sequence(lambda x: part.apply({}, x, rngs=rngs), in_axes=(1,), out_axes=1)
     with jax.set_mesh(sharding.make_mesh(sequence=8)):

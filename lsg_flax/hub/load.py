@@ -255,10 +255,7 @@ def config_values(model: Model, tensors: dict[str, np.ndarray] | None = None) ->
     values = config.to_dict()
     values["architectures"] = [family.class_name(model.task, lsg=lsg)]
     if lsg:
-        values["auto_map"] = {
-            auto: f"{family.module}.LSG{family.architecture}{name}"
-            for auto, name in family.auto_classes.items()
-        }
+        values["auto_map"] = family.auto_map()
     if tensors:
         values.pop("dtype", None)  # the same, as transformers 5 calls it
         values["torch_dtype"] = str(next(iter(tensors.values())).dtype)
@@ -271,7 +268,7 @@ def config_for(task: str, config: EncoderConfig) -> EncoderConfig:
     Raises:
         ValueError: if the family has no such head.
     """
-    return config.with_overrides(**family_of(config.model_type).task(task).fixed)
+    return config.with_overrides(**family_of(config.model_type).head(task).task.fixed)
 
 
 def task_of(values: dict[str, Any], config: EncoderConfig) -> str:

@@ -17,18 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from lsg_flax.models import EncoderConfig, family_of
+from lsg_flax.models import EncoderConfig, ToLSG, family_of
 from lsg_flax.patterns import MAX_GLOBAL_TOKENS, LSGConfig
-
-_EMBEDDINGS = "encoder/embeddings"
-_POSITIONS, _GLOBALS = (
-    f"{_EMBEDDINGS}/position_embeddings/embedding",
-    f"{_EMBEDDINGS}/global_embeddings/embedding",
-)
-_WORDS, _TYPES = (
-    f"{_EMBEDDINGS}/word_embeddings/embedding",
-    f"{_EMBEDDINGS}/token_type_embeddings/embedding",
-)
 
 
 @dataclass(frozen=True)
@@ -96,22 +86,42 @@ def to_lsg(
     if options.max_sequence_length < 1:
         raise ValueError(f"max_sequence_length={options.max_sequence_length} must be at least 1.")
     leaves: dict[str, Any] = dict(flax.traverse_util.flatten_dict(params, sep="/"))
-    table = np.asarray(leaves[_POSITIONS], np.float32)
-    head, positions = table[: family.position_offset], table[family.position_offset :]
+    rule, offset = family.to_lsg, family.architecture.position_offset
     if not options.resize_lsg:
-        if not family.globals_with_segment:
-            options = replace(options, use_token_ids=False)
+        positions = np.asarray(leaves[rule.positions[0].path], np.float32)[offset:]
         made = _global_embeddings(
-            leaves, positions, options, bos_token_id, mask_token_id, draws or Draws()
+            leaves, rule, positions, options, bos_token_id, mask_token_id, draws or Draws()
         )
         if options.keep_first_global_token:
-            made[0] = np.asarray(leaves[_GLOBALS][0])
-        leaves[_GLOBALS] = jnp.asarray(made, leaves[_WORDS].dtype)
+            made[0] = np.asarray(leaves[rule.globals][0])
+        leaves[rule.globals] = jnp.asarray(made, leaves[rule.words].dtype)
     rows = options.max_sequence_length
-    tiled = np.tile(positions, (-(-rows // len(positions)), 1))[:rows]
-    leaves[_POSITIONS] = jnp.asarray(np.concatenate([head, tiled]), leaves[_POSITIONS].dtype)
-    new_config = replace(config, max_position_embeddings=rows + family.position_offset, lsg=lsg)
+    for table in rule.positions:
+        leaf = leaves[table.path]
+        longer = _longer_table(np.asarray(leaf, np.float32), table.extended_by, offset, rows)
+        leaves[table.path] = jnp.asarray(longer, leaf.dtype)
+    new_config = replace(config, max_position_embeddings=rows + offset, lsg=lsg)
     return flax.traverse_util.unflatten_dict(leaves, sep="/"), new_config
+
+
+def _longer_table(
+    table: Float[np.ndarray, "P D"], extended_by: str, offset: int, rows: int
+) -> Float[np.ndarray, "Q D"]:
+    """A position table with `rows` rows behind the first `offset`."""
+    if extended_by == "sinusoid":
+        return sinusoids(rows + offset, table.shape[1])
+    head, positions = table[:offset], table[offset:]
+    tiled = np.tile(positions, (-(-rows // len(positions)), 1))[:rows]
+    return np.concatenate([head, tiled])
+
+
+def sinusoids(rows: int, width: int) -> Float[np.ndarray, "P D"]:
+    """The fixed position table of Pegasus: sines in the first half of the columns, cosines in the
+    second."""
+    half = np.arange((width + 1) // 2)
+    angles = np.arange(rows)[:, None] / 10000 ** (2 * half / width)
+    table = np.concatenate([np.sin(angles), np.cos(angles[:, : width // 2])], axis=1)
+    return table.astype(np.float32)
 
 
 def spread_positions(
@@ -140,14 +150,17 @@ def spread_positions(
 
 
 def _global_embeddings(
-    leaves, positions, options: LSGOptions, bos: int | None, mask: int | None, draws: Draws
+    leaves,
+    rule: ToLSG,
+    positions,
+    options: LSGOptions,
+    bos: int | None,
+    mask: int | None,
+    draws: Draws,
 ) -> np.ndarray:
-    words = np.asarray(leaves[_WORDS], np.float32)
-    segment = (
-        np.asarray(leaves[_TYPES][0], np.float32)
-        if options.use_token_ids and _TYPES in leaves
-        else 0.0
-    )
+    words, segment = np.asarray(leaves[rule.words], np.float32), 0.0
+    if options.use_token_ids and rule.segments in leaves:
+        segment = np.asarray(leaves[rule.segments][0], np.float32)
     generator = np.random.default_rng(options.seed)
     needed = (
         {"bos_token_id": bos}

@@ -3,10 +3,11 @@
 from lsg_flax.models.config import EncoderConfig as EncoderConfig
 from lsg_flax.models.encoder import Remat as Remat
 from lsg_flax.models.families import FAMILIES as FAMILIES
+from lsg_flax.models.families import Family as Family
+from lsg_flax.models.families import Key as Key
+from lsg_flax.models.families import ToLSG as ToLSG
 from lsg_flax.models.families import family_of as family_of
-from lsg_flax.models.family import Family as Family
-from lsg_flax.models.family import Key as Key
-from lsg_flax.models.family import modern_name as modern_name
+from lsg_flax.models.families import modern_name as modern_name
 from lsg_flax.models.model import Model as Model
 from lsg_flax.models.outputs import Batch as Batch
 from lsg_flax.models.outputs import ModelOutput as ModelOutput

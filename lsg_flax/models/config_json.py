@@ -8,79 +8,35 @@ from typing import Any, NamedTuple
 from lsg_flax.patterns import LSGConfig, require
 
 LSG_FIELDS = tuple(f.name for f in fields(LSGConfig))
-
-
+OF_SOME_FAMILIES = ("embedding_size", "num_hidden_groups", "inner_group_num")  # None: not written
 # Values of the fields Hugging Face omits from config.json when they are the default.
 _NUM_LABELS_DEFAULT = 2
+# What PyTorch's classes compute otherwise and these models do not: field -> the values that are
+# fine.
+REFUSED: dict[str, tuple] = {
+    "position_embedding_type": ("absolute", None),
+    "pruned_heads": ({}, None),
+}
 
 
 class Dialect(NamedTuple):
-    """How one model_type writes config.json.
+    """How one model_type writes config.json. A field that it neither reads nor refuses changes
+    nothing in the family's PyTorch classes; it is kept as it is.
 
     Attributes:
-        defaults: where they differ from `EncoderConfig`'s, by our names.
+        defaults: where they differ from the config's, by our names.
         names: ours -> theirs, where they differ.
         absent: fields of ours that it does not have; their default is their only value.
+        refused: fields that change the computation -> the values that are supported.
     """
 
     defaults: dict[str, Any] = {}  # noqa: RUF012 (never changed)
     names: dict[str, str] = {}  # noqa: RUF012
     absent: tuple[str, ...] = ()
+    refused: dict[str, tuple] = REFUSED
 
 
-DIALECTS: dict[str, Dialect] = {
-    "roberta": Dialect({"vocab_size": 50265, "pad_token_id": 1}),
-    "xlm-roberta": Dialect({"pad_token_id": 1}),
-    "camembert": Dialect({"pad_token_id": 1}),
-    "electra": Dialect(
-        {
-            "embedding_size": 128,
-            "hidden_size": 256,
-            "num_attention_heads": 4,
-            "intermediate_size": 1024,
-        }
-    ),
-    "distilbert": Dialect(
-        {"num_hidden_layers": 6, "classifier_dropout": 0.2, "type_vocab_size": 0},
-        {
-            "hidden_size": "dim",
-            "num_hidden_layers": "n_layers",
-            "num_attention_heads": "n_heads",
-            "intermediate_size": "hidden_dim",
-            "hidden_act": "activation",
-            "hidden_dropout_prob": "dropout",
-            "attention_probs_dropout_prob": "attention_dropout",
-            "classifier_dropout": "seq_classif_dropout",
-        },
-        ("type_vocab_size", "layer_norm_eps"),
-    ),
-    "albert": Dialect(
-        {
-            "vocab_size": 30000,
-            "embedding_size": 128,
-            "hidden_size": 4096,
-            "num_attention_heads": 64,
-            "intermediate_size": 16384,
-            "num_hidden_groups": 1,
-            "inner_group_num": 1,
-            "hidden_act": "gelu_new",
-            "hidden_dropout_prob": 0.0,
-            "attention_probs_dropout_prob": 0.0,
-            "classifier_dropout": 0.1,
-        },
-        {"classifier_dropout": "classifier_dropout_prob"},
-    ),
-}
-
-
-# What PyTorch's classes compute otherwise, and these models do not: field -> the values that are
-# fine.
-_UNSUPPORTED: dict[str, tuple] = {
-    "position_embedding_type": ("absolute", None),
-    "pruned_heads": ({}, None),
-    "summary_type": ("first", None),
-    "summary_use_proj": (True, None),
-}
+DIALECTS: dict[str, Dialect] = {}  # by model_type; families/registry.py fills it
 
 
 def read_fields(values: dict[str, Any], types: dict[str, Any]) -> dict[str, Any]:
@@ -93,14 +49,14 @@ def read_fields(values: dict[str, Any], types: dict[str, Any]) -> dict[str, Any]
         ValueError: for a setting that changes the computation and is not supported.
     """
     values = dict(values)
-    for name, supported in _UNSUPPORTED.items():
+    dialect = DIALECTS.get(values.get("model_type", "bert"), Dialect())
+    for name, supported in dialect.refused.items():
         value = values.get(name)
         require(
             value in supported,
             f"{name}={value!r} in config.json changes what the model computes and is not "
             f"supported; only {supported[0]!r} is.",
         )
-    dialect = DIALECTS.get(values.get("model_type", "bert"), Dialect())
     for name, theirs in dialect.names.items():
         if theirs in values:
             values[name] = values.pop(theirs)
@@ -123,7 +79,8 @@ def write_fields(values: dict[str, Any]) -> dict[str, Any]:
     fields as they were read."""
     labels, lsg, extra = (values.pop(name) for name in ("labels", "lsg", "extra"))
     dialect = DIALECTS.get(values["model_type"], Dialect())
-    for name in dialect.absent:
+    unused = (name for name in OF_SOME_FAMILIES if values.get(name, 0) is None)
+    for name in (*dialect.absent, *unused):
         del values[name]
     for name, theirs in dialect.names.items():
         values[theirs] = values.pop(name)

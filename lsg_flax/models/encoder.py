@@ -1,143 +1,200 @@
-"""The one encoder: embeddings, a scanned stack of layers, pooler. Families and attention kinds are
-values of its config.
+"""The one encoder: embeddings, a scanned stack of layers. Families and attention kinds are values
+of its context.
 
 Axes: B batch, T tokens, U tokens with an output (T, or 1 with a cache), G global tokens, D model
-width, E embedding width, L layers.
+width, V vocabulary, E embedding width, L layers.
 """
 
+import dataclasses
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key
 
+from lsg_flax.models.attention_layers import CrossAttention, EncoderStates, LayerCall, SelfAttention
 from lsg_flax.models.config import EncoderConfig
-from lsg_flax.models.families import family_of
-from lsg_flax.models.layers import Embeddings, EncoderLayer, Memory, Part
+from lsg_flax.models.embeddings import Embeddings
+from lsg_flax.models.inputs import Inputs
+from lsg_flax.models.layers import Part, Projection, activation
 from lsg_flax.patterns import DEFAULT_LSH_SEED, Cache, LayerCache, extend, prompt_length
-from lsg_flax.sharding import SEQUENCE, over_sequence, sequence_shards
+from lsg_flax.sharding import SEQUENCE, constrain, over_sequence, sequence_shards
 
 Remat = Literal["none", "full", "dots"]
 REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
+
+class BodyOutput(NamedTuple):
+    """What a body gives its head.
+
+    Attributes:
+        last: the last states, without globals and padding; of the last token alone with a cache.
+        states: those of the embeddings and all layers, with globals and padding, if kept.
+        words: the word table.
+        cache: what the next call takes.
+    """
+
+    last: Float[Array, "B U D"]
+    states: tuple[Float[Array, "B GT D"], ...] | None
+    words: Float[Array, "V E"]
+    cache: Cache | None
+
+
+class EncoderLayer(Part):
+    """A transformer layer. Returns its output and what a cache shall keep (see `SelfAttention`)."""
+
+    causal: bool = False
+
+    def _around(self, name: str):
+        """The LayerNorm of a part of the layer, in front of it or behind it."""
+        norm, nothing = self.layer_norm(name), lambda x: x
+        return (nothing, norm) if self.context.architecture.norm == "post" else (norm, nothing)
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], call: LayerCall
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        config, context = self.config, self.context
+        before, behind = self._around("attention_norm")
+        attention = SelfAttention(context, self.causal, name="attention")
+        attended, new = attention(before(x), call)
+        x = behind(x + self.dropout(attended))
+        source = call.memory
+        if call.cache is not None:
+            source = jax.tree.map(lambda x: x[call.number], call.cache.layers.memory)
+        if source is not None:
+            before, behind = self._around("cross_attention_norm")
+            attended, source = CrossAttention(context, name="cross_attention")(before(x), source)
+            x = behind(x + self.dropout(attended))
+            new = new._replace(memory=source) if context.slots and new else new
+        before, behind = self._around("mlp_norm")
+        up = Projection(context, config.intermediate_size, name="mlp_up")
+        act = activation(config.hidden_act)
+        down = Projection(context, config.hidden_size, act=act, name="mlp_down")
+        wide = constrain(up(before(x)), "batch", "length", "mlp")
+        x = behind(x + self.dropout(down(wide)))
+        return constrain(x, "batch", "length", None), new
+
+
+class LayerStep(EncoderLayer):
+    """A layer as a scan step: its output is carried on and, if asked for, kept."""
+
+    keep_states: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], call: LayerCall):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, new = super().__call__(x, call)
+        return x, (x if self.keep_states else None, new)
 
 
 class Encoder(Part):
     """Embeddings and layers.
 
     Attributes:
+        causal: of the stack of layers.
         remat: what the backward pass recomputes: "none", "full" (a layer keeps only its input),
             "dots" (keeps its projections).
         unroll: layers per iteration of the scan; more compiles longer and may run faster.
         keep_states: also return every layer's output.
-        slots: if not 0, also return a cache with this many (from `patterns.slots_for`).
     """
 
+    causal: bool = False
     remat: Remat = "none"
     unroll: int = 1
     keep_states: bool = False
-    slots: int = 0
 
     @nn.compact
     def __call__(
-        self,
-        input_ids: Int[Array, "B T"] | None = None,
-        attention_mask: Array | None = None,
-        token_type_ids: Int[Array, "B T"] | None = None,
-        position_ids: Int[Array, "#B T"] | None = None,
-        inputs_embeds: Float[Array, "B T E"] | None = None,
-        memory: Memory | None = None,
-        cache: Cache | None = None,
-    ) -> tuple[
-        Float[Array, "B U D"],
-        tuple[Float[Array, "B GT D"], ...] | None,
-        Float[Array, "V E"],
-        Cache | None,
-    ]:
-        """Returns the last state (without globals and padding), all states (with them) if kept, the
-        word table, and the cache. Given a cache, the input is the next token; with `slots` or a
-        cache, the last state is that of the last token alone."""
-        lsg, family = self.config.lsg if cache is None else None, family_of(self.config.model_type)
-        if cache is not None and position_ids is None:
-            position_ids = cache.position[:, None]
-        if position_ids is None and family.positions_after_padding:
-            position_ids = _positions_after_padding(input_ids, inputs_embeds, self.config)
-        first, x, words = Embeddings(**self.inherited(), name="embeddings")(
-            input_ids, token_type_ids, position_ids, inputs_embeds
-        )
-        project = (
-            self.dense(self.config.hidden_size, "embeddings_project")
-            if family.projects(self.config)
-            else lambda x: x
-        )
-        if not family.always_projects:
-            x = project(x)
+        self, inputs: Inputs, memory: EncoderStates | None = None, cache: Cache | None = None
+    ) -> BodyOutput:
+        """Given a cache, the input is the next token."""
+        config, architecture = self.config, self.context.architecture
+        lsg = config.lsg if cache is None else None
+        inputs = self._with_positions(inputs, cache)
+        first, x, words = Embeddings(self.context, name="embeddings")(inputs)
         length, shards = x.shape[1], self._shards() if lsg else 1
-        mask = (
-            jnp.ones((x.shape[0], length), bool)
-            if attention_mask is None
-            else attention_mask.astype(bool)
-        )
+        project = lambda x: x  # noqa: E731
+        if architecture.projects(config):
+            project = self.dense(config.hidden_size, "embeddings_project")
+        if not architecture.always_projects:
+            x = project(x)
+        mask = inputs.attention_mask
+        mask = jnp.ones(x.shape[:2], bool) if mask is None else mask.astype(bool)
         if lsg:
             if lsg.mask_first_token:
                 mask = mask.at[:, 0].set(False)
             extra = lsg.needs_padding(length, shards)  # once here, not in each layer
             mask = jnp.pad(mask, ((0, 0), (0, extra)))
             x = jnp.pad(x, ((0, 0), (0, extra), (0, 0)))
-        if family.always_projects:  # behind the padding, which can be seen under strict_reference
+        if architecture.always_projects:  # padding too, which strict_reference may see
             x = project(x)
         first = project(first) if lsg else x[:, :0]  # with a cache they are there already
-        after, last, states, layers = self._layers(first, x, mask, memory, cache, shards)
+        call = LayerCall(mask, self._lsh_keys(), memory, cache)
+        after, last, states, new = self._layers(first, x, call, shards)
+        if architecture.final_norm:
+            norm = self.layer_norm("final_norm")
+            after, last = norm(after), norm(last)
         if lsg and lsg.pool_with_global:
             at_first = jnp.arange(last.shape[1])[None, :, None] == 0
             last = jnp.where(at_first, after[:, :1], last)
         if states is not None:  # the reference pools in place, so its last entry shows it
             begin, end = (jnp.concatenate(pair, axis=1) for pair in ((first, x), (after, last)))
             states = (begin, *states[:-1], end)
-        last, mask = last[:, :length], mask[:, :length]
+        return self._output(last[:, :length], states, words, call, new, inputs.position_ids)
+
+    def _with_positions(self, inputs: Inputs, cache: Cache | None) -> Inputs:
+        """Positions where none are given and they do not simply count from 0."""
+        if inputs.position_ids is not None:
+            return inputs
         if cache is not None:
-            assert position_ids is not None and layers is not None
+            return inputs._replace(position_ids=cache.position[:, None])
+        if self.context.architecture.positions == "behind_padding":
+            return inputs._replace(position_ids=_positions_behind_padding(inputs, self.config))
+        return inputs
+
+    def _output(self, last, states, words, call: LayerCall, new, position_ids) -> BodyOutput:
+        """With the cache, and then the last token's state alone."""
+        cache = call.cache
+        if cache is not None:
             position = jnp.broadcast_to(position_ids[:, 0], cache.position.shape)
-            cache = extend(cache, layers, position, self.config.lsg)
-        elif layers is not None:
-            cache = _first_cache(layers, mask, position_ids)
+            cache = extend(cache, new, position, self.config.lsg)
+        elif new is not None:
+            cache = _first_cache(new, call.mask[:, : last.shape[1]], position_ids)
             last = jax.lax.dynamic_slice_in_dim(last, cache.length - 1, 1, axis=1)
-        return last, states, words, cache
+        return BodyOutput(last, states, words, cache)
 
     def _layers(
-        self,
-        first: Float[Array, "B G D"],
-        x: Float[Array, "B T D"],
-        mask: Bool[Array, "B T"],
-        memory: Memory | None,
-        cache: Cache | None,
-        shards: int,
+        self, first: Float[Array, "B G D"], x: Float[Array, "B T D"], call: LayerCall, shards: int
     ):
         """The layers on the globals and the tokens: the last states of both, the states of all
         layers, and what the cache shall keep."""
-        stack, keys = self._stack(), self._lsh_keys()
-        split = first.shape[1]
-        layers = stack(**self._of_stack(), name="layers")
+        stack, split = self._stack(), first.shape[1]
+        options = {"causal": self.causal, "keep_states": self.keep_states}
+        layers = stack(self.context, **options, name="layers")
 
-        def run(layers, first, x, mask, memory, keys):
+        def run(layers, first, x, mask, call):
             whole = jnp.concatenate([first, x], axis=1)  # [B, G + T, D]
             mask = jnp.pad(mask, ((0, 0), (split, 0)), constant_values=True)
-            numbers = None if cache is None else jnp.arange(self.config.num_hidden_layers)
-            last, (states, new) = layers(whole, mask, keys, memory, cache, numbers)
+            numbers = None
+            if call.cache is not None:
+                numbers = jnp.arange(self.config.num_hidden_layers)
+            last, (states, new) = layers(whole, call._replace(mask=mask, number=numbers))
             if states is not None:
                 states = self._by_layer(states)
             return last[:, :split], last[:, split:], states, new
 
         if shards == 1:
-            return run(layers, first, x, mask, memory, keys)
-        within = stack(**self._of_stack() | {"sequence_axis": SEQUENCE}, parent=None)
-        rngs = {"dropout": self.make_rng("dropout")} if self.train else {}
+            return run(layers, first, x, call.mask, call)
+        within = dataclasses.replace(self.context, sequence_axis=SEQUENCE)
+        within = stack(within, **options, parent=None)
+        rngs = {"dropout": self.make_rng("dropout")} if self.context.train else {}
 
-        def run_shard(params, rngs, *arrays):
-            after, last, states, _ = run(
-                partial(within.apply, {"params": params}, rngs=rngs), *arrays
-            )
+        def run_shard(params, rngs, first, x, mask, keys, memory):
+            apply = partial(within.apply, {"params": params}, rngs=rngs)
+            call = LayerCall(mask, keys, memory)
+            after, last, states, _ = run(apply, first, x, mask, call)
             if states is None:
                 return after, last
             return after, last, states[:, :, :split], states[:, :, split:]
@@ -147,14 +204,14 @@ class Encoder(Part):
             in_axes=(None, None, None, 1, 1, None, None),
             out_axes=(None, 1, None, 2) if self.keep_states else (None, 1),
         )
-        params = self.variables["params"]["layers"]
-        after, last, *states = sharded(params, rngs, first, x, mask, memory, keys)
+        arrays = (first, x, call.mask, call.lsh_key, call.memory)
+        after, last, *states = sharded(self.variables["params"]["layers"], rngs, *arrays)
         return after, last, jnp.concatenate(states, axis=2) if states else None, None
 
     def _stack(self) -> Any:
         """The scan over stacked layers: parameters have a leading axis of layers, and compile time
         does not grow with depth."""
-        step: Any = _Step
+        step: Any = LayerStep
         if self.remat != "none":
             step = nn.remat(step, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         config = self.config
@@ -165,9 +222,6 @@ class Encoder(Part):
             stack = _scan(_scan(stack, times, 1, shared=True), groups, 1)
         return stack
 
-    def _of_stack(self) -> dict[str, Any]:
-        return self.inherited() | {"slots": self.slots, "keep_states": self.keep_states}
-
     def _by_layer(self, states: Float[Array, "..."]) -> Float[Array, "L B T D"]:
         """The states of all layers; of a shared group the last one's each time."""
         config = self.config
@@ -177,7 +231,7 @@ class Encoder(Part):
 
     def _shards(self) -> int:
         """How many shards the tokens are in: with a cache and while parameters are drawn one."""
-        return 1 if self.slots or self.is_initializing() else sequence_shards()
+        return 1 if self.context.slots or self.is_initializing() else sequence_shards()
 
     def _lsh_keys(self) -> Key[Array, "..."] | None:
         """One key per layer, from the "lsh" rng or a fixed seed."""
@@ -201,18 +255,18 @@ def _scan(step, length: int, unroll: int, *, shared: bool = False) -> Any:
         variable_axes={} if shared else {"params": 0},
         variable_broadcast="params" if shared else False,
         split_rngs={"params": not shared, "dropout": True},
-        in_axes=(nn.broadcast, 0, nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
+        in_axes=(LayerCall(nn.broadcast, 0, nn.broadcast, nn.broadcast, 0),),  # pyright: ignore[reportArgumentType]
         length=length,
         unroll=unroll,
     )
 
 
-def _positions_after_padding(ids, embeds, config: EncoderConfig) -> Int[Array, "#B T"]:
+def _positions_behind_padding(inputs: Inputs, config: EncoderConfig) -> Int[Array, "#B T"]:
     """Real tokens counted from pad_token_id + 1, padding at pad_token_id (RoBERTa); embeddings, of
     which none can be told to be padding, from the first on."""
-    first = (config.pad_token_id or 0) + 1
+    ids, first = inputs.input_ids, (config.pad_token_id or 0) + 1
     if ids is None:
-        return jnp.arange(first, first + embeds.shape[1])[None]
+        return jnp.arange(first, first + inputs.inputs_embeds.shape[1])[None]
     real = (ids != config.pad_token_id).astype(jnp.int32)
     return jnp.cumsum(real, axis=1) * real + first - 1
 
@@ -224,22 +278,3 @@ def _first_cache(
     length = prompt_length(mask)
     position = length[None] if position_ids is None else position_ids[:, length - 1] + 1
     return Cache(layers, length, jnp.broadcast_to(position, mask.shape[:1]).astype(jnp.int32))
-
-
-class _Step(EncoderLayer):
-    """A layer as a scan step: its output is carried on and, if asked for, kept."""
-
-    keep_states: bool = False
-
-    @nn.compact
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        x: Float[Array, "B T D"],
-        mask: Bool[Array, "B T"],
-        lsh_key: PRNGKeyArray | None,
-        memory: Memory | None,
-        cache: Cache | None,
-        layer: Int[Array, ""] | None,
-    ):
-        x, new = super().__call__(x, mask, lsh_key, memory, cache, layer)
-        return x, (x if self.keep_states else None, new)

@@ -54,18 +54,17 @@ class LanguageModelHead(Head):
 
     @nn.compact
     def __call__(self, last, pooled, words):
-        config, width = self.config, self.config.embedding_width
+        config, context, width = self.config, self.context, self.config.embedding_width
         x = activation(self.act or config.hidden_act)(self.dense(width, "transform")(last))
         x = self.layer_norm("layer_norm")(x)
-        bias = self.param("bias", nn.initializers.zeros, (config.vocab_size,), self.param_dtype)
+        zeros, init = nn.initializers.zeros, nn.initializers.normal(config.initializer_range)
+        bias = self.param("bias", zeros, (config.vocab_size,), context.param_dtype)
         if config.tie_word_embeddings:
             kernel = words.T
         else:
-            init = nn.initializers.normal(config.initializer_range)
-            kernel = self.param(
-                "kernel", init, (width, config.vocab_size), self.param_dtype
-            ).astype(self.dtype)
-        return ModelOutput(logits=x @ kernel + bias.astype(self.dtype)[None, None])  # [B, T, V]
+            kernel = self.param("kernel", init, (width, config.vocab_size), context.param_dtype)
+        logits = x @ kernel.astype(context.dtype) + bias.astype(context.dtype)[None, None]
+        return ModelOutput(logits=logits)  # [B, T, V]
 
 
 class PretrainingHead(Head):
@@ -73,9 +72,7 @@ class PretrainingHead(Head):
 
     @nn.compact
     def __call__(self, last, pooled, words):
-        language_model = LanguageModelHead(**self.inherited(), name="masked_lm")(
-            last, pooled, words
-        )
+        language_model = LanguageModelHead(self.context, name="masked_lm")(last, pooled, words)
         return ModelOutput(
             prediction_logits=language_model.logits,
             seq_relationship_logits=self.dense(2, "seq_relationship")(pooled),
@@ -102,9 +99,9 @@ class SentenceOrderHead(Head):
 
     @nn.compact
     def __call__(self, last, pooled, words):
-        parts = self.inherited()
-        language_model = LanguageModelHead(**parts, name="masked_lm")(last, pooled, words)
-        order = SequenceClassificationHead(**parts, name="sentence_order")(last, pooled, words)
+        context = self.context
+        language_model = LanguageModelHead(context, name="masked_lm")(last, pooled, words)
+        order = SequenceClassificationHead(context, name="sentence_order")(last, pooled, words)
         return ModelOutput(prediction_logits=language_model.logits, sop_logits=order.logits)
 
 

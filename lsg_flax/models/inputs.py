@@ -1,80 +1,67 @@
-"""What a model is given: arrays by name, checked before anything is computed."""
+"""What a model is given: arrays by name, checked before anything is computed.
 
-from typing import Any
+Axes: B batch, C choices, T tokens, S states of an encoder, D model width.
+"""
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from flax.typing import Dtype
 
+from lsg_flax.models.attention_layers import EncoderStates
 from lsg_flax.models.config import EncoderConfig
+from lsg_flax.patterns import Cache, slots_for
 
 
-class CallInputs:
-    """The arrays of a call by name; `lead` is their common [B, T] or [B, C, T]."""
+class Inputs(NamedTuple):
+    """The arrays of a call, [B, T] or [B, C, T]; embeddings have one more axis."""
 
-    def __init__(self, *arrays):
-        names = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
-        self.named: dict[str, Any] = dict(zip(names, arrays, strict=True))
-        for name, array in self.named.items():
-            if array is not None and not hasattr(array, "shape"):
-                raise ValueError(
-                    f"{name} is a {type(array).__name__}; give a numpy or JAX array "
-                    '(tokenizer(..., return_tensors="np")).'
-                )
-        given = [a for a in (self.named["input_ids"], self.named["inputs_embeds"]) if a is not None]
-        if len(given) != 1:
-            raise ValueError(f"give either input_ids or inputs_embeds, got {len(given)} of them.")
-        self.lead = tuple(
-            given[0].shape if self.named["input_ids"] is not None else given[0].shape[:-1]
+    input_ids: Any = None
+    attention_mask: Any = None
+    token_type_ids: Any = None
+    position_ids: Any = None
+    inputs_embeds: Any = None
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The common [B, T] or [B, C, T]."""
+        return tuple(
+            self.inputs_embeds.shape[:-1] if self.input_ids is None else self.input_ids.shape
         )
 
-    def arrays(self):
-        """In the order of the model's arguments."""
-        return tuple(None if a is None else jnp.asarray(a) for a in self.named.values())
-
-    def flattened(self):
-        """Choices merged into the batch."""
+    def flattened(self) -> "Inputs":
+        """As JAX arrays with choices merged into the batch."""
         drop = len(self.lead) - 1
-        return tuple(None if a is None else a.reshape(-1, *a.shape[drop:]) for a in self.arrays())
+        arrays = (None if a is None else jnp.asarray(a) for a in self)
+        return Inputs(*(a if a is None else a.reshape(-1, *a.shape[drop:]) for a in arrays))
 
 
-def check_inputs(inputs: CallInputs, config: EncoderConfig, limit: int, *, choices: bool) -> None:
-    """Raises early, with what was given, what is allowed and what to do."""
-    lead, named = inputs.lead, inputs.named
-    layout = "[batch, choices, tokens]" if choices else "[batch, tokens]"
-    if len(lead) != (3 if choices else 2):
-        raise ValueError(
-            f"the inputs must be {layout}, got a leading shape {lead}; add the missing axis with "
-            "x[None]."
-        )
-    length = lead[-1]
-    if length > limit and named["position_ids"] is None:
-        raise ValueError(
-            f"{length} tokens are more than the {limit} positions of this checkpoint "
-            f"(max_position_embeddings={config.max_position_embeddings}); "
-            "truncate them, or make the checkpoint "
-            f"longer: lsg_flax.convert_checkpoint(source, target, max_sequence_length={length})."
-        )
-    embeds = named["inputs_embeds"]
-    if embeds is not None and embeds.shape[-1] != config.embedding_width:
-        name = "embedding_size" if config.embedding_size else "hidden_size"
-        raise ValueError(
-            f"inputs_embeds {embeds.shape} must end in {name}={config.embedding_width}."
-        )
-    for name in ("attention_mask", "token_type_ids", "position_ids"):
-        array = named[name]
-        broadcast = (
-            name == "position_ids" and array is not None and tuple(array.shape) == (1, *lead[1:])
-        )
-        if array is not None and tuple(array.shape) != lead and not broadcast:
+def check_inputs(inputs: Inputs, config: EncoderConfig, limit: int, *, rank: int) -> None:
+    """Raises early, with what was given, what is allowed and what to do.
+
+    Args:
+        limit: positions that the model has.
+        rank: axes of `input_ids`.
+
+    Raises:
+        ValueError: for arrays that do not fit the model or each other.
+    """
+    for name, array in inputs._asdict().items():
+        if array is not None and not hasattr(array, "shape"):
             raise ValueError(
-                f"{name} has shape {tuple(array.shape)}, but the inputs are {layout} = {lead}; "
-                "they must be equal."
+                f"{name} is a {type(array).__name__}; give a numpy or JAX array "
+                '(tokenizer(..., return_tensors="np")).'
             )
-    if named["attention_mask"] is not None:
-        check_mask(named["attention_mask"], "attention_mask")
-    if config.type_vocab_size == 0 and named["token_type_ids"] is not None:
+    given = sum(array is not None for array in (inputs.input_ids, inputs.inputs_embeds))
+    if given != 1:
+        raise ValueError(f"give either input_ids or inputs_embeds, got {given} of them.")
+    _check_shapes(inputs, config, limit, rank)
+    if inputs.attention_mask is not None:
+        _check_mask(inputs.attention_mask, "attention_mask")
+    if config.type_vocab_size == 0 and inputs.token_type_ids is not None:
         raise ValueError(
             f"{config.model_type} has no segments (type_vocab_size=0): leave token_type_ids out."
         )
@@ -83,11 +70,41 @@ def check_inputs(inputs: CallInputs, config: EncoderConfig, limit: int, *, choic
         ("token_type_ids", "type_vocab_size"),
         ("position_ids", "max_position_embeddings"),
     ):
-        _check_ids(named[name], name, field, getattr(config, field))
+        _check_ids(getattr(inputs, name), name, field, getattr(config, field))
 
 
-def check_mask(mask, name: str) -> None:
-    """Raises ValueError for a mask that is neither of integers nor of booleans."""
+def _check_shapes(inputs: Inputs, config: EncoderConfig, limit: int, rank: int) -> None:
+    lead = inputs.lead
+    layout = "[batch, choices, tokens]" if rank == 3 else "[batch, tokens]"
+    if len(lead) != rank:
+        raise ValueError(
+            f"the inputs must be {layout}, got a leading shape {lead}; add the missing axis with "
+            "x[None]."
+        )
+    length, embeds = lead[-1], inputs.inputs_embeds
+    if length > limit and inputs.position_ids is None:
+        raise ValueError(
+            f"{length} tokens are more than the {limit} positions of this checkpoint "
+            f"(max_position_embeddings={config.max_position_embeddings}); truncate them, or make "
+            "the checkpoint longer: lsg_flax.convert_checkpoint(source, target, "
+            f"max_sequence_length={length})."
+        )
+    if embeds is not None and embeds.shape[-1] != config.embedding_width:
+        name = "embedding_size" if config.embedding_size else "hidden_size"
+        raise ValueError(
+            f"inputs_embeds {embeds.shape} must end in {name}={config.embedding_width}."
+        )
+    for name in ("attention_mask", "token_type_ids", "position_ids"):
+        array = getattr(inputs, name)
+        allowed = [lead, *[(1, *lead[1:])] * (name == "position_ids")]
+        if array is not None and tuple(array.shape) not in allowed:
+            raise ValueError(
+                f"{name} has shape {tuple(array.shape)}, but the inputs are {layout} = {lead}; "
+                "they must be equal."
+            )
+
+
+def _check_mask(mask, name: str) -> None:
     if not (jnp.issubdtype(mask.dtype, jnp.integer) or mask.dtype == bool):
         raise ValueError(
             f"{name} has dtype {mask.dtype}; give integers or booleans, 1 or True for "
@@ -112,4 +129,102 @@ def _check_ids(ids, name: str, field: str, limit: int) -> None:
         raise ValueError(
             f"{name} lie in {values.min()}..{values.max()}, but {field}={limit} allows "
             f"0..{limit - 1}{remedy}."
+        )
+
+
+def encoder_states(
+    states: Any,
+    mask: Any,
+    config: EncoderConfig,
+    batch: int,
+    *,
+    cache: Cache | None,
+    dtype: Dtype,
+) -> EncoderStates | None:
+    """What cross-attention sees, checked; None where there is none, or a cache has it.
+
+    Args:
+        states: [B, S, D].
+        mask: [B, S], all real by default.
+
+    Raises:
+        ValueError: for states that do not fit the model, or are missing.
+    """
+    if states is None and mask is not None:
+        raise ValueError("encoder_attention_mask is given without encoder_hidden_states.")
+    if states is not None and (not config.add_cross_attention or cache is not None):
+        raise ValueError(
+            "encoder_hidden_states are given, but "
+            + (
+                "this model has add_cross_attention=False."
+                if cache is None
+                else "the cache has their keys and values: leave them out."
+            )
+        )
+    if not config.add_cross_attention or cache is not None:
+        return None
+    width = config.hidden_size
+    if states is None:
+        raise ValueError(
+            "add_cross_attention=True needs encoder_hidden_states, [batch, tokens, "
+            f"hidden_size={width}]."
+        )
+    if states.ndim != 3 or (states.shape[0], states.shape[2]) != (batch, width):
+        raise ValueError(
+            f"encoder_hidden_states {tuple(states.shape)} must be [batch={batch}, tokens, "
+            f"hidden_size={width}]."
+        )
+    if mask is None:
+        mask = jnp.ones(states.shape[:2], bool)
+    if tuple(mask.shape) != tuple(states.shape[:2]):
+        raise ValueError(
+            f"encoder_attention_mask {tuple(mask.shape)} must be [batch, tokens] = "
+            f"{tuple(states.shape[:2])}, as encoder_hidden_states."
+        )
+    _check_mask(mask, "encoder_attention_mask")
+    return EncoderStates(jnp.asarray(states, dtype), jnp.asarray(mask).astype(bool))
+
+
+def slots_of_cache(inputs: Inputs, config: EncoderConfig, limit: int, length: int) -> int:
+    """The slots of a new cache for `length` tokens.
+
+    Args:
+        limit: positions that the model has.
+
+    Raises:
+        ValueError: for what a cache cannot do.
+    """
+    lead, mask = inputs.lead, inputs.attention_mask
+    if length < lead[1]:
+        raise ValueError(f"cache_length={length} has no room for the {lead[1]} tokens given.")
+    if length > limit and inputs.position_ids is None:
+        raise ValueError(
+            f"cache_length={length} is more than the {limit} positions of this checkpoint; "
+            "decode fewer tokens, or convert it with a larger max_sequence_length."
+        )
+    if mask is not None and not isinstance(mask, jax.core.Tracer):
+        ends = np.max(np.where(np.asarray(mask, bool), np.arange(1, lead[1] + 1), 0), axis=1)
+        if (ends != ends[0]).any() or ends[0] == 0:
+            raise ValueError(
+                "the rows of a prompt must end together: their last real tokens are at "
+                f"{(ends - 1).tolist()} (-1: none). Pad on the left "
+                "(tokenizer.padding_side = 'left')."
+            )
+    return slots_for(length, config.lsg)
+
+
+def check_step(inputs: Inputs, cache: Cache, config: EncoderConfig) -> None:
+    """Raises ValueError for anything but one more token of each row, and for a full cache."""
+    lead = inputs.lead
+    batch, globals_ = cache.position.shape[0], config.lsg.num_global_tokens if config.lsg else 0
+    if lead != (batch, 1):
+        raise ValueError(
+            f"with a cache the input is one token of each of its {batch} rows, [{batch}, 1], not "
+            f"{list(lead)}; give a prompt without a cache."
+        )
+    slots = cache.layers.tokens.key.shape[-1] - globals_
+    if not isinstance(cache.length, jax.core.Tracer) and int(cache.length) >= slots:
+        raise ValueError(
+            f"the cache is full: all its {slots} slots are in use. Begin with a larger "
+            "cache_length."
         )

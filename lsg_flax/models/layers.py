@@ -1,34 +1,29 @@
-"""Linen parts shared by all models. Maths lives in pure functions (attention.py); modules own only
-parameters and dropout.
+"""Linen parts shared by all models. Maths lives in pure functions; modules own only parameters and
+dropout.
 
-Axes: B batch, T tokens, G global tokens, D model width, E embedding width, F mlp width, N
-    heads, H head width.
+Axes: B batch, T tokens, D model width, E embedding width, F outputs of a projection, V rows of a
+table.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from lsg_flax.kernels import Source, drop
+from lsg_flax.kernels import drop
+from lsg_flax.models.architecture import Architecture
 from lsg_flax.models.config import EncoderConfig
-from lsg_flax.patterns import (
-    MAX_GLOBAL_TOKENS,
-    Cache,
-    LayerCache,
-    attend_features_first,
-    attend_step,
-    first_layer_cache,
-    halo,
-)
+from lsg_flax.patterns import halo
 from lsg_flax.sharding import constrain
 
-Layout = Literal["btd", "bdt"]
+Implementation = Literal["xla"]
+AxisOrder = Literal["btd", "bdt"]
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     # BERT's is exact, JAX defaults to the tanh form; erf is faster on CPU than JAX's erfc
     "gelu": lambda x: 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5)),
@@ -54,34 +49,61 @@ def activation(name: str) -> Callable[[Array], Array]:
     return ACTIVATIONS[name]
 
 
-class Part(nn.Module):
-    """What every part of a model is told: the config, the dtypes of computation and parameters,
-    whether it is being trained, and inside `jax.shard_map` the mesh axis that tokens are spread
-    over."""
+@dataclass(frozen=True)
+class Context:
+    """What every part of a model is told.
+
+    Attributes:
+        config, architecture: what is computed.
+        dtype, param_dtype: of the computation and of the parameters.
+        train: whether it is being trained.
+        sequence_axis: inside `jax.shard_map`, the mesh axis that tokens are spread over.
+        implementation: of attention, see `lsg_attention`.
+        slots: how many slots of a new cache the layers fill; 0 for no cache.
+    """
 
     config: EncoderConfig
+    architecture: Architecture
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     train: bool = False
     sequence_axis: str | None = None
+    implementation: Implementation | None = None
+    slots: int = 0
+
+
+class Part(nn.Module):
+    """A part of a model, with what it is told."""
+
+    context: Context
+
+    @property
+    def config(self) -> EncoderConfig:
+        """The model's config."""
+        return self.context.config
 
     def dense(self, features: int, name: str) -> nn.Dense:
         """A projection with BERT's initialisation."""
-        init = nn.initializers.normal(self.config.initializer_range)
+        context, init = self.context, nn.initializers.normal(self.config.initializer_range)
         return nn.Dense(
-            features, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=init, name=name
+            features,
+            dtype=context.dtype,
+            param_dtype=context.param_dtype,
+            kernel_init=init,
+            name=name,
         )
 
     def layer_norm(self, name: str) -> "LayerNorm":
         """LayerNorm with the config's epsilon."""
-        return LayerNorm(self.config.layer_norm_eps, self.dtype, self.param_dtype, name=name)
+        context = self.context
+        return LayerNorm(self.config.layer_norm_eps, context.dtype, context.param_dtype, name=name)
 
     def dropout(self, x: Array, rate: float | None = None) -> Array:
         """Dropout with the config's hidden rate, or another."""
         rate = self.config.hidden_dropout_prob if rate is None else rate
-        if not self.train or not rate:
+        if not self.context.train or not rate:
             return x
-        key, axis = self.make_rng("dropout"), self.sequence_axis
+        key, axis = self.make_rng("dropout"), self.context.sequence_axis
         if axis is None or self.config.lsg is None:
             return drop(x, key, rate)
         split = self.config.lsg.num_global_tokens  # the globals stay the same in every shard
@@ -89,16 +111,6 @@ class Part(nn.Module):
         return jnp.concatenate(
             [drop(x[:, :split], key, rate), drop(x[:, split:], own, rate)], axis=1
         )
-
-    def inherited(self) -> dict[str, Any]:
-        """The fields of this class, for a part of this part."""
-        return {
-            "config": self.config,
-            "dtype": self.dtype,
-            "param_dtype": self.param_dtype,
-            "train": self.train,
-            "sequence_axis": self.sequence_axis,
-        }
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -184,55 +196,9 @@ class Embedding(nn.Module):
         )
 
 
-class Embeddings(Part):
-    """Word + position + segment, LayerNorm, dropout; the same for the global tokens
-    (reference-behaviour 1.3)."""
-
-    def table(self, rows: int, name: str) -> Float[Array, "V E"]:
-        """One embedding table in the compute dtype."""
-        config = self.config
-        table = Embedding(
-            rows, config.embedding_width, config.initializer_range, self.param_dtype, name=name
-        )()
-        return constrain(table.astype(self.dtype), "vocab", "columns")
-
-    @nn.compact
-    def __call__(
-        self,
-        input_ids: Int[Array, "B T"] | None,
-        token_type_ids: Int[Array, "B T"] | None,
-        position_ids: Int[Array, "#B T"] | None,
-        inputs_embeds: Float[Array, "B T E"] | None,
-    ) -> tuple[Float[Array, "B G E"] | None, Float[Array, "B T E"], Float[Array, "V E"]]:
-        """Returns the globals (None without LSG), the tokens, and the word table."""
-        config = self.config
-        words = self.table(config.vocab_size, "word_embeddings")
-        if input_ids is not None:
-            x = rows(words, input_ids)  # [B, T, E]
-        else:
-            assert inputs_embeds is not None  # models check that one of them is given
-            x = inputs_embeds.astype(self.dtype)
-        positions = self.table(config.max_position_embeddings, "position_embeddings")
-        x += (
-            positions[None, : x.shape[1]] if position_ids is None else rows(positions, position_ids)
-        )
-        if config.type_vocab_size:
-            types = self.table(config.type_vocab_size, "token_type_embeddings")
-            x += types[None, :1] if token_type_ids is None else rows(types, token_type_ids)
-        x = constrain(x, "batch", "length", None)
-        norm = self.layer_norm("layer_norm")
-        globals_ = None
-        if config.lsg:
-            table = self.table(MAX_GLOBAL_TOKENS, "global_embeddings")
-            first = table[None, : config.lsg.num_global_tokens]
-            globals_ = jnp.broadcast_to(norm(first), (x.shape[0], *first.shape[1:]))
-            globals_ = self.dropout(globals_)
-        return globals_, self.dropout(norm(x)), words
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def project(
-    x: Array, kernel: Float[Array, "D F"], reads: Layout = "btd", writes: Layout = "btd"
+    x: Array, kernel: Float[Array, "D F"], reads: AxisOrder = "btd", writes: AxisOrder = "btd"
 ) -> Array:
     """x @ kernel between layouts: "btd" tokens first, "bdt" features first, for input and output.
 
@@ -264,153 +230,47 @@ project.defvjp(_project_forward, _project_backward)
 class Projection(Part):
     """A dense layer with BERT's initialisation between the layouts of `project`.
 
-    `act` is applied to the input and recomputed in the backward pass, which then keeps only what
-    went into it.
+    Attributes:
+        act: applied to the input and recomputed in the backward pass, which then keeps only what
+            went into it.
     """
 
     features: int = 0
-    reads: Layout = "btd"
-    writes: Layout = "btd"
+    reads: AxisOrder = "btd"
+    writes: AxisOrder = "btd"
     act: Callable[[Array], Array] | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        context, architecture = self.context, self.context.architecture
+        groups = architecture.groups_of(self.name or "", self.config)
         init = nn.initializers.normal(self.config.initializer_range)
         shape = (x.shape[self.reads.index("d")], self.features)
-        kernel = self.param("kernel", init, shape, self.param_dtype).astype(self.dtype)
-        bias = self.param("bias", nn.initializers.zeros, shape[1:], self.param_dtype)
+        if groups > 1:
+            shape = (groups, *(size // groups for size in shape))  # [G, D/G, F/G]
+        kernel = self.param("kernel", init, shape, context.param_dtype).astype(context.dtype)
+        run: Any = project if groups == 1 else project_groups
 
         def apply(x, kernel):
-            return project(self.act(x) if self.act else x, kernel, self.reads, self.writes)
+            return run(self.act(x) if self.act else x, kernel, self.reads, self.writes)
 
-        y: Array = (jax.checkpoint(apply) if self.act else apply)(x.astype(self.dtype), kernel)
-        return y + bias.astype(self.dtype).reshape(
-            (1, -1, 1) if self.writes == "bdt" else (1, 1, -1)
-        )
-
-
-class _Attention(Part):
-    """What self- and cross-attention share."""
-
-    def heads(self, x: Float[Array, "B T D"], name: str) -> Float[Array, "B N H T"]:
-        """A projection, cut into heads."""
-        config = self.config
-        features = config.num_attention_heads * config.head_dim
-        y = Projection(**self.inherited(), features=features, writes="bdt", name=name)(x)
-        y = y.reshape(x.shape[0], config.num_attention_heads, config.head_dim, x.shape[1])
-        return constrain(y, "batch", "heads", None, "length")
-
-    def merged(self, context: Float[Array, "B N H T"]) -> Float[Array, "B T D"]:
-        """The heads side by side, projected."""
-        features = self.config.hidden_size
-        output = Projection(**self.inherited(), features=features, reads="bdt", name="output")
-        return output(context.reshape(context.shape[0], -1, context.shape[-1]))
-
-    def weight_dropout(self) -> dict[str, Any]:
-        """Arguments of the attention functions."""
-        rate = self.config.attention_probs_dropout_prob if self.train else 0.0
-        key = self.make_rng("dropout") if rate else None
-        return {"dropout_rate": rate, "dropout_key": key}
+        y = (jax.checkpoint(apply) if self.act else apply)(x.astype(context.dtype), kernel)
+        if not architecture.biases:
+            return y
+        zeros = nn.initializers.zeros
+        bias = self.param("bias", zeros, (self.features,), context.param_dtype)
+        shape = (1, -1, 1) if self.writes == "bdt" else (1, 1, -1)
+        return y + bias.astype(context.dtype).reshape(shape)
 
 
-class SelfAttention(_Attention):
-    """Projections around LSG or full attention.
-
-    Given a cache and the number of this layer, x is the next token. The second result is what the
-    layer shall keep of x: with `slots` of the whole prompt, with a cache of that token.
-    """
-
-    slots: int = 0
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        mask: Bool[Array, "B T"],
-        lsh_key: PRNGKeyArray | None = None,
-        cache: Cache | None = None,
-        layer: Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        config = self.config
-        arrays = (self.heads(x, "query"), self.heads(x, "key"), self.heads(x, "value"), mask)
-        if cache is not None and layer is not None:
-            context, new = attend_step(*arrays, cache, layer, config=config.lsg, lsh_key=lsh_key)
-            return self.merged(context), new
-        context = attend_features_first(
-            *arrays,
-            config=config.lsg,
-            causal=config.is_decoder,
-            lsh_key=lsh_key,
-            sequence_axis=self.sequence_axis,
-            **self.weight_dropout(),
-        )
-        new = None
-        if self.slots:
-            new = first_layer_cache(*arrays, config=config.lsg, slots=self.slots, lsh_key=lsh_key)
-        return self.merged(context), new
-
-
-class Memory(NamedTuple):
-    """The encoder's states that a decoder attends to; `mask` True for real ones."""
-
-    states: Float[Array, "B S D"]
-    mask: Bool[Array, "B S"]
-
-
-class CrossAttention(_Attention):
-    """Full attention to the encoder's states, or to the keys and values kept of them; returns these
-    too."""
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "B T D"], memory: Memory | Source
-    ) -> tuple[Float[Array, "B T D"], Source]:
-        query = self.heads(x, "query")
-        if isinstance(memory, Memory):
-            states, mask = memory
-            memory = Source(self.heads(states, "key"), self.heads(states, "value"), mask[:, None])
-        key, value, mask = memory
-        context = attend_features_first(
-            query, key, value, mask[:, 0], config=None, **self.weight_dropout()
-        )
-        return self.merged(context), memory
-
-
-class EncoderLayer(Part):
-    """Post-norm transformer layer. Returns its output and, with `slots` or a cache, what it shall
-    keep (see `SelfAttention`)."""
-
-    slots: int = 0
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        mask: Bool[Array, "B T"],
-        lsh_key: PRNGKeyArray | None = None,
-        memory: Memory | None = None,
-        cache: Cache | None = None,
-        layer: Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        config = self.config
-        attention = SelfAttention(**self.inherited(), slots=self.slots, name="attention")
-        attended, new = attention(x, mask, lsh_key, cache, layer)
-        x = self.layer_norm("attention_norm")(x + self.dropout(attended))
-        source = memory
-        if cache is not None:
-            source = jax.tree.map(lambda x: x[layer], cache.layers.memory)
-        if source is not None:
-            cross = CrossAttention(**self.inherited(), name="cross_attention")
-            attended, source = cross(x, source)
-            x = self.layer_norm("cross_attention_norm")(x + self.dropout(attended))
-            new = new._replace(memory=source) if self.slots and new else new
-        up, down = (
-            Projection(**self.inherited(), features=size, act=act, name=name)
-            for size, act, name in (
-                (config.intermediate_size, None, "mlp_up"),
-                (config.hidden_size, activation(config.hidden_act), "mlp_down"),
-            )
-        )
-        wide = constrain(up(x), "batch", "length", "mlp")
-        x = self.layer_norm("mlp_norm")(x + self.dropout(down(wide)))
-        return constrain(x, "batch", "length", None), new
+def project_groups(
+    x: Array, kernel: Float[Array, "G I O"], reads: AxisOrder = "btd", writes: AxisOrder = "btd"
+) -> Array:
+    """`project` where group g of the inputs makes group g of the outputs, I to O features, without
+    the zeros that one matrix of all groups would hold."""
+    groups = kernel.shape[0]
+    axis, ahead = reads.index("d"), writes.replace("d", "gf")
+    split = x.reshape(*x.shape[:axis], groups, -1, *x.shape[axis + 1 :])
+    y = jnp.einsum(f"{reads.replace('d', 'gd')},gdf->{ahead}", split, kernel)
+    axis = ahead.index("g")
+    return y.reshape(*y.shape[:axis], -1, *y.shape[axis + 2 :])

@@ -65,77 +65,79 @@ PROBLEM_SCORES: dict[ProblemType, tuple[str, ...]] = {
     "regression": ("mse", "pearson"),
 }
 
+BASE = Task("base", "AutoModel", per_token=("last_hidden_state",))
+MASKED_LM = Task(
+    "masked_lm",
+    "AutoModelForMaskedLM",
+    (Target("logits", "labels", "class"),),
+    per_token=("logits",),
+    scores=("perplexity",),
+    examples="masked_text",
+)
+CAUSAL_LM = Task(
+    "causal_lm",
+    "AutoModelForCausalLM",
+    (Target("logits", "labels", "next_token"),),
+    per_token=("logits",),
+    scores=("perplexity",),
+    fixed={"is_decoder": True},
+    examples="running_text",
+)
+PRETRAINING = Task(
+    "pretraining",
+    "AutoModelForPreTraining",
+    (
+        Target("prediction_logits", "labels", "class"),
+        Target("seq_relationship_logits", "next_sentence_label", "class"),
+    ),
+    per_token=("prediction_logits",),
+)
+NEXT_SENTENCE_PREDICTION = Task(
+    "next_sentence_prediction",
+    targets=(Target("logits", "labels", "class"),),
+    scores=_CLASSES,
+)
+SEQUENCE_CLASSIFICATION = Task(
+    "sequence_classification",
+    "AutoModelForSequenceClassification",
+    (Target("logits", "labels", "problem_type"),),
+    named_labels=True,
+    examples="text",
+)
+TOKEN_CLASSIFICATION = Task(
+    "token_classification",
+    "AutoModelForTokenClassification",
+    (Target("logits", "labels", "class"),),
+    per_token=("logits",),
+    scores=("accuracy", "precision", "recall", "f1"),
+    named_labels=True,
+    examples="words",
+)
+QUESTION_ANSWERING = Task(
+    "question_answering",
+    "AutoModelForQuestionAnswering",
+    (
+        Target("start_logits", "start_positions", "position", 0.5),
+        Target("end_logits", "end_positions", "position", 0.5),
+    ),
+    per_token=("start_logits", "end_logits"),
+    scores=("exact_match", "f1"),
+    fixed={"num_labels": 2},  # PyTorch's classes count start and end as labels
+    examples="question",
+)
+MULTIPLE_CHOICE = Task(
+    "multiple_choice",
+    "AutoModelForMultipleChoice",
+    (Target("logits", "labels", "class"),),
+    input_rank=3,
+    scores=_CLASSES,
+    examples="choices",
+)
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("base", "AutoModel", per_token=("last_hidden_state",)),
-        Task(
-            "masked_lm",
-            "AutoModelForMaskedLM",
-            (Target("logits", "labels", "class"),),
-            per_token=("logits",),
-            scores=("perplexity",),
-            examples="masked_text",
-        ),
-        Task(
-            "causal_lm",
-            "AutoModelForCausalLM",
-            (Target("logits", "labels", "next_token"),),
-            per_token=("logits",),
-            scores=("perplexity",),
-            fixed={"is_decoder": True},
-            examples="running_text",
-        ),
-        Task(
-            "pretraining",
-            "AutoModelForPreTraining",
-            (
-                Target("prediction_logits", "labels", "class"),
-                Target("seq_relationship_logits", "next_sentence_label", "class"),
-            ),
-            per_token=("prediction_logits",),
-        ),
-        Task(
-            "next_sentence_prediction",
-            targets=(Target("logits", "labels", "class"),),
-            scores=_CLASSES,
-        ),
-        Task(
-            "sequence_classification",
-            "AutoModelForSequenceClassification",
-            (Target("logits", "labels", "problem_type"),),
-            named_labels=True,
-            examples="text",
-        ),
-        Task(
-            "token_classification",
-            "AutoModelForTokenClassification",
-            (Target("logits", "labels", "class"),),
-            per_token=("logits",),
-            scores=("accuracy", "precision", "recall", "f1"),
-            named_labels=True,
-            examples="words",
-        ),
-        Task(
-            "question_answering",
-            "AutoModelForQuestionAnswering",
-            (
-                Target("start_logits", "start_positions", "position", 0.5),
-                Target("end_logits", "end_positions", "position", 0.5),
-            ),
-            per_token=("start_logits", "end_logits"),
-            scores=("exact_match", "f1"),
-            fixed={"num_labels": 2},  # PyTorch's classes count start and end as labels
-            examples="question",
-        ),
-        Task(
-            "multiple_choice",
-            "AutoModelForMultipleChoice",
-            (Target("logits", "labels", "class"),),
-            input_rank=3,
-            scores=_CLASSES,
-            examples="choices",
-        ),
+        *(BASE, MASKED_LM, CAUSAL_LM, PRETRAINING, NEXT_SENTENCE_PREDICTION),
+        *(SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, QUESTION_ANSWERING, MULTIPLE_CHOICE),
     )
 }
 

@@ -297,7 +297,7 @@ def planned_model(settings: PlanSettings) -> tuple[Model, PlanSettings, list[str
         config = dataclasses.replace(config, lsg=dataclasses.replace(pattern, **settings.lsg))
     if length > reads:
         notes.append(f"as converted to {length:,} tokens; the checkpoint reads {reads:,}")
-        positions = length + family_of(config.model_type).position_offset
+        positions = length + family_of(config.model_type).architecture.position_offset
         config = dataclasses.replace(config, max_position_embeddings=positions)
     model = Model(
         config,

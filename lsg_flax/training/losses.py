@@ -77,7 +77,7 @@ def targets_of(model: Model) -> tuple[Target, ...]:
     targets = model.task_record.targets
     if not targets:
         family = family_of(model.config.model_type)
-        trained = [name for name in family.heads if family.task(name).targets]
+        trained = [name for name in family.heads if family.head(name).task.targets]
         raise ValueError(
             f"task={model.task!r} has no loss; train one of {', '.join(trained)}, or write a loss "
             "on the model's outputs."

@@ -1,0 +1,122 @@
+"""Self- and cross-attention as layers: projections around the attention patterns.
+
+Axes: B batch, T tokens, S states of the encoder, D model width, N heads, H head width.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from lsg_flax.kernels import Source
+from lsg_flax.models.layers import Part, Projection
+from lsg_flax.patterns import (
+    Cache,
+    LayerCache,
+    attend_features_first,
+    attend_step,
+    first_layer_cache,
+)
+from lsg_flax.sharding import constrain
+
+
+class HeadProjections(Part):
+    """What self- and cross-attention share."""
+
+    def heads(self, x: Float[Array, "B T D"], name: str) -> Float[Array, "B N H T"]:
+        """A projection, cut into heads."""
+        config = self.config
+        features = config.num_attention_heads * config.head_dim
+        y = Projection(self.context, features=features, writes="bdt", name=name)(x)
+        y = y.reshape(x.shape[0], config.num_attention_heads, config.head_dim, x.shape[1])
+        return constrain(y, "batch", "heads", None, "length")
+
+    def merged(self, context: Float[Array, "B N H T"]) -> Float[Array, "B T D"]:
+        """The heads side by side, projected."""
+        features = self.config.hidden_size
+        output = Projection(self.context, features=features, reads="bdt", name="output")
+        return output(context.reshape(context.shape[0], -1, context.shape[-1]))
+
+    def weight_dropout(self) -> dict[str, Any]:
+        """Arguments of the attention functions."""
+        rate = self.config.attention_probs_dropout_prob if self.context.train else 0.0
+        key = self.make_rng("dropout") if rate else None
+        return {"dropout_rate": rate, "dropout_key": key}
+
+
+class EncoderStates(NamedTuple):
+    """The encoder's states that a decoder attends to; `mask` True for real ones."""
+
+    states: Float[Array, "B S D"]
+    mask: Bool[Array, "B S"]
+
+
+class LayerCall(NamedTuple):
+    """What a layer is given beside the states of its input.
+
+    Attributes:
+        mask: True for real tokens.
+        lsh_key: of this layer's rotations.
+        memory: what cross-attention attends to; a cache has its keys and values.
+        cache: of all layers; the input is then the next token.
+        number: of this layer in the cache.
+    """
+
+    mask: Bool[Array, "B T"]
+    lsh_key: PRNGKeyArray | None = None
+    memory: EncoderStates | None = None
+    cache: Cache | None = None
+    number: Int[Array, ""] | None = None
+
+
+class SelfAttention(HeadProjections):
+    """Projections around LSG or full attention.
+
+    The second result is what the layer shall keep of x: with `context.slots` of the whole prompt,
+    with a cache of the one token.
+    """
+
+    causal: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], call: LayerCall
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        config, lsh_key = self.config, call.lsh_key
+        arrays = (self.heads(x, "query"), self.heads(x, "key"), self.heads(x, "value"), call.mask)
+        if call.cache is not None and call.number is not None:
+            context, new = attend_step(
+                *arrays, call.cache, call.number, config=config.lsg, lsh_key=lsh_key
+            )
+            return self.merged(context), new
+        context = attend_features_first(
+            *arrays,
+            config=config.lsg,
+            causal=self.causal,
+            lsh_key=lsh_key,
+            sequence_axis=self.context.sequence_axis,
+            **self.weight_dropout(),
+        )
+        new, slots = None, self.context.slots
+        if slots:
+            new = first_layer_cache(*arrays, config=config.lsg, slots=slots, lsh_key=lsh_key)
+        return self.merged(context), new
+
+
+class CrossAttention(HeadProjections):
+    """Full attention to the encoder's states, or to the keys and values kept of them; returns these
+    too."""
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], memory: EncoderStates | Source
+    ) -> tuple[Float[Array, "B T D"], Source]:
+        query = self.heads(x, "query")
+        if isinstance(memory, EncoderStates):
+            states, mask = memory
+            memory = Source(self.heads(states, "key"), self.heads(states, "value"), mask[:, None])
+        key, value, mask = memory
+        context = attend_features_first(
+            query, key, value, mask[:, 0], config=None, **self.weight_dropout()
+        )
+        return self.merged(context), memory

@@ -1,0 +1,12 @@
+"""The families of checkpoints, one file each; family.py says what a family is, registry.py which
+there are."""
+
+from lsg_flax.models.families.family import Family as Family
+from lsg_flax.models.families.family import HeadTable as HeadTable
+from lsg_flax.models.families.family import Key as Key
+from lsg_flax.models.families.family import Row as Row
+from lsg_flax.models.families.family import ToLSG as ToLSG
+from lsg_flax.models.families.family import modern_name as modern_name
+from lsg_flax.models.families.registry import FAMILIES as FAMILIES
+from lsg_flax.models.families.registry import family_of as family_of
+from lsg_flax.models.families.registry import register as register

@@ -1,0 +1,195 @@
+"""What a family of checkpoints is: its config.json, its classes and tensors in PyTorch side by side
+with the places in our parameter tree, what it computes, and how it becomes LSG."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from lsg_flax.models.architecture import Architecture
+from lsg_flax.models.config import EncoderConfig
+from lsg_flax.models.config_json import Dialect
+from lsg_flax.models.heads import Head
+from lsg_flax.models.layout import Layout, Storage
+from lsg_flax.models.task import Task
+
+
+class Row(NamedTuple):
+    """A module of PyTorch and its place in our tree.
+
+    `{0}` in its name stands for the layer's number (`{0}` and `{1}` for group and layer where
+    groups are shared); ours are stacked along leading axes.
+    """
+
+    torch: str
+    path: str
+    layout: Layout
+
+
+Rows = tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Key:
+    """One tensor in PyTorch and the leaf it goes to, `layer` being its place on the leaf's leading
+    axes."""
+
+    torch: str
+    path: str
+    storage: Storage
+    layer: tuple[int, ...] | None
+
+    def torch_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The tensor's shape, from that of our leaf without its leading axes.
+
+        Raises:
+            ValueError: if the layout cannot store such a leaf.
+        """
+        if self.storage.rank not in (None, len(shape)):
+            raise ValueError(
+                f"the row of {self.torch} has a {self.storage.says} layout, which stores "
+                f"{self.storage.rank} axes, but {self.path} is {list(shape)}; give the row another "
+                "layout."
+            )
+        return self.storage.torch_shape(shape)
+
+
+@dataclass(frozen=True)
+class HeadTable:
+    """A task's head.
+
+    Attributes:
+        class_suffix: the class name behind the family's.
+        module: of heads.py.
+        pooled: whether the model has the pooler.
+        tied: names that repeat another tensor -> that tensor's name.
+        untied_rows: in their place if config.tie_word_embeddings is false.
+    """
+
+    task: Task
+    class_suffix: str
+    module: Callable[..., Head]
+    rows: Rows = ()
+    pooled: bool = False
+    tied: dict[str, str] = field(default_factory=dict)
+    untied_rows: Rows = ()
+
+
+class PositionTable(NamedTuple):
+    """A table of positions, and how it gets more rows: the trained ones again and again ("tile"),
+    or computed anew ("sinusoid")."""
+
+    path: str
+    extended_by: Literal["tile", "sinusoid"] = "tile"
+
+
+@dataclass(frozen=True)
+class ToLSG:
+    """How a family's checkpoint becomes LSG: the paths of tables that the conversion reads and
+    writes.
+
+    Attributes:
+        segments: whose row 0 is added to the globals; None to add nothing.
+    """
+
+    positions: tuple[PositionTable, ...]
+    globals: str
+    words: str
+    segments: str | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """All that distinguishes a family.
+
+    Attributes:
+        class_prefix: first part of the class names.
+        prefix: of the body's tensors in a model with a head.
+        encoder, pooler: rows of these parts.
+        ignored: tensors that are not parameters, by name behind the prefix.
+    """
+
+    model_type: str
+    class_prefix: str
+    prefix: str
+    encoder: Rows
+    pooler: Rows
+    tables: tuple[HeadTable, ...]
+    to_lsg: ToLSG
+    dialect: Dialect = Dialect()  # noqa: RUF009 (never changed)
+    architecture: Architecture = Architecture()  # noqa: RUF009 (never changed)
+    ignored: tuple[str, ...] = ("embeddings.position_ids", "embeddings.token_type_ids")
+
+    @property
+    def heads(self) -> dict[str, HeadTable]:
+        """By the name of the task."""
+        return {table.task.name: table for table in self.tables}
+
+    def auto_map(self) -> dict[str, str]:
+        """Hugging Face's auto classes -> the reference's remote code, file and class."""
+        tables = sorted(self.tables, key=lambda table: table.task.auto_class or "")
+        suffixes = {t.task.auto_class: t.class_suffix for t in tables if t.task.auto_class}
+        module = f"modeling_lsg_{self.model_type.replace('-', '_')}"
+        return {
+            auto: f"{module}.LSG{self.class_prefix}{suffix}"
+            for auto, suffix in {"AutoConfig": "Config", **suffixes}.items()
+        }
+
+    def class_name(self, task: str, *, lsg: bool) -> str:
+        """Name of the PyTorch class for a task."""
+        return ("LSG" if lsg else "") + self.class_prefix + self.head(task).class_suffix
+
+    def head(self, task: str) -> HeadTable:
+        """The table of a task's head.
+
+        Raises:
+            ValueError: if the family has no such head.
+        """
+        if task not in self.heads:
+            raise ValueError(
+                f"task={task!r} is unknown for {self.model_type}; it has {', '.join(self.heads)}."
+            )
+        return self.heads[task]
+
+    def task_of(self, class_name: str) -> str | None:
+        """The task of a PyTorch class by its name, None if it is not of this family."""
+        names = {self.class_name(task, lsg=False): task for task in self.heads}
+        return names.get(class_name.removeprefix("LSG"))
+
+    def keys(self, task: str, config: EncoderConfig) -> list[Key]:
+        """Every tensor of a model, with its prefix."""
+        head = self.head(task)
+        prefix = "" if task == "base" else f"{self.prefix}."
+        without = [] if config.lsg else ["global_embeddings"]
+        without += [] if config.type_vocab_size else ["token_type_embeddings"]
+        without += [] if self.architecture.projects(config) else ["embeddings_project"]
+        without += [] if config.add_cross_attention else ["cross_attention"]
+        encoder = [row for row in self.encoder if not any(part in row.path for part in without)]
+        encoder += self.pooler if head.pooled else ()
+        own = (*head.rows, *(() if config.tie_word_embeddings else head.untied_rows))
+        return [
+            *(key for row in encoder for key in _expand(row, config.stack, prefix)),
+            *(key for row in own for key in _expand(row, config.stack, "")),
+        ]
+
+    def tied_names(self, task: str, *, tied: bool) -> dict[str, str]:
+        """Tensors that repeat another one, name to name; those of an own decoder kernel do not."""
+        head = self.head(task)
+        own = () if tied else (key.torch for r in head.untied_rows for key in _expand(r, (), ""))
+        return {name: source for name, source in head.tied.items() if name not in {*own}}
+
+
+def _expand(row: Row, stack: tuple[int, ...], prefix: str) -> Iterator[Key]:
+    places = [*np.ndindex(*stack)] if "{" in row.torch else [None]
+    for leaf in row.layout:
+        for place in places:
+            name = row.torch.format(*place or ())
+            yield Key(prefix + name + leaf.torch, row.path + leaf.ours, leaf.storage, place)
+
+
+def modern_name(name: str) -> str:
+    """LayerNorm's parameters were called gamma and beta in old checkpoints."""
+    name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
+    return re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)

@@ -1,0 +1,46 @@
+"""Which families there are."""
+
+from lsg_flax.models.config_json import DIALECTS
+from lsg_flax.models.families.albert import ALBERT
+from lsg_flax.models.families.bert import BERT
+from lsg_flax.models.families.camembert import CAMEMBERT
+from lsg_flax.models.families.distilbert import DISTILBERT
+from lsg_flax.models.families.electra import ELECTRA
+from lsg_flax.models.families.family import Family
+from lsg_flax.models.families.roberta import ROBERTA
+from lsg_flax.models.families.xlm_roberta import XLM_ROBERTA
+
+FAMILIES: dict[str, Family] = {}
+
+
+def register(family: Family) -> None:
+    """Makes a family known by its model_type, and its dialect to the configs.
+
+    Raises:
+        ValueError: if there is one with this model_type.
+    """
+    name = family.model_type
+    if name in FAMILIES:
+        raise ValueError(
+            f"model_type={name!r} is that of {FAMILIES[name].class_prefix} already; give "
+            f"{family.class_prefix} a model_type of its own."
+        )
+    FAMILIES[name] = family
+    DIALECTS[name] = family.dialect
+
+
+for _family in (BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, ELECTRA, DISTILBERT, ALBERT):
+    register(_family)
+
+
+def family_of(model_type: str) -> Family:
+    """The family that config.json names.
+
+    Raises:
+        ValueError: for a model_type that is not supported.
+    """
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"model_type={model_type!r} is not supported; supported are {', '.join(FAMILIES)}."
+        )
+    return FAMILIES[model_type]

@@ -1,0 +1,81 @@
+"""How PyTorch stores the parameters of a module, and how we do: the layouts that the families' rows
+name.
+
+Axes: D inputs and F outputs of a projection, G its groups. Ours are stacked over layers, which
+nothing here sees.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Shape = tuple[int, ...]
+Index = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Storage:
+    """One array on both sides.
+
+    Attributes:
+        says: what it is, for messages.
+        rank: axes of ours; None for any number.
+        torch_shape: PyTorch's shape from ours.
+        to_torch: PyTorch's array from ours.
+        read: a part of ours, by its index, from PyTorch's array and our shape; touches no more of
+            the file than it must.
+    """
+
+    says: str
+    rank: int | None
+    torch_shape: Callable[[Shape], Shape]
+    to_torch: Callable[[np.ndarray], np.ndarray]
+    read: Callable[[Any, Index, Shape], np.ndarray]
+
+
+class Leaf(NamedTuple):
+    """One tensor of a row: the ends of its two names, and how it is stored."""
+
+    torch: str
+    ours: str
+    storage: Storage
+
+
+def _grouped_to_torch(kernel: np.ndarray) -> np.ndarray:
+    groups, inputs, outputs = kernel.shape  # [G, D/G, F/G]
+    return kernel.swapaxes(1, 2).reshape(groups * outputs, inputs, 1)
+
+
+def _read_grouped(tensor: Any, index: Index, shape: Shape) -> np.ndarray:
+    groups, inputs, outputs = shape
+    numbers = range(groups)[index[0]]
+    parts = [tensor[g * outputs : (g + 1) * outputs, index[1], 0][index[2]].T for g in numbers]
+    return np.stack(parts) if parts else np.empty((0, inputs, outputs), np.float32)
+
+
+AS_IT_IS = Storage("as it is", None, tuple, lambda ours: ours, lambda tensor, i, _: tensor[i])
+TRANSPOSED = Storage(
+    "transposed",
+    2,
+    lambda shape: shape[::-1],
+    lambda ours: ours.T,
+    lambda tensor, index, _: tensor[index[::-1]].T,
+)
+GROUPED = Storage(  # [F, D/G, 1], the weight of a convolution over one token
+    "grouped",
+    3,
+    lambda shape: (shape[0] * shape[2], shape[1], 1),
+    _grouped_to_torch,
+    _read_grouped,
+)
+
+Layout = tuple[Leaf, ...]
+_BIAS = Leaf(".bias", "/bias", AS_IT_IS)
+DENSE: Layout = (Leaf(".weight", "/kernel", TRANSPOSED), _BIAS)
+DENSE_WITHOUT_BIAS: Layout = (Leaf(".weight", "/kernel", TRANSPOSED),)
+GROUPED_DENSE: Layout = (Leaf(".weight", "/kernel", GROUPED), _BIAS)
+NORM: Layout = (Leaf(".weight", "/scale", AS_IT_IS), _BIAS)
+TABLE: Layout = (Leaf(".weight", "/embedding", AS_IT_IS),)
+TENSOR: Layout = (Leaf("", "", AS_IT_IS),)
