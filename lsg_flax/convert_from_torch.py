@@ -52,9 +52,9 @@ def params_from_torch(
     """
     config, family = model.config, family_of(model.config.model_type)
     tensors = {modern_name(name): tensor for name, tensor in tensors.items()}
-    keys = family.keys(model.task, config)
+    keys, shapes = family.keys(model.task, config), _leaf_shapes(model)
+    _check_rows(keys, shapes, family)
     tensors = _with_prefix(tensors, family, model.task)
-    shapes = _leaf_shapes(model)
     found = {key.torch for key in keys} & tensors.keys()
     missing = [key for key in keys if key.torch not in found]
     strictly_missing = [key.torch for key in missing if key.path.startswith("encoder/")]
@@ -106,8 +106,10 @@ def params_to_torch(params: Params, model: Model) -> dict[str, np.ndarray]:
             "of another shape "
             f"{[(path, tuple(leaves[path].shape), shapes[path]) for path in wrong[:_LISTED]]}."
         )
+    keys = family.keys(model.task, config)
+    _check_rows(keys, shapes, family)
     tensors = {}
-    for path, of_leaf in _by_path(family.keys(model.task, config)).items():
+    for path, of_leaf in _by_path(keys).items():
         leaf = np.asarray(leaves[path])
         for key in of_leaf:
             tensor = leaf if key.layer is None else leaf[key.layer]
@@ -142,6 +144,19 @@ def _leaf_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     ]
     leaves: dict[str, Any] = flax.traverse_util.flatten_dict(abstract, sep="/")
     return {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+
+
+def _check_rows(keys: list[Key], shapes: dict[str, tuple[int, ...]], family: Family) -> None:
+    """Raises ValueError if the family's rows are not those of its models."""
+    rows = {key.path: key for key in keys}
+    if rows.keys() != shapes.keys():
+        raise ValueError(
+            f"the rows of {family.model_type} do not fit its models: they lack "
+            f"{sorted(shapes.keys() - rows.keys())[:_LISTED]} and have beside "
+            f"{sorted(rows.keys() - shapes.keys())[:_LISTED]}; mend models/families."
+        )
+    for path, key in rows.items():
+        key.torch_shape(shapes[path][len(key.layer or ()) :])
 
 
 def _by_path(keys: list[Key]) -> dict[str, list[Key]]:
