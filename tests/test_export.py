@@ -127,6 +127,12 @@ def test_settings_that_cannot_be(options, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_choices_cannot_be_exported(tmp_path):
+    model = Model(make()[0].config, "multiple_choice")
+    with pytest.raises(ValueError, match="multiple_choice has inputs of another shape"):
+        export_model(model, {}, tmp_path / "x", length=16)
+
+
 def test_without_flatbuffers_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "flatbuffers", None)
     with pytest.raises(ImportError, match=r"pip install 'lsg-flax\[export\]'"):

@@ -6,6 +6,7 @@ few prefixes are run on their own as well.
 
 from functools import cache, partial
 
+import flax.struct
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,10 @@ import numpy as np
 import pytest
 
 import lsg_flax
-from lsg_flax import LSGConfig, generation
+from lsg_flax import LSGConfig
 from lsg_flax.convert_from_torch import params_from_torch, params_to_torch
-from lsg_flax.generation.loop import Sampling, generate, pick
+from lsg_flax.generation import Decoder, Greedy, ModelDecoder, Sample, generate, loop
+from lsg_flax.generation.sampling import pick
 from lsg_flax.models import EncoderConfig
 
 VOCABULARY, STEPS, PROMPT = 23, 300, 6
@@ -209,10 +211,10 @@ def test_greedy_generation_takes_the_likeliest_token_at_every_step(pattern):
 def test_one_compilation_serves_a_bucket():
     model, params = decoder(lsg())
     ids, mask = batch(10)
-    before = generation._run._cache_size()
+    before = loop.decode._cache_size()
     for length in (5, 7, 8):
         generate(model, params, ids[:, :length], mask[:, :length], max_new_tokens=4, bucket=8)
-    assert generation._run._cache_size() == before + 1
+    assert loop.decode._cache_size() == before + 1
 
 
 def test_ended_rows_are_filled_and_all_ended_stop():
@@ -269,11 +271,61 @@ def test_sampling_follows_its_key():
 def test_frequencies_of_drawn_tokens(options, wanted):
     logits = jnp.log(jnp.asarray([0.15, 0.5, 0.05, 0.3]))[None]
     keys = jax.random.split(jax.random.key(0), 4000)
-    sampling = Sampling(do_sample=True, **options)
-    drawn = jax.jit(jax.vmap(lambda key: pick(logits, sampling, key)[0]))(keys)
+    picker = Sample(**options)
+    drawn = jax.jit(jax.vmap(lambda key: pick(logits, picker, key)[0]))(keys)
     found = np.bincount(drawn, minlength=4)[[1, 3, 0, 2]] / 4000
     np.testing.assert_allclose(found, wanted, atol=0.03)
     assert (found[np.asarray(wanted) == 0] == 0).all()
+
+
+@flax.struct.dataclass
+class Sums:
+    """A decoder of plain functions: what follows a row depends on the sum of its tokens."""
+
+    table: jax.Array  # [V, V]
+
+    def start(self, prompt, room):
+        state = prompt["input_ids"].sum(axis=1) % len(self.table)
+        return self.table[state], state
+
+    def step(self, state, tokens):
+        state = (state + tokens) % len(self.table)
+        return self.table[state], state
+
+    def take(self, state, rows):
+        return state[rows]
+
+
+def test_the_loop_runs_any_decoder_of_the_protocol():
+    drawn = np.random.default_rng(0).standard_normal((VOCABULARY, VOCABULARY)).astype("f4")
+    ids, sums = batch(4)[0], Sums(jnp.asarray(drawn))
+    assert isinstance(sums, Decoder)
+    options = {"steps": 9, "picker": Greedy(), "ends": (int(drawn[ids[1].sum() % 23].argmax()),)}
+    tokens, count = loop.decode(sums, {"input_ids": ids}, jax.random.key(0), **options, pad=22)
+    row, wanted = ids[0].tolist(), []
+    while len(wanted) < 9 and not {*wanted} & {*options["ends"]}:
+        wanted.append(int(drawn[sum(row + wanted) % VOCABULARY].argmax()))
+    assert tokens[0, :count].tolist() == wanted and count == len(wanted) > 1
+    assert tokens[1, :count].tolist() == [*options["ends"], *[22] * (len(wanted) - 1)]
+    again = loop.decode.lower(sums, {"input_ids": ids}, jax.random.key(0), **options, pad=22)
+    assert "while" in again.as_text()  # one program with the loop in it
+
+
+def test_a_decoder_gives_the_state_of_chosen_rows():
+    rows = jnp.asarray([1, 1, 0])
+    sums = Sums(jnp.eye(VOCABULARY))
+    _, state = sums.start({"input_ids": batch(4)[0]}, 8)
+    logits, _ = sums.step(sums.take(state, rows), jnp.asarray([1, 2, 3]))
+    wanted = (np.asarray(state)[[1, 1, 0]] + [1, 2, 3]) % VOCABULARY
+    np.testing.assert_array_equal(np.argmax(logits, axis=1), wanted)
+
+    class State:
+        def take(self, rows):
+            return rows.tolist()
+
+    model, params = decoder()
+    ours = ModelDecoder(params, model)
+    assert isinstance(ours, Decoder) and ours.take(State(), rows) == [1, 1, 0]
 
 
 # -------------------------------------------------------------------------------------- bad input

@@ -103,6 +103,23 @@ def test_masks_segments_and_choices_are_passed_on():
     )
 
 
+def test_the_outputs_of_a_task_decide_what_is_cut():
+    """ELECTRA's "pretraining" gives logits [B, T], one number per token; BERT's also an answer per
+    document."""
+    model, params = make("pretraining", model_type="electra", embedding_size=8)
+    encodings = documents((5, 7))
+    results = inference.predict(model, params, encodings, buckets=(16,), progress=False)
+    assert [result["logits"].shape for result in results] == [(5,), (7,)]
+    expected = alone(model, params, encodings[1]).logits[0]
+    np.testing.assert_allclose(results[1]["logits"], expected, rtol=1e-4, atol=1e-5)
+    model, params = make("pretraining")
+    results = inference.predict(model, params, encodings, buckets=(16,), progress=False)
+    shapes = [{name: value.shape for name, value in result.items()} for result in results]
+    assert shapes == [
+        {"prediction_logits": (length, 23), "seq_relationship_logits": (2,)} for length in (5, 7)
+    ]
+
+
 def test_jsonl_is_in_order_and_appears_whole(tmp_path):
     model, params = make()
     path, encodings = tmp_path / "deep" / "out.jsonl", documents()

@@ -8,11 +8,11 @@ import flax
 import jax
 
 import lsg_flax
-from lsg_flax.cli import convert, embed, inspect, plan, predict, train
+from lsg_flax.cli import convert, embed, generate, inspect, plan, predict, train
 from lsg_flax.cli.shared import plain_warnings, say
 
 ERROR, INTERRUPTED = 2, 130
-_COMMANDS = (convert, inspect, train, predict, embed, plan)  # in the order of --help
+_COMMANDS = (convert, inspect, train, predict, embed, generate, plan)  # in the order of --help
 
 _DESCRIPTION = "LSG attention (local + sparse + global) for BERT-like checkpoints, in JAX."
 _EXAMPLES = """examples:
@@ -23,6 +23,7 @@ _EXAMPLES = """examples:
       --train-data train.jsonl --eval-data eval.jsonl --output ./areas
   lsg-flax predict ./areas documents.jsonl answers.jsonl
   lsg-flax embed ./minilm-4096 documents.jsonl vectors.npy
+  lsg-flax generate ./writer --prompt "Once upon a time" --do-sample --top-p 0.9
   lsg-flax plan ./bert-4096 --task sequence_classification --topology v5e:2x4 --batch-size 32"""
 
 

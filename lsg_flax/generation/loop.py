@@ -1,11 +1,9 @@
 """Text generation: the prompt in one call, then one token at a time, in one compiled program.
 
-It needs of a model what `lsg_flax.Model` offers: `apply` with a cache, `config` and `max_length`.
-
 Axes: B batch, T tokens of the prompt, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,23 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray
+from numpy.typing import ArrayLike
 
-
-class Sampling(NamedTuple):
-    """How a token is drawn: the most likely one, or from the likeliest ones at a temperature."""
-
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
+from lsg_flax.generation.prompt import check_prompt, slots_to_fill
+from lsg_flax.generation.sampling import Picker, Sample, pick, picker_of
+from lsg_flax.generation.steps import CausalModel, Decoder, ModelDecoder, Prompt
 
 
 def generate(
-    model: Any,
-    params: Any,
-    input_ids: Any,
-    attention_mask: Any = None,
+    model: CausalModel,
+    params: Mapping[str, Any],
+    input_ids: ArrayLike,
+    attention_mask: ArrayLike | None = None,
     *,
     max_new_tokens: int,
     eos_token_id: int | Sequence[int] | None = None,
@@ -39,11 +33,11 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     key: PRNGKeyArray | None = None,
-    position_ids: Any = None,
-    encoder_hidden_states: Any = None,
-    encoder_attention_mask: Any = None,
+    position_ids: ArrayLike | None = None,
+    encoder_hidden_states: ArrayLike | None = None,
+    encoder_attention_mask: ArrayLike | None = None,
     bucket: int = 64,
-) -> Int[np.ndarray, "B Total"]:
+) -> Integer[np.ndarray, "B Total"]:
     """Continues prompts, greedily by default.
 
     Prompts are filled up to a multiple of `bucket` tokens, which does not change the result: one
@@ -67,143 +61,72 @@ def generate(
     Raises:
         ValueError: for input that the model has no place for, or options that do not fit together.
     """
-    sampling = _checked(Sampling(do_sample, temperature, top_k, top_p), key)
-    ids, mask = _checked_prompt(model, input_ids, attention_mask)
+    picker = picker_of(Sample(temperature, top_k, top_p), do_sample=do_sample)
+    if do_sample and key is None:
+        raise ValueError("do_sample=True draws with a key: give key=jax.random.key(seed).")
+    ids, mask = check_prompt(model, input_ids, attention_mask)
     ends = () if eos_token_id is None else tuple(np.atleast_1d(eos_token_id).tolist())
     pad = model.config.pad_token_id if pad_token_id is None else pad_token_id
     if ends and pad is None:
         raise ValueError("rows that end need a pad_token_id to be filled with: give one.")
-    fill = _filling(model, ids.shape[1], max_new_tokens, bucket, position_ids)
-    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids}
-    inputs = {
+    fill = slots_to_fill(model, ids.shape[1], max_new_tokens, bucket, position_ids)
+    rows = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids}
+    prompt = {
         name: np.pad(np.asarray(x), ((0, 0), (0, fill)))
-        for name, x in inputs.items()
+        for name, x in rows.items()
         if x is not None
     } | {
         "encoder_hidden_states": encoder_hidden_states,
         "encoder_attention_mask": encoder_attention_mask,
     }
     key = jax.random.key(0) if key is None else key  # not used by greedy decoding
-    tokens, count = _run(
-        model, params, inputs, key, steps=max_new_tokens, sampling=sampling, ends=ends, pad=pad
-    )
+    options = {"steps": max_new_tokens, "picker": picker, "ends": ends, "pad": pad or 0}
+    tokens, count = decode(ModelDecoder(params, model), prompt, key, **options)
     return np.concatenate([ids, np.asarray(tokens)[:, : int(count)].astype(ids.dtype)], axis=1)
 
 
-def pick(logits: Float[Array, "B V"], sampling: Sampling, key: PRNGKeyArray) -> Int[Array, "B"]:
-    """The next token of every row."""
-    if not sampling.do_sample:
-        return jnp.argmax(logits, axis=-1)
-    logits = logits.astype(jnp.float32) / sampling.temperature
-    if sampling.top_k is not None:
-        lowest = lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits < lowest, -jnp.inf, logits)
-    if sampling.top_p is not None:
-        falling = jnp.sort(logits, axis=-1, descending=True)
-        before = jnp.cumsum(jax.nn.softmax(falling, axis=-1), axis=-1)
-        kept = jnp.roll(before, 1, axis=-1).at[:, 0].set(0.0) < sampling.top_p  # [B, V]
-        lowest = jnp.where(kept, falling, jnp.inf).min(axis=-1, keepdims=True)
-        logits = jnp.where(logits < lowest, -jnp.inf, logits)
-    return jax.random.categorical(key, logits, axis=-1)
+class Progress(NamedTuple):
+    """What is carried from step to step."""
 
-
-class _State(NamedTuple):
-    cache: Any
-    tokens: Int[Array, "B New"]
-    generated: Int[Array, ""]  # tokens so far
+    state: Any  # the decoder's
+    tokens: Int[Array, "B Steps"]  # int32; 0 where none is generated yet
+    generated: Int[Array, ""]  # int32; tokens of each row so far
     ended: Bool[Array, "B"]
     key: PRNGKeyArray
 
 
-@partial(jax.jit, static_argnames=("model", "steps", "sampling", "ends", "pad"))
-def _run(model, params, inputs, key, *, steps: int, sampling: Sampling, ends, pad):
-    """Tokens [B, steps], and how many of them were generated."""
-    batch, width = inputs["input_ids"].shape
-    apply = partial(model.apply, {"params": params})
+@partial(jax.jit, static_argnames=("steps", "picker", "ends", "pad"))
+def decode(
+    decoder: Decoder[Any],
+    prompt: Prompt,
+    key: PRNGKeyArray,
+    *,
+    steps: int,
+    picker: Picker,
+    ends: tuple[int, ...] = (),
+    pad: int = 0,
+) -> tuple[Int[Array, "B Steps"], Int[Array, ""]]:
+    """At most `steps` new tokens, and how many there are when all rows have ended: by one of
+    `ends`, which `pad` follows."""
 
-    def written(state: _State, logits) -> _State:
-        key, draw = jax.random.split(state.key)
-        token = pick(logits[:, 0], sampling, draw).astype(state.tokens.dtype)
-        token = jnp.where(state.ended, pad, token) if ends else token
-        ended = state.ended | jnp.isin(token, jnp.asarray(ends, token.dtype))
-        tokens = lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.generated, 1)
-        return _State(state.cache, tokens, state.generated + 1, ended, key)
+    def write(progress: Progress, logits: Float[Array, "B V"]) -> Progress:
+        key, draw = jax.random.split(progress.key)
+        token = pick(logits, picker, draw).astype(progress.tokens.dtype)  # [B]
+        token = jnp.where(progress.ended, pad, token) if ends else token
+        ended = progress.ended | jnp.isin(token, jnp.asarray(ends, token.dtype))
+        place = progress.generated
+        tokens = lax.dynamic_update_slice_in_dim(progress.tokens, token[:, None], place, axis=1)
+        return Progress(progress.state, tokens, place + 1, ended, key)
 
-    def step(state: _State) -> _State:
-        last = lax.dynamic_slice_in_dim(state.tokens, state.generated - 1, 1, axis=1)
-        output = apply(last, cache=state.cache)
-        return written(state._replace(cache=output.cache), output.logits)
+    def step(progress: Progress) -> Progress:
+        place = progress.generated - 1
+        last = lax.dynamic_index_in_dim(progress.tokens, place, axis=1, keepdims=False)
+        logits, state = decoder.step(progress.state, last)
+        return write(progress._replace(state=state), logits)
 
-    prompt = apply(**inputs, cache_length=width + steps - 1)  # the last token is not fed again
+    batch, width = prompt["input_ids"].shape
+    logits, state = decoder.start(prompt, width + steps - 1)  # the last token is not fed again
     tokens, ended = jnp.zeros((batch, steps), jnp.int32), jnp.zeros(batch, bool)
-    state = _State(prompt.cache, tokens, jnp.zeros((), jnp.int32), ended, key)
-    state = lax.while_loop(
-        lambda s: (s.generated < steps) & ~s.ended.all(), step, written(state, prompt.logits)
-    )
-    return state.tokens, state.generated
-
-
-def _checked(sampling: Sampling, key) -> Sampling:
-    if not sampling.do_sample and sampling != Sampling():
-        raise ValueError(
-            f"temperature, top_k and top_p need do_sample=True, got {sampling}; without it the "
-            "likeliest token is taken."
-        )
-    if sampling.do_sample and key is None:
-        raise ValueError("do_sample=True draws with a key: give key=jax.random.key(seed).")
-    if sampling.temperature <= 0:
-        raise ValueError(
-            f"temperature={sampling.temperature} must be positive; do_sample=False is greedy."
-        )
-    if sampling.top_k is not None and sampling.top_k < 1:
-        raise ValueError(f"top_k={sampling.top_k} must be at least 1, or None for all.")
-    if sampling.top_p is not None and not 0 < sampling.top_p <= 1:
-        raise ValueError(f"top_p={sampling.top_p} must lie in (0, 1], or None for all.")
-    return sampling
-
-
-def _checked_prompt(model, input_ids, attention_mask):
-    ids = np.asarray(input_ids)
-    if ids.ndim != 2 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(
-            f"input_ids must be integers [batch, tokens], at least one of each, got {ids.dtype} "
-            f"{ids.shape}."
-        )
-    if ids.min() < 0 or ids.max() >= model.config.vocab_size:
-        raise ValueError(
-            f"input_ids lie in {ids.min()}..{ids.max()}, but vocab_size="
-            f"{model.config.vocab_size} allows 0..{model.config.vocab_size - 1}."
-        )
-    mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask, bool)
-    if mask.shape != ids.shape:
-        raise ValueError(
-            f"attention_mask {mask.shape} must have the shape of input_ids {ids.shape}."
-        )
-    if not mask[:, -1].all():
-        raise ValueError(
-            f"rows {np.flatnonzero(~mask[:, -1]).tolist()} of the prompt end in padding; pad on "
-            "the left (tokenizer.padding_side = 'left')."
-        )
-    return ids, mask
-
-
-def _filling(model, length: int, max_new_tokens: int, bucket: int, position_ids) -> int:
-    """Slots to append to the prompt for its bucket, as far as there are positions.
-
-    Raises:
-        ValueError: if the positions do not reach.
-    """
-    if max_new_tokens < 1 or bucket < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} and bucket={bucket} must be at least 1.")
-    given = position_ids is not None
-    last = int(np.asarray(position_ids)[:, -1].max()) if given else length - 1
-    limit = model.config.max_position_embeddings if given else model.max_length
-    if last + max_new_tokens > limit:  # the last token needs no position
-        raise ValueError(
-            f"max_new_tokens={max_new_tokens} behind a prompt of {length} tokens needs "
-            f"{last + max_new_tokens} positions, and this checkpoint has {limit}: at most "
-            f"{max(limit - last, 0)} fit. Shorten the prompt, or convert the checkpoint with a "
-            "larger max_sequence_length."
-        )
-    fill = -length % bucket
-    return fill if given else min(fill, limit - (length + max_new_tokens - 1))
+    first = write(Progress(state, tokens, jnp.zeros((), jnp.int32), ended, key), logits)
+    last = lax.while_loop(lambda p: (p.generated < steps) & ~p.ended.all(), step, first)
+    return last.tokens, last.generated

@@ -1,17 +1,17 @@
 """Batched inference: predictors, result files that survive a kill, exported programs."""
 
+from lsg_flax.inference.encodings import Encoding as Encoding
 from lsg_flax.inference.export import export_model as export_model
 from lsg_flax.inference.lines import Document as Document
 from lsg_flax.inference.lines import ResumableLines as ResumableLines
 from lsg_flax.inference.lines import Unfinished as Unfinished
 from lsg_flax.inference.lines import json_line as json_line
 from lsg_flax.inference.predictor import IN_FLIGHT as IN_FLIGHT
-from lsg_flax.inference.predictor import Encoding as Encoding
 from lsg_flax.inference.predictor import Predictor as Predictor
 from lsg_flax.inference.predictor import Result as Result
-from lsg_flax.inference.predictor import Select as Select
-from lsg_flax.inference.predictor import output_line as output_line
-from lsg_flax.inference.predictor import outputs_of as outputs_of
 from lsg_flax.inference.predictor import predict as predict
-from lsg_flax.inference.predictor import predict_lines as predict_lines
-from lsg_flax.inference.predictor import predict_to_jsonl as predict_to_jsonl
+from lsg_flax.inference.program import Select as Select
+from lsg_flax.inference.program import outputs_of as outputs_of
+from lsg_flax.inference.results import output_line as output_line
+from lsg_flax.inference.results import predict_lines as predict_lines
+from lsg_flax.inference.results import predict_to_jsonl as predict_to_jsonl

@@ -10,7 +10,7 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import flax.traverse_util
 import jax
@@ -20,12 +20,12 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from safetensors.flax import save_file
 
 from lsg_flax.files import written_aside
-from lsg_flax.inference.predictor import outputs_of
+from lsg_flax.inference.program import outputs_of
 from lsg_flax.models import Model, Params
 
 Platform = Literal["cpu", "cuda", "rocm", "tpu"]
 Input = Literal["input_ids", "attention_mask", "token_type_ids"]
-Place = Literal["inside", "beside"]
+ParametersPlace = Literal["inside", "beside"]
 # A program must stay under 2 GiB (flatbuffers), and constants cost: a base model's 430 MiB, inside
 # instead of beside, took 3.4 instead of 0.8 GiB of memory to export and 12 s instead of 4 s to
 # start on CPU. One file is worth that up to about this size.
@@ -43,7 +43,7 @@ def export_model(
     inputs: Sequence[Input] = ("input_ids", "attention_mask"),
     fields: Sequence[str] = ("logits",),
     platforms: Sequence[Platform] = ("cpu",),
-    parameters: Place | None = None,
+    parameters: ParametersPlace | None = None,
 ) -> tuple[pathlib.Path, ...]:
     """Writes a program from `inputs`, int32 arrays [B, T] in this order, to a dict of `fields`.
 
@@ -71,7 +71,7 @@ def export_model(
     _check_flatbuffers()
     shapes = _shapes(model, length, batch_size, inputs, fields, platforms)
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-    if parameters not in (None, *get_args(Place)):
+    if parameters not in (None, *get_args(ParametersPlace)):
         raise ValueError(f"parameters={parameters!r} must be inside, beside or None.")
     parameters = parameters or ("inside" if size <= INSIDE_BYTES else "beside")
     if parameters == "inside" and size > _MOST_INSIDE:
@@ -85,7 +85,8 @@ def export_model(
         constants = jax.tree.map(jax.numpy.asarray, flat)
         program, arguments = (lambda *arrays: run(constants, *arrays)), shapes
     else:
-        program, arguments = run, [_shapes_of(flat), *shapes]
+        weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), flat)
+        program, arguments = run, [weights, *shapes]
     with jax.sharding.use_abstract_mesh(_target(platforms, batch_size)):
         exported = export.export(jax.jit(program), platforms=tuple(platforms))(*arguments)
     path = pathlib.Path(path)
@@ -98,7 +99,7 @@ def export_model(
 
 
 def _program(model: Model, inputs: Sequence[Input], fields: Sequence[str]) -> Callable:
-    def run(flat: dict[str, Any], *arrays) -> dict[str, jax.Array]:
+    def run(flat: dict[str, jax.Array], *arrays: jax.Array) -> dict[str, jax.Array]:
         params = flax.traverse_util.unflatten_dict(flat, sep="/")
         return outputs_of(model, params, dict(zip(inputs, arrays, strict=True)), tuple(fields))
 
@@ -113,10 +114,6 @@ def _target(platforms: Sequence[Platform], batch_size: int | None) -> AbstractMe
     return AbstractMesh((), (), abstract_device=device)
 
 
-def _shapes_of(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
-
-
 def _shapes(
     model: Model,
     length: int,
@@ -126,8 +123,8 @@ def _shapes(
     platforms: Sequence[Platform],
 ) -> list[jax.ShapeDtypeStruct]:
     """Of the program's inputs, checked."""
-    if model.task == "multiple_choice":
-        raise ValueError("multiple_choice has inputs of another shape and cannot be exported.")
+    if model.task_record.input_rank != 2:
+        raise ValueError(f"{model.task} has inputs of another shape and cannot be exported.")
     if not 1 <= length <= model.max_length:
         raise ValueError(
             f"length={length} must lie in 1..{model.max_length}, what this model reads."

@@ -1,0 +1,190 @@
+"""`lsg-flax generate`: continues texts.
+
+Axes: B batch, T tokens.
+"""
+
+import argparse
+import itertools
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+import lsg_flax
+from lsg_flax import hub
+from lsg_flax.cli.shared import add_command, console
+from lsg_flax.files import written_aside
+from lsg_flax.models import Model, Params, family_of
+from lsg_flax.pipelines import embeddings
+from lsg_flax.training import Precision
+
+_DESCRIPTION = """Continue texts with a decoder.
+
+With --prompt the continuation is printed. INPUT is a .txt with one text per line, or a .jsonl of
+objects with "text" and maybe "id"; OUTPUT gets one line of JSON for each, {"id", "text"}, and its
+name when it is complete. MODEL is a causal_lm with its tokenizer; the texts that it writes end with
+the tokenizer's end of a text. Prompts of about the same length are read together, padded on the
+left; LSG attention then has its blocks elsewhere in a padded prompt, which --batch-size 1 avoids.
+
+  lsg-flax generate ./writer --prompt "Once upon a time" --do-sample --top-p 0.9
+  lsg-flax generate ./writer prompts.jsonl continuations.jsonl --max-new-tokens 100"""
+
+
+def add(commands: Any) -> None:
+    """Declares the command and its options."""
+    command = add_command(commands, "generate", _DESCRIPTION, run)
+    command.add_argument("model", metavar="MODEL", help="folder, or id on the Hugging Face hub")
+    command.add_argument("input", metavar="INPUT", nargs="?", help=" or ".join(embeddings.TEXTS))
+    command.add_argument("output", metavar="OUTPUT", nargs="?", help="lines of JSON")
+    command.add_argument(
+        "--prompt", metavar="TEXT", action="append", help="in place of files; may be given again"
+    )
+    what = command.add_argument_group("what is written")
+    for name, kind, about in (
+        ("--max-new-tokens", int, "the most that are generated"),
+        ("--temperature", float, "divides the logits; with --do-sample"),
+        ("--top-k", int, "draw from the likeliest N; with --do-sample"),
+        ("--top-p", float, "draw from the fewest with this probability; with --do-sample"),
+        ("--seed", int, "of what is drawn; batch number i draws with SEED + i"),
+    ):
+        default = {"--max-new-tokens": 64, "--temperature": 1.0, "--seed": 0}.get(name)
+        shown = "all" if default is None else default
+        text = f"{about} (default: {shown})"
+        what.add_argument(name, type=kind, default=default, metavar="N", help=text)
+    what.add_argument("--do-sample", action="store_true", help="draw tokens, not the likeliest one")
+    how = command.add_argument_group("how it is computed")
+    how.add_argument(
+        "--batch-size", type=int, default=8, metavar="N", help="texts at once (default: 8)"
+    )
+    how.add_argument(
+        "--dtype",
+        choices=get_args(Precision),
+        default="float32",
+        metavar="NAME",
+        help=f"of the computation: {', '.join(get_args(Precision))} (default: float32)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the command."""
+    for name, least in (
+        ("max-new-tokens", arguments.max_new_tokens),
+        ("batch-size", arguments.batch_size),
+    ):
+        if least < 1:
+            raise ValueError(f"--{name} {least} must be at least 1.")
+    names, texts = _read(arguments)
+    folder = hub.resolve(arguments.model)
+    tokenizer = hub.read_tokenizer(folder)
+    if tokenizer is None:
+        raise FileNotFoundError(f"{folder} has no tokenizer; copy its files there.")
+    model, params = hub.from_pretrained(folder, dtype=jnp.dtype(arguments.dtype).type)
+    if model.task != "causal_lm":
+        raise ValueError(
+            f"{folder} is a {model.task} checkpoint, which cannot continue texts: give a "
+            "causal_lm, such as lsg-flax train --task causal_lm makes."
+        )
+    ends = _ends(model, tokenizer)
+    prompts = _encode(tokenizer, texts, ends)
+    for name, ids in zip(names, prompts, strict=True):
+        _check_length(name, len(ids), arguments.max_new_tokens, model.max_length)
+    written = [
+        tokenizer.decode(ids, skip_special_tokens=True)
+        for ids in _continue(model, params, prompts, ends, arguments)
+    ]
+    if arguments.output is None:
+        print("\n".join(written))  # as it is: a console would break long lines
+        return
+    target = pathlib.Path(arguments.output)
+    lines = [json.dumps({"id": n, "text": t}) for n, t in zip(names, written, strict=True)]
+    with written_aside(target.parent) as aside:
+        (aside / target.name).write_text("".join(f"{line}\n" for line in lines))
+    console().print(f"wrote {target}: {len(lines):,} continuations")
+
+
+def _read(arguments: argparse.Namespace) -> tuple[list[Any], list[str]]:
+    """Names and texts of the prompts; raises ValueError for anything but one source of them."""
+    files = [file for file in (arguments.input, arguments.output) if file is not None]
+    if arguments.prompt is not None and not files:
+        return [f"--prompt {text[:60]!r}" for text in arguments.prompt], arguments.prompt
+    if arguments.prompt is not None or len(files) < 2:
+        raise ValueError(
+            "give either --prompt TEXT, or INPUT and OUTPUT; got "
+            + (" ".join(files) or "neither")
+            + (" and --prompt." if arguments.prompt else ".")
+        )
+    if pathlib.Path(arguments.output).is_dir():
+        raise IsADirectoryError(f"{arguments.output} is a folder; give the name of a file.")
+    return embeddings.read_texts(arguments.input)
+
+
+def _ends(model: Model, tokenizer: Any) -> list[int]:
+    """The tokens that end a text: the tokenizer's, else the config's, else what training writes
+    between texts."""
+    given = (
+        tokenizer.eos_token_id,
+        model.config.other("eos_token_id", None),
+        tokenizer.sep_token_id,
+    )
+    first = next((ids for ids in given if ids is not None), [])
+    return np.atleast_1d(np.asarray(first, int)).tolist()
+
+
+def _encode(tokenizer: Any, texts: Sequence[str], ends: list[int]) -> list[list[int]]:
+    """Tokens as in training, without the end of a text, behind which nothing is to be continued."""
+    encoded = tokenizer(list(texts), verbose=False)["input_ids"] if texts else []
+    closing = (*ends, tokenizer.sep_token_id)
+    return [ids[:-1] if ids and ids[-1] in closing else ids for ids in encoded]
+
+
+def _check_length(name: Any, length: int, new: int, limit: int) -> None:
+    fits = limit - new + 1  # the last token is not read again
+    if not 1 <= length <= fits:
+        raise ValueError(
+            f"{name!r} has {length} tokens, and with --max-new-tokens {new} a prompt must have "
+            f"1 to {max(fits, 0)}: this checkpoint reads {limit}. Shorten the prompt, or convert "
+            "the checkpoint with a larger --max-sequence-length."
+        )
+
+
+def _continue(
+    model: Model,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    ends: list[int],
+    arguments: argparse.Namespace,
+) -> list[list[int]]:
+    """The new tokens of each prompt, in order."""
+    size, pad = arguments.batch_size, model.config.pad_token_id
+    pad = (ends or [0])[0] if pad is None else pad
+    names = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p")
+    options = {name: getattr(arguments, name) for name in names}
+    options |= {"eos_token_id": ends or None, "pad_token_id": pad}
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    found: list[list[int]] = [[] for _ in prompts]
+    for start in tqdm(range(0, len(order), size), unit="batch", disable=None):
+        places = order[start : start + size]
+        width = len(prompts[places[0]])
+        ids = np.full((len(places), width), pad)
+        mask = np.zeros(ids.shape, bool)
+        for row, place in enumerate(places):
+            ids[row, width - len(prompts[place]) :] = prompts[place]
+            mask[row, width - len(prompts[place]) :] = True
+        key = jax.random.key(arguments.seed + start // size)
+        inputs = {"attention_mask": mask, "position_ids": _positions(model, mask), "key": key}
+        tokens = lsg_flax.generate(model, params, ids, **inputs, **options)[:, width:]
+        for place, row in zip(places, tokens.tolist(), strict=True):
+            found[place] = list(itertools.takewhile(lambda token: token not in ends, row))
+    return found
+
+
+def _positions(model: Model, mask: np.ndarray) -> np.ndarray | None:
+    """[B, T], counted from each row's first real token; None for a family that does so itself."""
+    if family_of(model.config.model_type).positions_after_padding:
+        return None
+    return np.maximum(np.cumsum(mask, axis=1) - 1, 0)

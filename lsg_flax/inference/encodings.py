@@ -1,0 +1,101 @@
+"""Encodings of documents: checked, sorted into batches of a few lengths, padded.
+
+Axes: B batch, C choices, T tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from lsg_flax.models import Model
+
+# By the model's names: lists of T numbers, as a tokenizer gives them; for choices C such lists.
+Encoding = dict[str, Any]
+
+
+def check_encoding(
+    name: str, encoding: Encoding, like: Encoding, *, model: Model, longest: int
+) -> None:
+    """Raises ValueError for a document, called `name`, that cannot be read, or has other fields
+    than the document `like`."""
+    config = model.config
+    tables = {
+        "input_ids": ("vocab_size", config.vocab_size),
+        "attention_mask": ("what a mask may say", 2),
+        "token_type_ids": ("type_vocab_size", config.type_vocab_size),
+    }
+    unknown = sorted(encoding.keys() - tables.keys())
+    if unknown or "input_ids" not in encoding or encoding.keys() != like.keys():
+        raise ValueError(
+            f"{name} has the fields {sorted(encoding)} and the first one has {sorted(like)}; "
+            f"all need input_ids and the same of {sorted(tables)}."
+        )
+    choices = choices_of(encoding["input_ids"], model)
+    if len(choices) != len(choices_of(like["input_ids"], model)):
+        raise ValueError(f"{name} has {len(choices)} choices, unlike the first one.")
+    for field in encoding:
+        rows = choices_of(encoding[field], model)
+        _check_rows(name, field, rows, list(map(len, choices)), *tables[field])
+    length = max(map(len, choices))
+    if length > longest:
+        raise ValueError(
+            f"{name} has {length} tokens, more than {longest}, the longest bucket; "
+            "truncate it (truncation=True, max_length=...), or make a checkpoint that reads "
+            "more: lsg_flax.convert_checkpoint(source, target, "
+            f"max_sequence_length={length})."
+        )
+
+
+def _check_rows(place: str, name: str, rows, lengths: list[int], field: str, limit: int) -> None:
+    given = list(map(len, rows))
+    if given != lengths or 0 in lengths:
+        raise ValueError(
+            f"{place} has {given} {name} and {lengths} input_ids; they must be as many, at least 1."
+        )
+    low, high = min(map(min, rows)), max(map(max, rows))
+    if low < 0 or high >= limit:
+        raise ValueError(
+            f"{place} has {name} in {low}..{high}, but {field}={limit} allows 0..{limit - 1}; do "
+            "tokenizer and checkpoint belong together?"
+        )
+
+
+def choices_of(values: Sequence, model: Model) -> Sequence[Sequence[int]]:
+    """One list of tokens per choice; a document of a task without choices has one."""
+    return values if model.task_record.input_rank == 3 else [values]
+
+
+def batches_of(
+    encodings: Sequence[Encoding], model: Model, batch_size: int, buckets: Sequence[int]
+) -> Iterator[tuple[int, list[int]]]:
+    """Bucket and places of the documents of each batch; the longest first, so that a lack of memory
+    shows at once."""
+    lengths = [max(map(len, choices_of(e["input_ids"], model))) for e in encodings]
+    waiting: dict[int, list[int]] = {bucket: [] for bucket in reversed(buckets)}
+    for place in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        waiting[min(b for b in buckets if b >= lengths[place])].append(place)
+    for bucket, places in waiting.items():
+        for start in range(0, len(places), batch_size):
+            yield bucket, places[start : start + batch_size]
+
+
+def padded(
+    encodings: Sequence[Encoding], model: Model, batch_size: int, bucket: int
+) -> dict[str, np.ndarray]:
+    """Arrays [B, T] ([B, C, T] for choices) of a whole batch; what fills it up is masked."""
+    fill = {"input_ids": model.config.pad_token_id or 0}
+    choices = len(choices_of(encodings[0]["input_ids"], model))
+    arrays = {
+        name: np.full((batch_size, choices, bucket), fill.get(name, 0), np.int32)
+        for name in sorted(encodings[0].keys() | {"attention_mask"})
+    }
+    for row, encoding in enumerate(encodings):
+        for name, array in arrays.items():
+            given = encoding.get(name)  # only the mask may be missing
+            for choice, ids in enumerate(choices_of(encoding["input_ids"], model)):
+                tokens = 1 if given is None else choices_of(given, model)[choice]
+                array[row, choice, : len(ids)] = tokens
+    if model.task_record.input_rank == 3:
+        return arrays
+    return {name: array[:, 0] for name, array in arrays.items()}
