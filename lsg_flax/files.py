@@ -13,6 +13,8 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+Json = dict[str, Any]  # an object as JSON holds it
+
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -27,7 +29,7 @@ class Line(NamedTuple):
         """Raises ValueError for bytes that are not UTF-8."""
         return valid_text(self.raw.decode(errors="surrogateescape"))
 
-    def json_object(self) -> dict[str, Any]:
+    def json_object(self) -> Json:
         """The object that the line holds; raises ValueError, which says what it holds instead."""
         text = self.text()
         try:
@@ -79,7 +81,7 @@ def read_json(file: pathlib.Path, kind: type = dict) -> Any:
     return values
 
 
-def write_json(folder: pathlib.Path, files: dict[str, Any]) -> None:
+def write_json(folder: pathlib.Path, files: Json) -> None:
     """Writes a JSON file for each relative name."""
     for name, values in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
