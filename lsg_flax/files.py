@@ -1,4 +1,8 @@
-"""Files: JSON read with care, and folders whose files appear all together or not at all."""
+"""Files: lines and JSON are read with care; files and folders appear whole or not at all.
+
+What all readers of lines agree on: lines end in \\n or \\r\\n, a byte order mark is no part of the
+text, a place is called FILE:NUMBER, and what is wrong with a line has the same words everywhere.
+"""
 
 import contextlib
 import json
@@ -7,7 +11,58 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
+
+Json = dict[str, Any]  # an object as JSON holds it
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class Line(NamedTuple):
+    """A line of a file."""
+
+    place: str  # FILE:NUMBER, for messages
+    number: int  # from 1
+    raw: bytes  # without the end of the line
+
+    def text(self) -> str:
+        """Raises ValueError for bytes that are not UTF-8."""
+        return valid_text(self.raw.decode(errors="surrogateescape"))
+
+    def json_object(self) -> Json:
+        """The object that the line holds; raises ValueError, which says what it holds instead."""
+        text = self.text()
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:  # recursion: ten thousand brackets
+            raise ValueError(f"not valid JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"a line must be a JSON object, got {text.strip():.60}")
+        return values
+
+
+def read_lines(file: pathlib.Path, *, blank: bool = True) -> Iterator[Line]:
+    """The lines of a file, one at a time; without `blank`, those that hold anything.
+
+    In a .jsonl a blank line is no row anywhere. In a .txt it is none to train on; where an output
+    belongs to each line, it is an empty text.
+    """
+    with file.open("rb") as lines:
+        for number, raw in enumerate(lines, 1):
+            raw = raw.removeprefix(_BYTE_ORDER_MARK) if number == 1 else raw
+            if blank or raw.decode(errors="replace").strip():
+                raw = raw.removesuffix(b"\n").removesuffix(b"\r")
+                yield Line(f"{file}:{number}", number, raw)
+
+
+def valid_text(text: str) -> str:
+    """The text; raises ValueError for lone surrogates, which JSON can hold, and which stand for
+    bytes that are not UTF-8: tokenizers cannot read them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"not valid UTF-8 at character {error.start}") from error
+    return text
 
 
 def read_json(file: pathlib.Path, kind: type = dict) -> Any:
@@ -26,7 +81,7 @@ def read_json(file: pathlib.Path, kind: type = dict) -> Any:
     return values
 
 
-def write_json(folder: pathlib.Path, files: dict[str, Any]) -> None:
+def write_json(folder: pathlib.Path, files: Json) -> None:
     """Writes a JSON file for each relative name."""
     for name, values in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -43,6 +98,32 @@ def differences(before: Any, now: Any, missing: Any = None) -> list[tuple[str, A
         for key in sorted(before.keys() | now.keys())
         for path, *values in differences(before.get(key, missing), now.get(key, missing), missing)
     ]
+
+
+def write_aside(file: pathlib.Path, data: bytes) -> None:
+    """Writes a file whole or not at all, on the disk when this returns. For one writer at a time:
+    until it has its name it is called FILE.new, which the next call replaces after a kill."""
+    aside = file.with_name(f"{file.name}.new")
+    try:
+        with aside.open("wb") as opened:
+            opened.write(data)
+            opened.flush()
+            os.fsync(opened.fileno())
+        os.replace(aside, file)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync_folder(file.parent)
+
+
+def sync_folder(folder: pathlib.Path) -> None:
+    """The names in a folder on the disk as well; not every system opens folders."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 @contextlib.contextmanager

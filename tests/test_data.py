@@ -12,7 +12,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lsg_flax.data import Columns, DataOptions, load_examples
+from lsg_flax.data import Columns, DataOptions, load_examples, train_batches
+from lsg_flax.models import TASKS, Target, Task
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(40))]
 PIECES = ["who", "saw", "the", "cat", "dog", "sat", "un", "##like", "##ly", "?", ".", "##s"]
@@ -165,8 +166,8 @@ def test_a_name_that_is_nothing(load, tmp_path, monkeypatch):
 
 GOOD = json.dumps(TEXTS[0]).encode()
 BROKEN = {
-    "not JSON": (b'{"text": "w1"', "not a row of JSON"),
-    "not an object": (b'["w1"]', "must be an object"),
+    "not JSON": (b'{"text": "w1"', "not valid JSON"),
+    "not an object": (b'["w1"]', "must be a JSON object"),
     "not UTF-8": (b'{"text": "w\xff", "label": "odd"}', "not valid UTF-8"),
     "lone surrogate": (b'{"text": "\\ud800", "label": "odd"}', "not valid UTF-8"),
     "no text": (b'{"label": "odd"}', r"column 'text' is missing; there are \['label'\]"),
@@ -400,6 +401,20 @@ def test_texts_one_by_one(load, tokenizer):
     assert data[0]["input_ids"].tolist() == tokenizer(words(3))["input_ids"]
 
 
+def test_a_new_task_is_a_record_and_nothing_else(load, monkeypatch):
+    """Its labels have the name that its loss compares them by."""
+    targets = (Target("logits", "stance", "class"),)
+    record = Task("stance", targets=targets, named_labels=True, examples="text")
+    monkeypatch.setitem(TASKS, "stance", record)
+    data = load([*TEXTS[:3], {"text": "w1", "label": "even"}], "stance", labels=("odd", "even"))
+    batch = next(train_batches(data, batch_size=8, seed=0, buckets=[16], shuffle=False))
+    assert batch.keys() == {"input_ids", "attention_mask", "token_type_ids", "stance"}
+    assert batch["stance"].tolist() == [1, 0, 1, 1, *[-100] * 4]
+    monkeypatch.setitem(TASKS, "stance", Task("stance", targets=targets))
+    with pytest.raises(ValueError, match=r"task='stance' is unknown; choose one of.*'masked_lm'"):
+        load(TEXTS, "stance")
+
+
 def test_tokenizers_that_cannot_serve(load, tokenizer):
     without = Counting(tokenizer)
     without.mask_token_id = None
@@ -497,7 +512,9 @@ def flip(file: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut_off, flip, pathlib.Path.unlink])
-@pytest.mark.parametrize("name", ["input_ids.bin", "offsets.bin", "records.bin", "index.json"])
+@pytest.mark.parametrize(
+    "name", ["input_ids.bin", "input_offsets.bin", "records.bin", "index.json"]
+)
 def test_a_damaged_cache_is_not_used(load, tokenizer, tmp_path, damage, name):
     rows = [row | {"id": i} for i, row in enumerate(TEXTS)]
     expected = rows_of(load(rows))
@@ -534,13 +551,15 @@ def test_an_interrupted_run_leaves_nothing_that_is_used(load, tokenizer, tmp_pat
     assert folders == []
     data = load(many)
     expected = rows_of(data)
-    # What a killed process leaves: files without their index, under a name of their own.
+    # What a killed process leaves: files without their index, in a folder of their own.
     (place,) = (p for p in (tmp_path / "cache").iterdir() if p.is_dir())
-    unfinished = place.with_name(f".unfinished-{place.name}")
-    shutil.move(place, unfinished)
-    (unfinished / "index.json").unlink()
+    unfinished = place / ".unfinished-by-someone"
+    shutil.move(place, place.with_name("new"))
+    shutil.move(place.with_name("new"), unfinished / "new")
+    (unfinished / "new" / "index.json").unlink()
     counting = Counting(tokenizer)
-    assert rows_of(load(many, tokenizer=counting)) == expected
+    with warnings.catch_warnings(action="error"):
+        assert rows_of(load(many, tokenizer=counting)) == expected
     assert counting.calls == 2 and not unfinished.exists()
 
 

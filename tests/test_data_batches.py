@@ -19,8 +19,10 @@ from transformers import AutoTokenizer
 
 from lsg_flax.buckets import default_buckets
 from lsg_flax.data import DataOptions, TokenizedDataset, eval_batches, load_examples, train_batches
+from lsg_flax.data.cache import ArrayFiles, EncodedRow, RowWriter, Sequences
 from lsg_flax.data.order import Order
-from lsg_flax.models import EncoderConfig, Model
+from lsg_flax.models import TASKS as RECORDS
+from lsg_flax.models import EncoderConfig, Model, Target, Task
 from lsg_flax.training import losses
 
 TOKENIZER = pathlib.Path(__file__).parent / "golden" / "bert_to_convert_512"  # w5 ... w30
@@ -257,20 +259,32 @@ def test_epochs_have_different_orders_and_seeds_too(make):
 @settings(max_examples=60, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 32), min_size=1, max_size=40),
+    targets=st.lists(st.integers(1, 9), min_size=40, max_size=40),
+    streams=st.integers(1, 2),
     size=st.integers(1, 9),
     seed=st.integers(0, 99),
     remainder=st.sampled_from(["fill", "carry"]),
     shuffle=st.booleans(),
 )
-def test_any_stream_shows_its_rows_evenly(lengths, size, seed, remainder, shuffle):
+def test_any_stream_shows_its_rows_evenly(
+    lengths, targets, streams, size, seed, remainder, shuffle
+):
+    """In buckets of the length of one stream, or of the pair of two."""
+    pairs = [pair[:streams] for pair in zip(lengths, targets, strict=False)]
+    ladders = (BUCKETS, (4, 9))[:streams]
+    buckets = [
+        tuple(min(b for b in ladder if b >= n) for ladder, n in zip(ladders, pair, strict=True))
+        for pair in pairs
+    ]
     order = Order(
-        np.array(lengths),
-        buckets=BUCKETS,
+        [np.array(lengths) for lengths in zip(*pairs, strict=True)],
+        ladders=ladders,
         size=size,
         seed=seed,
         remainder=remainder,
         shuffle=shuffle,
     )
+    assert order.buckets == sorted({*buckets})
     epochs, counts = 7, collections.Counter(dict.fromkeys(range(len(lengths)), 0))
     for number in range(order.start(epochs)):
         epoch = order.epoch_of(number)
@@ -279,16 +293,15 @@ def test_any_stream_shows_its_rows_evenly(lengths, size, seed, remainder, shuffl
         assert len(rows) == size
         real = rows[rows >= 0].tolist()
         counts.update(real)
-        for row in real:
-            assert bucket == min(b for b in BUCKETS if b >= lengths[row])
-        for_every_row = {counts[i] for i in range(len(lengths)) if lengths[i] <= bucket}
+        assert all(buckets[row] == bucket for row in real)
+        for_every_row = {counts[i] for i in range(len(pairs)) if buckets[i] == bucket}
         assert max(for_every_row) <= epoch + 1
     if remainder == "fill":
         assert set(counts.values()) == {epochs}
     else:  # what is missing waits for the next epoch, less than a batch in each bucket
         missing = collections.Counter()
         for row, count in counts.items():
-            missing[min(b for b in BUCKETS if b >= lengths[row])] += epochs - count
+            missing[buckets[row]] += epochs - count
         assert all(0 <= rows < size for rows in missing.values())
 
 
@@ -321,6 +334,96 @@ def test_evaluation_masks_the_same_tokens_for_each_batch_size(make):
         }
 
     assert labels(3) == labels(8)
+
+
+# Streams
+
+
+PAIRS = [(1 + 7 * i % 30, 1 + 5 * i % 9) for i in range(40)]  # tokens read, and to be written
+
+
+@pytest.fixture
+def pairs(tmp_path, monkeypatch):
+    """Data of two streams, such as texts and their summaries, as a reader would write it."""
+    record = Task("summary", targets=(Target("logits", "labels", "class"),))
+    monkeypatch.setitem(RECORDS, "summary", record)
+    about = {"fingerprint": "f", "labels": None, "skipped": 0, "messages": [], "truncated": 0}
+    about |= {"pad_token_id": 1, "mask_token_id": -1, "vocab_size": 99, "special_ids": []}
+    about["options"] = {"task": "summary", "max_length": 32, "problem_type": None}
+    groups = [
+        (
+            {"id": f"row {i}"},
+            [
+                EncodedRow(
+                    {
+                        "input": Sequences(n, {"input_ids": np.full(n, i + 2, np.int32)}),
+                        "target": Sequences(m, {"labels": np.full(m, i + 50, np.int32)}),
+                    },
+                    {},
+                )
+            ],
+        )
+        for i, (n, m) in enumerate(PAIRS)
+    ]
+    with ArrayFiles(tmp_path) as files:
+        writer = RowWriter(files)
+        writer.add(groups[:25])
+        writer.add(groups[25:])
+        files.finish(about | writer.about)
+    return TokenizedDataset(tmp_path)
+
+
+def test_a_batch_has_one_length_for_each_stream(pairs):
+    ladders = {"input": BUCKETS, "target": (4, 9)}
+    batches = train_batches(pairs, batch_size=4, seed=0, buckets=ladders, epochs=2, microbatches=2)
+    seen, shapes = collections.Counter(), set()
+    for step, batch in enumerate(batches):
+        assert batch.keys() == {"input_ids", "attention_mask", "labels"}
+        ids, labels = (batch[name].reshape(8, -1) for name in ("input_ids", "labels"))
+        shapes.add((ids.shape[1], labels.shape[1]))
+        assert batches.bucket_at(step) == ids.shape[1]
+        for row, mask in enumerate(batch["attention_mask"].reshape(8, -1)):
+            if not mask.any():  # fills the batch up
+                assert (ids[row] == 1).all() and (labels[row] == -100).all()
+                continue
+            number = ids[row, 0] - 2
+            n, m = PAIRS[number]
+            assert (mask[:n] == 1).all() and not mask[n:].any()
+            assert (ids[row, :n] == number + 2).all() and (ids[row, n:] == 1).all()
+            assert (labels[row, :m] == number + 50).all() and (labels[row, m:] == -100).all()
+            assert ids.shape[1] == min(b for b in BUCKETS if b >= n)
+            assert labels.shape[1] == min(b for b in (4, 9) if b >= m)
+            seen[number] += 1
+    assert seen == dict.fromkeys(range(40), 2)
+    assert shapes == set(itertools.product(BUCKETS, (4, 9))) and batches.buckets == BUCKETS
+    read = eval_batches(pairs, batch_size=4, buckets=ladders)
+    sizes = [(x.batch["input_ids"].shape[1], x.batch["labels"].shape[1]) for x in read]
+    assert sizes == sorted(sizes, reverse=True) and len({*sizes}) == 6
+
+
+def test_a_stream_of_pairs_continues_and_knows_its_lengths(pairs):
+    options = {"batch_size": 4, "seed": 0, "epochs": 3}
+    stream = train_batches(pairs, **options, buckets={"input": BUCKETS, "target": (4, 9)})
+    next(stream)
+    state = json.loads(json.dumps(stream.get_state()))
+    again = train_batches(pairs, **options, buckets={"input": BUCKETS, "target": (4, 9)})
+    again.set_state(state)
+    assert all(map(equal, stream, again))
+    other = train_batches(pairs, **options, buckets=BUCKETS)  # targets up to their longest
+    assert {batch["labels"].shape[1] for batch in other} == {9}
+    with pytest.raises(ValueError, match="target_buckets: "):
+        other.set_state(state)
+    with pytest.raises(ValueError, match="the longest row has 9 tokens of target"):
+        train_batches(pairs, **options, buckets={"target": (4, 8)})
+    with pytest.raises(ValueError, match=r"name \['output'\], not \['input', 'target'\]"):
+        train_batches(pairs, **options, buckets={"output": (4, 8)})
+
+
+def test_rows_of_two_streams_one_by_one(pairs):
+    assert pairs[7]["input_ids"].tolist() == [9] * PAIRS[7][0]
+    assert pairs[39]["labels"].tolist() == [89] * PAIRS[39][1]
+    assert pairs.info(30).id == "row 30" and pairs.choices is None
+    assert pairs.lengths.tolist() == [n for n, _ in PAIRS]
 
 
 # Several processes

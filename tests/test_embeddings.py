@@ -407,8 +407,13 @@ def test_the_command_embeds_lines_and_objects(make, tmp_path, capsys):
     [
         ("in.txt", "a", "out.csv", "out.csv must end in .npy or .jsonl"),
         ("in.csv", "a", "out.npy", "in.csv must end in .txt or .jsonl"),
-        ("in.jsonl", '{"text": "a"}\n{', "out.npy", "line 2 is not valid JSON"),
-        ("in.jsonl", '{"words": "a"}', "out.npy", 'line 1 is no object with a "text"'),
+        ("in.jsonl", '{"text": "a"}\n{', "out.npy", "in.jsonl:2: not valid JSON"),
+        (
+            "in.jsonl",
+            '{"words": "a"}',
+            "out.npy",
+            "in.jsonl:1: it has ['words'] and must have a \"text\"",
+        ),
     ],
 )
 def test_files_that_do_not_fit_are_refused_before_the_model_loads(

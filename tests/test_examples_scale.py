@@ -99,7 +99,7 @@ def test_inference_goes_on_behind_a_broken_line(main, checkpoint, untyped, capsy
     arguments = ["in.jsonl", "--output", "out.jsonl", "--checkpoint", str(checkpoint)]
     arguments += ["--max-length", "128", "--window", "8", "--export", "model.stablehlo"]
     run = main("batched_inference")
-    with pytest.raises(ValueError, match=r"in\.jsonl, line 44 is broken"):
+    with pytest.raises(ValueError, match=r"in\.jsonl:44: "):
         run(arguments)
     assert not pathlib.Path("out.jsonl").exists()
     pathlib.Path("in.jsonl").write_text("\n".join(lines))

@@ -219,7 +219,7 @@ def test_what_does_not_fit_is_refused_before_training(tiny, tmp_path):
         "devices": (9, "devices=9, but there are 8"),
         "mesh": ({"data": 3}, "mesh of data=3.* does not fit 1 devices"),
         "train_data": (str(tmp_path / "none.jsonl"), "none.jsonl"),
-        "eval_data": (str(file), r"odd.jsonl:2: not a row of JSON.*on_error='skip'"),
+        "eval_data": (str(file), r"odd.jsonl:2: not valid JSON.*on_error='skip'"),
         "output": (str(GOLDEN / "bert_base"), "holds a model that this run has not made"),
         "model": (str(GOLDEN / "bert_base"), "has no tokenizer"),
         "buckets": ((4, 8), "add a bucket"),

@@ -93,7 +93,7 @@ def test_texts_in_answers_out(kind, tmp_path, tokenizer):
         lines(target), inference.predict(*make(), cut, **OPTIONS), strict=True
     ):
         np.testing.assert_allclose(line["logits"], expected["logits"], rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match=rf"in{kind}, line 2: .* more than 8.*truncation=True"):
+    with pytest.raises(ValueError, match=rf"in{kind}:2: .* more than 8.*truncation=True"):
         predict_file(source, tmp_path / "no.jsonl", *make(), **options, max_length=8)
 
 
@@ -152,7 +152,7 @@ def test_what_was_finished_belongs_to_one_model_and_source(tmp_path):
     source, target = write(tmp_path / "in.jsonl", [*ids(6), {"input_ids": [99]}]), tmp_path / "out"
     model, params = make()
     run = functools.partial(predict_file, source, target, **OPTIONS | {"window": 1})
-    with pytest.raises(ValueError, match=r"in.jsonl, line 7 has input_ids in 99\.\.99") as caught:
+    with pytest.raises(ValueError, match=r"in.jsonl:7 has input_ids in 99\.\.99") as caught:
         run(model, params)
     finished = int(caught.value.__notes__[0].split()[0])
     assert 6 - inference.IN_FLIGHT - 1 <= finished <= 6
@@ -170,40 +170,43 @@ def test_what_was_finished_belongs_to_one_model_and_source(tmp_path):
 def test_broken_lines_are_named_and_skipped_on_request(tmp_path, tokenizer):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     broken = {
-        2: (b'{"text": "Par', "it is not valid JSON"),
-        3: (b'{"text": "\xff"}', "it is not UTF-8"),
-        5: (b"[1]", "it is no object but a list"),
+        2: (b'{"text": "Par', "not valid JSON"),
+        3: (b'{"text": "\xff"}', "not valid UTF-8"),
+        5: (b"[1]", "a line must be a JSON object"),
         6: (
             b'{"id": 1, "label": 2}',
             r"it has \['id', 'label'\] and must have input_ids; or question",
         ),
         7: (b'{"text": 3}', "its text is no text but a int"),
         8: (b'{"input_ids": [1, "2"]}', "its input_ids are no list of whole numbers"),
-        9: (b"", "it is not valid JSON"),
+        9: (rb'{"text": "\ud800"}', "not valid UTF-8"),
     }
-    good = {1: b'{"text": "Paris"}', 4: b'{"text": "town", "label": 1}', 10: b'{"text": "a"}'}
+    good = {
+        1: b'{"text": "Paris"}',
+        4: b'{"text": "town", "label": 1}',
+        10: b"",
+        11: b'{"text": "a"}',
+    }
     for number, (line, message) in broken.items():
         every = good | {number: line}
-        source.write_bytes(b"\n".join(every.get(i, good[1]) for i in range(1, 11)) + b"\n")
-        with pytest.raises(
-            ValueError, match=rf"in.jsonl, line {number} is broken: {message}.*skip"
-        ):
+        source.write_bytes(b"\n".join(every.get(i, good[1]) for i in range(1, 12)) + b"\n")
+        with pytest.raises(ValueError, match=rf"in.jsonl:{number}: {message}.*skip"):
             list(DocumentFile(source))
     every = good | {number: line for number, (line, _) in broken.items()}
-    source.write_bytes(b"\n".join(every[i] for i in range(1, 11)))
+    source.write_bytes(b"\n".join(every[i] for i in range(1, 12)))
     with pytest.warns(UserWarning, match=r"7 broken lines of .* were skipped: 2, 3, 5, 6"):
         done = predict_file(
             source, target, *make(), tokenizer=tokenizer, broken_lines="skip", **OPTIONS
         )
     assert done == Written(3, 3, tuple(broken))
-    assert [line["id"] for line in lines(target)] == [0, 3, 9]
+    assert [line["id"] for line in lines(target)] == [0, 3, 10]
 
 
 @pytest.mark.parametrize(
     ("document", "options", "message"),
     [
-        ({"text": "Paris"}, {}, r"line 1: a text needs tokenizer="),
-        ({"input_ids": [[1, 2], [3]]}, {}, r"line 1: input_ids are one list of numbers"),
+        ({"text": "Paris"}, {}, r"jsonl:1: a text needs tokenizer="),
+        ({"input_ids": [[1, 2], [3]]}, {}, r"jsonl:1: input_ids are one list of numbers"),
         ({"input_ids": [1]}, {"answers": FillMask()}, "FillMask is not possible for files"),
         ({"input_ids": [1]}, {"answers": ANSWERS["question_answering"]}, "needs a model of the"),
         (

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "convert_from_torch": "models",
     "hub": "convert_from_torch files models patterns sharding",
     "generation": "",
-    "data": "buckets files",
+    "data": "buckets files models",
     "inference": "buckets files models sharding",
     "training": "buckets chips data files hub models patterns sharding",
     "pipelines": "buckets files hub inference models",

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import os
 import pathlib
 from typing import Any, get_args
 
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from lsg_flax.chips import CHIPS, GIB
 from lsg_flax.cli.shared import add_command, add_pattern, console, given_pattern, mesh_axes, say
+from lsg_flax.files import write_aside
 from lsg_flax.models import TASKS, Remat
 from lsg_flax.planning import (
     Attention,
@@ -248,9 +248,4 @@ def _write(file: pathlib.Path, shown: list[Plan], tried: list[Plan]) -> None:
         name: [json.loads(p.to_json()) for p in plans]
         for name, plans in (("shown", shown), ("tried", tried))
     }
-    aside = file.with_name(f".unfinished-{os.getpid()}-{file.name}")
-    try:
-        aside.write_text(json.dumps(values, indent=2) + "\n")
-        aside.replace(file)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_aside(file, f"{json.dumps(values, indent=2)}\n".encode())

@@ -20,8 +20,6 @@ from lsg_flax.data.cache import TokenizedDataset as TokenizedDataset
 from lsg_flax.data.files import OnError as OnError
 from lsg_flax.data.files import TextUnit as TextUnit
 from lsg_flax.data.load import load_examples as load_examples
-from lsg_flax.data.options import LABELLED as LABELLED
 from lsg_flax.data.options import Columns as Columns
 from lsg_flax.data.options import DataOptions as DataOptions
-from lsg_flax.data.options import DataTask as DataTask
-from lsg_flax.data.options import ProblemType as ProblemType
+from lsg_flax.data.options import readable_tasks as readable_tasks

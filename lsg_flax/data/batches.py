@@ -6,47 +6,50 @@ Batch n is a pure function of n (order.py), so the state of an iterator is a num
 Axes: M microbatches, B batch, C choices, T tokens, K labels.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int, Shaped
 
 from lsg_flax.buckets import default_buckets
-from lsg_flax.data.cache import TokenizedDataset
-from lsg_flax.data.options import IGNORED
-from lsg_flax.data.order import Order, Part, Remainder
-from lsg_flax.files import differences
+from lsg_flax.data.cache import INPUT, TokenizedDataset
+from lsg_flax.data.order import Order, ProcessShare, Remainder
+from lsg_flax.files import Json, differences
+from lsg_flax.models import IGNORED, TASKS, Batch
 
 _ENDLESS = 2**62  # batches; what `len` can say
 _MASKS, _EVAL_MASKS = range(2, 4)  # random numbers under the seed, beside those of the order
 
-Batch = dict[str, np.ndarray]
+# Lengths to pad to: of the inputs, or by stream.
+Buckets = Sequence[int] | Mapping[str, Sequence[int]]
 
 
 class TrainBatches(Iterator[Batch]):
     """An iterator over batches, with a state; see `train_batches`.
 
     Attributes:
-        buckets: the lengths that batches of this data have.
+        buckets: the lengths that the inputs have in batches of this data.
     """
 
     def __init__(
         self,
         dataset: TokenizedDataset,
         order: Order,
-        part: Part,
+        share: ProcessShare,
         *,
-        stream: dict[str, Any],
+        settings: Json,
         epochs: int | None,
         prefetch: int,
     ):
-        self._dataset, self._order, self._part, self._stream = dataset, order, part, stream
-        self.buckets = tuple(order.buckets)
+        self._dataset, self._order, self._share, self._settings = dataset, order, share, settings
+        self.buckets = tuple(sorted({length for length, *_ in order.buckets}))
         total = _ENDLESS if epochs is None else self.steps(epochs)
         if not total:
             raise ValueError(
-                f"epochs={epochs} of {len(dataset)} rows make no whole batch of {part.rows} rows "
+                f"epochs={epochs} of {len(dataset)} rows make no whole batch of {share.rows} rows "
                 f"in any of the buckets {self.buckets}; lower batch_size, or raise epochs."
             )
         import grain  # half a second, only for those who train
@@ -61,23 +64,18 @@ class TrainBatches(Iterator[Batch]):
     def batch_at(self, number: int) -> Batch:
         """Batch `number`, from 0, whatever has been read before."""
         bucket, rows = self._order.batch(int(number))
-        part, seed = self._part, self._stream["seed"]
-        rows, places = part.own(rows), part.own(np.arange(part.rows))
+        share, seed = self._share, self._settings["seed"]
+        rows, places = share.own(rows), share.own(np.arange(share.rows))
         seeds = [[seed, _MASKS, number, place] for place in places.reshape(-1).tolist()]
-        batch = collate(
-            self._dataset,
-            rows.reshape(-1),
-            length=bucket,
-            seeds=seeds,
-            mask_probability=self._stream["mask_probability"],
-        )
-        if part.microbatches == 1:
+        probability = self._settings["mask_probability"]
+        batch = collate(self._dataset, rows.reshape(-1), bucket, seeds, probability)
+        if share.microbatches == 1:
             return batch
         return {name: x.reshape(*rows.shape, *x.shape[1:]) for name, x in batch.items()}
 
     def bucket_at(self, number: int) -> int:
-        """The length of batch `number`."""
-        return self._order.batch(number)[0]
+        """The length of the inputs of batch `number`."""
+        return self._order.batch(number)[0][0]
 
     def steps(self, epochs: int) -> int:
         """How many batches the first `epochs` epochs have."""
@@ -87,11 +85,11 @@ class TrainBatches(Iterator[Batch]):
         """The epoch that batch `number` belongs to, from 0."""
         return self._order.epoch_of(number)
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> Json:
         """All that a new iterator needs to go on here, as JSON can say it."""
-        return {"next": self._batches.get_state()["next_index"], "stream": dict(self._stream)}
+        return {"next": self._batches.get_state()["next_index"], "stream": dict(self._settings)}
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: Json) -> None:
         """Goes on where `get_state` was called, maybe with another number of processes.
 
         Raises:
@@ -99,7 +97,7 @@ class TrainBatches(Iterator[Batch]):
         """
         different = [
             f"{name}: {saved} in the state, {here} here"
-            for name, saved, here in differences(state.get("stream", {}), self._stream)
+            for name, saved, here in differences(state.get("stream", {}), self._settings)
         ]
         if different:
             raise ValueError(
@@ -118,7 +116,7 @@ def train_batches(
     *,
     batch_size: int,
     seed: int,
-    buckets: Sequence[int] | None = None,
+    buckets: Buckets | None = None,
     microbatches: int = 1,
     epochs: int | None = None,
     remainder: Remainder | None = None,
@@ -134,7 +132,9 @@ def train_batches(
     Args:
         batch_size: rows of a (micro)batch of all processes together.
         seed: of the order and of masked tokens; the same seed gives the same batches.
-        buckets: lengths to pad to; `default_buckets` of the data's `max_length` by default.
+        buckets: lengths to pad to; `default_buckets` of the data's `max_length` by default. For
+            data of several streams a mapping of their names, such as {"input": (512, 4096)}; those
+            that are not given are padded to `default_buckets` of their longest row.
         microbatches: M > 1 gives arrays [M, B, ...], all M of the same bucket.
         epochs: how many; without end by default.
         remainder: what happens to the rows of a bucket that make no whole batch at the end of an
@@ -142,10 +142,10 @@ def train_batches(
             for the next epoch (those of the last epoch are not seen). By default "fill", but
             "carry" for regression and multi-label, where no label is ignored.
         shuffle: False keeps the order of the data within a bucket, bucket after bucket.
-        mask_probability: share of tokens that `masked_lm` asks for; of them 80 % become the mask
-            token, 10 % another one, 10 % stay. Special tokens are never asked for.
-        process_index: by default JAX's; each process gets its own rows of the same batches.
-        process_count: by default JAX's.
+        mask_probability: share of tokens that masked language models are asked for; of them 80 %
+            become the mask token, 10 % another one, 10 % stay. Special tokens are never asked for.
+        process_index, process_count: by default JAX's; each process gets its own rows of the same
+            batches.
         prefetch: batches that threads prepare ahead; 0 prepares none.
 
     Returns:
@@ -155,7 +155,7 @@ def train_batches(
     Raises:
         ValueError: for options that do not fit each other or the data.
     """
-    floats = dataset.row_fields == ["labels"] and dataset.arrays["labels"].dtype.kind == "f"
+    floats = any(dataset.arrays[name].dtype.kind == "f" for name in dataset.targets)
     chosen: Remainder = remainder or ("carry" if floats else "fill")
     if chosen not in ("fill", "carry") or (floats and chosen == "fill"):
         raise ValueError(
@@ -168,27 +168,27 @@ def train_batches(
         )
     if not 0 < mask_probability < 1:
         raise ValueError(f"mask_probability={mask_probability} must lie between 0 and 1.")
-    part = Part.of(process_index, process_count, batch_size, microbatches)
-    lengths = _buckets(dataset, buckets)
+    share = ProcessShare.of(process_index, process_count, batch_size, microbatches)
+    ladders = _ladders(dataset, buckets)
     order = Order(
-        dataset.lengths,
-        buckets=lengths,
-        size=part.rows,
+        [stream.lengths for stream in dataset.streams.values()],
+        ladders=[*ladders.values()],
+        size=share.rows,
         seed=seed,
         remainder=chosen,
         shuffle=shuffle,
     )
-    stream = {
+    settings = {
         "data": dataset.fingerprint,
         "batch_size": batch_size,
         "microbatches": microbatches,
-        "buckets": list(lengths),
+        **{"buckets" if n == INPUT else f"{n}_buckets": list(ladders[n]) for n in ladders},
         "seed": seed,
         "remainder": chosen,
         "shuffle": shuffle,
         "mask_probability": mask_probability,
     }
-    return TrainBatches(dataset, order, part, stream=stream, epochs=epochs, prefetch=prefetch)
+    return TrainBatches(dataset, order, share, settings=settings, epochs=epochs, prefetch=prefetch)
 
 
 class EvalBatch(NamedTuple):
@@ -199,43 +199,32 @@ class EvalBatch(NamedTuple):
     rows: Int[np.ndarray, "B"]
 
 
+@dataclass(frozen=True, eq=False)
 class EvalBatches:
     """Every row once; see `eval_batches`."""
 
-    def __init__(
-        self,
-        dataset: TokenizedDataset,
-        order: Order,
-        part: Part,
-        *,
-        seed: int,
-        mask_probability: float,
-    ):
-        self._dataset, self._order, self._part = dataset, order, part
-        self._seed, self._mask_probability = seed, mask_probability
+    dataset: TokenizedDataset
+    order: Order
+    share: ProcessShare
+    seed: int
+    mask_probability: float
 
     def __len__(self) -> int:
-        return self._order.start(1)
+        return self.order.start(1)
 
     def __iter__(self) -> Iterator[EvalBatch]:
         for number in reversed(range(len(self))):  # a lack of memory shows at once
-            bucket, rows = self._order.batch(number)
-            rows = self._part.own(rows)[0]
-            batch = collate(
-                self._dataset,
-                rows,
-                length=bucket,
-                seeds=[[self._seed, _EVAL_MASKS, max(row, 0)] for row in rows.tolist()],
-                mask_probability=self._mask_probability,
-            )
-            yield EvalBatch(batch, rows)
+            bucket, rows = self.order.batch(number)
+            rows = self.share.own(rows)[0]
+            seeds = [[self.seed, _EVAL_MASKS, max(row, 0)] for row in rows.tolist()]
+            yield EvalBatch(collate(self.dataset, rows, bucket, seeds, self.mask_probability), rows)
 
 
 def eval_batches(
     dataset: TokenizedDataset,
     *,
     batch_size: int,
-    buckets: Sequence[int] | None = None,
+    buckets: Buckets | None = None,
     seed: int = 0,
     mask_probability: float = 0.15,
     process_index: int | None = None,
@@ -246,12 +235,8 @@ def eval_batches(
     Args:
         batch_size: rows of a batch of all processes together; the last batch of a bucket is filled
             up to it.
-        buckets: as for `train_batches`.
-        seed: of the tokens that `masked_lm` asks for, the same in each pass and for each batch
-            size.
-        mask_probability: as for `train_batches`.
-        process_index: by default JAX's; each process gets its own rows of the same batches.
-        process_count: by default JAX's.
+        buckets, mask_probability, process_index, process_count: as for `train_batches`.
+        seed: of the tokens that are masked, the same in each pass and for each batch size.
 
     Returns:
         An iterable, with a length, of `EvalBatch`.
@@ -259,71 +244,91 @@ def eval_batches(
     Raises:
         ValueError: for options that do not fit each other or the data.
     """
-    part = Part.of(process_index, process_count, batch_size)
+    share = ProcessShare.of(process_index, process_count, batch_size)
     if seed < 0 or not 0 < mask_probability < 1:
         raise ValueError(
             f"seed={seed} must be at least 0, mask_probability={mask_probability} between 0 and 1."
         )
     order = Order(
-        dataset.lengths,
-        buckets=_buckets(dataset, buckets),
-        size=part.rows,
+        [stream.lengths for stream in dataset.streams.values()],
+        ladders=[*_ladders(dataset, buckets).values()],
+        size=share.rows,
         seed=seed,
         remainder="fill",
         shuffle=False,
     )
-    return EvalBatches(dataset, order, part, seed=seed, mask_probability=mask_probability)
+    return EvalBatches(dataset, order, share, seed, mask_probability)
 
 
-def _buckets(dataset: TokenizedDataset, given: Sequence[int] | None) -> tuple[int, ...]:
-    longest = int(dataset.lengths.max())
-    if given is None:
-        return default_buckets(dataset.options["max_length"])
-    buckets = tuple(sorted({int(length) for length in given}))
-    if not buckets or buckets[0] < 1 or buckets[-1] < longest:
-        raise ValueError(
-            f"buckets={given} must be lengths from 1, and the longest row has {longest} tokens; "
-            "add a bucket, or tokenise with a smaller max_length."
-        )
-    return buckets
+def _ladders(dataset: TokenizedDataset, given: Buckets | None) -> dict[str, tuple[int, ...]]:
+    """The lengths that each stream is padded to."""
+    by_stream = {} if given is None else given if isinstance(given, Mapping) else {INPUT: given}
+    if unknown := by_stream.keys() - dataset.streams.keys():
+        raise ValueError(f"buckets={given} name {sorted(unknown)}, not {[*dataset.streams]}.")
+    ladders = {}
+    for name, stream in dataset.streams.items():
+        longest = int(stream.lengths.max())
+        limit = dataset.options["max_length"] if name == INPUT else longest
+        lengths = by_stream.get(name, default_buckets(limit))
+        ladders[name] = tuple(sorted({int(length) for length in lengths}))
+        if not ladders[name] or ladders[name][0] < 1 or ladders[name][-1] < longest:
+            raise ValueError(
+                f"buckets={given} must be lengths from 1, and the longest row has {longest} tokens "
+                f"of {name}; add a bucket, or tokenise with a smaller max_length."
+            )
+    return ladders
 
 
 def collate(
     dataset: TokenizedDataset,
     rows: Int[np.ndarray, "B"],
-    *,
-    length: int,
+    bucket: Sequence[int],
     seeds: Sequence[Sequence[int]],
-    mask_probability: float = 0.15,
+    mask_probability: float,
 ) -> Batch:
-    """The arrays of a batch: rows padded to `length`, and for -1 one that does not count.
+    """The arrays of a batch: rows padded to the lengths of a bucket, and for -1 one that does not
+    count; `seeds` are those of the masked tokens of each row."""
+    batch: Batch = {}
+    for name, length in zip(dataset.streams, bucket, strict=True):
+        batch |= _padded(dataset, name, rows, length)
+    batch |= _own_labels(dataset, batch, seeds, mask_probability)
+    return batch | {name: _targets(dataset, name, rows, bucket[0]) for name in dataset.targets}
 
-    Args:
-        seeds: of the masked tokens of each row.
 
-    Returns:
-        `input_ids`, `attention_mask` and, as the data has them, `token_type_ids` and targets.
-    """
-    shape = (len(rows), dataset.choices or 1, length)  # [B, C, T]
-    fill = {"input_ids": dataset.pad_token_id, "labels": IGNORED}
-    names = dataset.token_fields - {"offset_mapping"} | {"attention_mask"}
-    names |= {"labels"} if dataset.task in ("masked_lm", "causal_lm") else set()
-    batch: Batch = {name: np.full(shape, fill.get(name, 0), np.int32) for name in sorted(names)}
-    real = [(place, row) for place, row in enumerate(rows.tolist()) if row >= 0]
-    for place, row in real:
-        for choice, (start, stop) in enumerate(dataset.spans(row)):
-            values = {n: dataset.arrays[n][start:stop] for n in names & dataset.token_fields}
-            values["attention_mask"] = np.ones(stop - start, np.int32)
-            if dataset.task == "causal_lm":
-                values["labels"] = values["input_ids"]
-            elif dataset.task == "masked_lm":
-                generator = np.random.default_rng(seeds[place])
-                values |= _masked(dataset, values["input_ids"], generator, mask_probability)
-            for name, array in values.items():
-                batch[name][place, choice, : stop - start] = array
-    if dataset.choices is None:
-        batch = {name: array[:, 0] for name, array in batch.items()}  # [B, T]
-    return batch | {name: _targets(dataset, name, rows, length) for name in dataset.row_fields}
+def _padded(
+    dataset: TokenizedDataset, name: str, rows: Int[np.ndarray, "B"], length: int
+) -> dict[str, Int[np.ndarray, "B *C T"]]:
+    """The fields of a stream, and where the inputs are real; other streams' padding are labels that
+    do not count."""
+    stream = dataset.streams[name]
+    labels = [target.labels for target in TASKS[dataset.task].targets]
+    fill = {"input_ids": dataset.pad_token_id} | dict.fromkeys(labels, IGNORED)
+    shape = (len(rows), math.prod(stream.shape), length)
+    names = [*stream.fields, *(["attention_mask"] if name == INPUT else [])]
+    arrays = {n: np.full(shape, fill.get(n, 0), np.int32) for n in names}
+    for place in np.flatnonzero(rows >= 0).tolist():
+        for number, (start, stop) in enumerate(stream.spans(int(rows[place]))):
+            for n, array in arrays.items():
+                values = stream.fields[n][start:stop] if n in stream.fields else 1
+                array[place, number, : stop - start] = values
+    return {n: array.reshape(len(rows), *stream.shape, length) for n, array in arrays.items()}
+
+
+def _own_labels(
+    dataset: TokenizedDataset, batch: Batch, seeds: Sequence[Sequence[int]], probability: float
+) -> dict[str, Int[np.ndarray, "B T"]]:
+    """Labels that are the tokens themselves, and with them the inputs that hide some."""
+    task = TASKS[dataset.task]
+    if task.examples not in ("masked_text", "running_text"):
+        return {}
+    shown, mask = batch["input_ids"].copy(), batch["attention_mask"]
+    labels = np.where(mask == 1, shown, np.int32(IGNORED))
+    for row, length in enumerate(mask.sum(axis=1).tolist()):
+        if task.examples == "masked_text" and length:
+            generator = np.random.default_rng(seeds[row])
+            hidden = _masked(dataset, shown[row, :length], generator, probability)
+            shown[row, :length], labels[row, :length] = hidden
+    return {"input_ids": shown, task.targets[0].labels: labels}
 
 
 def _targets(
@@ -332,8 +337,8 @@ def _targets(
     """Of rows, one each: for -1 what the loss ignores, labels of -100 and positions behind the
     end; for floats, which have no such value, 0."""
     stored = dataset.arrays[name]
-    ignored = IGNORED if name == "labels" else length
-    ignored = 0 if stored.dtype.kind == "f" else ignored
+    positions = [t.labels for t in TASKS[dataset.task].targets if t.loss == "position"]
+    ignored = 0 if stored.dtype.kind == "f" else length if name in positions else IGNORED
     targets = np.full((len(rows), *stored.shape[1:]), ignored, stored.dtype)
     targets[rows >= 0] = stored[rows[rows >= 0]]
     return targets
@@ -344,11 +349,12 @@ def _masked(
     ids: Int[np.ndarray, "T"],
     generator: np.random.Generator,
     probability: float,
-) -> Batch:
-    """Tokens to fill in, as BERT: of those asked for 80 % masked, 10 % another one, 10 % as is."""
+) -> tuple[Int[np.ndarray, "T"], Int[np.ndarray, "T"]]:
+    """Tokens to fill in, as BERT: of those asked for 80 % masked, 10 % another one, 10 % as is.
+    What is shown, and the labels."""
     asked, how = generator.random((2, len(ids)))
     ordinary = dataset.ordinary_ids
     asked = (asked < probability) & ~np.isin(ids, dataset.special_ids)
     others = ordinary[generator.integers(len(ordinary), size=len(ids))]
     shown = np.where(how < 0.8, dataset.mask_token_id, np.where(how < 0.9, others, ids))
-    return {"input_ids": np.where(asked, shown, ids), "labels": np.where(asked, ids, IGNORED)}
+    return np.where(asked, shown, ids), np.where(asked, ids, IGNORED)

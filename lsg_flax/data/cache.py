@@ -1,26 +1,30 @@
-"""Tokenised data on disk: flat arrays in a folder that is there whole or not at all.
+"""Tokenised data on disk: flat arrays in a folder that is whole or not used.
 
-`index.json` describes the arrays (dtype, shape, checksum) and is written last; each array is one
-file of raw numbers, mapped into memory on reading. Rows lie one after the other, `offsets` says
-where their sequences begin; `records` are lines of JSON, one per example.
+`index.json` describes the arrays (dtype, shape, checksum); each is one file of raw numbers, mapped
+into memory on reading. A row has tokens in one or more streams ("input"; what is to be written is
+another). The sequences of a stream lie one after the other, `STREAM_offsets` says where each
+begins. `records` are lines of JSON, one per example.
 
-Axes: R rows, C choices, T tokens.
+Axes: R rows, C sequences of a row (choices), T tokens, K labels.
 """
 
 import functools
 import itertools
 import json
+import math
 import pathlib
-import shutil
 import zlib
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from lsg_flax.files import read_json, write_json
+from lsg_flax.files import Json, read_json, write_json
 
+INPUT = "input"  # the stream that all rows have, the first one
+OFFSETS = "offset_mapping"  # beside its tokens; in no batch
 _INDEX = "index.json"
 _CHUNK = 1 << 24  # bytes that a checksum reads at once
 
@@ -30,30 +34,19 @@ class DamagedCacheError(Exception):
 
 
 class ArrayFiles:
-    """Writes arrays piece by piece, as a context; leaving it well writes the index."""
+    """Writes arrays piece by piece into a folder, as a context that closes them."""
 
     def __init__(self, folder: pathlib.Path):
         self._folder = folder
-        self._files: dict[str, Any] = {}
-        self._entries: dict[str, dict[str, Any]] = {}
+        self._files: dict[str, BinaryIO] = {}
+        self._entries: dict[str, Json] = {}
 
     def __enter__(self) -> "ArrayFiles":
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir(parents=True)
         return self
 
-    def __exit__(self, kind, *_):
-        try:
-            for file in self._files.values():
-                file.close()
-        finally:
-            if kind is not None:
-                shutil.rmtree(self._folder, ignore_errors=True)
-
-    @property
-    def names(self) -> set[str]:
-        """Of the arrays so far."""
-        return {*self._entries}
+    def __exit__(self, *_):
+        for file in self._files.values():
+            file.close()
 
     def append(self, name: str, values: Shaped[np.ndarray, "..."]) -> None:
         """Adds to the array `name`, which grows along its first axis."""
@@ -69,15 +62,13 @@ class ArrayFiles:
         entry["length"] += len(values)
         entry["crc32"] = zlib.crc32(data, entry["crc32"])
 
-    def finish(self, about: dict[str, Any]) -> None:
-        """Closes the arrays and writes the index with what else is to be known."""
-        for file in self._files.values():
-            file.close()
+    def finish(self, about: Json) -> None:
+        """Writes the index with what else is to be known."""
         index = {"arrays": self._entries, "about": about}
         write_json(self._folder, {_INDEX: index | {"crc32": _checksum_of(index)}})
 
 
-def read_arrays(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def read_arrays(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], Json]:
     """The arrays of a folder, mapped into memory, and what its index says about them.
 
     Raises:
@@ -103,7 +94,7 @@ def read_arrays(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, 
         raise DamagedCacheError(f"{folder} is damaged: {error}") from error
 
 
-def _checksum_of(index: dict[str, Any]) -> int:
+def _checksum_of(index: Json) -> int:
     return zlib.crc32(json.dumps(index, sort_keys=True).encode())
 
 
@@ -127,9 +118,28 @@ class RowInfo(NamedTuple):
     """
 
     example: int | None
-    id: Any
-    record: dict[str, Any]
+    id: str | int | None
+    record: Json
     offsets: Int[np.ndarray, "T 2"] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """Sequences of tokens, one of each row or several, those of all rows one after the other."""
+
+    shape: tuple[int, ...]  # () where a row has one sequence, (C,) where it has C
+    offsets: Int[np.ndarray, "_"]  # where each begins, and the last one's end
+    fields: dict[str, Shaped[np.ndarray, "T"]]  # by the names they have in a batch
+
+    @functools.cached_property
+    def lengths(self) -> Int[np.ndarray, "R"]:
+        """Tokens of each row, of its longest sequence."""
+        return np.diff(self.offsets).reshape(-1, math.prod(self.shape)).max(axis=1)
+
+    def spans(self, row: int) -> list[tuple[int, int]]:
+        """Where the sequences of a row lie in the arrays."""
+        count = math.prod(self.shape)
+        return list(itertools.pairwise(self.offsets[row * count :][: count + 1].tolist()))
 
 
 class TokenizedDataset:
@@ -139,13 +149,14 @@ class TokenizedDataset:
         fingerprint: of the data, the tokenizer and the options.
         options: `DataOptions` as a dict.
         labels: names of the labels in the order of their numbers, where they have names.
-        choices: texts to choose from in each row, for multiple choice; else None.
+        arrays: all of them by name; `streams` has those of tokens, `targets` names those that have
+            one entry per row.
         examples: how many there are; pieces of joined texts count none.
         skipped: broken rows left out, the first of them in `messages`.
         truncated: texts that were cut to `max_length`.
         pad_token_id: what fills up a row; 0 where the tokenizer has none, for it is masked.
-        mask_token_id: what hides a token of masked_lm; -1 where the tokenizer has none.
-        special_ids: tokens that masked_lm never asks for; `ordinary_ids` are all others.
+        mask_token_id: what hides a token; -1 where the tokenizer has none.
+        special_ids: tokens that are never hidden; `ordinary_ids` are all others.
     """
 
     def __init__(self, folder: pathlib.Path):
@@ -157,19 +168,25 @@ class TokenizedDataset:
         self.arrays, about = read_arrays(folder)
         try:
             self.fingerprint: str = about["fingerprint"]
-            self.options: dict[str, Any] = about["options"]
+            self.options: Json = about["options"]
             self.labels = None if about["labels"] is None else tuple(about["labels"])
-            self.choices: int | None = about["choices"]
             self.skipped, self.messages = about["skipped"], tuple(about["messages"])
             self.truncated: int = about["truncated"]
             self.pad_token_id: int = about["pad_token_id"]
             self.mask_token_id: int = about["mask_token_id"]
             self.special_ids = np.array(about["special_ids"], np.int64)
             self.ordinary_ids = np.setdiff1d(np.arange(about["vocab_size"]), self.special_ids)
-            self.token_fields = frozenset(about["token_fields"])
+            self.targets: list[str] = about["targets"]
+            self.streams = {
+                name: Stream(
+                    tuple(entry["shape"]),
+                    self.arrays[f"{name}_offsets"],
+                    {field: self.arrays[field] for field in entry["fields"] if field != OFFSETS},
+                )
+                for name, entry in about["streams"].items()
+            }
         except (KeyError, TypeError) as error:
             raise DamagedCacheError(f"{folder}: its index lacks {error}.") from error
-        self._offsets = self.arrays["offsets"]
         self.examples = max(len(self.arrays["record_ends"]) - 1, 0)
 
     def __len__(self) -> int:
@@ -180,10 +197,15 @@ class TokenizedDataset:
         """What the rows are for."""
         return self.options["task"]
 
-    @functools.cached_property
+    @property
     def lengths(self) -> Int[np.ndarray, "R"]:
-        """Tokens of each row, of its longest choice for multiple choice."""
-        return np.diff(self._offsets).reshape(len(self), -1).max(axis=1)
+        """Tokens of each row's input, of the longest where there are choices."""
+        return self.streams[INPUT].lengths
+
+    @property
+    def choices(self) -> int | None:
+        """Inputs to choose from in each row; None where a row has one."""
+        return next(iter(self.streams[INPUT].shape), None)
 
     @property
     def num_labels(self) -> int | None:
@@ -193,31 +215,20 @@ class TokenizedDataset:
         regression = self.options["problem_type"] == "regression" and "labels" in self.arrays
         return self.arrays["labels"].shape[-1] if regression else None
 
-    @property
-    def row_fields(self) -> list[str]:
-        """Names of the targets that a row has one of."""
-        names = ("labels", "start_positions", "end_positions")
-        return [name for name in names if name in self.arrays and name not in self.token_fields]
-
-    def spans(self, row: int) -> list[tuple[int, int]]:
-        """Where the sequences of a row lie in the arrays of tokens: one, or one per choice."""
-        count = self.choices or 1
-        ends = self._offsets[row * count : (row + 1) * count + 1].tolist()
-        return list(itertools.pairwise(ends))
-
     def __getitem__(self, row: int | np.integer) -> dict[str, Any]:
-        """The arrays of a row by Hugging Face's names, without padding; for multiple choice a list
-        of one per choice.
+        """The arrays of a row by Hugging Face's names, without padding; where there are choices a
+        list of one per choice.
 
         Raises:
             IndexError: if there is no such row.
         """
         row = self._checked(row)
         fields = {}
-        for name in sorted(self.token_fields - {"offset_mapping"}):
-            parts = [np.array(self.arrays[name][a:b], np.int32) for a, b in self.spans(row)]
-            fields[name] = parts[0] if self.choices is None else parts
-        return fields | {name: np.array(self.arrays[name][row]) for name in self.row_fields}
+        for stream in self.streams.values():
+            for name, array in stream.fields.items():
+                parts = [np.array(array[a:b], np.int32) for a, b in stream.spans(row)]
+                fields[name] = parts if stream.shape else parts[0]
+        return fields | {name: np.array(self.arrays[name][row]) for name in self.targets}
 
     def info(self, row: int | np.integer) -> RowInfo:
         """What belongs to a row beside its tokens.
@@ -228,8 +239,8 @@ class TokenizedDataset:
         row = self._checked(row)
         example = int(self.arrays["examples"][row])
         record = {} if example < 0 else self.record(example)
-        (start, stop), *_ = self.spans(row)
-        offsets = self.arrays.get("offset_mapping")
+        (start, stop), *_ = self.streams[INPUT].spans(row)
+        offsets = self.arrays.get(OFFSETS)
         return RowInfo(
             None if example < 0 else example,
             None if example < 0 else record.get("id", example),
@@ -237,9 +248,9 @@ class TokenizedDataset:
             None if offsets is None else np.array(offsets[start:stop]),
         )
 
-    def record(self, example: int | np.integer) -> dict[str, Any]:
-        """What is kept of an example beside its tokens: `id` where it has one, and for question
-        answering question, context and answers.
+    def record(self, example: int | np.integer) -> Json:
+        """What is kept of an example beside its tokens: `id` where it has one, and for questions
+        question, context and answers.
 
         Raises:
             IndexError: if there is no such example.
@@ -255,21 +266,35 @@ class TokenizedDataset:
         return int(row)
 
 
-class RowWriter:
-    """Adds rows and the records of their examples to array files, many at a time."""
+class Sequences(NamedTuple):
+    """The tokens of a row in one stream, arrays by the names they have in a batch."""
 
-    def __init__(self, files: ArrayFiles, token_fields: frozenset[str]):
-        """`token_fields` are the arrays that have one entry per token."""
-        self._files, self._token_fields = files, token_fields
-        self._tokens = self._bytes = 0
+    lengths: int | Int[np.ndarray, "C"]  # of the one sequence that a row has, or of several
+    fields: dict[str, Shaped[np.ndarray, "T *K"]]  # all sequences, one after the other
+
+
+class EncodedRow(NamedTuple):
+    """A row as it is stored: its tokens by stream, the input first, and what it has one of."""
+
+    streams: dict[str, Sequences]
+    targets: dict[str, Shaped[np.ndarray, "*K"] | np.generic]
+
+
+class RowWriter:
+    """Adds rows and the records of their examples to array files, many at a time; `about` is what
+    the index says of them."""
+
+    def __init__(self, files: ArrayFiles):
+        self._files, self._bytes = files, 0
+        self._tokens: dict[str, int] = {}
+        self.about: Json = {"streams": {}, "targets": []}
         self.rows = self.examples = 0
-        self.choices = 1
-        files.append("offsets", np.zeros(1, np.int64))
         files.append("record_ends", np.zeros(1, np.int64))
 
-    def add(self, groups: Iterable[tuple[dict[str, Any] | None, list[dict[str, Any]]]]) -> None:
+    def add(self, groups: Iterable[tuple[Json | None, list[EncodedRow]]]) -> None:
         """Adds, for each example, its record and its rows; no record for rows of several."""
-        rows, owners, records = [], [], []
+        rows: list[EncodedRow] = []
+        owners, records = [], []
         for record, encoded in groups:
             if record is not None and encoded:
                 owners += [self.examples + len(records)] * len(encoded)
@@ -283,13 +308,22 @@ class RowWriter:
         self._files.append("records", np.frombuffer(b"".join(records), np.uint8))
         ends = self._bytes + np.cumsum([len(record) for record in records], dtype=np.int64)
         self._files.append("record_ends", ends)
-        lengths = np.array([row["lengths"] for row in rows], np.int64)  # [R, C]
-        offsets = self._tokens + np.cumsum(lengths.reshape(-1))
-        self._files.append("offsets", offsets)
-        for name in rows[0].keys() - {"lengths"}:
-            values = [row[name] for row in rows]
-            join = np.concatenate if name in self._token_fields else np.stack
-            self._files.append(name, join(values))
-        self.choices, self._tokens = lengths.shape[1], int(offsets[-1])
+        for name in rows[0].streams:
+            self._add_stream(name, [row.streams[name] for row in rows])
+        for name in rows[0].targets:
+            self._files.append(name, np.stack([row.targets[name] for row in rows]))
+        self.about["targets"] = [*rows[0].targets]
         self._bytes += sum(map(len, records))
         self.rows, self.examples = self.rows + len(rows), self.examples + len(records)
+
+    def _add_stream(self, name: str, parts: list[Sequences]) -> None:
+        lengths = np.array([part.lengths for part in parts], np.int64)  # [R] or [R, C]
+        if name not in self._tokens:
+            self._files.append(f"{name}_offsets", np.zeros(1, np.int64))
+        offsets = self._tokens.get(name, 0) + np.cumsum(lengths.reshape(-1))
+        self._files.append(f"{name}_offsets", offsets)
+        self._tokens[name] = int(offsets[-1])
+        fields = sorted(parts[0].fields)
+        for field in fields:
+            self._files.append(field, np.concatenate([part.fields[field] for part in parts]))
+        self.about["streams"][name] = {"shape": list(lengths.shape[1:]), "fields": fields}

@@ -4,11 +4,12 @@ the place it comes from."""
 import csv
 import glob
 import hashlib
-import json
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
+
+from lsg_flax.files import Json, read_lines, valid_text
 
 OnError = Literal["raise", "skip"]
 TextUnit = Literal["line", "file"]
@@ -18,11 +19,11 @@ _REPORTED = 5  # messages of skipped rows that are kept
 _LARGEST_FIELD = 2**31 - 1  # of a CSV file; Python's own limit is 128 KiB, less than a document
 
 
-class Row(NamedTuple):
+class DataRow(NamedTuple):
     """What one row of the data says, and where it stands."""
 
     place: str
-    values: dict[str, Any]
+    values: Json
 
 
 class Problems:
@@ -60,7 +61,7 @@ class FileSource:
         self.text_unit: TextUnit = text_unit
         self.name = ", ".join(map(str, self.files[:3])) + (", ..." if len(self.files) > 3 else "")
 
-    def rows(self, problems: Problems) -> Iterator[Row]:
+    def rows(self, problems: Problems) -> Iterator[DataRow]:
         """All rows, file by file."""
         for file in self.files:
             if file.suffix == ".txt":
@@ -103,10 +104,10 @@ class DatasetSource:
         self.dataset: Any = loaded
         self.name = f"{name}[{split}]"
 
-    def rows(self, problems: Problems) -> Iterator[Row]:
+    def rows(self, problems: Problems) -> Iterator[DataRow]:
         """All rows in order."""
         for number, values in enumerate(self.dataset):
-            yield Row(f"{self.name}, row {number}", values)
+            yield DataRow(f"{self.name}, row {number}", values)
 
     def digest(self) -> str:
         """The library's own fingerprint of the table and all that was done to it."""
@@ -119,12 +120,12 @@ class DatasetSource:
         return None if names is None else tuple(names)
 
 
-Source = FileSource | DatasetSource
+DataSource = FileSource | DatasetSource
 
 
 def open_source(
     paths: Paths, *, subset: str | None, split: str, text_unit: TextUnit = "line"
-) -> Source:
+) -> DataSource:
     """Where the rows come from.
 
     Args:
@@ -185,28 +186,23 @@ def _hidden(path: pathlib.Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-# Readers of files. Bytes that are not UTF-8 are read as surrogates, so that reading can go on
-# behind them, and then found in the row.
+# Readers of files.
 
 
-def _read_jsonl(file: pathlib.Path, problems: Problems) -> Iterator[Row]:
-    with file.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            place = f"{file}:{number}"
-            try:
-                values = json.loads(valid_text(line))
-                if not isinstance(values, dict):
-                    raise ValueError(f"a row must be an object, got {line.strip():.60}")
-            except ValueError as error:
-                problems.found(place, f"not a row of JSON: {error}")
-                continue
-            yield Row(place, values)
+def _read_jsonl(file: pathlib.Path, problems: Problems) -> Iterator[DataRow]:
+    for line in read_lines(file, blank=False):
+        try:
+            values = line.json_object()
+        except ValueError as error:
+            problems.found(line.place, error)
+        else:
+            yield DataRow(line.place, values)
 
 
-def _read_csv(file: pathlib.Path, problems: Problems) -> Iterator[Row]:
+def _read_csv(file: pathlib.Path, problems: Problems) -> Iterator[DataRow]:
     csv.field_size_limit(_LARGEST_FIELD)
+    # No `read_lines`: a quoted field may hold ends of lines. Bytes that are not UTF-8 come as
+    # surrogates, so that reading can go on behind them, and are then found in the row.
     with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         reader = csv.reader(lines, strict=True)
         names = next(reader, [])
@@ -231,10 +227,10 @@ def _read_csv(file: pathlib.Path, problems: Problems) -> Iterator[Row]:
                     ) from error
                 problems.found(place, f"not a row of CSV: {error}")
                 continue
-            yield Row(place, dict(zip(names, fields, strict=True)))
+            yield DataRow(place, dict(zip(names, fields, strict=True)))
 
 
-def _read_parquet(file: pathlib.Path, problems: Problems) -> Iterator[Row]:
+def _read_parquet(file: pathlib.Path, problems: Problems) -> Iterator[DataRow]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -246,43 +242,30 @@ def _read_parquet(file: pathlib.Path, problems: Problems) -> Iterator[Row]:
             for batch in opened.iter_batches(batch_size=256):
                 for values in batch.to_pylist():
                     number += 1
-                    yield Row(f"{file}, row {number}", values)
+                    yield DataRow(f"{file}, row {number}", values)
     except pyarrow.ArrowException as error:  # nothing behind the damage can be read: never skipped
         raise ValueError(f"{file} is no valid Parquet file after row {number}: {error}") from error
 
 
-def _read_text(file: pathlib.Path, unit: TextUnit, problems: Problems) -> Iterator[Row]:
-    with file.open(encoding="utf-8-sig", errors="surrogateescape") as opened:
-        texts = [opened.read()] if unit == "file" else opened
-        for number, text in enumerate(texts, 1):
-            if not text.strip():
-                continue
-            place = f"{file}:{number}"
-            try:
-                valid_text(text)
-            except ValueError as error:
-                problems.found(place, error)
-                continue
-            yield Row(place, {"text": text.rstrip("\n")})
+def _read_text(file: pathlib.Path, unit: TextUnit, problems: Problems) -> Iterator[DataRow]:
+    texts: list[str] = []
+    for line in read_lines(file, blank=unit == "file"):
+        try:
+            texts.append(line.text())
+        except ValueError as error:
+            problems.found(line.place, error)
+            if unit == "file":
+                return
+            continue
+        if unit == "line":
+            yield DataRow(line.place, {"text": texts.pop()})
+    if "".join(texts).strip():
+        yield DataRow(f"{file}:1", {"text": "\n".join(texts).rstrip("\n")})
 
 
-_READERS: dict[str, Callable[[pathlib.Path, Problems], Iterator[Row]]] = {
+_READERS: dict[str, Callable[[pathlib.Path, Problems], Iterator[DataRow]]] = {
     ".jsonl": _read_jsonl,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }
 KINDS = (*_READERS, ".txt")
-
-
-def valid_text(text: str) -> str:
-    """The text, if it is valid Unicode.
-
-    Raises:
-        ValueError: for lone surrogates, which stand for bytes that are not UTF-8 too; tokenizers
-            cannot read them.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"not valid UTF-8 at character {error.start}") from error
-    return text

@@ -15,12 +15,13 @@ import filelock
 from tqdm import tqdm
 
 from lsg_flax.data.cache import ArrayFiles, DamagedCacheError, RowWriter, TokenizedDataset
-from lsg_flax.data.files import Paths, Problems, Source, open_source
+from lsg_flax.data.files import DataSource, Paths, Problems, open_source
 from lsg_flax.data.options import DataOptions
-from lsg_flax.data.tasks import TOKEN_FIELDS, Encoder, Example, make_encoder
+from lsg_flax.data.tasks import ExampleEncoder, make_encoder
 from lsg_flax.data.values import names_of_labels
+from lsg_flax.files import written_aside
 
-_FORMAT = 1  # of the files in the cache; a higher number makes older ones unknown
+_FORMAT = 2  # of the files in the cache; a higher number makes older ones unknown
 _CHUNK = 256  # examples that are tokenised together and held in memory
 
 
@@ -63,6 +64,7 @@ def load_examples(
     with filelock.FileLock(folder / f"{key}.lock"):  # others wait, and then find it done
         dataset = _open(folder / key)
         if dataset is None:
+            shutil.rmtree(folder / key, ignore_errors=True)
             _tokenize(folder / key, key, source, options, tokenizer, progress)
             dataset = TokenizedDataset(folder / key)
     if dataset.skipped:
@@ -79,7 +81,7 @@ def _default_cache() -> pathlib.Path:
 
 
 def _open(folder: pathlib.Path) -> TokenizedDataset | None:
-    if not folder.exists():
+    if not any(folder.glob("*.bin")):  # nothing, or what a killed run has left aside
         return None
     try:
         return TokenizedDataset(folder)
@@ -88,7 +90,7 @@ def _open(folder: pathlib.Path) -> TokenizedDataset | None:
         return None
 
 
-def _fingerprint(source: Source, options: DataOptions, tokenizer: Any) -> str:
+def _fingerprint(source: DataSource, options: DataOptions, tokenizer: Any) -> str:
     """Of everything that the tokens depend on."""
     if getattr(tokenizer, "is_fast", False):
         reads = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -110,7 +112,7 @@ def _fingerprint(source: Source, options: DataOptions, tokenizer: Any) -> str:
 def _tokenize(
     folder: pathlib.Path,
     key: str,
-    source: Source,
+    source: DataSource,
     options: DataOptions,
     tokenizer: Any,
     progress: bool,
@@ -118,12 +120,11 @@ def _tokenize(
     """Writes the rows aside and gives them their place when they are all there."""
     problems = Problems(options.on_error)
     encoder = make_encoder(options, tokenizer, _labels(source, options), problems)
-    token_fields = {*TOKEN_FIELDS, *(["labels"] if encoder.token_labels else [])}
-    aside = folder.with_name(f".unfinished-{folder.name}")
-    with ArrayFiles(aside) as files, tqdm(unit="example", disable=not progress) as bar:
-        writer = RowWriter(files, frozenset(token_fields))
-        for groups in _encoded(encoder, source, problems, bar):
-            writer.add(groups)
+    with written_aside(folder) as aside, ArrayFiles(aside) as files:
+        writer = RowWriter(files)
+        with tqdm(unit="example", disable=not progress) as bar:
+            for groups in _encoded(encoder, source, problems, bar):
+                writer.add(groups)
         if not writer.rows:
             raise ValueError(
                 f"{source.name} has no rows that can be read ({problems.skipped} were skipped"
@@ -133,7 +134,6 @@ def _tokenize(
             "fingerprint": key,
             "options": dataclasses.asdict(options),
             "labels": encoder.labels,
-            "choices": writer.choices if options.task == "multiple_choice" else None,
             "skipped": problems.skipped,
             "messages": problems.messages,
             "truncated": encoder.truncated,
@@ -141,36 +141,22 @@ def _tokenize(
             "mask_token_id": -1 if tokenizer.mask_token_id is None else tokenizer.mask_token_id,
             "vocab_size": len(tokenizer),
             "special_ids": sorted(tokenizer.all_special_ids),
-            "token_fields": sorted(token_fields & files.names),
         }
-        files.finish(about)
-        _replace(aside, folder)
+        files.finish(about | writer.about)
 
 
-def _replace(aside: pathlib.Path, folder: pathlib.Path) -> None:
-    """Puts a folder in its place; what stands there is damaged."""
-    damaged = folder.with_name(f".damaged-{folder.name}")
-    shutil.rmtree(damaged, ignore_errors=True)
-    if folder.exists():
-        folder.rename(damaged)
-    aside.rename(folder)
-    shutil.rmtree(damaged, ignore_errors=True)
-
-
-def _encoded(encoder: Encoder, source: Source, problems: Problems, bar: tqdm) -> Iterator[list]:
+def _encoded(
+    encoder: ExampleEncoder, source: DataSource, problems: Problems, bar: tqdm
+) -> Iterator[list]:
     """Chunks of records with their rows."""
     examples = encoder.examples(source.rows(problems))
     while chunk := list(itertools.islice(examples, _CHUNK)):
-        yield [(_record(example), rows) for example, rows in encoder.encode(chunk)]
+        yield [(example and example.record, rows) for example, rows in encoder.encode(chunk)]
         bar.update(len(chunk))
-    yield [(_record(example), rows) for example, rows in encoder.rest()]
+    yield [(example and example.record, rows) for example, rows in encoder.rest()]
 
 
-def _record(example: Example | None) -> dict[str, Any] | None:
-    return None if example is None else example.record
-
-
-def _labels(source: Source, options: DataOptions) -> tuple[str, ...] | None:
+def _labels(source: DataSource, options: DataOptions) -> tuple[str, ...] | None:
     """The names of the labels: given, known to the source, or found in a pass over the rows."""
     column = options.label_column
     if column is None:

@@ -1,24 +1,18 @@
 """What a user says about data: the task, and how rows become examples."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import get_args
 
 from lsg_flax.data.files import OnError, TextUnit
+from lsg_flax.models import TASKS, ProblemType
 
-DataTask = Literal[
-    "sequence_classification",
-    "token_classification",
-    "question_answering",
-    "multiple_choice",
-    "masked_lm",
-    "causal_lm",
-]
-ProblemType = Literal[
-    "single_label_classification", "multi_label_classification", "regression"
-]  # Hugging Face's names
+DEFAULT_PROBLEM: ProblemType = "single_label_classification"
 
-IGNORED = -100  # the label that does not count, as in losses.py
-LABELLED = ("sequence_classification", "token_classification")  # tasks whose labels have names
+
+def readable_tasks() -> list[str]:
+    """Names of the tasks whose rows can be read."""
+    return [name for name, task in TASKS.items() if task.examples]
 
 
 @dataclass(frozen=True)
@@ -70,9 +64,9 @@ class DataOptions:
         ValueError: for an unknown choice, or a number that is too small.
     """
 
-    task: DataTask
+    task: str
     max_length: int
-    problem_type: ProblemType = "single_label_classification"
+    problem_type: ProblemType = DEFAULT_PROBLEM
     labels: tuple[str, ...] | None = None
     with_labels: bool = True
     pack: bool = True
@@ -83,31 +77,36 @@ class DataOptions:
     columns: Columns = field(default_factory=Columns)
 
     def __post_init__(self):
-        allowed = {
-            "task": DataTask,
-            "problem_type": ProblemType,
-            "text_unit": TextUnit,
-            "on_error": OnError,
+        allowed: dict[str, Sequence[str]] = {
+            "task": readable_tasks(),
+            "problem_type": get_args(ProblemType),
+            "text_unit": get_args(TextUnit),
+            "on_error": get_args(OnError),
         }
-        for name, choice in allowed.items():
-            if getattr(self, name) not in get_args(choice):
+        for name, choices in allowed.items():
+            if getattr(self, name) not in choices:
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} is unknown; choose one of "
-                    f"{list(get_args(choice))}."
+                    f"{name}={getattr(self, name)!r} is unknown; choose one of {list(choices)}."
                 )
         if self.max_length < 1 or self.stride < 0:
             raise ValueError(
                 f"max_length={self.max_length} must be at least 1 and stride={self.stride} at "
                 "least 0."
             )
-        classes = self.task in LABELLED and self.problem_type != "regression"
-        if self.labels is not None and not classes:
+        named = [name for name, task in TASKS.items() if task.named_labels and task.examples]
+        regression = self.problem_type == "regression"
+        if self.labels is not None and (self.task not in named or regression):
             raise ValueError(
-                f"labels={self.labels} are for {' and '.join(LABELLED)}, and not for regression."
+                f"labels={self.labels} are for {' and '.join(named)}, and not for regression."
             )
-        if self.task != "sequence_classification" and self.problem_type != get_args(ProblemType)[0]:
+        several = [
+            name
+            for name, task in TASKS.items()
+            if any(target.loss == "problem_type" for target in task.targets)
+        ]
+        if self.task not in several and self.problem_type != DEFAULT_PROBLEM:
             raise ValueError(
-                f"problem_type={self.problem_type!r} is for sequence_classification, not "
+                f"problem_type={self.problem_type!r} is for {' and '.join(several)}, not "
                 f"{self.task}."
             )
         if self.labels is not None and len(set(self.labels)) < max(len(self.labels), 1):
@@ -116,12 +115,13 @@ class DataOptions:
     @property
     def packed(self) -> bool:
         """Whether rows are pieces of several texts."""
-        return self.pack and self.task in ("masked_lm", "causal_lm")
+        return self.pack and TASKS[self.task].examples in ("masked_text", "running_text")
 
     @property
     def label_column(self) -> str | None:
         """The column whose labels have names or numbers from 0, if there is one."""
-        named = self.task in LABELLED and self.problem_type != "regression"
-        if not named or not self.with_labels:
+        columns = {"text": self.columns.label, "words": self.columns.tags}
+        task = TASKS[self.task]
+        if not task.targets or not self.with_labels or self.problem_type == "regression":
             return None
-        return self.columns.tags if self.task == "token_classification" else self.columns.label
+        return columns.get(task.examples or "")

@@ -6,6 +6,7 @@ Axes: M microbatches, B batch, R rows, N batches.
 
 import bisect
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +20,7 @@ Remainder = Literal["fill", "carry"]
 
 
 @dataclass(frozen=True)
-class Part:
+class ProcessShare:
     """Which rows of a global batch this process holds: of each microbatch its own slice."""
 
     index: int
@@ -58,24 +59,32 @@ class Part:
 
 
 class Order:
-    """Which rows are in batch n. Each bucket has an endless stream of its rows, one shuffled epoch
-    after another, cut into batches; an epoch has the batches that its rows complete ("carry"), or
-    ends each bucket with a batch filled up by -1 ("fill")."""
+    """Which rows are in batch n. A bucket is one length per stream; it has an endless sequence of
+    its rows, one shuffled epoch after another, cut into batches. An epoch has the batches that its
+    rows complete ("carry"), or ends each bucket with a batch filled up by -1 ("fill").
+
+    Attributes:
+        buckets: those that have rows, the shortest first, by the first stream and then the others.
+    """
 
     def __init__(
         self,
-        lengths: Int[np.ndarray, "R"],
+        lengths: Sequence[Int[np.ndarray, "R"]],
         *,
-        buckets: tuple[int, ...],
+        ladders: Sequence[Sequence[int]],
         size: int,
         seed: int,
         remainder: Remainder,
         shuffle: bool,
     ):
-        buckets_of_rows = np.searchsorted(buckets, lengths)
-        members = [np.flatnonzero(buckets_of_rows == i) for i in range(len(buckets))]
-        self.buckets = [b for b, rows in zip(buckets, members, strict=True) if len(rows)]
-        self._members = [rows for rows in members if len(rows)]
+        """For each stream its rows' lengths, and the ladder of those it is padded to."""
+        sizes = [len(ladder) for ladder in ladders]
+        rungs = tuple(np.searchsorted(*pair) for pair in zip(ladders, lengths, strict=True))
+        numbers = np.ravel_multi_index(rungs, sizes)  # [R], of the rows' buckets
+        used = np.unique(numbers)
+        rungs = zip(ladders, np.unravel_index(used, sizes), strict=True)
+        self.buckets = [*zip(*(np.take(*pair).tolist() for pair in rungs), strict=True)]
+        self._members = [np.flatnonzero(numbers == number) for number in used]
         self._size, self._seed = size, seed
         self._remainder, self._shuffle = remainder, shuffle
         # Threads ask for the same epoch together; a few buckets of two epochs are alive at once.
@@ -92,7 +101,7 @@ class Order:
         enough = (number + len(self.buckets) + 1) * self._size // rows + 2
         return bisect.bisect_right(range(enough), number, key=self.start) - 1
 
-    def batch(self, number: int) -> tuple[int, Int[np.ndarray, "R"]]:
+    def batch(self, number: int) -> tuple[tuple[int, ...], Int[np.ndarray, "R"]]:
         """The bucket of batch `number`, and its rows."""
         epoch = self.epoch_of(number)
         bucket, turn = self._listed(epoch)[number - self.start(epoch)].tolist()

@@ -1,4 +1,4 @@
-"""From rows of data to rows of tokens and labels, per task.
+"""From rows of data to rows of tokens and labels, by what a task's examples are.
 
 Axes: T tokens, K labels.
 """
@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lsg_flax.data.files import Problems, Row, valid_text
-from lsg_flax.data.options import IGNORED, DataOptions
+from lsg_flax.data.cache import INPUT, OFFSETS, EncodedRow, Sequences
+from lsg_flax.data.files import DataRow, Problems
+from lsg_flax.data.options import DEFAULT_PROBLEM, DataOptions
 from lsg_flax.data.values import answers_in, label_number, numbers_in, text_in, value_in
+from lsg_flax.files import Json, valid_text
+from lsg_flax.models import IGNORED, TASKS, Examples
 
 # What a tokenizer gives for each token, and how it is stored.
-TOKEN_FIELDS = {"input_ids": np.int32, "token_type_ids": np.int8, "offset_mapping": np.int32}
-
-EncodedRow = dict[str, Any]  # `lengths` of its sequences, and arrays by name
+_TOKEN_FIELDS = {"input_ids": np.int32, "token_type_ids": np.int8, OFFSETS: np.int32}
 
 
 class Example(NamedTuple):
@@ -26,17 +27,16 @@ class Example(NamedTuple):
     place: str
     inputs: tuple[Any, ...]  # what the tokenizer reads
     label: Any  # as it is stored; None without
-    record: dict[str, Any]  # what is kept beside the tokens
+    record: Json  # what is kept beside the tokens
 
 
-class Encoder:
+class ExampleEncoder:
     """Reads the rows of a task; a subclass says how.
 
     Attributes:
         truncated: how many texts were longer than `max_length` (a slow tokenizer does not say).
     """
 
-    token_labels = False  # whether labels are one per token
     fast = False  # whether the tokenizer must know words or characters
 
     def __init__(
@@ -46,7 +46,7 @@ class Encoder:
         labels: tuple[str, ...] | None,
         problems: Problems,
     ):
-        self.options, self.tokenizer = options, tokenizer
+        self.options, self.task, self.tokenizer = options, TASKS[options.task], tokenizer
         self.labels, self.problems = labels, problems
         self.truncated = 0
         if self.fast and not getattr(tokenizer, "is_fast", False):
@@ -56,7 +56,7 @@ class Encoder:
                 "(AutoTokenizer with use_fast=True, or a folder with tokenizer.json)."
             )
 
-    def examples(self, rows: Iterable[Row]) -> Iterator[Example]:
+    def examples(self, rows: Iterable[DataRow]) -> Iterator[Example]:
         """The rows that are whole."""
         for row in rows:
             try:
@@ -64,7 +64,7 @@ class Encoder:
             except ValueError as error:
                 self.problems.found(row.place, error)
 
-    def example(self, row: Row) -> Example:
+    def example(self, row: DataRow) -> Example:
         """Checks a row's columns."""
         raise NotImplementedError
 
@@ -76,7 +76,7 @@ class Encoder:
         """What is left when all examples are encoded."""
         return iter(())
 
-    def id_of(self, row: Row) -> dict[str, Any]:
+    def id_of(self, row: DataRow) -> Json:
         """The id, where the row has one."""
         column = self.options.columns.id
         value = row.values.get(column)
@@ -101,23 +101,32 @@ class Encoder:
             self.truncated += sum(bool(e.overflowing) for e in encoded.encodings or [])
         return encoded
 
-    def rows(self, example: Example, encoded: Any, *places: int) -> list[EncodedRow]:
-        """The row whose sequences are at these places; none if one has no tokens."""
-        parts = {
-            name: [np.asarray(encoded[name][place], dtype) for place in places]
-            for name, dtype in TOKEN_FIELDS.items()
-            if name in encoded
-        }
-        lengths = [len(ids) for ids in parts["input_ids"]]
+    def inputs(self, example: Example, encoded: Any, *places: int) -> Sequences | None:
+        """The tokens at a place, or at several; None, and a problem, if one has none."""
+        lengths = [len(encoded["input_ids"][place]) for place in places]
         if 0 in lengths:
             self.problems.found(
                 example.place, "no tokens: the text is empty, and the tokenizer adds none"
             )
-            return []
-        return [{"lengths": lengths} | {n: np.concatenate(arrays) for n, arrays in parts.items()}]
+            return None
+        fields = {
+            name: np.concatenate([np.asarray(encoded[name][place], dtype) for place in places])
+            for name, dtype in _TOKEN_FIELDS.items()
+            if name in encoded
+        }
+        return Sequences(np.array(lengths) if self.task.input_rank == 3 else lengths[0], fields)
+
+    def rows(
+        self, inputs: Sequences | None, *labels: np.ndarray | np.generic | None
+    ) -> list[EncodedRow]:
+        """The row of an example, if it has tokens; `labels` are those of the task's targets in
+        their order, None where it has none."""
+        names = [target.labels for target in self.task.targets]
+        given = {n: v for n, v in zip(names, labels, strict=False) if v is not None}
+        return [] if inputs is None else [EncodedRow({INPUT: inputs}, given)]
 
 
-class TextEncoder(Encoder):
+class TextExampleEncoder(ExampleEncoder):
     """A text or a pair of them, with one label, several, or numbers; or none."""
 
     width: int | None = None  # how many numbers
@@ -127,12 +136,15 @@ class TextEncoder(Encoder):
         texts = (text_in(row, names.text),)
         if row.values.get(names.text_pair) not in (None, ""):
             texts += (text_in(row, names.text_pair),)
-        label = None
-        if self.options.task == "sequence_classification" and self.options.with_labels:
-            label = self._label(value_in(row, names.label))
+        label = self._label(value_in(row, names.label)) if self._labelled else None
         return Example(row.place, texts, label, self.id_of(row))
 
-    def _label(self, value: Any) -> Any:
+    @property
+    def _labelled(self) -> bool:
+        labelled = self.task.examples == "text" and self.task.targets
+        return bool(labelled) and self.options.with_labels
+
+    def _label(self, value: object) -> np.ndarray | np.int32:
         problem = self.options.problem_type
         if problem == "regression":
             numbers = numbers_in(value)
@@ -140,7 +152,7 @@ class TextEncoder(Encoder):
             if len(numbers) != self.width:
                 raise ValueError(f"{len(numbers)} numbers, but {self.width} in the rows before")
             return numbers
-        if problem == "single_label_classification":
+        if problem == DEFAULT_PROBLEM:
             if isinstance(value, list):
                 raise ValueError(
                     f"one label is wanted, got {value!r}; several need "
@@ -158,14 +170,14 @@ class TextEncoder(Encoder):
             group = list(group)
             encoded = self.tokenize(*zip(*(example.inputs for example in group), strict=True))
             for place, example in enumerate(group):
-                labels = {} if example.label is None else {"labels": example.label}
-                yield example, [row | labels for row in self.rows(example, encoded, place)]
+                inputs = self.inputs(example, encoded, place)
+                yield example, self.rows(inputs, example.label)
 
 
-class TokenEncoder(Encoder):
+class WordExampleEncoder(ExampleEncoder):
     """Words with a tag each; the first token of a word carries it, no other counts."""
 
-    token_labels, fast = True, True
+    fast = True
 
     def __init__(self, options, tokenizer, labels, problems):
         super().__init__(options, tokenizer, labels, problems)
@@ -198,16 +210,16 @@ class TokenEncoder(Encoder):
     def encode(self, examples):
         encoded = self.tokenize([e.inputs[0] for e in examples], is_split_into_words=True)
         for place, example in enumerate(examples):
-            rows = self.rows(example, encoded, place)
-            if example.label is not None:
+            inputs = self.inputs(example, encoded, place)
+            if inputs is not None and example.label is not None:
                 words = [-1 if word is None else word for word in encoded.word_ids(place)]
                 first = [w >= 0 and w != before for before, w in itertools.pairwise([-1, *words])]
                 labels = np.where(first, example.label[words], IGNORED).astype(np.int32)
-                rows = [row | {"labels": labels} for row in rows]
-            yield example, rows
+                inputs.fields[self.task.targets[0].labels] = labels
+            yield example, self.rows(inputs)
 
 
-class QuestionEncoder(Encoder):
+class QuestionExampleEncoder(ExampleEncoder):
     """Questions with contexts, in windows; the answer is a span of tokens, or position 0 where the
     window does not hold all of it."""
 
@@ -251,13 +263,13 @@ class QuestionEncoder(Encoder):
         )
         windows: list[list[EncodedRow]] = [[] for _ in examples]
         for place, number in enumerate(encoded["overflow_to_sample_mapping"]):
-            (row,), span = self.rows(examples[number], encoded, place), examples[number].label
-            context = np.array([part == 1 for part in encoded.sequence_ids(place)])
-            row["offset_mapping"][~context] = -1
-            if span is not None:
-                first, last = _tokens_of(span, row["offset_mapping"])
-                row |= {"start_positions": np.int32(first), "end_positions": np.int32(last)}
-            windows[number].append(row)
+            inputs, span = self.inputs(examples[number], encoded, place), examples[number].label
+            if inputs is None:
+                continue
+            offsets = inputs.fields[OFFSETS]
+            offsets[[part != 1 for part in encoded.sequence_ids(place)]] = -1
+            positions = () if span is None else map(np.int32, _tokens_of(span, offsets))
+            windows[number] += self.rows(inputs, *positions)
         yield from zip(examples, windows, strict=True)
 
     def _fitting(self, examples: list[Example]) -> list[Example]:
@@ -280,7 +292,7 @@ class QuestionEncoder(Encoder):
         return fitting
 
 
-class ChoiceEncoder(Encoder):
+class ChoiceExampleEncoder(ExampleEncoder):
     """A text with several continuations, each a pair with it; all rows have as many."""
 
     choices: int | None = None
@@ -309,12 +321,11 @@ class ChoiceEncoder(Encoder):
         encoded = self.tokenize(texts, [choice for e in examples for choice in e.inputs[1]])
         for number, example in enumerate(examples):
             count = len(example.inputs[1])
-            labels = {} if example.label is None else {"labels": example.label}
-            rows = self.rows(example, encoded, *range(number * count, (number + 1) * count))
-            yield example, [row | labels for row in rows]
+            places = range(number * count, (number + 1) * count)
+            yield example, self.rows(self.inputs(example, encoded, *places), example.label)
 
 
-class PackedEncoder(TextEncoder):
+class PackedTextEncoder(TextExampleEncoder):
     """Texts joined, with the tokenizer's separator between them, and cut into pieces that fill
     `max_length` with the special tokens of a single text around each; the last may be shorter."""
 
@@ -333,8 +344,7 @@ class PackedEncoder(TextEncoder):
                 f"{self._before + self._after}."
             )
         separators = (tokenizer.sep_token_id, tokenizer.eos_token_id)
-        self._between = [next((i for i in separators if i is not None), None)]
-        self._between = [token for token in self._between if token is not None]
+        self._between = [token for token in separators if token is not None][:1]
         self._waiting: list[int] = []
 
     def encode(self, examples) -> Iterator[tuple[Example | None, list[EncodedRow]]]:
@@ -352,25 +362,29 @@ class PackedEncoder(TextEncoder):
 
     def _piece(self, ids: list[int]) -> EncodedRow:
         ids = [*self._before, *ids, *self._after]
-        return {"lengths": [len(ids)], "input_ids": np.array(ids, np.int32)}
+        inputs = Sequences(len(ids), {"input_ids": np.array(ids, np.int32)})
+        return EncodedRow({INPUT: inputs}, {})
+
+
+_ENCODERS: dict[Examples, type[ExampleEncoder]] = {
+    "words": WordExampleEncoder,
+    "question": QuestionExampleEncoder,
+    "choices": ChoiceExampleEncoder,
+}
 
 
 def make_encoder(
     options: DataOptions, tokenizer: Any, labels: tuple[str, ...] | None, problems: Problems
-) -> Encoder:
-    """The encoder of the task.
+) -> ExampleEncoder:
+    """The encoder of the task's examples.
 
     Raises:
         ValueError: for a tokenizer that cannot serve it.
     """
-    kinds: dict[str, type[Encoder]] = {
-        "token_classification": TokenEncoder,
-        "question_answering": QuestionEncoder,
-        "multiple_choice": ChoiceEncoder,
-    }
-    kind = PackedEncoder if options.packed else kinds.get(options.task, TextEncoder)
-    if options.task == "masked_lm" and tokenizer.mask_token_id is None:
-        raise ValueError("masked_lm needs a tokenizer with a mask token; this one has none.")
+    examples = TASKS[options.task].examples or "text"
+    if examples == "masked_text" and tokenizer.mask_token_id is None:
+        raise ValueError(f"{options.task} needs a tokenizer with a mask token; this one has none.")
+    kind = PackedTextEncoder if options.packed else _ENCODERS.get(examples, TextExampleEncoder)
     return kind(options, tokenizer, labels, problems)
 
 

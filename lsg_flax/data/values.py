@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from lsg_flax.data.files import Row, valid_text
+from lsg_flax.data.files import DataRow
+from lsg_flax.files import valid_text
 
 _MOST_LABELS = 1 << 20  # that are believed without a list of names
 
 
-def value_in(row: Row, column: str) -> Any:
+def value_in(row: DataRow, column: str) -> Any:
     """The value of a column, or a ValueError that lists what there is."""
     value = row.values.get(column)
     if value is None:
@@ -24,7 +25,7 @@ def value_in(row: Row, column: str) -> Any:
     return value
 
 
-def text_in(row: Row, column: str) -> str:
+def text_in(row: DataRow, column: str) -> str:
     """The text of a column, or a ValueError that says what it is instead."""
     value = value_in(row, column)
     if not isinstance(value, str):
@@ -32,7 +33,7 @@ def text_in(row: Row, column: str) -> str:
     return valid_text(value)
 
 
-def label_number(value: Any, names: tuple[str, ...]) -> int:
+def label_number(value: object, names: tuple[str, ...]) -> int:
     """The number of a label that is given by name, or by number, maybe as text.
 
     Raises:
@@ -51,7 +52,7 @@ def label_number(value: Any, names: tuple[str, ...]) -> int:
     )
 
 
-def names_of_labels(values: Iterable[Any]) -> tuple[str, ...]:
+def names_of_labels(values: Iterable[object]) -> tuple[str, ...]:
     """The labels found in a column: the names sorted, or the numbers from 0 to the largest.
 
     Raises:
@@ -91,7 +92,7 @@ def numbers_in(value: Any) -> Float[np.ndarray, "K"]:
     return np.array(numbers, np.float32)
 
 
-def answers_in(answers: Any, name: str) -> list:
+def answers_in(answers: object, name: str) -> list:
     """The texts or places of SQuAD's answers, or a ValueError."""
     if not isinstance(answers, dict) or not isinstance(answers.get(name), list):
         raise ValueError(

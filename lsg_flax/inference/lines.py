@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import filelock
 import numpy as np
 
-from lsg_flax.files import differences
+from lsg_flax.files import differences, sync_folder, write_aside
 
 Unfinished = Literal["continue", "replace"]
 
@@ -102,7 +102,7 @@ class ResumableLines:
                 with self._explained():
                     self._append(self._last | {"complete": True})
                     os.replace(self.partial, self.target)
-                    _sync_folder(self.target.parent)
+                    sync_folder(self.target.parent)
                     self.journal.unlink()
             elif self.finished:
                 error.add_note(self._kept())
@@ -189,12 +189,9 @@ class ResumableLines:
 
     def _begin(self) -> None:
         """A journal without entries, whole or not at all."""
-        aside = self.journal.with_name(f"{self.journal.name}.new")
-        with aside.open("wb", buffering=0) as file:
-            _write(file, f"{json_line(self._settings)}\n".encode())
-        os.replace(aside, self.journal)
+        write_aside(self.journal, f"{json_line(self._settings)}\n".encode())
         self.partial.touch()
-        _sync_folder(self.journal.parent)
+        sync_folder(self.partial.parent)
 
     def _read_journal(self) -> list[dict[str, Any]]:
         """Settings and entries; half a line, written last, is cut off."""
@@ -262,13 +259,3 @@ def _write(file: Any, data: bytes) -> None:
     while view:
         view = view[file.write(view) :]
     os.fsync(file.fileno())
-
-
-def _sync_folder(folder: pathlib.Path) -> None:
-    """Names on the disk as well; not every system opens folders."""
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(folder, os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

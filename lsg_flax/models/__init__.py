@@ -12,6 +12,7 @@ from lsg_flax.models.model import Model as Model
 from lsg_flax.models.outputs import Batch as Batch
 from lsg_flax.models.outputs import ModelOutput as ModelOutput
 from lsg_flax.models.outputs import Params as Params
+from lsg_flax.models.task import IGNORED as IGNORED
 from lsg_flax.models.task import PROBLEM_SCORES as PROBLEM_SCORES
 from lsg_flax.models.task import TASKS as TASKS
 from lsg_flax.models.task import Examples as Examples

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+IGNORED = -100  # a label that does not count, as in PyTorch
+
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 # How an output answers its labels. "class": one of the last axis; "next_token": the class of the
 # token behind; "yes_or_no": a number per token; "problem_type": as the config's problem_type says;

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lsg_flax import hub
 from lsg_flax.buckets import default_buckets
-from lsg_flax.files import written_aside
+from lsg_flax.files import read_lines, valid_text, written_aside
 from lsg_flax.hub import Pooling, Settings, read_settings, write_settings
 from lsg_flax.inference import Predictor
 from lsg_flax.models import Model, ModelOutput, Params
@@ -245,25 +245,23 @@ class Embedder:
 
 
 def read_texts(file: str | os.PathLike) -> tuple[list[Any], list[str]]:
-    """Names and texts: of .txt each line, of .jsonl each object's "id" (else its place) and "text".
+    """Names and texts: of .txt each line, empty ones too; of .jsonl each object's "id" (else the
+    line's place from 0) and "text", blank lines passed over.
 
     Raises:
         FileNotFoundError, ValueError: if there is no such file, or it holds something else.
     """
     file = check_suffix(file, TEXTS)
-    lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    if file.suffix == ".txt":
-        return list(range(len(lines))), lines
     names, texts = [], []
-    for place, line in enumerate(lines):
+    for line in read_lines(file, blank=file.suffix == ".txt"):
         try:
-            values = json.loads(line)
+            content = {"text": line.text()} if file.suffix == ".txt" else line.json_object()
+            if not isinstance(content.get("text"), str):
+                raise ValueError(f'it has {sorted(content)} and must have a "text" that is a text')
+            texts.append(valid_text(content["text"]))
         except ValueError as error:
-            raise ValueError(f"{file}, line {place + 1} is not valid JSON: {error}") from error
-        if not isinstance(values, dict) or not isinstance(values.get("text"), str):
-            raise ValueError(f'{file}, line {place + 1} is no object with a "text" that is a text.')
-        names.append(values.get("id", place))
-        texts.append(values["text"])
+            raise ValueError(f"{line.place}: {error}.") from error
+        names.append(content.get("id", line.number - 1))
     return names, texts
 
 

@@ -4,7 +4,6 @@ How lines survive a kill is inference/lines.py's; texts are read, and answers ma
 """
 
 import hashlib
-import json
 import os
 import pathlib
 import warnings
@@ -15,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from lsg_flax.files import Line, read_lines, valid_text
 from lsg_flax.inference import (
     Document,
     Encoding,
@@ -61,10 +61,10 @@ class DocumentFile:
         """Names the file.
 
         Args:
-            source: .txt with one text per line, or .jsonl of objects with "text" (and maybe
-                "text_pair"), "question" and "context", or "input_ids" (and maybe "attention_mask"
-                and "token_type_ids"), and maybe "id", else the line's place from 0. Other entries
-                are ignored.
+            source: .txt with one text per line, empty ones too, or .jsonl of objects with "text"
+                (and maybe "text_pair"), "question" and "context", or "input_ids" (and maybe
+                "attention_mask" and "token_type_ids"), and maybe "id", else the line's place from
+                0. Other entries, and blank lines of a .jsonl, are ignored.
             broken_lines: raise for a line that is none of this, or skip it.
 
         Raises:
@@ -76,29 +76,30 @@ class DocumentFile:
             raise ValueError(f"{source} must end in {' or '.join(SOURCES)}.")
         if not self.source.is_file():
             raise FileNotFoundError(f"{source} is no file.")
-        self._broken_lines = broken_lines
+        self._broken_lines, self._of_texts = broken_lines, self.source.suffix == ".txt"
 
     def __iter__(self) -> Iterator[Document]:
-        """Raises ValueError for a broken line, by its number."""
-        with self.source.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
-                place = f"{self.source}, line {number}"
-                raw = raw.rstrip(b"\r\n")
-                try:
-                    content = _content(raw, lines_of_text=self.source.suffix == ".txt")
-                except ValueError as error:
-                    if self._broken_lines == "raise":
-                        raise ValueError(
-                            f'{place} is broken: {error}. Mend it, or pass broken_lines="skip".'
-                        ) from error
-                    self.skipped.append(number)
-                else:
-                    yield Document(content.get("id", number - 1), raw, place, content)
+        """Raises ValueError for a broken line, by its place."""
+        for line in self._lines():
+            try:
+                content = {"text": line.text()} if self._of_texts else _content(line.json_object())
+            except ValueError as error:
+                if self._broken_lines == "raise":
+                    raise ValueError(
+                        f'{line.place}: {error}. Mend it, or pass broken_lines="skip".'
+                    ) from error
+                self.skipped.append(line.number)
+            else:
+                name = content.get("id", line.number - 1)
+                yield Document(name, line.raw, line.place, content)
 
     def count_lines(self) -> int:
-        """All of them, broken ones too."""
-        with self.source.open("rb") as file:
-            return sum(1 for _ in file)
+        """Those with documents, broken ones too."""
+        return sum(1 for _ in self._lines())
+
+    def _lines(self) -> Iterator[Line]:
+        """An empty line of a .txt is a text like others; in a .jsonl it is nothing."""
+        return read_lines(self.source, blank=self._of_texts)
 
 
 def predict_file(
@@ -269,17 +270,8 @@ def _check_answers(answers: Task | None, model: Model, fields: Sequence[str] | N
         raise ValueError("fields= are of outputs; give either answers or fields.")
 
 
-def _content(raw: bytes, *, lines_of_text: bool) -> dict[str, Any]:
+def _content(content: dict[str, Any]) -> dict[str, Any]:
     """What a line says; ValueError if it is no document."""
-    try:
-        text = raw.decode()
-        content = {"text": text} if lines_of_text else json.loads(text)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"it is not UTF-8 ({error})") from error
-    except ValueError as error:
-        raise ValueError(f"it is not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"it is no object but a {type(content).__name__}")
     kind = next((names for names in _KINDS if content.keys() >= set(names)), None)
     if kind is None:
         kinds = "; or ".join(" and ".join(names) for names in _KINDS)
@@ -287,6 +279,7 @@ def _content(raw: bytes, *, lines_of_text: bool) -> dict[str, Any]:
     for name in ("text", "text_pair", "question", "context"):
         if not isinstance(content.get(name, ""), str):
             raise ValueError(f"its {name} is no text but a {type(content[name]).__name__}")
+        valid_text(content.get(name, ""))
     for name in ("input_ids", "attention_mask", "token_type_ids"):
         if not _are_ids(content.get(name, [0])):
             raise ValueError(f"its {name} are no list of whole numbers")

@@ -22,7 +22,6 @@ from jax.sharding import Mesh
 from lsg_flax import hub
 from lsg_flax.buckets import default_buckets
 from lsg_flax.data import (
-    LABELLED,
     Columns,
     DataOptions,
     TokenizedDataset,
@@ -31,7 +30,7 @@ from lsg_flax.data import (
     train_batches,
 )
 from lsg_flax.hub import LSGOptions
-from lsg_flax.models import EncoderConfig, Model, Params, family_of
+from lsg_flax.models import TASKS, EncoderConfig, Model, Params, family_of
 from lsg_flax.sharding import batch_shardings, make_mesh, shard
 from lsg_flax.training import metrics
 from lsg_flax.training.log import train_flops
@@ -192,7 +191,7 @@ class _Source:
         classes = self.values.get("architectures") or []
         trained = [family.task_of(name) for name in classes] == [settings.task]
         unnamed = all(label == f"LABEL_{number}" for number, label in enumerate(labels))
-        if settings.task not in LABELLED or settings.problem_type == "regression":
+        if not TASKS[settings.task].named_labels or settings.problem_type == "regression":
             return None
         return labels if trained and not unnamed else None
 
@@ -201,7 +200,7 @@ class _Source:
     ) -> tuple[Model, Params]:
         """The model to train, with a head for the labels of the data."""
         overrides: dict[str, Any] = {}
-        if settings.task in LABELLED:
+        if TASKS[settings.task].named_labels:
             overrides["labels"] = data.labels
         if settings.task == "sequence_classification":
             overrides["problem_type"] = settings.problem_type

@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lsg_flax.chips import CHIPS
+from lsg_flax.files import write_aside
 from lsg_flax.models import EncoderConfig, Model
 from lsg_flax.training.losses import Batch, Metrics
 
@@ -204,9 +205,7 @@ def _drop_after(file: pathlib.Path, last: int) -> None:
         if step <= last and line.endswith("\n"):
             kept.append(line)
     if "".join(kept) != text:
-        aside = file.with_name(f".{file.name}.new")
-        aside.write_text("".join(kept))
-        os.replace(aside, file)
+        write_aside(file, "".join(kept).encode())
 
 
 def _summary_writer(folder: Any, first: int) -> Any:

@@ -15,9 +15,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from lsg_flax.models import Batch, EncoderConfig, Loss, Model, Params, Target, family_of
+from lsg_flax.models import IGNORED, Batch, EncoderConfig, Loss, Model, Params, Target, family_of
 
-IGNORED = -100  # a label that does not count, as in PyTorch
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 
 Metrics = dict[str, Any]

@@ -18,10 +18,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Bool, Int, Num
 
-from lsg_flax.models import Model, Params
+from lsg_flax.models import IGNORED, Model, Params
 from lsg_flax.sharding import shard_batch
 from lsg_flax.training.losses import (
-    IGNORED,
     Batch,
     apply_model,
     problem_type,

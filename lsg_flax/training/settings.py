@@ -11,8 +11,8 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
-from lsg_flax.data import Columns, DataTask, OnError, ProblemType, TextUnit
-from lsg_flax.models import Remat
+from lsg_flax.data import Columns, OnError, TextUnit, readable_tasks
+from lsg_flax.models import ProblemType, Remat
 from lsg_flax.patterns import LSGConfig
 from lsg_flax.sharding import AXES
 from lsg_flax.training.optimizers import Schedule
@@ -21,6 +21,10 @@ Group = Literal["data", "model", "training", "devices", "run"]
 Precision = Literal["float32", "bfloat16"]
 Trained = Literal["all", "head", "global_tokens_and_head"]
 Words = str | tuple[str, ...]
+if typing.TYPE_CHECKING:
+    TrainedTask = str
+else:
+    TrainedTask = Literal[*readable_tasks()]
 
 # What stays as it is, by what is trained; searched in paths such as "encoder/layers/mlp_up/kernel".
 FROZEN: dict[str, str | None] = {
@@ -73,7 +77,7 @@ class Settings:
     output: Annotated[
         str, Help("run", "folder for the model, checkpoints/ and log/; to resume, run again")
     ]
-    task: Annotated[DataTask, Help("model", "what the model learns")]
+    task: Annotated[TrainedTask, Help("model", "what the model learns")]
 
     eval_data: Annotated[Words | None, Help("data", "held-out data, as --train-data")] = None
     subset: Annotated[str | None, Help("data", "of a dataset: second argument of load_dataset")] = (

@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import pathlib
-import uuid
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -19,7 +18,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint.utils import checkpoint_steps
 
-from lsg_flax.files import differences, read_json
+from lsg_flax.files import differences, read_json, write_aside
 
 Mode = Literal["max", "min"]
 
@@ -264,9 +263,7 @@ def check_settings(path: str | os.PathLike, settings: dict[str, Any]) -> None:
         )
     elif jax.process_index() == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
-        aside = file.with_name(f".run-{uuid.uuid4().hex}.json")
-        aside.write_text(json.dumps(wanted, indent=2) + "\n")
-        os.replace(aside, file)
+        write_aside(file, f"{json.dumps(wanted, indent=2)}\n".encode())
 
 
 def _absolute(path: str | os.PathLike) -> str:
