@@ -273,4 +273,4 @@ def _warn_heads(absent: list[str], other_heads: list[str], model: Model) -> None
         )
     if other_heads:
         parts.append(f"of another head and not used: {', '.join(other_heads[:_LISTED])}")
-    warnings.warn(f"weights for task={model.task!r} " + "; ".join(parts) + ".", stacklevel=4)
+    warnings.warn(f"weights for task={model.task!r} " + "; ".join(parts) + ".", stacklevel=5)

@@ -109,6 +109,23 @@ def test_inspect_shows_config_and_tensors(capsys):
     assert "checked: the weights fit a masked_lm model and are finite" in out
 
 
+@pytest.mark.parametrize(
+    ("architectures", "shown"),
+    [
+        ("LSGBertForMaskedLM", "LSGBertForMaskedLM"),  # as the reference's converter leaves it
+        (["BertModel", "BertForMaskedLM"], "BertModel, BertForMaskedLM"),
+        (None, "none: loads as the base model"),
+    ],
+)
+def test_inspect_shows_the_names_of_classes(capsys, tmp_path, architectures, shown):
+    shutil.copytree(LSG_SOURCE, tmp_path, dirs_exist_ok=True)
+    values = json.loads((LSG_SOURCE / hub.CONFIG).read_text()) | {"architectures": architectures}
+    (tmp_path / hub.CONFIG).write_text(json.dumps(values))
+    code, out, _ = run(capsys, "inspect", tmp_path)
+    row = next(line for line in out.splitlines() if " architectures " in line)
+    assert code == 0 and row.split("│")[2].strip() == shown
+
+
 def test_inspect_counts_layers_once_and_reads_shards(capsys, tmp_path):
     source = GOLDEN / "bert_masked_lm"
     tensors = safetensors.numpy.load_file(source / hub.WEIGHTS)
@@ -183,7 +200,7 @@ def test_an_unexpected_error_is_named(capsys, monkeypatch):
     def fail(*_):
         raise RuntimeError("surprise")
 
-    monkeypatch.setattr(hub, "resolve", fail)
+    monkeypatch.setattr(hub, "open_checkpoint", fail)
     code, _, err = run(capsys, "inspect", SOURCE)
     assert code == 2
     assert err == "lsg-flax: error: unexpected RuntimeError: surprise (--debug shows where)\n"

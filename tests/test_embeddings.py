@@ -125,6 +125,26 @@ def test_each_text_is_as_if_alone_and_in_order(make):
     assert embedder.embed([], progress=False).shape == (0, 3)
 
 
+def test_only_vectors_leave_the_device_and_each_length_is_compiled_once(make, monkeypatch):
+    embedder = Embedder.from_pretrained(make(settings={"max_seq_length": 50}))
+    texts = [words(embedder.tokenizer, n, n) for n in (3, 40, 45)]
+    fetched, predictors = [], []
+    fetch, predictor = jax.device_get, embeddings.Predictor
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "device_get", lambda tree: fetched.append(tree) or fetch(tree))
+        patch.setattr(
+            embeddings,
+            "Predictor",
+            lambda *a, **o: predictors.append(predictor(*a, **o)) or predictors[-1],
+        )
+        for _ in range(2):
+            embedder.embed(texts, batch_size=2, buckets=(11, 49), progress=False)
+    assert [{n: x.shape for n, x in tree.items()} for tree in fetched] == [
+        {"embedding": (2, 3)}
+    ] * 4
+    assert [p.compilations for p in predictors] == [2, 2]
+
+
 def test_a_text_without_any_token_gives_zeros(make, monkeypatch):
     embedder = Embedder.from_pretrained(make(("Pooling", "Normalize")))
     whole = embedder.tokenizer
@@ -319,7 +339,7 @@ def test_a_failed_save_leaves_the_old_files(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    for owner, name in ((embeddings, "write_settings"), (hub, "carry_modules")):
+    for owner, name in ((embeddings, "write_sentence_settings"), (hub.load, "carry_modules")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, full)
             with pytest.raises(OSError, match="No space"):

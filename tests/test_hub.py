@@ -75,6 +75,52 @@ def checkpoint(tmp_path, original):
     return write
 
 
+# ------------------------------------------------------------------------------ opened checkpoints
+
+
+@pytest.mark.parametrize(
+    ("architectures", "names", "head"),
+    [
+        ("LSGBertForMaskedLM", ("LSGBertForMaskedLM",), "masked_lm"),
+        (["BertForTokenClassification", "BertModel"], None, "token_classification"),
+        ([], (), "base"),
+        (None, (), "base"),
+        ("BertForRanking", ("BertForRanking",), None),
+    ],
+)
+def test_classes_are_a_list_or_one_name(checkpoint, architectures, names, head):
+    opened = hub.open_checkpoint(checkpoint(architectures=architectures))
+    assert opened.architectures == (tuple(architectures) if names is None else names)
+    assert opened.head == head
+    if head:
+        assert opened.task == head
+        return
+    with pytest.raises(ValueError, match=r"\['BertForRanking'\] in config.json is none of"):
+        _ = opened.task
+    assert opened.load("masked_lm")[0].task == "masked_lm"
+
+
+def test_a_config_is_opened_without_weights(checkpoint, original):
+    folder = checkpoint()
+    (folder / hub.WEIGHTS).unlink()
+    by_folder, by_file = (hub.open_checkpoint(p) for p in (folder, folder / hub.CONFIG))
+    assert by_folder.config == by_file.config and by_file.task == "masked_lm"
+    assert by_folder.config_for("masked_lm") == original[0].config
+    assert by_folder.tokenizer is None
+    (folder / "weights").touch()
+    for path in (folder / "weights", folder / "other.json"):
+        with pytest.raises(FileNotFoundError, match="is not a folder; give the folder that holds"):
+            hub.open_checkpoint(path)
+
+
+def test_a_transformer_inside_the_folder_is_found(checkpoint, original, tmp_path):
+    checkpoint().rename(tmp_path / "0_Transformer")
+    listed = [{"type": "sentence_transformers.models.Transformer", "path": "0_Transformer"}]
+    (tmp_path / "modules.json").write_text(json.dumps(listed))
+    assert hub.open_checkpoint(tmp_path).folder == tmp_path / "0_Transformer"
+    assert_same(lsg_flax.from_pretrained(tmp_path)[1], original[1])
+
+
 # ----------------------------------------------------------------------------- formats and names
 
 

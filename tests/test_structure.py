@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "inference": "buckets files models sharding",
     "training": "buckets chips data files hub models patterns sharding",
     "pipelines": "buckets files hub inference models",
-    "planning": "chips convert_from_torch files hub inference models patterns sharding training",
+    "planning": "chips convert_from_torch hub inference models patterns sharding training",
     "__init__": "attention generation hub models patterns pipelines",
     "cli": "__init__ chips files hub models patterns pipelines planning sharding training",
 }

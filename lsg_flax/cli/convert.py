@@ -4,15 +4,15 @@ import argparse
 import os
 import pathlib
 from dataclasses import fields
-from typing import Any
 
 import jax
 
 import lsg_flax
 from lsg_flax import hub
-from lsg_flax.cli.shared import add_command, add_pattern, console, given_pattern, pattern_in_words
+from lsg_flax.cli import shared
+from lsg_flax.cli.shared import add_choice, add_number, add_switch
 from lsg_flax.hub import LSGOptions
-from lsg_flax.models import TASKS, EncoderConfig
+from lsg_flax.models import TASKS
 
 _DEFAULTS = LSGOptions()
 
@@ -23,65 +23,38 @@ written to TARGET in Hugging Face's format, for lsg_flax.from_pretrained and for
 classes. If anything fails, files that were in TARGET stay as they were."""
 
 
-def add(commands: Any) -> None:
+def add(commands: shared.Commands) -> None:
     """Declares the command and its options."""
-    command = add_command(commands, "convert", _DESCRIPTION, run)
+    command = shared.add_command(commands, "convert", _DESCRIPTION, run)
     command.add_argument("source", metavar="SOURCE", help="folder, or id on the Hugging Face hub")
     command.add_argument("target", metavar="TARGET", help="folder for the result")
-    command.add_argument(
-        "--max-sequence-length",
-        type=int,
-        default=_DEFAULTS.max_sequence_length,
-        metavar="N",
-        help="tokens that the result reads (default: %(default)s)",
-    )
-    command.add_argument(
-        "--task",
-        choices=TASKS,
-        metavar="TASK",
-        help=f"head of the result (default: that of SOURCE); one of {', '.join(TASKS)}",
-    )
-    add_pattern(command)
+    length = _DEFAULTS.max_sequence_length
+    add_number(command, "--max-sequence-length", "tokens that the result reads", length)
+    add_choice(command, "--task", "head of the result (default: that of SOURCE)", TASKS)
+    shared.add_pattern(command)
     _add_global_options(command.add_argument_group("global tokens and positions"))
-    command.add_argument(
-        "--check", action="store_true", help="refuse weights with NaN or infinity in them"
-    )
+    add_switch(command, "--check", "refuse weights with NaN or infinity in them")
 
 
-def _add_global_options(group) -> None:
-    group.add_argument(
-        "--random-global-init",
-        action="store_true",
-        help="draw globals from the distribution of the word embeddings, not from [MASK]",
-    )
-    group.add_argument(
-        "--global-positional-stride",
-        type=int,
-        default=_DEFAULTS.global_positional_stride,
-        metavar="N",
-        help="distance between the positions of neighbouring globals (default: %(default)s)",
-    )
-    group.add_argument(
-        "--keep-first-global-token",
-        action="store_true",
-        help="leave the first global as it is (LSG SOURCE only)",
-    )
-    group.add_argument(
-        "--resize-lsg", action="store_true", help="change the positions only (LSG SOURCE only)"
-    )
+def _add_global_options(group: shared.Options) -> None:
+    for flag, about in (
+        (
+            "--random-global-init",
+            "draw globals from the distribution of word embeddings, not [MASK]",
+        ),
+        ("--keep-first-global-token", "leave the first global as it is (LSG SOURCE only)"),
+        ("--resize-lsg", "change the positions only (LSG SOURCE only)"),
+    ):
+        add_switch(group, flag, about)
+    about = "distance between the positions of neighbouring globals"
+    add_number(group, "--global-positional-stride", about, _DEFAULTS.global_positional_stride)
     group.add_argument(
         "--no-token-ids",
         dest="use_token_ids",
         action="store_false",
         help="do not add the embedding of segment 0 to the globals",
     )
-    group.add_argument(
-        "--seed",
-        type=int,
-        default=_DEFAULTS.seed,
-        metavar="N",
-        help="of the random draws (default: %(default)s)",
-    )
+    add_number(group, "--seed", "of the random draws", _DEFAULTS.seed)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -92,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
     if target.is_dir() and os.path.isdir(arguments.source) and target.samefile(arguments.source):
         raise ValueError(f"SOURCE and TARGET are both {target}; give another folder as TARGET.")
     replaces = (target / hub.CONFIG).exists()
-    out = console()
+    out = shared.console()
     with out.status(f"converting {arguments.source}"):
         model, params = lsg_flax.convert_checkpoint(
             arguments.source,
@@ -100,9 +73,9 @@ def run(arguments: argparse.Namespace) -> None:
             task=arguments.task,
             check=arguments.check,
             **{f.name: getattr(arguments, f.name) for f in fields(LSGOptions)},
-            **given_pattern(arguments),
+            **shared.given_pattern(arguments),
         )
-    config: EncoderConfig = model.config
+    config = model.config
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     tokens = arguments.max_sequence_length
     out.print(
@@ -110,5 +83,5 @@ def run(arguments: argparse.Namespace) -> None:
         f"{tokens:,} tokens, {count:,} parameters"
     )
     if config.lsg:
-        out.print(pattern_in_words(config.lsg))
+        out.print(shared.pattern_in_words(config.lsg))
     out.print(f"next: lsg_flax.from_pretrained({str(target)!r}), or lsg-flax inspect {target}")

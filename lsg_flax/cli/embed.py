@@ -2,9 +2,11 @@
 
 import argparse
 import sys
-from typing import Any, get_args
+from typing import get_args
 
-from lsg_flax.cli.shared import add_command, console
+from lsg_flax.cli import shared
+from lsg_flax.cli.shared import add_choice, add_number
+from lsg_flax.hub import Pooling
 from lsg_flax.pipelines import embeddings
 
 _DESCRIPTION = """Write one vector for each text of INPUT.
@@ -15,33 +17,20 @@ name when it is complete. MODEL is a folder of sentence-transformers, converted 
 --pooling any base checkpoint."""
 
 
-def add(commands: Any) -> None:
+def add(commands: shared.Commands) -> None:
     """Declares the command and its options."""
-    command = add_command(commands, "embed", _DESCRIPTION, run)
+    command = shared.add_command(commands, "embed", _DESCRIPTION, run)
     command.add_argument("model", metavar="MODEL", help="folder, or id on the Hugging Face hub")
     command.add_argument("input", metavar="INPUT", help=" or ".join(embeddings.TEXTS))
     command.add_argument("output", metavar="OUTPUT", help=" or ".join(embeddings.VECTORS))
-    command.add_argument(
-        "--pooling",
-        choices=get_args(embeddings.Pooling),
-        metavar="MODE",
-        help=f"instead of MODEL's own; one of {', '.join(get_args(embeddings.Pooling))}",
-    )
+    add_choice(command, "--pooling", "instead of MODEL's own", get_args(Pooling))
     command.add_argument(
         "--normalize",
         action=argparse.BooleanOptionalAction,
         help="scale vectors to length 1, or do not (default: as MODEL says)",
     )
-    command.add_argument(
-        "--max-length", type=int, metavar="N", help="tokens after which a text is cut"
-    )
-    command.add_argument(
-        "--batch-size",
-        type=int,
-        default=8,
-        metavar="N",
-        help="texts at once (default: %(default)s)",
-    )
+    add_number(command, "--max-length", "tokens after which a text is cut")
+    add_number(command, "--batch-size", "texts at once", 8)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -56,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     vectors = embedder.embed(texts, batch_size=arguments.batch_size, progress=sys.stderr.isatty())
     embeddings.write_vectors(arguments.output, names, vectors)
-    console().print(
+    shared.console().print(
         f"wrote {arguments.output}: {vectors.shape[0]:,} vectors of {vectors.shape[1]}, texts cut "
         f"at {embedder.max_length:,} tokens"
     )

@@ -19,7 +19,7 @@ import lsg_flax
 from lsg_flax import hub
 from lsg_flax.cli.shared import add_command, console
 from lsg_flax.files import written_aside
-from lsg_flax.models import Model, Params, family_of
+from lsg_flax.models import Model, Params
 from lsg_flax.pipelines import embeddings
 from lsg_flax.training import Precision
 
@@ -185,6 +185,6 @@ def _continue(
 
 def _positions(model: Model, mask: np.ndarray) -> np.ndarray | None:
     """[B, T], counted from each row's first real token; None for a family that does so itself."""
-    if family_of(model.config.model_type).positions_after_padding:
+    if model.family.architecture.positions == "behind_padding":
         return None
     return np.maximum(np.cumsum(mask, axis=1) - 1, 0)

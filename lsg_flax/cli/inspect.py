@@ -3,59 +3,51 @@
 import argparse
 import json
 import math
-import pathlib
 import re
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
 
+import numpy as np
 from rich.table import Table
 
-import lsg_flax
 from lsg_flax import hub
-from lsg_flax.cli.shared import add_command, console, pattern_in_words
-from lsg_flax.models import EncoderConfig, family_of
+from lsg_flax.cli.shared import Commands, add_command, add_switch, console, pattern_in_words
+from lsg_flax.models import family_of
 
 _DESCRIPTION = """Show the config and the tensors of a checkpoint: plain, LSG, or saved by lsg_flax.
 
 Reads the headers of safetensors files only, unless --check is given."""
 
 
-def add(commands: Any) -> None:
+def add(commands: Commands) -> None:
     """Declares the command and its options."""
     command = add_command(commands, "inspect", _DESCRIPTION, run)
     command.add_argument("path", metavar="PATH", help="folder, or id on the Hugging Face hub")
-    command.add_argument(
-        "--check",
-        action="store_true",
-        help="load the weights too: they must fit the config and be finite",
-    )
+    add_switch(command, "--check", "load the weights too: they must fit the config and be finite")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
-    folder = hub.resolve(arguments.path)
-    values = hub.read_config(folder)
-    config = EncoderConfig.from_dict(values)
-    tensors = hub.open_tensors(folder)
+    checkpoint = hub.open_checkpoint(arguments.path)
+    tensors = checkpoint.tensors
     out = console()
-    out.print(_config_table(folder, values, config))
-    if config.lsg:
-        out.print(pattern_in_words(config.lsg))
+    out.print(_config_table(checkpoint))
+    if checkpoint.config.lsg:
+        out.print(pattern_in_words(checkpoint.config.lsg))
     out.print(_tensor_table(tensors))
     if arguments.check:
         with out.status("checking the weights"):
-            model, _ = lsg_flax.from_pretrained(folder, check=True)
+            model, _ = checkpoint.load(check=True)
         out.print(f"checked: the weights fit a {model.task} model and are finite")
 
 
-def _config_table(folder: pathlib.Path, values: Mapping[str, Any], config: EncoderConfig) -> Table:
-    table = Table(title=f"config of {folder}", title_justify="left")
+def _config_table(checkpoint: hub.Checkpoint) -> Table:
+    config = checkpoint.config
+    table = Table(title=f"config of {checkpoint.folder}", title_justify="left")
     table.add_column("field")
     table.add_column("value", overflow="fold")
-    architectures = values.get("architectures") or ["none: loads as the base model"]
-    architectures = [architectures] if isinstance(architectures, str) else architectures
-    table.add_row("architectures", ", ".join(architectures))
+    classes = checkpoint.architectures or ("none: loads as the base model",)
+    table.add_row("architectures", ", ".join(classes))
     table.add_row("tasks", ", ".join(family_of(config.model_type).heads))
     table.add_row("attention", "LSG" if config.lsg else "full")
     for f in fields(config):
@@ -73,16 +65,16 @@ def _config_table(folder: pathlib.Path, values: Mapping[str, Any], config: Encod
     return table
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return json.dumps(value) if isinstance(value, bool | None) else str(value)
 
 
-def _tensor_table(tensors: Mapping[str, Any]) -> Table:
+def _tensor_table(tensors: Mapping[str, hub.StoredTensor | np.ndarray]) -> Table:
     """One row for the tensors that differ by the layer's number only."""
     rows: dict[tuple[str, tuple[int, ...], str], list[str]] = {}
     for name, stored in tensors.items():
         pattern = re.sub(r"\.(\d+)\.", ".*.", name, count=1)
-        rows.setdefault((pattern, tuple(stored.shape), str(stored.dtype)), []).append(name)
+        rows.setdefault((pattern, stored.shape, str(stored.dtype)), []).append(name)
     table = Table(title=f"{len(tensors)} tensors", title_justify="left", show_footer=True)
     counts = [math.prod(stored.shape) for stored in tensors.values()]
     table.add_column("path (* is the layer)", "total", overflow="fold")

@@ -4,14 +4,15 @@ import argparse
 import dataclasses
 import json
 import sys
-from typing import Any, get_args
+from typing import get_args
 
 import jax.numpy as jnp
 
 from lsg_flax import hub
-from lsg_flax.cli.shared import add_command, console, mesh_axes, name_values
+from lsg_flax.cli import shared
+from lsg_flax.cli.shared import add_choice, add_number, add_switch
 from lsg_flax.models import TASKS
-from lsg_flax.pipelines import ANSWERS, BrokenLines, predict_file
+from lsg_flax.pipelines import ANSWERS, BrokenLines, PipelineTask, predict_file
 from lsg_flax.sharding import AXES, make_mesh
 from lsg_flax.training import Precision, check_names
 
@@ -23,31 +24,27 @@ INPUT is a .txt with one text per line, or a .jsonl of objects with "text" (and 
 gets its name when it is complete; a command that was stopped goes on when it is given again.
 
   lsg-flax predict ./areas documents.jsonl answers.jsonl --batch-size 32 --mesh data=8"""
+_PASSED_ON = ("max_length", "truncation", "batch_size", "buckets", "broken_lines")
 
 
-def add(commands: Any) -> None:
+def add(commands: shared.Commands) -> None:
     """Declares the command and its options."""
-    command = add_command(commands, "predict", _DESCRIPTION, run)
+    command = shared.add_command(commands, "predict", _DESCRIPTION, run)
     command.add_argument("model", metavar="MODEL", help="folder, or id on the Hugging Face hub")
     command.add_argument("input", metavar="INPUT", help=".jsonl or .txt")
     command.add_argument("output", metavar="OUTPUT", help="lines of JSON")
-    command.add_argument(
-        "--task",
-        choices=TASKS,
-        metavar="TASK",
-        help=f"head (default: that of MODEL); one of {', '.join(TASKS)}",
-    )
+    add_choice(command, "--task", "head (default: that of MODEL)", TASKS)
     _add_what(command.add_argument_group("what is written"))
     _add_how(command.add_argument_group("how it is computed"))
 
 
-def _add_what(group: Any) -> None:
+def _add_what(group: shared.Options) -> None:
+    options = "; ".join(f"{task}: {', '.join(_options(task))}" for task in ANSWERS)
     group.add_argument(
         "--answers",
-        type=name_values,
+        type=shared.name_values,
         metavar="NAME=VALUE,...",
-        help="options of the answers, those of lsg_flax.pipeline: "
-        + "; ".join(f"{task}: {', '.join(_options(task))}" for task in ANSWERS),
+        help=f"options of the answers, those of lsg_flax.pipeline: {options}",
     )
     group.add_argument(
         "--outputs",
@@ -55,24 +52,14 @@ def _add_what(group: Any) -> None:
         metavar="NAME",
         help="write the model's outputs in place of answers, such as logits; all without a NAME",
     )
-    group.add_argument("--max-length", type=int, metavar="N", help="tokens (default: the model's)")
-    group.add_argument("--truncation", action="store_true", help="cut texts that are longer")
-    group.add_argument(
-        "--broken-lines",
-        choices=get_args(BrokenLines),
-        default="raise",
-        metavar="NAME",
-        help=f"what they do: {', '.join(get_args(BrokenLines))} (default: %(default)s)",
-    )
-    group.add_argument(
-        "--restart", action="store_true", help="begin anew where a part of OUTPUT is there"
-    )
+    add_number(group, "--max-length", "tokens (default: the model's)")
+    add_switch(group, "--truncation", "cut texts that are longer")
+    add_choice(group, "--broken-lines", "what they do", get_args(BrokenLines), "raise")
+    add_switch(group, "--restart", "begin anew where a part of OUTPUT is there")
 
 
-def _add_how(group: Any) -> None:
-    group.add_argument(
-        "--batch-size", type=int, default=8, metavar="N", help="rows at once (default: %(default)s)"
-    )
+def _add_how(group: shared.Options) -> None:
+    add_number(group, "--batch-size", "rows at once", 8)
     group.add_argument(
         "--buckets",
         type=int,
@@ -82,48 +69,38 @@ def _add_how(group: Any) -> None:
     )
     group.add_argument(
         "--mesh",
-        type=mesh_axes,
+        type=shared.mesh_axes,
         metavar="AXIS=N,...",
         help=f"devices along {', '.join(AXES)} (default: one device)",
     )
-    group.add_argument(
-        "--dtype",
-        choices=get_args(Precision),
-        default="float32",
-        metavar="NAME",
-        help=f"of the computation: {', '.join(get_args(Precision))} (default: %(default)s)",
-    )
+    add_choice(group, "--dtype", "of the computation", get_args(Precision), "float32")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
     mesh = None if arguments.mesh is None else make_mesh(**arguments.mesh)
-    folder = hub.resolve(arguments.model)
+    checkpoint = hub.open_checkpoint(arguments.model)
     dtype = jnp.dtype(arguments.dtype).type
-    model, params = hub.from_pretrained(folder, arguments.task, dtype=dtype, mesh=mesh)
+    model, params = checkpoint.load(arguments.task, dtype=dtype, mesh=mesh)
     written = predict_file(
         arguments.input,
         arguments.output,
         model,
         params,
-        tokenizer=hub.read_tokenizer(folder),
+        tokenizer=checkpoint.tokenizer,
         answers=_answers(model.task, arguments),
         fields=arguments.outputs or None,
-        max_length=arguments.max_length,
-        truncation=arguments.truncation,
-        batch_size=arguments.batch_size,
-        buckets=arguments.buckets,
         mesh=mesh,
-        broken_lines=arguments.broken_lines,
+        **{name: getattr(arguments, name) for name in _PASSED_ON},
         unfinished="replace" if arguments.restart else "continue",
         progress=sys.stderr.isatty(),
     )
     before = written.documents - written.computed
     known = f", {before:,} of them before" if before else ""
-    console().print(f"wrote {arguments.output}: {written.documents:,} documents{known}")
+    shared.console().print(f"wrote {arguments.output}: {written.documents:,} documents{known}")
 
 
-def _answers(task: str, arguments: argparse.Namespace) -> Any:
+def _answers(task: str, arguments: argparse.Namespace) -> PipelineTask | None:
     """The answers wanted; None where the outputs are."""
     if arguments.outputs is not None:
         if arguments.answers:
@@ -146,7 +123,7 @@ def _options(task: str) -> list[str]:
     return [field.name for field in dataclasses.fields(ANSWERS[task])]
 
 
-def _value(text: str) -> Any:
+def _value(text: str) -> object:
     """3, true and null as JSON says them; other words are texts."""
     try:
         return json.loads(text)

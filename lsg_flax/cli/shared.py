@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from rich.console import Console
@@ -12,12 +12,16 @@ from rich.console import Console
 from lsg_flax.patterns import MAX_GLOBAL_TOKENS, SPARSITY_TYPES, LSGConfig
 from lsg_flax.sharding import AXES
 
+# A parser, a group of its options, its commands: argparse has no public types for the latter two.
+Options = Any
+Commands = Any
+
 _PIPED_WIDTH = 120
 _NUMBERS = ("num_global_tokens", "block_size", "sparse_block_size", "sparsity_factor")
 
 
 def add_command(
-    commands: Any, name: str, description: str, run: Callable[[argparse.Namespace], None]
+    commands: Commands, name: str, description: str, run: Callable[[argparse.Namespace], None]
 ) -> argparse.ArgumentParser:
     """Declares a command; its `run` gets the parsed arguments. The first line of the description
     is its help in the list of commands."""
@@ -30,6 +34,25 @@ def add_command(
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     command.set_defaults(run=run)
     return command
+
+
+def add_number(options: Options, flag: str, about: str, default: int | None = None) -> None:
+    """Declares an option that is a whole number; its help says the default."""
+    about += "" if default is None else " (default: %(default)s)"
+    options.add_argument(flag, type=int, default=default, metavar="N", help=about)
+
+
+def add_choice(
+    options: Options, flag: str, about: str, choices: Collection[str], default: str | None = None
+) -> None:
+    """Declares an option that is one of some words; its help lists them and says the default."""
+    about += f": {', '.join(choices)}" + ("" if default is None else " (default: %(default)s)")
+    options.add_argument(flag, choices=choices, default=default, metavar="NAME", help=about)
+
+
+def add_switch(options: Options, flag: str, about: str) -> None:
+    """Declares an option without a value."""
+    options.add_argument(flag, action="store_true", help=about)
 
 
 def add_pattern(command: argparse.ArgumentParser) -> None:
@@ -45,15 +68,9 @@ def add_pattern(command: argparse.ArgumentParser) -> None:
     }
     for name in _NUMBERS:
         text = f"{about[name]} (default: {getattr(LSGConfig, name)})"
-        command_name = "--" + name.replace("_", "-")
-        pattern.add_argument(command_name, type=int, metavar="N", help=text)
-    pattern.add_argument(
-        "--sparsity-type",
-        choices=SPARSITY_TYPES,
-        metavar="TYPE",
-        help="how representatives are chosen: "
-        f"{', '.join(SPARSITY_TYPES)} (default: {LSGConfig.sparsity_type})",
-    )
+        add_number(pattern, "--" + name.replace("_", "-"), text)
+    usual = f"how representatives are chosen (default: {LSGConfig.sparsity_type})"
+    add_choice(pattern, "--sparsity-type", usual, SPARSITY_TYPES)
 
 
 def given_pattern(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -100,7 +117,7 @@ def console() -> Console:
     """Writes to stdout: as wide as the terminal, or 120 characters where there is none."""
     made = Console(highlight=False, markup=False, emoji=False)
     if not made.is_terminal:
-        made = Console(highlight=False, markup=False, emoji=False, width=_PIPED_WIDTH)
+        made.width = _PIPED_WIDTH
     return made
 
 

@@ -70,31 +70,31 @@ def carry_modules(root: pathlib.Path, modules: Modules, target: pathlib.Path, le
             shutil.copytree(folder, target / folder.relative_to(root), dirs_exist_ok=True)
 
 
-class Settings(NamedTuple):
-    """What the files say; `folder` is that of the transformer."""
+class SentenceSettings(NamedTuple):
+    """How texts become vectors, as the files say it."""
 
-    folder: pathlib.Path
     pooling: Pooling
     normalize: bool = False
     max_length: int | None = None
     do_lower_case: bool = False
 
 
-def read_settings(root: pathlib.Path, pooling: Pooling | None) -> Settings:
-    """What the folder `root` says; `pooling` takes the place of its own.
+def read_sentence_settings(
+    root: pathlib.Path, modules: Modules, pooling: Pooling | None
+) -> SentenceSettings:
+    """What the folder `root` with these modules says; `pooling` takes the place of its own.
 
     Raises:
         FileNotFoundError, ValueError: for files that are missing or damaged, and for modules and
             settings that lsg_flax does not support, by name.
     """
-    modules = read_modules(root)
     if not modules:
         if pooling is None:
             raise ValueError(
                 f"{root} has no {MODULES} and so says nothing of pooling; pass pooling=, one "
                 f"of {', '.join(get_args(Pooling))}."
             )
-        return Settings(root, pooling)
+        return SentenceSettings(pooling)
     kinds = [kind for kind, _ in modules]
     if kinds not in (known := ["Transformer", "Pooling"], [*known, "Normalize"]):
         raise ValueError(
@@ -111,8 +111,7 @@ def read_settings(root: pathlib.Path, pooling: Pooling | None) -> Settings:
     length = settings.get("max_seq_length")
     if not isinstance(length, int | None):
         raise ValueError(f"max_seq_length={length!r} in {modules[0][1]} must be a whole number.")
-    return Settings(
-        modules[0][1],
+    return SentenceSettings(
         pooling or _read_pooling(modules[1][1] / "config.json"),
         "Normalize" in kinds,
         length,
@@ -137,21 +136,18 @@ def _read_pooling(file: pathlib.Path) -> Pooling:
     return modes[chosen[0]]
 
 
-def write_settings(settings: Settings, *, width: int) -> None:
-    """Writes the files to `settings.folder`. sentence-transformers knows no globals: "global" is
-    written as "cls".
+def write_sentence_settings(
+    folder: pathlib.Path, settings: SentenceSettings, *, width: int
+) -> None:
+    """Writes the files. sentence-transformers knows no globals: "global" is written as "cls".
 
     Args:
         width: of the vectors.
     """
     modules = ["Transformer", "Pooling", *["Normalize"] * settings.normalize]
+    package = "sentence_transformers.models"
     listed = [
-        {
-            "idx": i,
-            "name": str(i),
-            "path": f"{i}_{kind}" if i else "",
-            "type": f"sentence_transformers.models.{kind}",
-        }
+        {"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "", "type": f"{package}.{kind}"}
         for i, kind in enumerate(modules)
     ]
     flags = {_PREFIX + name: name == _NAMES[settings.pooling] for name in _NAMES.values()}
@@ -161,4 +157,4 @@ def write_settings(settings: Settings, *, width: int) -> None:
         SENTENCES: sentences,
         "1_Pooling/config.json": {"word_embedding_dimension": width} | flags,
     }
-    write_json(settings.folder, files)
+    write_json(folder, files)

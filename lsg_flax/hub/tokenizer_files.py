@@ -3,20 +3,16 @@
 import pathlib
 from typing import Any
 
+# transformers': its import takes seconds, and its own annotations differ between versions.
+Tokenizer = Any
 
-def read_tokenizer(folder: pathlib.Path) -> Any | None:
+_FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "vocab.json")
+_FILES += ("sentencepiece.bpe.model", "spiece.model")
+
+
+def read_tokenizer(folder: pathlib.Path) -> Tokenizer | None:
     """The tokenizer in `folder`, None if there are no tokenizer files."""
-    if not any(
-        (folder / name).exists()
-        for name in (
-            "tokenizer.json",
-            "vocab.txt",
-            "tokenizer_config.json",
-            "vocab.json",
-            "sentencepiece.bpe.model",
-            "spiece.model",
-        )
-    ):
+    if not any((folder / name).exists() for name in _FILES):
         return None
     from transformers import AutoTokenizer
 

@@ -3,6 +3,7 @@ in slices, and pytorch_model.bin."""
 
 import errno
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,32 +14,10 @@ import safetensors.numpy
 from lsg_flax.files import read_json
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-
-
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-
 
 # safetensors' names of dtypes
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-def read_index(folder: pathlib.Path, index: str) -> dict[str, str]:
-    """The shard of every tensor, from the index file of a sharded checkpoint.
-
-    Raises:
-        ValueError: if the index is damaged.
-        FileNotFoundError: if a shard is missing.
-    """
-    places = read_json(folder / index).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise ValueError(f"{folder / index} has no weight_map; download the checkpoint again.")
-    for shard in sorted(set(places.values())):
-        if not (folder / shard).exists():
-            raise FileNotFoundError(
-                f"{folder / index} names the shard {shard}, which is not there; download the "
-                "checkpoint again."
-            )
-    return places
 
 
 class StoredTensor:
@@ -57,13 +36,11 @@ class StoredTensor:
         return np.asarray(self._stored[...], dtype)
 
 
-def read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """Every tensor of a checkpoint by its PyTorch name, in memory; raises as `open_tensors`."""
-    return {name: np.asarray(tensor) for name, tensor in open_tensors(folder).items()}
+Tensors = dict[str, StoredTensor | np.ndarray]
 
 
-def open_tensors(folder: pathlib.Path) -> dict[str, Any]:
-    """Every tensor of a checkpoint by its PyTorch name: `StoredTensor`s, or arrays of a pickle.
+def open_tensors(folder: pathlib.Path) -> Tensors:
+    """Every tensor of a checkpoint by its PyTorch name: stored ones, or arrays of a pickle.
 
     Raises:
         FileNotFoundError: if there are no weights or a shard is missing.
@@ -82,10 +59,21 @@ def open_tensors(folder: pathlib.Path) -> dict[str, Any]:
     )
 
 
-def _read_shards(folder: pathlib.Path, index: str, read) -> dict[str, Any]:
-    places = read_index(folder, index)
-    tensors: dict[str, Any] = {}
-    for shard in sorted(set(places.values())):
+def _read_shards(
+    folder: pathlib.Path, index: str, read: Callable[[pathlib.Path], Tensors]
+) -> Tensors:
+    places = read_json(folder / index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ValueError(f"{folder / index} has no weight_map; download the checkpoint again.")
+    shards = sorted(set(places.values()))
+    for shard in shards:
+        if not (folder / shard).exists():
+            raise FileNotFoundError(
+                f"{folder / index} names the shard {shard}, which is not there; download the "
+                "checkpoint again."
+            )
+    tensors: Tensors = {}
+    for shard in shards:
         tensors |= read(folder / shard)
     lost = sorted(places.keys() - tensors.keys())
     if lost:
@@ -95,17 +83,15 @@ def _read_shards(folder: pathlib.Path, index: str, read) -> dict[str, Any]:
     return tensors
 
 
-def _open_safetensors(file: pathlib.Path) -> dict[str, StoredTensor]:
+def _open_safetensors(file: pathlib.Path) -> Tensors:
     try:
         opened = safetensors.safe_open(file, framework="numpy")
         return {name: StoredTensor(opened.get_slice(name)) for name in opened.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{file} is damaged or cut short ({error}); copy or download it again."
-        ) from error
+        raise _damaged(file, error) from error
 
 
-def _read_bin(file: pathlib.Path) -> dict[str, np.ndarray]:
+def _read_bin(file: pathlib.Path) -> Tensors:
     try:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -124,14 +110,16 @@ def _read_bin(file: pathlib.Path) -> dict[str, np.ndarray]:
     except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a zip cut short
             raise
-        raise ValueError(
-            f"{file} is damaged or cut short ({error}); copy or download it again."
-        ) from error
+        raise _damaged(file, error) from error
     if not isinstance(tensors, dict) or not all(
         isinstance(t, torch.Tensor) for t in tensors.values()
     ):
         raise ValueError(f"{file} is not a state dict: it should hold tensors by name.")
     return {name: _to_numpy(tensor) for name, tensor in tensors.items()}
+
+
+def _damaged(file: pathlib.Path, error: Exception) -> ValueError:
+    return ValueError(f"{file} is damaged or cut short ({error}); copy or download it again.")
 
 
 def _to_numpy(tensor: Any) -> np.ndarray:

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, get_args
 
-import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
@@ -22,9 +21,9 @@ from jaxtyping import Array, Bool, Float, Int
 from lsg_flax import hub
 from lsg_flax.buckets import default_buckets
 from lsg_flax.files import read_lines, valid_text, written_aside
-from lsg_flax.hub import Pooling, Settings, read_settings, write_settings
+from lsg_flax.hub import Pooling, SentenceSettings, Tokenizer, write_sentence_settings
 from lsg_flax.inference import Predictor
-from lsg_flax.models import Model, ModelOutput, Params
+from lsg_flax.models import Model, Params
 
 TEXTS, VECTORS = (".txt", ".jsonl"), (".npy", ".jsonl")
 _SHORT_BUCKETS = (32, 128)  # sentences and queries; inference's own begin at 512
@@ -50,8 +49,7 @@ def pool(
     Raises:
         ValueError: for another mode.
     """
-    if mode not in get_args(Pooling):
-        raise ValueError(f"pooling={mode!r} must be one of {', '.join(get_args(Pooling))}.")
+    _check_pooling(mode)
     real = mask.astype(bool)
     states = states.astype(jnp.float32)
     if mode == "mean":
@@ -67,21 +65,23 @@ def pool(
     return pooled
 
 
-_ATTRIBUTES = {f.name for f in dataclasses.fields(Model)} - {"parent", "name"}  # not Linen's own
+def _check_pooling(mode: str) -> None:
+    if mode not in get_args(Pooling):
+        raise ValueError(f"pooling={mode!r} must be one of {', '.join(get_args(Pooling))}.")
 
 
-class _EmbeddingModel(Model):
-    """A base model whose `pooler_output` is the embedding, for `Predictor`."""
+@dataclasses.dataclass(frozen=True)
+class _Pooled:
+    """A `Predictor`'s select: the embeddings [B, D], instead of all states."""
 
-    pooling: Pooling = "mean"
-    normalize: bool = False
+    pooling: Pooling
+    normalize: bool
 
-    @nn.compact
-    def __call__(self, input_ids, attention_mask) -> ModelOutput:  # pyright: ignore[reportIncompatibleMethodOverride]
-        output = super().__call__(input_ids, attention_mask)
-        states = jnp.asarray(output.last_hidden_state)
-        embedding = pool(states, attention_mask, self.pooling, normalize=self.normalize)
-        return ModelOutput(pooler_output=embedding)
+    def __call__(
+        self, outputs: dict[str, Array], batch: dict[str, Array]
+    ) -> dict[str, Float[Array, "B D"]]:
+        states, mask = outputs["last_hidden_state"], batch["attention_mask"]
+        return {"embedding": pool(states, mask, self.pooling, normalize=self.normalize)}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,7 +98,7 @@ class Embedder:
 
     model: Model
     params: Params
-    tokenizer: Any
+    tokenizer: Tokenizer
     pooling: Pooling
     normalize: bool
     max_length: int
@@ -109,10 +109,7 @@ class Embedder:
         lsg, longest = self.model.config.lsg, self.model.max_length
         if self.model.task != "base":
             raise ValueError(f"the model's task is {self.model.task!r}; load it with task='base'.")
-        if self.pooling not in get_args(Pooling):
-            raise ValueError(
-                f"pooling={self.pooling!r} must be one of {', '.join(get_args(Pooling))}."
-            )
+        _check_pooling(self.pooling)
         if self.pooling == "global" and not (lsg and lsg.pool_with_global):
             raise ValueError(
                 "pooling='global' needs an LSG model with pool_with_global=True; use 'cls' or "
@@ -147,14 +144,14 @@ class Embedder:
             ValueError: for modules other than Transformer, Pooling and Normalize, settings that are
                 not supported or do not fit, and as `lsg_flax.from_pretrained`.
         """
-        root = hub.resolve(path)
-        stored = read_settings(root, pooling)
+        checkpoint = hub.open_checkpoint(path)
+        stored = hub.read_sentence_settings(checkpoint.root, checkpoint.modules, pooling)
         with warnings.catch_warnings():  # of a pooler that is not there: it is not used
             warnings.filterwarnings("ignore", "weights for task='base' not in the checkpoint")
-            model, params = hub.from_pretrained(stored.folder, "base", dtype=dtype)
-        tokenizer = hub.read_tokenizer(stored.folder)
+            model, params = checkpoint.load("base", dtype=dtype)
+        tokenizer = checkpoint.tokenizer
         if tokenizer is None:
-            raise FileNotFoundError(f"{stored.folder} has no tokenizer; copy its files there.")
+            raise FileNotFoundError(f"{checkpoint.folder} has no tokenizer; copy its files there.")
         allowed = min(model.max_length, tokenizer.model_max_length)
         given = stored.max_length if max_length is None else max_length
         return cls(
@@ -189,22 +186,18 @@ class Embedder:
         """
         limit = self.max_length
         short = tuple(length for length in _SHORT_BUCKETS if length < limit)
-        model = _EmbeddingModel(
-            **{n: value for n, value in vars(self.model).items() if n in _ATTRIBUTES},
-            pooling=self.pooling,
-            normalize=self.normalize,
-        )
         predictor = Predictor(
-            model,
+            self.model,
             self.params,
             batch_size=batch_size,
             buckets=short + default_buckets(limit) if buckets is None else buckets,
-            fields=("pooler_output",),
+            fields=("last_hidden_state",),
+            select=_Pooled(self.pooling, self.normalize),
         )
         results = predictor(self._encode(texts), progress=progress)
         vectors = np.zeros((len(texts), self.model.config.hidden_size), np.float32)
         for place, result in enumerate(results):
-            vectors[place] = result["pooler_output"]
+            vectors[place] = result["embedding"]
         return vectors
 
     def _encode(self, texts: Sequence[str]) -> list[dict[str, list[int]]]:
@@ -238,10 +231,10 @@ class Embedder:
         """
         with written_aside(pathlib.Path(path)) as aside:
             hub.save_pretrained(aside, self.model, self.params, self.tokenizer)
-            settings = Settings(
-                aside, self.pooling, self.normalize, self.max_length, self.do_lower_case
+            settings = SentenceSettings(
+                self.pooling, self.normalize, self.max_length, self.do_lower_case
             )
-            write_settings(settings, width=self.model.config.hidden_size)
+            write_sentence_settings(aside, settings, width=self.model.config.hidden_size)
 
 
 def read_texts(file: str | os.PathLike) -> tuple[list[Any], list[str]]:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from lsg_flax.files import Line, read_lines, valid_text
+from lsg_flax.hub import Tokenizer
 from lsg_flax.inference import (
     Document,
     Encoding,
@@ -28,12 +29,19 @@ from lsg_flax.inference import (
 )
 from lsg_flax.models import Model, Params
 from lsg_flax.pipelines.spans import QuestionAnswering, TokenClassification
-from lsg_flax.pipelines.tasks import FillMask, Reader, Row, Task, TextClassification, check_choice
+from lsg_flax.pipelines.tasks import (
+    FillMask,
+    ModelRow,
+    PipelineTask,
+    Reader,
+    TextClassification,
+    check_choice,
+)
 
 SOURCES = (".jsonl", ".txt")
 BrokenLines = Literal["raise", "skip"]
 # A model's task -> what its answers are without further options.
-ANSWERS: dict[str, Task] = {
+ANSWERS: dict[str, PipelineTask] = {
     "sequence_classification": TextClassification(top_k=None),
     "token_classification": TokenClassification(aggregation_strategy="simple"),
     "question_answering": QuestionAnswering(),
@@ -108,8 +116,8 @@ def predict_file(
     model: Model,
     params: Params,
     *,
-    tokenizer: Any = None,
-    answers: Task | None = None,
+    tokenizer: Tokenizer | None = None,
+    answers: PipelineTask | None = None,
     fields: Sequence[str] | None = None,
     max_length: int | None = None,
     truncation: bool = False,
@@ -165,8 +173,8 @@ def predict_file(
     limit = predictor.buckets[-1] if max_length is None else max_length
     if not 1 <= limit <= predictor.buckets[-1]:
         raise ValueError(f"max_length={limit} must lie in 1..{predictor.buckets[-1]}, the buckets.")
-    encoder = _Encoder(predictor, Reader(tokenizer, model.config, limit, truncation), answers)
-    settings = predictor.settings() | encoder.settings()
+    codec = _DocumentCodec(predictor, Reader(tokenizer, model.config, limit, truncation), answers)
+    settings = predictor.settings() | codec.settings()
     with ResumableLines(target, settings, unfinished=unfinished) as file:
         before = file.finished
         total = documents.count_lines() if progress else None
@@ -175,8 +183,8 @@ def predict_file(
                 file,
                 predictor,
                 iter(documents),
-                rows_of=encoder.rows,
-                line_of=encoder.line,
+                rows_of=codec.rows,
+                line_of=codec.line,
                 window=window,
                 bar=bar,
             )
@@ -190,14 +198,14 @@ def predict_file(
     return Written(file.finished, file.finished - before, tuple(documents.skipped))
 
 
-class _Encoder:
+class _DocumentCodec:
     """From a document to the model's rows, and from their outputs to its line."""
 
-    def __init__(self, predictor: Predictor, reader: Reader, answers: Task | None):
+    def __init__(self, predictor: Predictor, reader: Reader, answers: PipelineTask | None):
         self.predictor, self.reader, self.answers = predictor, reader, answers
         self._first: Encoding | None = None
 
-    def rows(self, document: Document) -> list[Row]:
+    def rows(self, document: Document) -> list[ModelRow]:
         """Raises ValueError, with the document's place, for one that does not fit."""
         try:
             rows = self._rows(document.content)
@@ -208,8 +216,9 @@ class _Encoder:
             self.predictor.check(document.place, row.inputs, like=self._first)
         return rows
 
-    def _rows(self, content: dict[str, Any]) -> list[Row]:
+    def _rows(self, content: dict[str, Any]) -> list[ModelRow]:
         reader, answers = self.reader, self.answers
+        choices = self.predictor.model.task_record.input_rank == 3
         if "input_ids" in content:
             if answers is not None and not isinstance(answers, TextClassification):
                 raise ValueError(
@@ -218,22 +227,23 @@ class _Encoder:
                 )
             names = ("input_ids", "attention_mask", "token_type_ids")
             nested = isinstance(content["input_ids"][0], list)
-            if nested != (self.predictor.model.task == "multiple_choice"):
+            if nested != choices:
                 raise ValueError(
                     "input_ids are one list of numbers, for multiple_choice one such list for each "
                     "choice."
                 )
-            return [Row({name: content[name] for name in names if name in content}, None)]
+            return [ModelRow({name: content[name] for name in names if name in content}, None)]
         if reader.tokenizer is None:
             raise ValueError("a text needs tokenizer=; without one documents are input_ids.")
-        if self.predictor.model.task == "multiple_choice":
-            raise ValueError("multiple_choice reads input_ids, one list for each choice.")
+        if choices:
+            task = self.predictor.model.task
+            raise ValueError(f"{task} reads input_ids, one list for each choice.")
         item = _item(content)
         if answers is None:
             return reader.rows(*([item] if isinstance(item, str) else item.values()))
         return answers.rows(reader, item)
 
-    def line(self, document: Document, rows: Sequence[Row], results: list[Result]) -> str:
+    def line(self, document: Document, rows: Sequence[ModelRow], results: list[Result]) -> str:
         """The line of a document."""
         if self.answers is None:
             return output_line(document, results[0])
@@ -254,7 +264,9 @@ class _Encoder:
         }
 
 
-def _check_answers(answers: Task | None, model: Model, fields: Sequence[str] | None) -> None:
+def _check_answers(
+    answers: PipelineTask | None, model: Model, fields: Sequence[str] | None
+) -> None:
     """Raises for a task that this model or a file cannot serve."""
     if answers is None:
         return
@@ -288,16 +300,13 @@ def _content(content: dict[str, Any]) -> dict[str, Any]:
 
 def _item(content: dict[str, Any]) -> Any:
     """What a pipeline would be given: a text or a dict of two; nothing for input_ids."""
-    kind = (
-        ("question", "context")
-        if content.keys() >= {"question", "context"}
-        else ("text", "text_pair")
-    )
+    asks = content.keys() >= {"question", "context"}
+    kind = ("question", "context") if asks else ("text", "text_pair")
     item = {name: content[name] for name in kind if name in content}
     return item["text"] if item.keys() == {"text"} else item
 
 
-def _are_ids(values: Any) -> bool:
+def _are_ids(values: object) -> bool:
     """A list of whole numbers, or of such lists for multiple choice."""
     if not isinstance(values, list) or not values:
         return False
@@ -306,7 +315,7 @@ def _are_ids(values: Any) -> bool:
     return all(type(value) is int for value in values)
 
 
-def _tokenizer_digest(tokenizer: Any) -> str:
+def _tokenizer_digest(tokenizer: Tokenizer) -> str:
     """Of its vocabulary and of how it reads."""
     parts = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
     parts.append(tokenizer(_PROBE, _PROBE)["input_ids"])

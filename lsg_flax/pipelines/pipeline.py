@@ -17,14 +17,15 @@ from flax.typing import Dtype
 
 from lsg_flax import hub
 from lsg_flax.buckets import default_buckets
+from lsg_flax.hub import Checkpoint, Tokenizer
 from lsg_flax.inference import Predictor, Select
-from lsg_flax.models import Model, Params, family_of
+from lsg_flax.models import Model, Params
 from lsg_flax.pipelines.spans import QuestionAnswering, TokenClassification
 from lsg_flax.pipelines.tasks import (
     FeatureExtraction,
     FillMask,
+    PipelineTask,
     Reader,
-    Task,
     TextClassification,
     check_choice,
 )
@@ -32,7 +33,7 @@ from lsg_flax.pipelines.tasks import (
 SHORTEST_BUCKET = 128  # a sentence alone is worth a shorter one than inference has
 _WINDOW = 32  # batches whose documents are sorted by length and held in memory together
 
-TASKS: dict[str, type[Task]] = {
+TASKS: dict[str, type[PipelineTask]] = {
     "fill-mask": FillMask,
     "text-classification": TextClassification,
     "token-classification": TokenClassification,
@@ -46,7 +47,7 @@ class Pipeline:
 
     def __init__(
         self,
-        task: Task,
+        task: PipelineTask,
         model: Model,
         params: Params,
         reader: Reader,
@@ -83,26 +84,23 @@ class Pipeline:
         reader = self.reader if truncation is None else replace(self.reader, truncation=truncation)
         items = task.items(inputs, question, context)
         if isinstance(items, str | dict) or not isinstance(items, Iterable):
-            (answer,) = self._run(task, reader, [items])
+            (answer,) = self._answers(task, reader, [items])
             return task.alone(items, answer)
         if isinstance(items, list | tuple):
-            return list(self._stream(task, reader, items))
-        return self._stream(task, reader, items)
+            return list(self._answers(task, reader, items))
+        return self._answers(task, reader, items)
 
-    def _stream(self, task: Task, reader: Reader, items: Iterable) -> Iterator[Any]:
+    def _answers(self, task: PipelineTask, reader: Reader, items: Iterable) -> Iterator[Any]:
         items, size = iter(items), _WINDOW * self.batch_size
         while group := list(itertools.islice(items, size)):
-            yield from self._run(task, reader, group)
-
-    def _run(self, task: Task, reader: Reader, items: list) -> Iterator[Any]:
-        rows = [task.rows(reader, item) for item in items]
-        flat = [row for part in rows for row in part]
-        predictor = self._predictor(task.select(reader, flat), len(flat))
-        outputs = predictor([row.inputs for row in flat], progress=False)
-        for item, part in zip(items, rows, strict=True):
-            results = list(itertools.islice(outputs, len(part)))
-            results = [{n: np.asarray(v, np.float32) for n, v in r.items()} for r in results]
-            yield task.answer(reader, item, part, results)
+            rows = [task.rows(reader, item) for item in group]
+            flat = [row for part in rows for row in part]
+            predictor = self._predictor(task.select(reader, flat), len(flat))
+            outputs = predictor([row.inputs for row in flat], progress=False)
+            for item, part in zip(group, rows, strict=True):
+                results = list(itertools.islice(outputs, len(part)))
+                results = [{n: np.asarray(v, np.float32) for n, v in r.items()} for r in results]
+                yield task.answer(reader, item, part, results)
 
     def _predictor(self, select: Select | None, rows: int) -> Predictor:
         """A single row is not worth a whole batch."""
@@ -126,7 +124,7 @@ class Pipeline:
 def pipeline(
     task: str,
     model: str | os.PathLike | tuple[Model, Params],
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | str | os.PathLike | None = None,
     *,
     batch_size: int = 8,
     max_length: int | None = None,
@@ -167,8 +165,9 @@ def pipeline(
             raise ValueError(_wrong_head(task, f"this model's task is {network.task!r}"))
         network = network if dtype is None else network.clone(dtype=dtype)
     else:
-        tokenizer = model if tokenizer is None else tokenizer
-        network, params = _load(task, model, jnp.float32 if dtype is None else dtype)
+        checkpoint = hub.open_checkpoint(model)
+        network, params = _load(task, checkpoint, jnp.float32 if dtype is None else dtype)
+        tokenizer = checkpoint.folder if tokenizer is None else tokenizer
     if isinstance(tokenizer, str | os.PathLike):
         folder, tokenizer = tokenizer, hub.read_tokenizer(hub.resolve(tokenizer))
         if tokenizer is None:
@@ -187,20 +186,17 @@ def pipeline(
     return Pipeline(chosen, network, params, reader, batch_size=batch_size, buckets=buckets)
 
 
-def _load(task: str, path: str | os.PathLike, dtype: Dtype) -> tuple[Model, Params]:
-    """The checkpoint, if it has a head for the task."""
-    folder, heads = hub.resolve(path), TASKS[task].heads
-    values = hub.read_config(folder)
-    names = values.get("architectures") or ["a model without a head"]
-    names = [names] if isinstance(names, str) else names
-    head = family_of(values["model_type"]).task_of(names[0])
+def _load(task: str, checkpoint: Checkpoint, dtype: Dtype) -> tuple[Model, Params]:
+    """The model, if the checkpoint has a head for the task."""
+    heads = TASKS[task].heads
     if "base" in heads:
         with warnings.catch_warnings():  # that heads are not read is what was asked for
             warnings.filterwarnings("ignore", message="weights for task")
-            return hub.from_pretrained(folder, "base", dtype=dtype)
-    if head not in heads:
-        raise ValueError(_wrong_head(task, f"{path} is {names[0]}"))
-    return hub.from_pretrained(folder, head, dtype=dtype)
+            return checkpoint.load("base", dtype=dtype)
+    names = checkpoint.architectures or ("a model without a head",)
+    if checkpoint.head not in heads:
+        raise ValueError(_wrong_head(task, f"{checkpoint.root} is {names[0]}"))
+    return checkpoint.load(dtype=dtype)
 
 
 def _wrong_head(task: str, found: str) -> str:
@@ -211,7 +207,7 @@ def _wrong_head(task: str, found: str) -> str:
     )
 
 
-def _with_options(task: Task, options: dict[str, Any]) -> Task:
+def _with_options(task: PipelineTask, options: dict[str, Any]) -> PipelineTask:
     known = [field.name for field in fields(task)]
     unknown = sorted(options.keys() - set(known))
     if unknown:

@@ -6,12 +6,19 @@ Axes: T tokens, K labels, L answer lengths.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-from lsg_flax.pipelines.tasks import Reader, Task, a_text, check_choice, check_positive, softmax
+from lsg_flax.pipelines.tasks import (
+    PipelineTask,
+    Reader,
+    a_text,
+    check_choice,
+    check_positive,
+    softmax,
+)
 
 Aggregation = Literal["none", "simple", "first", "average", "max"]
 
@@ -28,7 +35,7 @@ class _Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TokenClassification(Task):
+class TokenClassification(PipelineTask):
     """Labels of tokens: {"entity", "score", "index", "word", "start", "end"}, or of groups of them:
     {"entity_group", "score", "word", "start", "end"}.
 
@@ -115,7 +122,7 @@ class TokenClassification(Task):
         return scores[0 if first else scores.max(axis=1).argmax()]
 
 
-def _group(pieces: list[_Piece], labels: list[str], tokenizer) -> list[dict[str, Any]]:
+def _group(pieces: list[_Piece], labels: list[str], tokenizer) -> list[dict[str, float | str]]:
     """Neighbours of the same entity, joined unless B- begins another one."""
     groups: list[list[_Piece]] = []
     names: list[str] = []
@@ -142,7 +149,7 @@ def _group(pieces: list[_Piece], labels: list[str], tokenizer) -> list[dict[str,
 
 
 @dataclass(frozen=True)
-class QuestionAnswering(Task):
+class QuestionAnswering(PipelineTask):
     """Answers in a context: {"score", "start", "end", "answer"} with places of characters, or a
     list of them if there are several.
 

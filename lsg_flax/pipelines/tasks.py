@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from lsg_flax.hub import Tokenizer
 from lsg_flax.inference import Encoding, Result, Select
 from lsg_flax.models import EncoderConfig
 
 Function = Literal["sigmoid", "softmax", "none"]
 
 
-class Row(NamedTuple):
+class ModelRow(NamedTuple):
     """One row for the model, and what a fast tokenizer knows of it (None from a slow one)."""
 
     inputs: Encoding
@@ -33,16 +34,14 @@ class Row(NamedTuple):
 class Reader:
     """The tokenizer, and what the model takes of it."""
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     config: EncoderConfig
     max_length: int
     truncation: bool
 
-    def rows(self, *texts: str, **options: Any) -> list[Row]:
+    def rows(self, *texts: str, **options: Any) -> list[ModelRow]:
         """A text or a pair of them, in one row unless `options` ask for windows."""
-        cut: dict[str, Any] = {"truncation": self.truncation}
-        if self.truncation:
-            cut["max_length"] = self.max_length
+        cut = {"truncation": True, "max_length": self.max_length} if self.truncation else {}
         encoded = self.tokenizer(*texts, verbose=False, **(cut | options))
         several = encoded["input_ids"] and isinstance(encoded["input_ids"][0], list)
         names = ["input_ids", "attention_mask"]
@@ -58,7 +57,7 @@ class Reader:
             )
         details = encoded.encodings or [None] * len(columns["input_ids"])
         return [
-            Row(dict(zip(columns, row, strict=True)), detail)
+            ModelRow(dict(zip(columns, row, strict=True)), detail)
             for *row, detail in zip(*columns.values(), details, strict=True)
         ]
 
@@ -73,7 +72,7 @@ class Reader:
 
 
 @dataclass(frozen=True)
-class Task:
+class PipelineTask:
     """What a pipeline does; fields are its options."""
 
     heads: ClassVar[dict[str, tuple[str, ...]]]  # tasks of models -> the outputs wanted
@@ -84,15 +83,15 @@ class Task:
             raise ValueError("question= and context= are for question-answering; give the text.")
         return inputs
 
-    def rows(self, reader: Reader, item: Any) -> list[Row]:
+    def rows(self, reader: Reader, item: Any) -> list[ModelRow]:
         """The rows of one document."""
         return reader.rows(a_text(item))
 
-    def select(self, reader: Reader, rows: list[Row]) -> Select | None:
+    def select(self, reader: Reader, rows: list[ModelRow]) -> Select | None:
         """What of the outputs leaves the device."""
         return None
 
-    def answer(self, reader: Reader, item: Any, rows: list[Row], outputs: list[Result]) -> Any:
+    def answer(self, reader: Reader, item: Any, rows: list[ModelRow], outputs: list[Result]) -> Any:
         """The answer for one document."""
         raise NotImplementedError
 
@@ -107,7 +106,9 @@ class _MaskLogits(NamedTuple):
     mask_token_id: int
     places: int
 
-    def __call__(self, outputs: dict[str, jax.Array], batch: dict[str, Any]):
+    def __call__(
+        self, outputs: dict[str, jax.Array], batch: dict[str, jax.Array]
+    ) -> dict[str, jax.Array]:
         (logits,) = outputs.values()
         masked = (batch["input_ids"] == self.mask_token_id).astype(jnp.int32)
         _, places = jax.lax.top_k(masked, min(self.places, masked.shape[1]))  # in their order
@@ -115,7 +116,7 @@ class _MaskLogits(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FillMask(Task):
+class FillMask(PipelineTask):
     """Words for mask tokens: per text a list of {"score", "token", "token_str", "sequence"}, for
     several masks a list of such lists.
 
@@ -162,7 +163,7 @@ class FillMask(Task):
             answers.append([{"score": float(scores[w["token"]])} | w for w in words])
         return answers[0] if len(answers) == 1 else answers
 
-    def _word(self, tokenizer, ids, place, token, only_mask: bool) -> dict[str, Any]:
+    def _word(self, tokenizer, ids, place, token, only_mask: bool) -> dict[str, int | str]:
         filled = ids.copy()
         filled[place] = token
         text = tokenizer.decode(
@@ -196,7 +197,7 @@ class FillMask(Task):
 
 
 @dataclass(frozen=True)
-class TextClassification(Task):
+class TextClassification(PipelineTask):
     """Labels of texts or {"text", "text_pair"}: {"label", "score"}.
 
     Attributes:
@@ -245,7 +246,7 @@ class TextClassification(Task):
 
 
 @dataclass(frozen=True)
-class FeatureExtraction(Task):
+class FeatureExtraction(PipelineTask):
     """The states [T, D] of a text's tokens, special ones included and padding not, as a numpy array
     (transformers gives nested lists with an axis of 1 in front)."""
 
@@ -255,7 +256,7 @@ class FeatureExtraction(Task):
         return outputs[0]["last_hidden_state"]
 
 
-def a_text(item: Any) -> str:
+def a_text(item: object) -> str:
     """The text, or a ValueError that says what was given."""
     if not isinstance(item, str):
         raise ValueError(f"a document must be a text, got {type(item).__name__}: {item!r:.60}.")
@@ -269,7 +270,7 @@ def check_positive(**numbers: int) -> None:
             raise ValueError(f"{name}={number} must be at least 1.")
 
 
-def check_choice(name: str, value: Any, allowed: Iterable) -> None:
+def check_choice(name: str, value: object, allowed: Iterable) -> None:
     """Raises ValueError for a value that is not allowed."""
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {list(allowed)}.")

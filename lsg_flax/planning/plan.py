@@ -26,9 +26,7 @@ from jax.sharding import Mesh
 from lsg_flax import hub, inference, sharding, training
 from lsg_flax.chips import Topology, check_libtpu, devices_of, environment_for, parse_topology
 from lsg_flax.convert_from_torch import example_ids
-from lsg_flax.files import read_json
-from lsg_flax.hub import MODULES, read_modules
-from lsg_flax.models import EncoderConfig, Model, Remat, family_of
+from lsg_flax.models import Model, Remat, family_of
 from lsg_flax.patterns import LSGConfig
 from lsg_flax.planning.hlo import Collective, ProgramReport, read_program
 from lsg_flax.training import losses
@@ -277,10 +275,9 @@ def planned_model(settings: PlanSettings) -> tuple[Model, PlanSettings, list[str
     Raises:
         ValueError, FileNotFoundError: for a source or settings that cannot be.
     """
-    values = _read_config(settings.source)
-    config = EncoderConfig.from_dict(values)
-    task = settings.task or hub.task_of(values, config)
-    config = hub.config_for(task, config)
+    checkpoint = hub.open_checkpoint(settings.source, hub.CONFIG_FILES)
+    task = settings.task or checkpoint.task
+    config = checkpoint.config_for(task)
     reads = Model(config, task).max_length
     length = settings.max_length
     if length is None:
@@ -307,18 +304,6 @@ def planned_model(settings: PlanSettings) -> tuple[Model, PlanSettings, list[str
         remat=settings.remat,
     )
     return model, dataclasses.replace(settings, task=task, max_length=length), notes
-
-
-def _read_config(source: str) -> dict[str, Any]:
-    """From a config.json, a folder, or (that file alone) the hub."""
-    path = pathlib.Path(source)
-    if path.is_file():
-        values = read_json(path)
-        family_of(values.get("model_type", "<none>"))
-        return values
-    folder = hub.resolve(source, files=[f"*{hub.CONFIG}", MODULES])
-    modules = read_modules(folder)
-    return hub.read_config(modules[0][1] if modules else folder)
 
 
 # The program

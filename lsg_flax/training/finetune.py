@@ -30,7 +30,7 @@ from lsg_flax.data import (
     train_batches,
 )
 from lsg_flax.hub import LSGOptions
-from lsg_flax.models import TASKS, EncoderConfig, Model, Params, family_of
+from lsg_flax.models import TASKS, Model, Params, family_of
 from lsg_flax.sharding import batch_shardings, make_mesh, shard
 from lsg_flax.training import metrics
 from lsg_flax.training.log import train_flops
@@ -92,7 +92,7 @@ def finetune(settings: Settings, *, progress: bool = True) -> Finetuned:
     output = pathlib.Path(settings.output)
     mesh = _mesh(settings)
     source = _Source(settings)
-    _check_output(output, source.folder)
+    _check_output(output, source.checkpoint.folder)
     train, held_out = _data(settings, source, progress=progress)
 
     # ------------------------------------------------------------- model
@@ -135,16 +135,15 @@ class _Source:
     """The checkpoint that a run begins with.
 
     Attributes:
-        folder, config, tokenizer: what it is.
+        checkpoint, config, tokenizer: what it is.
         reads: how many tokens it can read.
         length: how many a row of the run has at most.
         converts: whether it gets LSG attention, or more positions, first.
     """
 
     def __init__(self, settings: Settings):
-        self.folder = hub.resolve(settings.model)
-        self.values = hub.read_config(self.folder)
-        self.config = EncoderConfig.from_dict(self.values)
+        self.checkpoint = hub.open_checkpoint(settings.model)
+        self.config = self.checkpoint.config
         family_of(self.config.model_type).head(settings.task)  # raises for one it does not have
         self.reads = Model(self.config, settings.task).max_length
         plain = self.config.lsg is None
@@ -162,7 +161,7 @@ class _Source:
                 f"train_only={settings.train_only!r}, but {settings.model} has full attention and "
                 "no global tokens; set convert (--convert) to give it some."
             )
-        self.tokenizer = hub.read_tokenizer(self.folder)
+        self.tokenizer = self.checkpoint.tokenizer
         if self.tokenizer is None:
             raise ValueError(
                 f"{settings.model} has no tokenizer; put its files (tokenizer.json or vocab.txt, "
@@ -187,9 +186,7 @@ class _Source:
 
     def _labels(self, settings: Settings) -> tuple[str, ...] | None:
         """Of a head that is trained further, if it has names: their order is the head's."""
-        family, labels = family_of(self.config.model_type), self.config.labels
-        classes = self.values.get("architectures") or []
-        trained = [family.task_of(name) for name in classes] == [settings.task]
+        labels, trained = self.config.labels, self.checkpoint.head == settings.task
         unnamed = all(label == f"LABEL_{number}" for number, label in enumerate(labels))
         if not TASKS[settings.task].named_labels or settings.problem_type == "regression":
             return None
@@ -210,11 +207,9 @@ class _Source:
         dtype = jnp.dtype(settings.dtype).type
         if not self.converts:
             overrides |= settings.lsg
-            model, params = hub.from_pretrained(
-                self.folder, settings.task, dtype=dtype, mesh=mesh, **overrides
-            )
+            model, params = self.checkpoint.load(settings.task, dtype=dtype, mesh=mesh, **overrides)
             return model.clone(remat=settings.remat), params
-        model, params = hub.from_pretrained(self.folder, settings.task, dtype=dtype, **overrides)
+        model, params = self.checkpoint.load(settings.task, dtype=dtype, **overrides)
         resize = self.config.lsg is not None
         model, params = hub.make_lsg(
             model,

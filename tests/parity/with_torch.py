@@ -17,7 +17,7 @@ import torch
 import transformers
 
 import lsg_flax
-from lsg_flax.hub.weights import read_tensors
+from lsg_flax.hub.weights import open_tensors
 from lsg_flax.models import FAMILIES
 
 REFERENCE, SAVED, OUT = map(pathlib.Path, sys.argv[2:])
@@ -34,7 +34,7 @@ def read_bfloat16():
     folder = OUT / "half"
     folder.mkdir()
     torch.save({k: v.bfloat16() for k, v in exact.items()}, folder / "pytorch_model.bin")
-    tensors = read_tensors(folder)
+    tensors = open_tensors(folder)
     return {
         name: [
             str(tensors[name].dtype),
@@ -59,7 +59,7 @@ def errors():
             contents = {"truncated": good[: len(good) // 2], "garbage": b"<html></html>"}
             file.write_bytes(contents.get(name, b""))
         try:
-            read_tensors(folder)
+            open_tensors(folder)
             found[name] = "no error"
         except ValueError as error:
             found[name] = str(error)

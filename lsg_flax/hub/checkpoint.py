@@ -1,0 +1,184 @@
+"""An opened checkpoint: a folder of Hugging Face's files as one value, which tells what it is and
+reads the rest when it is asked for."""
+
+import functools
+import os
+import pathlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+from flax.typing import Dtype
+from jax.sharding import Mesh
+
+from lsg_flax.convert_from_torch import params_from_torch
+from lsg_flax.files import read_json
+from lsg_flax.hub.sentence_files import MODULES, Modules, read_modules
+from lsg_flax.hub.tokenizer_files import Tokenizer, read_tokenizer
+from lsg_flax.hub.weights import CONFIG, Tensors, open_tensors
+from lsg_flax.models import EncoderConfig, Model, Params, family_of
+from lsg_flax.sharding import shardings_for
+
+ALL_FILES = ("*.json", "*.safetensors", "pytorch_model*.bin", "*.txt", "*.model")
+CONFIG_FILES = (f"*{CONFIG}", MODULES)
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A checkpoint, opened by `open_checkpoint`.
+
+    Attributes:
+        root: the folder that was asked for.
+        folder: that of config.json and the weights; sentence-transformers may have it inside root.
+        values: the fields of config.json.
+        config: the same, checked.
+        modules: class name and folder of each module of sentence-transformers; else empty.
+    """
+
+    root: pathlib.Path
+    folder: pathlib.Path
+    values: dict[str, Any]
+    config: EncoderConfig
+    modules: Modules
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """The names of PyTorch's classes in config.json; often one, none where it says nothing."""
+        names = self.values.get("architectures") or ()
+        # The reference's converter leaves a plain string.
+        return (names,) if isinstance(names, str) else tuple(names)
+
+    @property
+    def head(self) -> str | None:
+        """The task that `architectures` names, the base model's where it is empty; None for a class
+        that the family does not have."""
+        family = family_of(self.config.model_type)
+        return family.task_of(self.architectures[0]) if self.architectures else "base"
+
+    @property
+    def task(self) -> str:
+        """`head`, where a task is needed.
+
+        Raises:
+            ValueError: if the family has no such class.
+        """
+        family = family_of(self.config.model_type)
+        if self.head is None:
+            raise ValueError(
+                f"architectures={list(self.architectures)} in {CONFIG} is none of "
+                f"{[family.class_name(task, lsg=False) for task in family.heads]}; pass task=, one "
+                f"of {', '.join(family.heads)}."
+            )
+        return self.head
+
+    def config_for(self, task: str, **overrides: Any) -> EncoderConfig:
+        """The config as a model of the task has it, with other values for some fields.
+
+        Raises:
+            ValueError: if the family has no such head, or no such field.
+        """
+        fixed = family_of(self.config.model_type).head(task).task.fixed
+        return self.config.with_overrides(**overrides).with_overrides(**fixed)
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """A new tokenizer from the folder's files; None if there are none."""
+        return read_tokenizer(self.folder)
+
+    @property
+    def tensors(self) -> Tensors:
+        """The tensors by their PyTorch names, see `weights.open_tensors`."""
+        return open_tensors(self.folder)
+
+    def load(
+        self,
+        task: str | None = None,
+        *,
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
+        mesh: Mesh | None = None,
+        check: bool = False,
+        **config_overrides: Any,
+    ) -> tuple[Model, Params]:
+        """The model and its parameters; arguments and errors are those of `from_pretrained`."""
+        task = task or self.task
+        config = self.config_for(task, **config_overrides)
+        model = Model(config, task, dtype=dtype, param_dtype=param_dtype)
+        place = None if mesh is None else functools.partial(_place, mesh)
+        params = params_from_torch(self.tensors, model, place)
+        if check:
+            _check_finite(params)
+        return model, params
+
+
+def open_checkpoint(path_or_id: str | os.PathLike, files: Sequence[str] = ALL_FILES) -> Checkpoint:
+    """Opens a folder, the config.json in one, or a repository of the hub, which is downloaded.
+
+    Args:
+        files: patterns of what to download; with `CONFIG_FILES` the model is known, not its
+            weights.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint.
+        ValueError: for a damaged config.json or modules.json, an unsupported model_type or setting.
+    """
+    file, modules = pathlib.Path(path_or_id), []
+    root = file.parent
+    if file.suffix != ".json" or not file.is_file():
+        root = resolve(path_or_id, files)
+        modules = read_modules(root)
+        file = (modules[0][1] if modules else root) / CONFIG
+    if not file.exists():
+        there = sorted(p.name for p in file.parent.iterdir())[:10]
+        raise FileNotFoundError(f"{file.parent} has no {CONFIG}; it holds {there}.")
+    values = read_json(file)
+    family_of(values.get("model_type", "<none>"))  # raises before other fields are looked at
+    return Checkpoint(root, file.parent, values, EncoderConfig.from_dict(values), modules)
+
+
+def resolve(path_or_id: str | os.PathLike, files: Sequence[str] = ALL_FILES) -> pathlib.Path:
+    """The local folder of a checkpoint, downloaded from the hub if it is not one already.
+
+    Args:
+        files: patterns of what to download.
+
+    Raises:
+        FileNotFoundError: if there is neither such a folder nor such a repository.
+    """
+    folder = pathlib.Path(path_or_id)
+    if folder.is_dir():
+        return folder
+    name = str(path_or_id)
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(
+            f"{name} is not a folder; give the folder that holds {CONFIG}, or a hub id such as "
+            "'bert-base-uncased'."
+        )
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=list(files)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"{name} is neither a local folder nor a repository that the hub gave us: {error}"
+        ) from error
+
+
+def _place(mesh: Mesh, path: str, read, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    sharding = shardings_for({path: leaf}, mesh)[path]
+    return jax.make_array_from_callback(leaf.shape, sharding, read)
+
+
+def _check_finite(params: Params) -> None:
+    """Raises ValueError naming every parameter that holds NaN or infinity."""
+    leaves: dict[str, Any] = flax.traverse_util.flatten_dict(params, sep="/")
+    broken = [path for path, leaf in leaves.items() if not bool(jnp.isfinite(leaf).all())]
+    if broken:
+        raise ValueError(
+            f"NaN or infinity in {len(broken)} of {len(leaves)} parameters: "
+            f"{', '.join(broken[:12])}."
+        )
