@@ -19,9 +19,9 @@ def test_readme_block(block, tmp_path, monkeypatch):
     exec(compile(block, str(README), "exec"), {})
 
 
-def test_map_names_every_module():
-    """By its name, or by that of its folder."""
-    text = README.read_text()
-    modules = (README.parent / "lsg_flax").rglob("*.py")
-    named = {m: m.name in text or f"lsg_flax/{m.parent.name}" in text for m in modules}
-    assert not [m for m, is_named in named.items() if not is_named and m.name != "__init__.py"]
+def test_map_names_every_part():
+    """Each file and folder of the package by its name."""
+    text, package = README.read_text(), README.parent / "lsg_flax"
+    parts = {p.name for p in package.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    missing = [part for part in sorted(parts - {"__init__.py"}) if f"`{part}" not in text]
+    assert not [part for part in missing if f"lsg_flax/{part}" not in text]

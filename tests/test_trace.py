@@ -102,7 +102,7 @@ def test_the_hub_is_an_opened_checkpoint(trace):
     """The command asks that alone; its tensors are read by who makes parameters of them."""
     assert trace.into_hub == {
         ("cli/predict", "hub/checkpoint"),
-        ("convert_from_torch", "hub/weights"),
+        ("models/layout", "hub/weights"),
     }
 
 

@@ -17,8 +17,7 @@ Encoding = dict[str, Any]
 def check_encoding(
     name: str, encoding: Encoding, like: Encoding, *, model: Model, longest: int
 ) -> None:
-    """Raises ValueError for a document, called `name`, that cannot be read, or has other fields
-    than the document `like`."""
+    """As `Predictor.check`."""
     config = model.config
     tables = {
         "input_ids": ("vocab_size", config.vocab_size),

@@ -138,15 +138,8 @@ class Predictor:
             yield encodings
 
     def check(self, name: str, encoding: Encoding, *, like: Encoding) -> None:
-        """Raises for a document that cannot be read; values cannot be checked under jit.
-
-        Args:
-            name: what messages call it.
-            like: another document, which has the same fields.
-
-        Raises:
-            ValueError: as the call.
-        """
+        """Raises ValueError for a document, called `name`, that cannot be read or has other fields
+        than the document `like`; values cannot be checked under jit."""
         check_encoding(name, encoding, like, model=self.model, longest=self.buckets[-1])
 
     def settings(self) -> dict[str, Any]:
@@ -205,14 +198,11 @@ def predict(
     progress: bool = True,
 ) -> list[Result]:
     """The outputs of each document, in order and without padding, by a `Predictor`, whose settings
-    these are.
+    these are and which raises.
 
     Returns:
         One dict per document of the task's outputs by Hugging Face's names, numpy arrays without
         the batch axis.
-
-    Raises:
-        ValueError: as `Predictor` and its call.
     """
     predictor = Predictor(
         model, params, batch_size=batch_size, buckets=buckets, fields=fields, mesh=mesh

@@ -2,21 +2,21 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lsg_flax.models import Model, Params
+from lsg_flax.models import Batch, Model, Params
 from lsg_flax.sharding import shard_batch
 
-Select = Callable[[dict[str, jax.Array], dict[str, jax.Array]], dict[str, jax.Array]]
+Outputs = dict[str, jax.Array]
+Select = Callable[[Outputs, Batch], Outputs]
 
 
 def outputs_of(
-    model: Model, params: Params, batch: dict[str, Any], fields: tuple[str, ...] | None
-) -> dict[str, jax.Array]:
+    model: Model, params: Params, batch: Batch, fields: tuple[str, ...] | None
+) -> Outputs:
     """The outputs of these names, or all; raises ValueError for one that the task does not have."""
     output = vars(model.apply({"params": params}, **batch))
     given = [name for name, value in output.items() if value is not None]
@@ -41,14 +41,14 @@ class Program:
     ):
         self.compilations, self.mesh = 0, mesh
 
-        def apply(params: Params, batch: dict[str, Any]) -> dict[str, jax.Array]:
+        def apply(params: Params, batch: Batch) -> Outputs:
             self.compilations += 1
             chosen = outputs_of(model, params, batch, fields)
             return select(chosen, batch) if select else chosen
 
         self._apply = jax.jit(apply)
 
-    def start(self, params: Params, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    def start(self, params: Params, batch: dict[str, np.ndarray]) -> Outputs:
         """Gives a batch to the device; the outputs come to the host as soon as they are there."""
         if self.mesh is None:
             outputs = self._apply(params, batch)
