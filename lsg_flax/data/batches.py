@@ -3,7 +3,7 @@ same seed, and for any number of processes together.
 
 Batch n is a pure function of n (order.py), so the state of an iterator is a number.
 
-Axes: M microbatches, B batch, C choices, T tokens, K labels.
+Axes: M microbatches, B batch, C choices, T tokens, Y labels.
 """
 
 import math
@@ -333,7 +333,7 @@ def _own_labels(
 
 def _targets(
     dataset: TokenizedDataset, name: str, rows: Int[np.ndarray, "B"], length: int
-) -> Shaped[np.ndarray, "B *K"]:
+) -> Shaped[np.ndarray, "B *Y"]:
     """Of rows, one each: for -1 what the loss ignores, labels of -100 and positions behind the
     end; for floats, which have no such value, 0."""
     stored = dataset.arrays[name]

@@ -5,7 +5,7 @@ into memory on reading. A row has tokens in one or more streams ("input"; what i
 another). The sequences of a stream lie one after the other, `STREAM_offsets` says where each
 begins. `records` are lines of JSON, one per example.
 
-Axes: R rows, C sequences of a row (choices), T tokens, K labels.
+Axes: O rows of the data, C choices, T tokens, Y labels.
 """
 
 import functools
@@ -132,7 +132,7 @@ class Stream:
     fields: dict[str, Shaped[np.ndarray, "T"]]  # by the names they have in a batch
 
     @functools.cached_property
-    def lengths(self) -> Int[np.ndarray, "R"]:
+    def lengths(self) -> Int[np.ndarray, "O"]:
         """Tokens of each row, of its longest sequence."""
         return np.diff(self.offsets).reshape(-1, math.prod(self.shape)).max(axis=1)
 
@@ -198,7 +198,7 @@ class TokenizedDataset:
         return self.options["task"]
 
     @property
-    def lengths(self) -> Int[np.ndarray, "R"]:
+    def lengths(self) -> Int[np.ndarray, "O"]:
         """Tokens of each row's input, of the longest where there are choices."""
         return self.streams[INPUT].lengths
 
@@ -270,14 +270,14 @@ class Sequences(NamedTuple):
     """The tokens of a row in one stream, arrays by the names they have in a batch."""
 
     lengths: int | Int[np.ndarray, "C"]  # of the one sequence that a row has, or of several
-    fields: dict[str, Shaped[np.ndarray, "T *K"]]  # all sequences, one after the other
+    fields: dict[str, Shaped[np.ndarray, "T *Y"]]  # all sequences, one after the other
 
 
 class EncodedRow(NamedTuple):
     """A row as it is stored: its tokens by stream, the input first, and what it has one of."""
 
     streams: dict[str, Sequences]
-    targets: dict[str, Shaped[np.ndarray, "*K"] | np.generic]
+    targets: dict[str, Shaped[np.ndarray, "*Y"] | np.generic]
 
 
 class RowWriter:
@@ -317,7 +317,7 @@ class RowWriter:
         self.rows, self.examples = self.rows + len(rows), self.examples + len(records)
 
     def _add_stream(self, name: str, parts: list[Sequences]) -> None:
-        lengths = np.array([part.lengths for part in parts], np.int64)  # [R] or [R, C]
+        lengths = np.array([part.lengths for part in parts], np.int64)  # [O] or [O, C]
         if name not in self._tokens:
             self._files.append(f"{name}_offsets", np.zeros(1, np.int64))
         offsets = self._tokens.get(name, 0) + np.cumsum(lengths.reshape(-1))

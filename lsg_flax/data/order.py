@@ -1,7 +1,7 @@
 """Which rows of the data are in batch n, and which of them a process holds. A pure function of n:
 nothing has to be kept to go on anywhere.
 
-Axes: M microbatches, B batch, R rows, N batches.
+Axes: M microbatches, B batch, O rows of the data, Z batches.
 """
 
 import bisect
@@ -52,7 +52,7 @@ class ProcessShare:
         """Of a whole step, all processes together."""
         return self.batch_size * self.microbatches
 
-    def own(self, places: Int[np.ndarray, "R"]) -> Int[np.ndarray, "M B"]:
+    def own(self, places: Int[np.ndarray, "O"]) -> Int[np.ndarray, "M B"]:
         """This process's share of all rows."""
         shares = places.reshape(self.microbatches, self.count, -1)  # [M, processes, B]
         return shares[:, self.index]
@@ -69,7 +69,7 @@ class Order:
 
     def __init__(
         self,
-        lengths: Sequence[Int[np.ndarray, "R"]],
+        lengths: Sequence[Int[np.ndarray, "O"]],
         *,
         ladders: Sequence[Sequence[int]],
         size: int,
@@ -80,7 +80,7 @@ class Order:
         """For each stream its rows' lengths, and the ladder of those it is padded to."""
         sizes = [len(ladder) for ladder in ladders]
         rungs = tuple(np.searchsorted(*pair) for pair in zip(ladders, lengths, strict=True))
-        numbers = np.ravel_multi_index(rungs, sizes)  # [R], of the rows' buckets
+        numbers = np.ravel_multi_index(rungs, sizes)  # [O], of the rows' buckets
         used = np.unique(numbers)
         rungs = zip(ladders, np.unravel_index(used, sizes), strict=True)
         self.buckets = [*zip(*(np.take(*pair).tolist() for pair in rungs), strict=True)]
@@ -101,7 +101,7 @@ class Order:
         enough = (number + len(self.buckets) + 1) * self._size // rows + 2
         return bisect.bisect_right(range(enough), number, key=self.start) - 1
 
-    def batch(self, number: int) -> tuple[tuple[int, ...], Int[np.ndarray, "R"]]:
+    def batch(self, number: int) -> tuple[tuple[int, ...], Int[np.ndarray, "O"]]:
         """The bucket of batch `number`, and its rows."""
         epoch = self.epoch_of(number)
         bucket, turn = self._listed(epoch)[number - self.start(epoch)].tolist()
@@ -112,7 +112,7 @@ class Order:
             return epoch * rows // self._size
         return epoch * -(-rows // self._size)
 
-    def _list(self, epoch: int) -> Int[np.ndarray, "N 2"]:
+    def _list(self, epoch: int) -> Int[np.ndarray, "Z 2"]:
         """Bucket and place in its stream of each batch of an epoch, in their order."""
         parts = []
         for bucket, rows in enumerate(self._members):
@@ -123,7 +123,7 @@ class Order:
             return pairs
         return np.random.default_rng([self._seed, _BATCHES, epoch]).permutation(pairs)
 
-    def _rows(self, bucket: int, epoch: int, turn: int) -> Int[np.ndarray, "R"]:
+    def _rows(self, bucket: int, epoch: int, turn: int) -> Int[np.ndarray, "O"]:
         count = len(self._members[bucket])
         if self._remainder == "fill":
             first = (turn - self._before(epoch, count)) * self._size
@@ -133,7 +133,7 @@ class Order:
         parts = [self._permuted(bucket, int(e))[places[epochs == e]] for e in np.unique(epochs)]
         return np.concatenate(parts)
 
-    def _permute(self, bucket: int, epoch: int) -> Int[np.ndarray, "R"]:
+    def _permute(self, bucket: int, epoch: int) -> Int[np.ndarray, "O"]:
         if not self._shuffle:
             return self._members[bucket]
         generator = np.random.default_rng([self._seed, _ROWS, epoch, bucket])

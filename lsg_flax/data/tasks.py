@@ -1,6 +1,6 @@
 """From rows of data to rows of tokens and labels, by what a task's examples are.
 
-Axes: T tokens, K labels.
+Axes: T tokens, Y labels.
 """
 
 import itertools

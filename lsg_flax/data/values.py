@@ -1,6 +1,6 @@
 """Values in rows of data: checked, or a ValueError that says what stands there instead.
 
-Axes: K labels.
+Axes: Y labels.
 """
 
 import math
@@ -81,8 +81,8 @@ def names_of_labels(values: Iterable[object]) -> tuple[str, ...]:
     return tuple(map(str, range(max(numbers) + 1))) if numbers else tuple(sorted(names))
 
 
-def numbers_in(value: Any) -> Float[np.ndarray, "K"]:
-    """A number or a list of them, [K] in float32, or a ValueError."""
+def numbers_in(value: Any) -> Float[np.ndarray, "Y"]:
+    """A number or a list of them, [Y] in float32, or a ValueError."""
     try:
         numbers = [float(v) for v in (value if isinstance(value, list) else [value])]
     except (TypeError, ValueError) as error:

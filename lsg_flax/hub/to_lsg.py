@@ -6,7 +6,7 @@ No weight is trained: positions repeat, and a global token starts as [CLS] or [M
 are those of the reference's LSGConverter (reference-behaviour 1.9); its random draws can be
 injected. Written once for all families.
 
-Axes: P rows of a position table, V vocabulary, D embedding width, G = 512 rows of the global table.
+Axes: P positions of a table, V vocabulary, E embedding width, G global tokens, 512 in the table.
 """
 
 from dataclasses import dataclass, replace
@@ -51,8 +51,8 @@ class Draws:
     random globals, the samples."""
 
     position_noise: np.ndarray | None = None  # [512 - P, D]
-    global_noise: np.ndarray | None = None  # [512, D]
-    global_samples: np.ndarray | None = None  # [512, D]; made from global_noise if not given
+    global_noise: np.ndarray | None = None  # [512, E]
+    global_samples: np.ndarray | None = None  # [512, E]; made from global_noise if not given
 
 
 def to_lsg(
@@ -105,8 +105,8 @@ def to_lsg(
 
 
 def _longer_table(
-    table: Float[np.ndarray, "P D"], extended_by: str, offset: int, rows: int
-) -> Float[np.ndarray, "Q D"]:
+    table: Float[np.ndarray, "P E"], extended_by: str, offset: int, rows: int
+) -> Float[np.ndarray, "Q E"]:
     """A position table with `rows` rows behind the first `offset`."""
     if extended_by == "sinusoid":
         return sinusoids(rows + offset, table.shape[1])
@@ -115,7 +115,7 @@ def _longer_table(
     return np.concatenate([head, tiled])
 
 
-def sinusoids(rows: int, width: int) -> Float[np.ndarray, "P D"]:
+def sinusoids(rows: int, width: int) -> Float[np.ndarray, "P E"]:
     """The fixed position table of Pegasus: sines in the first half of the columns, cosines in the
     second."""
     half = np.arange((width + 1) // 2)
@@ -125,8 +125,8 @@ def sinusoids(rows: int, width: int) -> Float[np.ndarray, "P D"]:
 
 
 def spread_positions(
-    positions: Float[np.ndarray, "P D"], stride: int, noise: Float[np.ndarray, "M D"]
-) -> Float[np.ndarray, "G D"]:
+    positions: Float[np.ndarray, "P E"], stride: int, noise: Float[np.ndarray, "M E"]
+) -> Float[np.ndarray, "G E"]:
     """512 rows of a position table in the order that the globals take them: row k at position
     stride * k, wrapping around.
 
@@ -145,7 +145,7 @@ def spread_positions(
             f"global_positional_stride={stride} does not fit a table of {len(positions)} "
             f"positions; choose one of {allowed}."
         )
-    every = positions[: count * factor : factor]  # [512, D]
+    every = positions[: count * factor : factor]  # [512, E]
     return np.concatenate([every[start::step] for start in range(step)])
 
 
@@ -184,7 +184,7 @@ def _global_embeddings(
         )
     spread = (
         spread_positions(positions, options.global_positional_stride, noise) + segment
-    )  # [G, D]
+    )  # [G, E]
     if options.random_global_init:
         rows = np.array(samples)
         rows[0] = words[bos] + segment  # a second time, as in the reference
@@ -195,10 +195,10 @@ def _global_embeddings(
 
 
 def _word_samples(
-    words: Float[np.ndarray, "V D"],
+    words: Float[np.ndarray, "V E"],
     generator: np.random.Generator,
-    noise: Float[np.ndarray, "G D"] | None,
-) -> Float[np.ndarray, "G D"]:
+    noise: Float[np.ndarray, "G E"] | None,
+) -> Float[np.ndarray, "G E"]:
     """512 draws from the normal distribution with the mean and covariance of the word table."""
     covariance = np.cov(words.T)
     if len(words) > words.shape[1]:

@@ -1,6 +1,6 @@
 """Self- and cross-attention as layers: projections around the attention patterns.
 
-Axes: B batch, T tokens, S states of the encoder, D model width, N heads, H head width.
+Axes: B batch, T tokens, S keys (an encoder's states), D model width, N heads, H head width.
 """
 
 from typing import Any, NamedTuple

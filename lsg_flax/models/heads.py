@@ -1,7 +1,7 @@
 """Heads: from the encoder's last state to a task's outputs, which have one type.
 
-Axes: B batch, C choices, T tokens, D model width, E embedding width, V vocabulary, K labels, G
-    global tokens.
+Axes: B batch, C choices, T tokens, D model width, E embedding width, V vocabulary, Y labels, G
+global tokens.
 """
 
 from typing import Any
@@ -120,7 +120,7 @@ class SequenceClassificationHead(_Classifier):
 
     @nn.compact
     def __call__(self, last, pooled, words):
-        return ModelOutput(logits=self.classify(pooled, self.config.num_labels))  # [B, K]
+        return ModelOutput(logits=self.classify(pooled, self.config.num_labels))  # [B, Y]
 
 
 class FirstTokenHead(_Classifier):
@@ -167,7 +167,7 @@ class TokenClassificationHead(_Classifier):
     @nn.compact
     def __call__(self, last, pooled, words):
         rate = self.config.hidden_dropout_prob if self.of_hidden else None
-        return ModelOutput(logits=self.classify(last, self.config.num_labels, rate))  # [B, T, K]
+        return ModelOutput(logits=self.classify(last, self.config.num_labels, rate))  # [B, T, Y]
 
 
 class MultipleChoiceHead(_Classifier):

@@ -1,6 +1,6 @@
 """What a model is given: arrays by name, checked before anything is computed.
 
-Axes: B batch, C choices, T tokens, S states of an encoder, D model width.
+Axes: B batch, C choices, T tokens, S keys (an encoder's states), D model width.
 """
 
 from typing import Any, NamedTuple

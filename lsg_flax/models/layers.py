@@ -1,8 +1,8 @@
 """Linen parts shared by all models. Maths lives in pure functions; modules own only parameters and
 dropout.
 
-Axes: B batch, T tokens, D model width, E embedding width, F outputs of a projection, V rows of a
-table.
+Axes: B batch, T tokens, D model width, E embedding width, F features of a projection, I its groups,
+V vocabulary.
 """
 
 from collections.abc import Callable
@@ -247,7 +247,7 @@ class Projection(Part):
         init = nn.initializers.normal(self.config.initializer_range)
         shape = (x.shape[self.reads.index("d")], self.features)
         if groups > 1:
-            shape = (groups, *(size // groups for size in shape))  # [G, D/G, F/G]
+            shape = (groups, *(size // groups for size in shape))  # [I, D/I, F/I]
         kernel = self.param("kernel", init, shape, context.param_dtype).astype(context.dtype)
         run: Any = project if groups == 1 else project_groups
 
@@ -264,13 +264,13 @@ class Projection(Part):
 
 
 def project_groups(
-    x: Array, kernel: Float[Array, "G I O"], reads: AxisOrder = "btd", writes: AxisOrder = "btd"
+    x: Array, kernel: Float[Array, "I _ _"], reads: AxisOrder = "btd", writes: AxisOrder = "btd"
 ) -> Array:
-    """`project` where group g of the inputs makes group g of the outputs, I to O features, without
-    the zeros that one matrix of all groups would hold."""
+    """`project` where group i of the inputs makes group i of the outputs, by kernels [I, D/I, F/I],
+    without the zeros that one matrix of all groups would hold."""
     groups = kernel.shape[0]
-    axis, ahead = reads.index("d"), writes.replace("d", "gf")
+    axis, ahead = reads.index("d"), writes.replace("d", "if")
     split = x.reshape(*x.shape[:axis], groups, -1, *x.shape[axis + 1 :])
-    y = jnp.einsum(f"{reads.replace('d', 'gd')},gdf->{ahead}", split, kernel)
-    axis = ahead.index("g")
+    y = jnp.einsum(f"{reads.replace('d', 'id')},idf->{ahead}", split, kernel)
+    axis = ahead.index("i")
     return y.reshape(*y.shape[:axis], -1, *y.shape[axis + 2 :])

@@ -1,8 +1,8 @@
 """How PyTorch stores the parameters of a module, and how we do: the layouts that the families' rows
 name.
 
-Axes: D inputs and F outputs of a projection, G its groups. Ours are stacked over layers, which
-nothing here sees.
+Axes: D model width and F features of a projection, I its groups. Ours are stacked over layers,
+which nothing here sees.
 """
 
 from collections.abc import Callable
@@ -44,7 +44,7 @@ class Leaf(NamedTuple):
 
 
 def _grouped_to_torch(kernel: np.ndarray) -> np.ndarray:
-    groups, inputs, outputs = kernel.shape  # [G, D/G, F/G]
+    groups, inputs, outputs = kernel.shape  # [I, D/I, F/I]
     return kernel.swapaxes(1, 2).reshape(groups * outputs, inputs, 1)
 
 
@@ -63,7 +63,7 @@ TRANSPOSED = Storage(
     lambda ours: ours.T,
     lambda tensor, index, _: tensor[index[::-1]].T,
 )
-GROUPED = Storage(  # [F, D/G, 1], the weight of a convolution over one token
+GROUPED = Storage(  # [F, D/I, 1], the weight of a convolution over one token
     "grouped",
     3,
     lambda shape: (shape[0] * shape[2], shape[1], 1),

@@ -1,6 +1,6 @@
 """The model of a task: a body with a head, one call signature for all.
 
-Axes: B batch, C choices, T tokens, S states of an encoder, D model width, V vocabulary.
+Axes: B batch, C choices, T tokens, S keys (an encoder's states), D model width, V vocabulary.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """The tasks of pipelines whose answers are places in the text: token classification and question
 answering.
 
-Axes: T tokens, K labels, L answer lengths.
+Axes: T tokens, Y labels, A answer lengths.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ Aggregation = Literal["none", "simple", "first", "average", "max"]
 
 
 class _Piece(NamedTuple):
-    """A token, or a word of several, with the scores [K] of its labels."""
+    """A token, or a word of several, with the scores [Y] of its labels."""
 
     word: str
     scores: np.ndarray
@@ -266,7 +266,7 @@ def best_spans(
     """The `count` best (first, last, score) of up to `longest` tokens, both ends allowed; the score
     is start * end. All [T, T] pairs are never formed: documents are long."""
     length = len(start)
-    last = np.arange(length)[:, None] + np.arange(min(longest, length))[None]  # [T, L]
+    last = np.arange(length)[:, None] + np.arange(min(longest, length))[None]  # [T, A]
     inside = last < length
     last = np.minimum(last, length - 1)
     scores = np.where(inside & allowed[:, None] & allowed[last], start[:, None] * end[last], -1.0)

@@ -4,7 +4,7 @@ Those whose answers are places in the text are in spans.py.
 A task is a frozen dataclass: its fields are the options, by Hugging Face's names. Answers are those
 of transformers 4.37 but for what `pipelines.pipeline` lists.
 
-Axes: B batch, T tokens, V vocabulary, K labels, P masked places, D model width.
+Axes: B batch, T tokens, U masked tokens, V vocabulary, Y labels, D model width.
 """
 
 from collections.abc import Iterable, Sequence
@@ -101,7 +101,7 @@ class PipelineTask:
 
 
 class _MaskLogits(NamedTuple):
-    """The logits [B, P, V] at the first `places` mask tokens, instead of all [B, T, V]."""
+    """The logits [B, U, V] at the first `places` mask tokens, instead of all [B, T, V]."""
 
     mask_token_id: int
     places: int
@@ -276,7 +276,7 @@ def check_choice(name: str, value: object, allowed: Iterable) -> None:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {list(allowed)}.")
 
 
-def softmax(logits: Float[np.ndarray, "*N K"]) -> Float[np.ndarray, "*N K"]:
+def softmax(logits: Float[np.ndarray, "*N Y"]) -> Float[np.ndarray, "*N Y"]:
     """Over the last axis."""
     exponents = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return exponents / exponents.sum(axis=-1, keepdims=True)
