@@ -32,7 +32,7 @@ from lsg_flax.data import (
 )
 from lsg_flax.hub import LSGOptions
 from lsg_flax.models import EncoderConfig, Model, Params, family_of
-from lsg_flax.sharding import batch_shardings, make_mesh, shard
+from lsg_flax.sharding import check_batches, make_mesh, shard
 from lsg_flax.training import metrics
 from lsg_flax.training.log import train_flops
 from lsg_flax.training.loop import TrainState, fit, init_state, make_train_step
@@ -317,15 +317,8 @@ def _buckets(settings: Settings, model: Model, mesh: Mesh | None) -> tuple[int, 
     rows = {"batch_size": settings.microbatch_size}
     if settings.eval_batch_size is not None:
         rows["eval_batch_size"] = settings.eval_batch_size
-    for name, size in rows.items():
-        for bucket in buckets:
-            shape = jax.ShapeDtypeStruct((size, bucket), np.int32)
-            try:
-                batch_shardings({"input_ids": shape}, mesh)
-            except ValueError as error:
-                raise ValueError(f"{name} gives {size} rows of {bucket} tokens: {error}") from error
-            if shards > 1 and model.config.lsg:
-                model.config.lsg.needs_padding(bucket, shards)
+    lsg = model.config.lsg
+    check_batches(mesh, rows, buckets, lsg and lsg.needs_padding)
     return buckets
 
 
