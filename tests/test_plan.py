@@ -16,16 +16,10 @@ from lsg_flax.convert_from_torch import example_ids
 from lsg_flax.models import FAMILIES, TASKS
 from lsg_flax.planning import plan
 from lsg_flax.planning import search as plan_search
+from lsg_flax.planning.compile import compile_plan, out_of_memory
 from lsg_flax.planning.hlo import Collective, read_program
-from lsg_flax.planning.plan import (
-    Memory,
-    Plan,
-    PlanSettings,
-    abstract_batch,
-    compile_plan,
-    out_of_memory,
-    planned_model,
-)
+from lsg_flax.planning.program import abstract_batch, planned_model
+from lsg_flax.planning.settings import ChipMemory, Plan, PlanSettings
 from lsg_flax.training import losses
 
 TINY = {
@@ -347,7 +341,7 @@ def fake_planner(fixed: float, per_row: dict[str, float], capacity: float = 100.
         rows = settings.batch_size / settings.accumulate / plan_search.batch_shards(settings)
         own = fixed / (mesh["fsdp"] * mesh["sequence"])
         needed = own + per_row[settings.remat] * rows / mesh["sequence"]
-        memory = Memory(parameters=int(own), optimizer=0, batch=0)
+        memory = ChipMemory(parameters=int(own), optimizer=0, batch=0)
         fits = needed <= capacity
         return Plan(settings, (), memory, int(capacity), int(needed), fits, None, None, 0.0, {})
 

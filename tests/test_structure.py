@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "pipelines": "buckets files hub inference models",
     "planning": "chips convert_from_torch files hub inference models patterns sharding training",
     "__init__": "attention generation hub models patterns pipelines",
-    "cli": "__init__ chips hub models patterns pipelines planning sharding training",
+    "cli": "__init__ chips files hub models patterns pipelines planning sharding training",
 }
 PARTS = list(MAY_IMPORT)
 MODULES = sorted(str(p.relative_to(PACKAGE).with_suffix("")) for p in PACKAGE.rglob("*.py"))
