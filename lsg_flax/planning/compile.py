@@ -35,23 +35,15 @@ def compile_plan(settings: PlanSettings) -> Plan:
         with jax.set_mesh(mesh):
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        return _refused(settings, notes, topology, memory, str(error), time.perf_counter() - start)
+        said, seconds = str(error), time.perf_counter() - start
+        needed, capacity = out_of_memory(said)  # raises for any other error
+        return Plan(settings, notes, memory, capacity, needed, False, said, None, seconds, {})
     seconds = time.perf_counter() - start
     memory = _measured(memory, compiled.memory_analysis())
     program = read_program(compiled.as_text() or "")
-    chip = topology.chip
-    return Plan(
-        settings,
-        tuple(notes),
-        memory,
-        chip.memory if chip else None,
-        memory.total,
-        True,
-        None,
-        program,
-        seconds,
-        _times(topology, program),
-    )
+    room = topology.chip.memory if topology.chip else None
+    times = _times(topology, program)
+    return Plan(settings, notes, memory, room, memory.total, True, None, program, seconds, times)
 
 
 def _measured(memory: ChipMemory, stats: Any) -> ChipMemory:
@@ -67,14 +59,6 @@ def _measured(memory: ChipMemory, stats: Any) -> ChipMemory:
         code=stats.generated_code_size_in_bytes,
         padding=max(stats.argument_size_in_bytes - known, 0),
     )
-
-
-def _refused(
-    settings, notes, topology: Topology, memory: ChipMemory, message: str, seconds: float
-) -> Plan:
-    """A plan that does not fit, with the compiler's numbers; any other error is raised."""
-    needed, capacity = out_of_memory(message)
-    return Plan(settings, tuple(notes), memory, capacity, needed, False, message, None, seconds, {})
 
 
 def out_of_memory(message: str) -> tuple[int, int]:

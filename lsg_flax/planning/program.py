@@ -23,7 +23,7 @@ DEFAULT_LENGTH = 4096  # of a checkpoint with full attention, as `convert` makes
 _CHOICES = 4  # of a multiple choice
 
 
-def planned_model(settings: PlanSettings) -> tuple[Model, PlanSettings, list[str]]:
+def planned_model(settings: PlanSettings) -> tuple[Model, PlanSettings, tuple[str, ...]]:
     """The model that would run, the settings with task and length filled in, and notes on both.
 
     Raises:
@@ -58,7 +58,7 @@ def planned_model(settings: PlanSettings) -> tuple[Model, PlanSettings, list[str
         param_dtype=jnp.dtype(settings.param_dtype),
         remat=settings.remat,
     )
-    return model, dataclasses.replace(settings, task=task, max_length=length), notes
+    return model, dataclasses.replace(settings, task=task, max_length=length), tuple(notes)
 
 
 def _read_config(source: str) -> dict[str, Any]:

@@ -20,6 +20,13 @@ from lsg_flax.models import Batch
 from lsg_flax.training.flops import peak_flops
 from lsg_flax.training.losses import Metrics
 
+_SHOWN = {  # by the bar
+    "loss": "loss {:.4f}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "mfu": "MFU {:.1%}",
+    "compilations": "compiled {}x",
+}
+
 
 class CompilationCounter:
     """Counts how often XLA compiles a jitted function, inside a `with`.
@@ -117,14 +124,7 @@ class RunLog:
 
 
 def _summary(record: Metrics) -> str:
-    parts = [f"loss {record['loss']:.4f}"]
-    if "tokens_per_second" in record:
-        parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
-    if "mfu" in record:
-        parts.append(f"MFU {record['mfu']:.1%}")
-    if "compilations" in record:
-        parts.append(f"compiled {record['compilations']}x")
-    return ", ".join(parts)
+    return ", ".join(text.format(record[name]) for name, text in _SHOWN.items() if name in record)
 
 
 def _drop_after(file: pathlib.Path, last: int) -> None:

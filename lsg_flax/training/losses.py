@@ -2,7 +2,7 @@
 
 A batch is a dict of arrays by Hugging Face's names: arguments of the model and, beside them, the
 targets (the record of the task says which). A loss is a weighted sum of terms, each a sum over the
-labels that count divided by their number; loop.py keeps the two apart to accumulate microbatches.
+labels that count divided by their number; step.py keeps the two apart to accumulate microbatches.
 
 Axes: M microbatches, B batch, T tokens, K labels or vocabulary.
 """

@@ -107,10 +107,6 @@ _program: Any = functools.lru_cache(maxsize=8)(_make_program)
 # What is kept of a batch for the scores, as small as it can be
 
 
-def _nothing(model: Model, output: ModelOutput, batch: Batch) -> dict[str, jax.Array]:
-    return {}
-
-
 def _logits(model: Model, output: ModelOutput, batch: Batch) -> dict[str, jax.Array]:
     (target,) = model.task_record.targets
     logits = getattr(output, target.output)
@@ -188,7 +184,7 @@ _SCORERS: dict[str, _Scorer] = {
     "regression": _Scorer(_logits, _of_arrays(_of_regression)),
     "entities": _Scorer(_classes, _of_entities),
     "positions": _Scorer(_spans, _of_arrays(span_scores)),
-    "language": _Scorer(_nothing, lambda *given: {"perplexity": perplexity(given[-1])}),
+    "language": _Scorer(lambda *_: {}, lambda *given: {"perplexity": perplexity(given[-1])}),
 }
 
 

@@ -17,7 +17,7 @@ from lsg_flax.patterns import LSGConfig
 from lsg_flax.sharding import AXES
 from lsg_flax.training.coerce import check_names, coerced, read_yaml
 from lsg_flax.training.optimizers import Schedule, make_optimizer
-from lsg_flax.training.states import BestMode, Saving
+from lsg_flax.training.states import Saving
 
 Group = Literal["data", "model", "training", "devices", "run"]
 Precision = Literal["float32", "bfloat16"]
@@ -214,24 +214,9 @@ class Settings:
             )
 
     @property
-    def judged_by(self) -> str | None:
-        """The score that chooses the best model."""
-        return self.best or ("eval_loss" if self.eval_data is not None else None)
-
-    @property
-    def mode(self) -> BestMode:
-        """Whether `judged_by` is best at its highest or lowest."""
-        return "min" if self.judged_by in _LOWER_IS_BETTER else "max"
-
-    @property
     def microbatch_size(self) -> int:
         """Rows that go through the model at once."""
         return self.batch_size // self.accumulate
-
-    @property
-    def frozen_paths(self) -> str | None:
-        """The regular expression of what stays as it is."""
-        return self.frozen if self.frozen is not None else FROZEN[self.train_only]
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -262,14 +247,14 @@ class Settings:
             schedule=self.schedule,
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
-            frozen=self.frozen_paths,
+            frozen=FROZEN[self.train_only] if self.frozen is None else self.frozen,
         )
 
     def saving(self, folder: pathlib.Path, every: int, identity: dict[str, Any]) -> Saving:
         """Saves in `folder`, each time that `every` steps are done if nothing else is said."""
-        return Saving(
-            folder, self.save_every or every, self.keep, self.judged_by, self.mode, identity
-        )
+        best = self.best or ("eval_loss" if self.eval_data is not None else None)
+        mode = "min" if best in _LOWER_IS_BETTER else "max"
+        return Saving(folder, self.save_every or every, self.keep, best, mode, identity)
 
     def steps_of(self, epoch_length: Callable[[int], int]) -> int:
         """How many steps the run has; `epoch_length` counts those of so many epochs."""

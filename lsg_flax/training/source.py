@@ -22,7 +22,6 @@ class SourceModel:
         name: what the user calls it.
         folder, values, config, tokenizer: what it is; `values` are those of config.json.
         task: what it is trained for.
-        reads: how many tokens it can read.
         length: how many a row of the run has at most.
         converts: whether it gets LSG attention, or more positions, first.
     """
@@ -33,7 +32,6 @@ class SourceModel:
     config: EncoderConfig
     tokenizer: Any
     task: str
-    reads: int
     length: int
     converts: bool
 
@@ -115,4 +113,4 @@ def open_source(name: str, task: str, max_length: int | None, *, convert: bool) 
         )
     tokenizer.model_max_length = max(length, reads)
     converts = convert and (plain or length > reads)
-    return SourceModel(name, folder, values, config, tokenizer, task, reads, length, converts)
+    return SourceModel(name, folder, values, config, tokenizer, task, length, converts)
