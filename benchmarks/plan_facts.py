@@ -13,8 +13,7 @@ import pathlib
 from typing import get_args
 
 from lsg_flax.models import Remat
-from lsg_flax.planning.plan import Plan, PlanSettings, plan
-from lsg_flax.planning.search import largest_batch
+from lsg_flax.planning import Plan, PlanSettings, largest_batch, plan
 
 CONFIG = str(pathlib.Path(__file__).parent / "configs" / "roberta-base.json")
 COMMON = {"source": CONFIG, "topology": "v5e:2x4", "task": "sequence_classification"}

@@ -188,11 +188,10 @@ def make_checkpoint(folder: str, longest: int) -> None:
     import jax
 
     import lsg_flax
-    from lsg_flax.convert_from_torch import example_ids
     from lsg_flax.models import Model
 
     model = Model(lsg_flax.EncoderConfig.from_dict(MODEL | {"max_position_embeddings": longest}))
-    params = model.init(jax.random.key(0), example_ids(model))["params"]
+    params = model.init(jax.random.key(0), **model.example_inputs())["params"]
     lsg_flax.save_pretrained(folder, model, params)
 
 

@@ -62,8 +62,9 @@ def toy_checkpoint(folder: pathlib.Path, steps: int) -> float:
     optimizer = training.make_optimizer(5e-3, total_steps=steps, warmup_steps=steps // 10)
     state = training.init_state(params, optimizer, jax.random.key(1))
     step = training.make_train_step(model, optimizer)
+    quiet = training.Logging(progress=False)
     state, history = training.fit(
-        step, state, training.BatchesAt(batch_at), steps=steps, progress=False
+        step, state, training.BatchesAt(batch_at), steps=steps, logging=quiet
     )
     lsg_flax.save_pretrained(folder, model, state.params, tokenizer)
     return history[-1]["loss"]

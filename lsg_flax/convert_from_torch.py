@@ -126,22 +126,17 @@ def initial_leaves(model: Model, paths: list[str], seed: int) -> dict[str, jax.A
 
     def draw(key):
         drawn = flax.traverse_util.flatten_dict(
-            model.init(key, example_ids(model))["params"], sep="/"
+            model.init(key, **model.example_inputs())["params"], sep="/"
         )
         return {path: drawn[path] for path in paths}
 
     return jax.jit(draw)(jax.random.key(seed))
 
 
-def example_ids(model: Model) -> np.ndarray:
-    """The smallest input a model takes: what shapes are inferred from."""
-    return model.example_inputs()["input_ids"]
-
-
 def _leaf_shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    abstract = jax.eval_shape(lambda key: model.init(key, example_ids(model)), jax.random.key(0))[
-        "params"
-    ]
+    abstract = jax.eval_shape(
+        lambda key: model.init(key, **model.example_inputs()), jax.random.key(0)
+    )["params"]
     leaves: dict[str, Any] = flax.traverse_util.flatten_dict(abstract, sep="/")
     return {path: tuple(leaf.shape) for path, leaf in leaves.items()}
 

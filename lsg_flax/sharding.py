@@ -13,9 +13,10 @@ under `jax.set_mesh(mesh)`, and XLA partitions it. The mesh axes:
 Axes: B batch, T tokens, M microbatches.
 """
 
+import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -174,6 +175,33 @@ def batch_shardings(
                 )
         shardings[name] = NamedSharding(mesh, _spec(spec))
     return shardings
+
+
+def check_batches(
+    mesh: Mesh,
+    rows: Mapping[str, int],
+    buckets: Iterable[int],
+    needs_padding: Callable[[int, int], int] | None,
+) -> None:
+    """Checks what a mesh has to cut before anything is compiled.
+
+    Args:
+        rows: numbers of rows in a batch, by the names of the options that say so.
+        buckets: lengths that rows are padded to.
+        needs_padding: `LSGConfig.needs_padding` of a model with LSG attention.
+
+    Raises:
+        ValueError: for rows or tokens that cannot be cut evenly, and for shards of the sequence
+            that are too short for the pattern.
+    """
+    shards = mesh.shape[SEQUENCE]
+    for (name, size), bucket in itertools.product(rows.items(), buckets):
+        try:
+            batch_shardings({"input_ids": jax.ShapeDtypeStruct((size, bucket), np.int32)}, mesh)
+        except ValueError as error:
+            raise ValueError(f"{name} gives {size} rows of {bucket} tokens: {error}") from error
+        if shards > 1 and needs_padding is not None:
+            needs_padding(bucket, shards)
 
 
 def shard_batch(

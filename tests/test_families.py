@@ -12,7 +12,7 @@ import pytest
 
 import lsg_flax
 from lsg_flax import LSGConfig
-from lsg_flax.convert_from_torch import example_ids, params_from_torch, params_to_torch
+from lsg_flax.convert_from_torch import params_from_torch, params_to_torch
 from lsg_flax.generation import generate
 from lsg_flax.hub.to_lsg import LSGOptions, to_lsg
 from lsg_flax.models import FAMILIES, EncoderConfig
@@ -42,7 +42,7 @@ def config_of(family: str, **fields) -> EncoderConfig:
 def made(family: str, task="base", lsg: LSGConfig | None = None, **fields):
     """A model with random parameters."""
     model = lsg_flax.Model(config_of(family, **fields).with_overrides(lsg=lsg), task)
-    return model, jax.jit(model.init)(jax.random.key(0), example_ids(model))["params"]
+    return model, jax.jit(model.init)(jax.random.key(0), **model.example_inputs())["params"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -61,7 +61,7 @@ def test_every_table_is_a_bijection(family):
 def test_tensors_there_and_back_are_the_identity(family):
     for task in FAMILIES[family].heads:
         model = lsg_flax.Model(config_of(family), task)
-        shapes = jax.eval_shape(lambda m=model: m.init(jax.random.key(0), example_ids(m)))
+        shapes = jax.eval_shape(lambda m=model: m.init(jax.random.key(0), **m.example_inputs()))
         leaves = flax.traverse_util.flatten_dict(shapes["params"], sep="/")
         drawn = np.random.default_rng(0)
         params = flax.traverse_util.unflatten_dict(

@@ -12,8 +12,9 @@ from tiny_run import PLAIN, save_tiny, write
 
 import lsg_flax
 from lsg_flax import hub
+from lsg_flax.models import PROBLEM_SCORES, TASKS
 from lsg_flax.training.finetune import finetune
-from lsg_flax.training.settings import SCORES, Settings, read_settings
+from lsg_flax.training.settings import Settings, read_settings, trained_tasks
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +46,16 @@ def run(settings: Settings):
     return finetune(settings, progress=False)
 
 
-@pytest.mark.parametrize("kind", SCORES)
+KINDS = PROBLEM_SCORES | {name: TASKS[name].scores for name in trained_tasks()}
+del KINDS["sequence_classification"]  # is one of the three by its problem type
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_task_from_files_to_a_checkpoint(tiny, tmp_path, kind):
     settings = settings_of(tiny, tmp_path, kind)
     result = run(settings)
     assert result.step == 4 and [record["step"] for record in result.history] == [1, 2, 3, 4]
-    assert set(result.scores) == {"eval_loss", *(f"eval_{name}" for name in SCORES[kind])}
+    assert set(result.scores) == {"eval_loss", *(f"eval_{name}" for name in KINDS[kind])}
     assert np.isfinite(list(result.scores.values())).all()
     model, params = lsg_flax.from_pretrained(settings.output)
     assert model.task == settings.task
@@ -206,6 +211,8 @@ def test_wrong_settings_are_named(tmp_path, text):
 def test_missing_settings_are_named(tmp_path):
     with pytest.raises(ValueError, match="train_data, output, task must be given as flags or"):
         read_settings(None, {"model": "m"})
+    with pytest.raises(ValueError, match="task='base' must be one of masked_lm, causal_lm, seq"):
+        read_settings(None, {"model": "m", "train_data": "a", "output": "o", "task": "base"})
     with pytest.raises(FileNotFoundError, match=r"none.yaml is no file"):
         read_settings(tmp_path / "none.yaml")
 

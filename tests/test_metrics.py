@@ -15,6 +15,14 @@ from lsg_flax.models import TASKS as RECORDS
 from lsg_flax.models import EncoderConfig, Model, ModelOutput
 from lsg_flax.sharding import make_mesh, shard
 from lsg_flax.training import losses, metrics
+from lsg_flax.training.scores import (
+    answer_scores,
+    classification_scores,
+    entity_scores,
+    multi_label_scores,
+    perplexity,
+    regression_scores,
+)
 
 GENERATOR = np.random.default_rng(0)
 TASKS = {
@@ -133,7 +141,7 @@ def test_the_best_span_ends_behind_its_start_and_inside_the_text(monkeypatch):
 def test_classification_as_scikit_learn():
     labels, predicted = GENERATOR.integers(0, 4, (2, 50))
     labels[labels == 3] = 0  # 3 is predicted only
-    scores = metrics.classification_scores(np.append(predicted, 9), np.append(labels, -100))
+    scores = classification_scores(np.append(predicted, 9), np.append(labels, -100))
     assert math.isclose(scores["accuracy"], sklearn.metrics.accuracy_score(labels, predicted))
     expected = sklearn.metrics.f1_score(labels, predicted, average="macro", zero_division=0)
     assert math.isclose(scores["macro_f1"], expected)
@@ -141,7 +149,7 @@ def test_classification_as_scikit_learn():
 
 def test_multi_label_as_scikit_learn():
     labels, predicted = GENERATOR.integers(0, 2, (2, 30, 4))
-    scores = metrics.multi_label_scores(predicted.astype(bool), labels)
+    scores = multi_label_scores(predicted.astype(bool), labels)
     for average in ("micro", "macro"):
         expected = sklearn.metrics.f1_score(labels, predicted, average=average, zero_division=0)
         assert math.isclose(scores[f"{average}_f1"], expected)
@@ -150,33 +158,33 @@ def test_multi_label_as_scikit_learn():
 
 def test_regression_as_scipy():
     labels, predicted = GENERATOR.normal(size=(2, 40))
-    scores = metrics.regression_scores(predicted, labels)
+    scores = regression_scores(predicted, labels)
     assert math.isclose(scores["mse"], ((labels - predicted) ** 2).mean())
     assert math.isclose(scores["pearson"], scipy.stats.pearsonr(labels, predicted).statistic)
-    assert metrics.regression_scores(np.ones(3), labels[:3])["pearson"] == 0
+    assert regression_scores(np.ones(3), labels[:3])["pearson"] == 0
 
 
 def test_entities_count_as_wholes(monkeypatch):
     truth = [["B-PER", "I-PER", "O", "B-LOC"], ["O", "B-LOC"]]
     given = [["B-PER", "O", "O", "B-LOC"], ["O", "B-LOC"]]  # one cut short, two right
-    scores = metrics.entity_scores(given, truth)
+    scores = entity_scores(given, truth)
     assert scores["precision"] == scores["recall"] == scores["f1"] == 2 / 3
     assert scores["accuracy"] == 5 / 6
     monkeypatch.setitem(sys.modules, "seqeval", None)
     with pytest.raises(ImportError, match=r"lsg-flax\[metrics\]"):
-        metrics.entity_scores(given, truth)
+        entity_scores(given, truth)
 
 
 def test_answers_as_squad_compares_them():
-    scores = metrics.answer_scores(
+    scores = answer_scores(
         ["The Cat!", "black cat", "", "something", "dog"],
         [["cat"], ["a cat", "a cat, black"], [], [], ["cat", "mouse"]],
     )
     assert scores["exact_match"] == 2 / 5  # word order counts for the second
     assert scores["f1"] == 3 / 5
-    assert metrics.answer_scores(["big black cat"], [["black cat"]])["f1"] == 0.8
+    assert answer_scores(["big black cat"], [["black cat"]])["f1"] == 0.8
 
 
 def test_perplexity_of_a_uniform_guess():
-    assert math.isclose(metrics.perplexity(math.log(50)), 50)
-    assert metrics.perplexity(1e9) == math.inf
+    assert math.isclose(perplexity(math.log(50)), 50)
+    assert perplexity(1e9) == math.inf

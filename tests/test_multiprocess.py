@@ -31,10 +31,8 @@ def one_process(folder, *, steps, place):
         training.init_state(params, optimizer, jax.random.key(1)),
         training.BatchesAt(worker.batch_of),
         steps=steps,
-        checkpoints=place,
-        settings={"model": worker.SETTINGS, "learning_rate": 0.01},
-        log=folder,
-        progress=False,
+        saving=training.Saving(place, settings={"model": worker.SETTINGS, "learning_rate": 0.01}),
+        logging=training.Logging(folder, progress=False),
     )
 
 

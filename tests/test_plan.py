@@ -12,20 +12,13 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lsg_flax import chips, cli, sharding
-from lsg_flax.convert_from_torch import example_ids
 from lsg_flax.models import FAMILIES, TASKS
 from lsg_flax.planning import plan
 from lsg_flax.planning import search as plan_search
+from lsg_flax.planning.compile import compile_plan, out_of_memory
 from lsg_flax.planning.hlo import Collective, read_program
-from lsg_flax.planning.plan import (
-    Memory,
-    Plan,
-    PlanSettings,
-    abstract_batch,
-    compile_plan,
-    out_of_memory,
-    planned_model,
-)
+from lsg_flax.planning.program import abstract_batch, planned_model
+from lsg_flax.planning.settings import ChipMemory, Plan, PlanSettings
 from lsg_flax.training import losses
 
 TINY = {
@@ -269,7 +262,9 @@ def test_batches_are_what_the_losses_take(tmp_path, task, values, accumulate):
         assert {array.shape[0] for array in batch.values()} == {accumulate}
         batch = {n: jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for n, a in batch.items()}
     assert {array.shape[0] for array in batch.values()} == {8 // accumulate}
-    params = jax.eval_shape(lambda key: model.init(key, example_ids(model)), jax.random.key(0))
+    params = jax.eval_shape(
+        lambda key: model.init(key, **model.example_inputs()), jax.random.key(0)
+    )
     loss, _ = jax.eval_shape(lambda p, b: losses.loss_fn(model, p, b), params["params"], batch)
     assert loss.shape == ()
 
@@ -347,7 +342,7 @@ def fake_planner(fixed: float, per_row: dict[str, float], capacity: float = 100.
         rows = settings.batch_size / settings.accumulate / plan_search.batch_shards(settings)
         own = fixed / (mesh["fsdp"] * mesh["sequence"])
         needed = own + per_row[settings.remat] * rows / mesh["sequence"]
-        memory = Memory(parameters=int(own), optimizer=0, batch=0)
+        memory = ChipMemory(parameters=int(own), optimizer=0, batch=0)
         fits = needed <= capacity
         return Plan(settings, (), memory, int(capacity), int(needed), fits, None, None, 0.0, {})
 

@@ -16,7 +16,6 @@ import pytest
 
 import lsg_flax
 from lsg_flax import LSGConfig
-from lsg_flax.convert_from_torch import example_ids
 from lsg_flax.models import FAMILIES, EncoderConfig
 
 PACKAGE = pathlib.Path(lsg_flax.__file__).parent
@@ -180,7 +179,7 @@ def parameter_trees() -> dict[str, dict[str, list[int]]]:
             for task in family.heads:
                 model = lsg_flax.Model(config, task)
                 shapes = jax.eval_shape(
-                    lambda model=model: model.init(jax.random.key(0), example_ids(model))
+                    lambda model=model: model.init(jax.random.key(0), **model.example_inputs())
                 )
                 leaves = flax.traverse_util.flatten_dict(shapes["params"], sep="/")
                 trees[f"{family.model_type} {kind} {task}"] = {

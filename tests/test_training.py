@@ -24,8 +24,7 @@ import lsg_flax
 from lsg_flax import LSGConfig, training
 from lsg_flax.models import TASKS, EncoderConfig, Model, ModelOutput
 from lsg_flax.sharding import make_mesh
-from lsg_flax.training import log as progress
-from lsg_flax.training import losses, metrics, optimizers
+from lsg_flax.training import flops, losses, metrics, optimizers
 from lsg_flax.training import states as checkpoints
 
 HERE = pathlib.Path(__file__).parent
@@ -148,7 +147,7 @@ def test_language_model_formulas(task, ahead):
 )
 def test_problem_type_as_hugging_face_infers_it(labels, count, problem, expected):
     settings = config(labels=tuple(map(str, range(count))), problem_type=problem)
-    assert losses.problem_type(settings, jnp.asarray(labels)) == expected
+    assert losses.problem_type(settings, labels.dtype) == expected
     logits = random_logits(2, count)
     by_hand = {
         "single_label_classification": -log_softmax(logits)[:, 0].mean(),
@@ -296,12 +295,16 @@ def batch_at(number):
 ADAMW = training.make_optimizer(0.01, total_steps=6, warmup_steps=1)
 
 
-def fit(folder, steps, batches=batch_at, **options):
+QUIET = training.Logging(progress=False)
+
+
+def fit(folder, steps, batches=batch_at, *, evaluation=None, logging=QUIET, **saving):
     model, params = make()
     state, step = training.init_state(params, ADAMW, jax.random.key(1)), train_step(model, ADAMW)
-    options = {"progress": False, "save_every": 2} | options
-    batches = training.BatchesAt(batches)
-    return training.fit(step, state, batches, steps=steps, checkpoints=folder, **options)
+    records = {"evaluation": evaluation, "logging": logging}
+    if folder is not None:
+        records["saving"] = training.Saving(folder, **{"every": 2} | saving)
+    return training.fit(step, state, training.BatchesAt(batches), steps=steps, **records)
 
 
 def test_a_resumed_run_repeats_the_curve_bit_for_bit(tmp_path):
@@ -323,14 +326,16 @@ def test_a_resumed_run_repeats_the_curve_bit_for_bit(tmp_path):
         training.save_state(tmp_path / "whole", state)
 
 
-def test_fit_evaluates_and_needs_what_it_is_asked_for():
+def test_fit_evaluates_and_needs_what_it_is_asked_for(tmp_path):
     def evaluate(state):
         return {"seen": int(state.step)}
 
-    _, history = fit(None, 5, save_every=None, evaluate=evaluate, evaluate_every=2)
+    _, history = fit(None, 5, evaluation=training.Evaluation(evaluate, every=2))
     assert [record.get("seen") for record in history] == [None, 2, None, 4, 5]
-    with pytest.raises(ValueError, match="evaluate_every needs evaluate"):
-        fit(None, 5)
+    with pytest.raises(ValueError, match="best='seen' needs evaluation, which gives it"):
+        fit(tmp_path, 5, best="seen")
+    with pytest.raises(ValueError, match="keep=0 must be at least 1"):
+        fit(tmp_path, 5, keep=0)
 
 
 def test_a_nan_names_its_step_and_is_not_saved(tmp_path):
@@ -392,6 +397,9 @@ def fit_on(sizes, folder, steps, accumulate=1, scored=None):
             return whole
         return {n: a.reshape(accumulate, -1, *a.shape[1:]) for n, a in whole.items()}
 
+    def evaluate(state):
+        return metrics.evaluate(model, state.params, scored, mesh=mesh)
+
     return training.fit(
         train_step(model, ADAMW, accumulate),
         state,
@@ -399,10 +407,9 @@ def fit_on(sizes, folder, steps, accumulate=1, scored=None):
         steps=steps,
         mesh=mesh,
         microbatches=accumulate > 1,
-        evaluate=scored
-        and (lambda state: metrics.evaluate(model, state.params, scored, mesh=mesh)),
-        checkpoints=folder,
-        progress=False,
+        evaluation=scored and training.Evaluation(evaluate),
+        saving=folder and training.Saving(folder),
+        logging=QUIET,
     )
 
 
@@ -442,12 +449,12 @@ def test_batches_need_a_place_and_must_suffice(tmp_path):
     model, params = make()
     step = train_step(model, ADAMW)
 
-    def run_on(batches, **options):
+    def run_on(batches, saving=None):
         state = training.init_state(params, ADAMW, jax.random.key(1))
-        return training.fit(step, state, batches, steps=4, progress=False, **options)
+        return training.fit(step, state, batches, steps=4, saving=saving, logging=QUIET)
 
     with pytest.raises(ValueError, match=r"have no get_state\(\) and set_state\(\)"):
-        run_on(Dice(), checkpoints=tmp_path)
+        run_on(Dice(), training.Saving(tmp_path))
     with pytest.raises(ValueError, match="the batches ended before step 4 of 4"):
         run_on(Dice())
 
@@ -461,7 +468,7 @@ def test_grain_goes_on_where_it_was(tmp_path):
 
     def run_to(folder, steps):
         state = training.init_state(params, ADAMW, jax.random.key(1))
-        options = {"steps": steps, "checkpoints": folder, "progress": False}
+        options = {"steps": steps, "saving": training.Saving(folder), "logging": QUIET}
         return training.fit(train_step(model, ADAMW), state, batches(), **options)
 
     whole, expected = run_to(tmp_path / "whole", 6)
@@ -489,7 +496,7 @@ def test_the_best_checkpoint_stays(tmp_path):
     def evaluate(state):
         return {"eval_loss": abs(int(state.step) - 2.0)}
 
-    options = {"evaluate": evaluate, "evaluate_every": 1, "save_every": 1, "keep": 2}
+    options = {"evaluation": training.Evaluation(evaluate, every=1), "every": 1, "keep": 2}
     fit(tmp_path, 6, best="eval_loss", mode="min", **options)
     assert training.saved_steps(tmp_path) == [2, 5, 6]
     assert checkpoints.best_step(tmp_path, "eval_loss", mode="min") == 2
@@ -503,7 +510,7 @@ def test_saving_goes_on_beside_training(tmp_path):
     """The state is donated to the next step while it is written: what is read is what it was."""
     model, params = make(hidden_size=64, intermediate_size=512)
     step, state = train_step(model, SGD), training.init_state(params, SGD, jax.random.key(7))
-    with checkpoints.Checkpoints(tmp_path, keep=9) as folder:
+    with checkpoints.Checkpoints(training.Saving(tmp_path, keep=9)) as folder:
         expected = []
         for number in range(3):
             state, _ = step(state, batch_at(number))
@@ -538,12 +545,13 @@ def read_log(folder):
 
 def test_the_log_goes_on_without_duplicates(tmp_path):
     state, log = tmp_path / "state", tmp_path / "log"
-    fit(state, 3, log=log, tensorboard=True, save_every=2)
+    logging = training.Logging(log, tensorboard=True, progress=False)
+    fit(state, 3, logging=logging)
     assert [record["step"] for record in read_log(log)] == [1, 2, 3]
     shutil.rmtree(state / "3")  # as if killed before it was saved, in the middle of a line
     with (log / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
-    _, history = fit(state, 5, log=log, tensorboard=True)
+    _, history = fit(state, 5, logging=logging)
     assert [record["step"] for record in history] == [3, 4, 5]
     assert [record["step"] for record in read_log(log)] == [1, 2, 3, 4, 5]
     assert read_log(log)[2:] == history
@@ -553,9 +561,9 @@ def test_the_log_goes_on_without_duplicates(tmp_path):
     np.testing.assert_allclose([losses[step] for step in (3, 4, 5)], [r["loss"] for r in history])
     (log / "metrics.jsonl").write_text("[]\n" * 2)
     with pytest.raises(ValueError, match=r"line 1 of .* is no record of a step"):
-        fit(state, 6, log=log)
-    with pytest.raises(ValueError, match="give log=FOLDER"):
-        fit(None, 1, save_every=None, tensorboard=True)
+        fit(state, 6, logging=logging)
+    with pytest.raises(ValueError, match="give folder=FOLDER"):
+        training.Logging(tensorboard=True)
 
 
 def read_events(folder, tag):
@@ -577,19 +585,20 @@ def test_flops_of_a_step_counted_by_hand():
     batch = {"input_ids": np.ones((2, 10), int), "attention_mask": np.ones((2, 10), int)}
     batch["attention_mask"][1, 5:] = 0  # 15 tokens
     kernels = 2 * (4 * 8 * 8 + 2 * 8 * 16) + 8 * 8 + 8 * 23  # layers, transform, vocabulary
-    assert progress.train_flops(model, batch) == 15 * (6 * kernels + 12 * 2 * 8 * 10)
+    assert flops.train_flops(model, batch) == 15 * (6 * kernels + 12 * 2 * 8 * 10)
     shared = config(model_type="albert", embedding_size=4, num_hidden_groups=1)
     kernels = 2 * (4 * 8 * 8 + 2 * 8 * 16) + 4 * 8  # one layer, used twice; the embeddings'
     expected = 15 * (6 * kernels + 12 * 2 * 8 * 10)
-    assert progress.train_flops(Model(shared, "sequence_classification"), batch) == expected
-    assert progress.peak_flops("TPU v5 lite") == 197e12
-    assert progress.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
-    assert progress.peak_flops("cpu") is None
+    assert flops.train_flops(Model(shared, "sequence_classification"), batch) == expected
+    assert flops.peak_flops("TPU v5 lite") == 197e12
+    assert flops.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert flops.peak_flops("cpu") is None
 
 
 def test_utilisation_where_the_chip_is_known(monkeypatch):
-    monkeypatch.setitem(progress.PEAK_FLOPS, "cpu", 1e9)
-    _, history = fit(None, 2, save_every=None, flops=lambda batch: 4e6)
+    monkeypatch.setitem(flops.PEAK_FLOPS, "cpu", 1e9)
+    logging = training.Logging(flops=lambda batch: 4e6, progress=False)
+    _, history = fit(None, 2, logging=logging)
     for record, before in zip(history, [0, history[0]["seconds"]], strict=True):
         rate = 4e6 / (record["seconds"] - before)
         np.testing.assert_allclose(record["mfu"], rate / 1e9 / jax.device_count(), rtol=1e-3)
@@ -605,7 +614,8 @@ def batch_at(number):
     return t.batch_at(number)
 handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
 try:
-    t.fit({folder!r}, 6, batch_at, log={folder!r} + "-log", save_every=None)
+    logging = t.training.Logging({folder!r} + "-log", progress=False)
+    t.fit({folder!r}, 6, batch_at, logging=logging, every=None)
 except t.training.Preempted as stop:
     assert stop.step == 3
     assert handlers == [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
@@ -650,7 +660,8 @@ def test_lengths_from_50_to_4096_compile_once_per_bucket(tmp_path):
     state = training.init_state(params, SGD, jax.random.key(1))
     batches = training.BatchesAt(batch_at)
     step = training.make_train_step(model, SGD)
-    training.fit(step, state, batches, steps=200, log=tmp_path, progress=False)
+    logging = training.Logging(tmp_path, progress=False)
+    training.fit(step, state, batches, steps=200, logging=logging)
     seen, told = set(), read_log(tmp_path)
     for number, record in enumerate(told):
         seen.add(batch_at(number)["input_ids"].shape)

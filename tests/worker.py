@@ -95,11 +95,12 @@ def train(options) -> None:
         training.BatchesAt(batch_at),
         steps=options.steps,
         mesh=mesh,
-        checkpoints=options.folder / "state",
-        save_every=options.save_every,
-        settings={"model": SETTINGS, "learning_rate": 0.01},
-        log=options.folder / "log",
-        progress=False,
+        saving=training.Saving(
+            options.folder / "state",
+            every=options.save_every,
+            settings={"model": SETTINGS, "learning_rate": 0.01},
+        ),
+        logging=training.Logging(options.folder / "log", progress=False),
     )
 
 

@@ -14,16 +14,16 @@ from lsg_flax.cli.shared import add_command, add_pattern, console, given_pattern
 from lsg_flax.files import write_aside
 from lsg_flax.models import TASKS, Remat
 from lsg_flax.planning import (
-    Attention,
-    Mode,
+    AttentionKind,
     Plan,
     PlanSettings,
-    Precision,
+    RunKind,
     largest_batch,
     nearest_that_fits,
     plan,
 )
 from lsg_flax.sharding import AXES
+from lsg_flax.training import Precision
 
 _DESCRIPTION = """Compile a training step, or inference, for a TPU slice without having one.
 
@@ -89,6 +89,11 @@ def add(commands: Any) -> None:
     )
     _add_choices(command)
     add_pattern(command)
+    _add_search(command)
+    command.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write it there")
+
+
+def _add_search(command: argparse.ArgumentParser) -> None:
     search = command.add_argument_group("search")
     search.add_argument(
         "--find-batch", action="store_true", help="look for the largest batch that fits"
@@ -106,13 +111,12 @@ def add(commands: Any) -> None:
         metavar="N",
         help="after how many tries a search gives up (default: %(default)s)",
     )
-    command.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write it there")
 
 
 def _add_choices(command: argparse.ArgumentParser) -> None:
     for name, kind, text in (
-        ("--mode", Mode, "what runs"),
-        ("--attention", Attention, "LSG, or the full attention of the same checkpoint"),
+        ("--mode", RunKind, "what runs"),
+        ("--attention", AttentionKind, "LSG, or the full attention of the same checkpoint"),
         ("--remat", Remat, "what the backward pass recomputes"),
         ("--dtype", Precision, "of the computation"),
         ("--param-dtype", Precision, "of parameters and optimizer state"),

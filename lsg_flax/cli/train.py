@@ -72,10 +72,11 @@ def _add_option(options: Any, field: dataclasses.Field, hint: Any, about: Help) 
     origin, parts = typing.get_origin(kind) or kind, get_args(kind)
     unset = about.unset if field.default in (None, dataclasses.MISSING) else field.default
     required = field.default is field.default_factory is dataclasses.MISSING
-    text = about.about + (": " + ", ".join(parts) if origin is Literal else "")
+    choices = parts if origin is Literal else about.choices and about.choices()
+    text = about.about + (": " + ", ".join(choices) if choices else "")
     shape: dict[str, Any] = {"metavar": _PATHS.get(field.name, _METAVARS.get(origin, "NAME"))}
-    if origin is Literal:
-        shape["choices"] = parts
+    if choices:
+        shape["choices"] = choices
     elif origin is bool:
         shape = {"action": argparse.BooleanOptionalAction}
         unset = "yes" if unset else "no"

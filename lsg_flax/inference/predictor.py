@@ -18,7 +18,7 @@ from lsg_flax.buckets import default_buckets
 from lsg_flax.inference.encodings import Encoding, batches_of, check_encoding, padded
 from lsg_flax.inference.program import Select, program_of
 from lsg_flax.models import Model, Params
-from lsg_flax.sharding import batch_shardings, shard
+from lsg_flax.sharding import check_batches, shard
 
 IN_FLIGHT = 2  # batches that the device has been given while one before them is fetched
 
@@ -221,13 +221,10 @@ def _digest(params: Params) -> str:
 
 def _check_mesh(mesh: Mesh, model: Model, batch_size: int, buckets: Sequence[int]) -> None:
     """Raises for what the mesh cannot cut, and for one over several processes."""
-    shards = mesh.shape["sequence"]
     if {device.process_index for device in mesh.devices.flat} != {jax.process_index()}:
         raise ValueError(
             "the mesh has devices of other processes; give each process its own documents and a "
             "mesh of its own devices: make_mesh(..., devices=jax.local_devices())."
         )
-    for bucket in buckets:
-        batch_shardings({"input_ids": jax.ShapeDtypeStruct((batch_size, bucket), np.int32)}, mesh)
-        if shards > 1 and model.config.lsg:
-            model.config.lsg.needs_padding(bucket, shards)
+    lsg = model.config.lsg
+    check_batches(mesh, {"batch_size": batch_size}, buckets, lsg and lsg.needs_padding)

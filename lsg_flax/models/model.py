@@ -4,6 +4,7 @@ Axes: B batch, C choices, T tokens, S keys (an encoder's states), D model width,
 """
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -180,6 +181,6 @@ class Model(nn.Module):
         offset = self.family.architecture.position_offset
         return self.config.max_position_embeddings - offset
 
-    def example_inputs(self) -> dict[str, np.ndarray]:
+    def example_inputs(self) -> dict[str, Any]:
         """The smallest input that the model takes: what shapes are inferred from."""
         return {"input_ids": np.zeros((1,) * (self.task_record.input_rank - 1) + (2,), np.int32)}

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from lsg_flax.planning.plan import Plan, PlanSettings
+from lsg_flax.planning.settings import Plan, PlanSettings
 
 Planner = Callable[[PlanSettings], Plan]
 

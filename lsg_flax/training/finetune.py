@@ -8,43 +8,35 @@ training.fit writes. The same settings again continue a run that was interrupted
 
 import dataclasses
 import functools
-import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from lsg_flax import hub
 from lsg_flax.buckets import default_buckets
 from lsg_flax.data import (
-    Columns,
     DataOptions,
     TokenizedDataset,
     eval_batches,
     load_examples,
     train_batches,
 )
-from lsg_flax.hub import LSGOptions
-from lsg_flax.models import TASKS, Model, Params, family_of
-from lsg_flax.sharding import batch_shardings, make_mesh, shard
-from lsg_flax.training import metrics
-from lsg_flax.training.log import train_flops
-from lsg_flax.training.loop import TrainState, fit, init_state, make_train_step
-from lsg_flax.training.optimizers import make_optimizer
-from lsg_flax.training.settings import Settings
-from lsg_flax.training.states import best_step, restore_state, saved_steps
-
-# Settings that change where and how a run works, and not what it computes: a run may be continued
-# with others. The data is known by its contents, see `_identity`.
-_MAY_CHANGE = (
-    *("output", "cache", "train_data", "eval_data", "devices", "mesh", "evaluate_every"),
-    *("eval_batch_size", "save_every", "keep", "best", "tensorboard", "remat"),
-)
+from lsg_flax.models import TASKS, Model, Params
+from lsg_flax.sharding import check_batches, make_mesh
+from lsg_flax.training.flops import train_flops
+from lsg_flax.training.log import Logging
+from lsg_flax.training.loop import Evaluation, fit
+from lsg_flax.training.metrics import evaluate
+from lsg_flax.training.settings import Settings, Words
+from lsg_flax.training.source import open_source
+from lsg_flax.training.states import Saving, best_step, restore_state, saved_steps
+from lsg_flax.training.step import TrainState, init_state, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,147 +78,17 @@ def finetune(settings: Settings, *, progress: bool = True) -> Finetuned:
         FileNotFoundError: for a model or data that are not there.
         ValueError: for settings that do not fit the model, the data, the devices, or the run in
             OUTPUT that would be continued.
-        FloatingPointError, training.Preempted, checkpoints.SaveError: as `training.fit`.
+        FloatingPointError, training.Preempted, training.SaveError: as `training.fit`.
     """
     # ------------------------------------------------------------- what there is to work with
-    output = pathlib.Path(settings.output)
-    mesh = _mesh(settings)
-    source = _Source(settings)
+    output, mesh = pathlib.Path(settings.output), _mesh(settings.devices, settings.mesh)
+    length, converts = settings.max_length, settings.convert
+    source = open_source(settings.model, settings.task, length, convert=converts)
+    if settings.train_only == "global_tokens_and_head":
+        source.check_globals()
     _check_output(output, source.checkpoint.folder)
-    train, held_out = _data(settings, source, progress=progress)
-
-    # ------------------------------------------------------------- model
-    model, params = source.load(settings, train, mesh)
-    buckets = _buckets(settings, model, mesh)
-    evaluate = None
-    if held_out is not None:
-        evaluate = functools.partial(_evaluate, settings, model, held_out, buckets, mesh)
-
-    # ------------------------------------------------------------- the run
-    batches = train_batches(
-        train,
-        batch_size=settings.microbatch_size,
-        microbatches=settings.accumulate,
-        buckets=buckets,
-        seed=settings.seed,
-    )
-    steps = settings.steps_of(batches.steps)
-    optimizer = _optimizer(settings, steps)
-    state = init_state(params, optimizer, jax.random.key(settings.seed), mesh=mesh)
-    del params  # the state has its own copy
-    identity = _identity(settings, model, steps, train, held_out)
-    options = {"steps": steps, "mesh": mesh, "settings": identity, "progress": progress}
-    options |= _fit_options(settings, output, model, epoch=batches.steps(1))
-    step = make_train_step(model, optimizer, settings.accumulate)
-    state, history = fit(step, state, batches, evaluate=evaluate, **options)
-    batches.close()
-
-    # ------------------------------------------------------------- results
-    best = _save_best(settings, output, model, state, source.tokenizer)
-    _save(output, model, state.params, source.tokenizer)
-    scores = {}
-    if evaluate is not None:  # a run that had ended before has no history
-        last = history[-1] if history else evaluate(state)
-        scores = {name: value for name, value in last.items() if name.startswith("eval_")}
-    return Finetuned(output, model, state.params, int(state.step), scores, best, history)
-
-
-class _Source:
-    """The checkpoint that a run begins with.
-
-    Attributes:
-        checkpoint, config, tokenizer: what it is.
-        reads: how many tokens it can read.
-        length: how many a row of the run has at most.
-        converts: whether it gets LSG attention, or more positions, first.
-    """
-
-    def __init__(self, settings: Settings):
-        self.checkpoint = hub.open_checkpoint(settings.model)
-        self.config = self.checkpoint.config
-        family_of(self.config.model_type).head(settings.task)  # raises for one it does not have
-        self.reads = Model(self.config, settings.task).max_length
-        plain = self.config.lsg is None
-        usual = LSGOptions.max_sequence_length if settings.convert and plain else self.reads
-        self.length = settings.max_length or usual
-        self.converts = settings.convert and (plain or self.length > self.reads)
-        if self.length > self.reads and not settings.convert:
-            raise ValueError(
-                f"max_length={self.length}, but {settings.model} reads {self.reads} tokens; set "
-                "convert (--convert) to make it read more here, or run lsg-flax convert "
-                f"{settings.model} TARGET --max-sequence-length {self.length} and train TARGET."
-            )
-        if settings.train_only == "global_tokens_and_head" and plain and not self.converts:
-            raise ValueError(
-                f"train_only={settings.train_only!r}, but {settings.model} has full attention and "
-                "no global tokens; set convert (--convert) to give it some."
-            )
-        self.tokenizer = self.checkpoint.tokenizer
-        if self.tokenizer is None:
-            raise ValueError(
-                f"{settings.model} has no tokenizer; put its files (tokenizer.json or vocab.txt, "
-                "tokenizer_config.json) beside config.json."
-            )
-        self.tokenizer.model_max_length = max(self.length, self.reads)
-
-    def options(self, settings: Settings) -> DataOptions:
-        """How rows become examples for this model."""
-        return DataOptions(
-            settings.task,
-            self.length,
-            problem_type=settings.problem_type,
-            labels=settings.labels or self._labels(settings),
-            pack=settings.pack,
-            stride=settings.stride,
-            token_type_ids=self.config.type_vocab_size > 1,
-            text_unit=settings.text_unit,
-            on_error=settings.on_error,
-            columns=Columns(**settings.columns),
-        )
-
-    def _labels(self, settings: Settings) -> tuple[str, ...] | None:
-        """Of a head that is trained further, if it has names: their order is the head's."""
-        labels, trained = self.config.labels, self.checkpoint.head == settings.task
-        unnamed = all(label == f"LABEL_{number}" for number, label in enumerate(labels))
-        if not TASKS[settings.task].named_labels or settings.problem_type == "regression":
-            return None
-        return labels if trained and not unnamed else None
-
-    def load(
-        self, settings: Settings, data: TokenizedDataset, mesh: Mesh | None
-    ) -> tuple[Model, Params]:
-        """The model to train, with a head for the labels of the data."""
-        overrides: dict[str, Any] = {}
-        if TASKS[settings.task].named_labels:
-            overrides["labels"] = data.labels
-        if settings.task == "sequence_classification":
-            overrides["problem_type"] = settings.problem_type
-            if settings.problem_type == "regression":
-                del overrides["labels"]
-                overrides["num_labels"] = data.arrays["labels"].shape[1]
-        dtype = jnp.dtype(settings.dtype).type
-        if not self.converts:
-            overrides |= settings.lsg
-            model, params = self.checkpoint.load(settings.task, dtype=dtype, mesh=mesh, **overrides)
-            return model.clone(remat=settings.remat), params
-        model, params = self.checkpoint.load(settings.task, dtype=dtype, **overrides)
-        resize = self.config.lsg is not None
-        model, params = hub.make_lsg(
-            model,
-            params,
-            self.tokenizer,
-            options=LSGOptions(self.length, resize_lsg=resize),
-            pattern=settings.lsg,
-        )
-        params = params if mesh is None else shard(jax.device_get(params), mesh)
-        return model.clone(remat=settings.remat), params
-
-
-def _data(
-    settings: Settings, source: _Source, *, progress: bool
-) -> tuple[TokenizedDataset, TokenizedDataset | None]:
-    """What is learned from and, if given, what is held out, with the same labels."""
-    options = source.options(settings)
+    segments = source.config.type_vocab_size > 1
+    options = settings.data_options(source.length, source.labels, token_type_ids=segments)
     load = functools.partial(
         load_examples,
         tokenizer=source.tokenizer,
@@ -234,110 +96,126 @@ def _data(
         cache=settings.cache,
         progress=progress and jax.process_index() == 0,
     )
-    train = load(settings.train_data, options, split=settings.train_split)
-    if settings.eval_data is None:
-        return train, None
+    files = (settings.train_data, settings.train_split), (settings.eval_data, settings.eval_split)
+    train, held_out = _data(load, options, *files)
+    dtype = jnp.dtype(settings.dtype).type
+    model, params = source.load(_head_for(train, options), settings.lsg, dtype, mesh)
+    model = model.clone(remat=settings.remat)
+
+    # ------------------------------------------------------------- the run
+    rows = (settings.microbatch_size, settings.eval_batch_size)
+    buckets = _buckets(settings.buckets, settings.max_length, model, rows, mesh)
+    same = {"buckets": buckets, "seed": settings.seed}
+    batches = train_batches(train, batch_size=rows[0], microbatches=settings.accumulate, **same)
+    steps, every = settings.steps_of(batches.steps), settings.evaluate_every or batches.steps(1)
+    optimizer = settings.optimizer(steps)
+    state = init_state(params, optimizer, jax.random.key(settings.seed), mesh=mesh)
+    del params  # the state has its own copy
+    sizes = {"batch_size": rows[1] or rows[0]} | same
+    evaluation = _evaluation(model, held_out, sizes, every, mesh)
+    identity = settings.identity | _contents(model, steps, train, held_out)
+    saving = settings.saving(output / "checkpoints", every, identity)
+    flops = functools.partial(train_flops, model)
+    log = Logging(output / "log", settings.tensorboard, flops, progress)
+    step = make_train_step(model, optimizer, settings.accumulate)
+    records = {"evaluation": evaluation, "saving": saving, "logging": log}
+    cut = settings.accumulate > 1
+    state, history = fit(step, state, batches, steps=steps, mesh=mesh, microbatches=cut, **records)
+    batches.close()
+
+    # ------------------------------------------------------------- results
+    best = _save_best(output / "best", saving, model, state, source.tokenizer)
+    _save(output, model, state.params, source.tokenizer)
+    last = history[-1] if history else {}
+    if evaluation is not None and not history:  # the run had ended before
+        last = evaluation.function(state)
+    scores = {name: value for name, value in last.items() if name.startswith("eval_")}
+    return Finetuned(output, model, state.params, int(state.step), scores, best, history)
+
+
+def _data(
+    load: Callable[..., TokenizedDataset],
+    options: DataOptions,
+    train: tuple[Words, str],
+    held_out: tuple[Words | None, str],
+) -> tuple[TokenizedDataset, TokenizedDataset | None]:
+    """What is learned from and, if given, what is held out, with the same labels; of either the
+    files and the split are given."""
+    learned = load(train[0], options, split=train[1])
+    if held_out[0] is None:
+        return learned, None
     if options.label_column is not None:
-        options = dataclasses.replace(options, labels=train.labels)
-    return train, load(settings.eval_data, options, split=settings.eval_split)
+        options = dataclasses.replace(options, labels=learned.labels)
+    return learned, load(held_out[0], options, split=held_out[1])
 
 
-def _optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
-    return make_optimizer(
-        settings.learning_rate,
-        total_steps=steps,
-        warmup_steps=round(settings.warmup * steps),
-        schedule=settings.schedule,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        frozen=settings.frozen_paths,
-    )
+def _head_for(data: TokenizedDataset, options: DataOptions) -> dict[str, Any]:
+    """Fields of the config that make a head for the labels of the data."""
+    task = TASKS[options.task]
+    if not task.named_labels:
+        return {}
+    values = {"problem_type": options.problem_type} if not task.scores else {}
+    if options.problem_type == "regression":
+        return values | {"num_labels": data.arrays["labels"].shape[1]}
+    return values | {"labels": data.labels}
 
 
-def _fit_options(
-    settings: Settings, output: pathlib.Path, model: Model, *, epoch: int
-) -> dict[str, Any]:
-    """Of `training.fit`: when is evaluated and saved, and where; `epoch` is one in steps."""
-    every = settings.evaluate_every or epoch
-    return {
-        "microbatches": settings.accumulate > 1,
-        "evaluate_every": None if settings.eval_data is None else every,
-        "checkpoints": output / "checkpoints",
-        "save_every": settings.save_every or every,
-        "keep": settings.keep,
-        "best": settings.judged_by,
-        "mode": settings.mode,
-        "log": output / "log",
-        "tensorboard": settings.tensorboard,
-        "flops": functools.partial(train_flops, model),
-    }
-
-
-def _evaluate(
-    settings: Settings,
+def _evaluation(
     model: Model,
-    held_out: TokenizedDataset,
-    buckets: tuple[int, ...] | None,
+    data: TokenizedDataset | None,
+    sizes: dict[str, Any],
+    every: int,
     mesh: Mesh | None,
-    state: TrainState,
-) -> dict[str, float]:
-    size = settings.eval_batch_size or settings.microbatch_size
-    rows = eval_batches(held_out, batch_size=size, buckets=buckets, seed=settings.seed)
-    return metrics.evaluate(model, state.params, rows, mesh=mesh)
+) -> Evaluation | None:
+    """Scores on held-out data in batches of `sizes`; None without data."""
+    if data is None:
+        return None
+    batches = eval_batches(data, **sizes)
+    return Evaluation(lambda state: evaluate(model, state.params, batches, mesh=mesh), every)
 
 
-def _mesh(settings: Settings) -> Mesh | None:
+def _mesh(devices: int | None, axes: dict[str, int]) -> Mesh | None:
     """None on a single device."""
     every = jax.devices()
-    count = settings.devices or len(every)
+    count = devices or len(every)
     if count > len(every) or (count < len(every) and jax.process_count() > 1):
         raise ValueError(
             f"devices={count}, but there are {len(every)} of {jax.process_count()} processes; "
             "choose at most as many, and all of them where there are several processes."
         )
-    mesh = make_mesh(**settings.mesh, devices=every[:count])
+    mesh = make_mesh(**axes, devices=every[:count])
     return None if count == 1 and jax.process_count() == 1 else mesh
 
 
-def _buckets(settings: Settings, model: Model, mesh: Mesh | None) -> tuple[int, ...] | None:
+def _buckets(
+    given: tuple[int, ...] | None,
+    max_length: int | None,
+    model: Model,
+    rows: tuple[int, int | None],
+    mesh: Mesh | None,
+) -> tuple[int, ...] | None:
     """The lengths of batches; raises for what the mesh cannot cut, before anything is compiled."""
     if mesh is None:
-        return settings.buckets
-    shards = mesh.shape["sequence"]
-    length = settings.max_length or model.max_length
+        return given
+    length, lsg = max_length or model.max_length, model.config.lsg
     # A text that is short for the shards of a long sequence is padded to what they need.
-    usual = (length,) if shards > 1 else default_buckets(length)
-    buckets = settings.buckets or usual
-    rows = {"batch_size": settings.microbatch_size}
-    if settings.eval_batch_size is not None:
-        rows["eval_batch_size"] = settings.eval_batch_size
-    for name, size in rows.items():
-        for bucket in buckets:
-            shape = jax.ShapeDtypeStruct((size, bucket), np.int32)
-            try:
-                batch_shardings({"input_ids": shape}, mesh)
-            except ValueError as error:
-                raise ValueError(f"{name} gives {size} rows of {bucket} tokens: {error}") from error
-            if shards > 1 and model.config.lsg:
-                model.config.lsg.needs_padding(bucket, shards)
-    return buckets
+    usual = (length,) if mesh.shape["sequence"] > 1 else default_buckets(length)
+    named = zip(("batch_size", "eval_batch_size"), rows, strict=True)
+    sizes = {name: size for name, size in named if size is not None}
+    check_batches(mesh, sizes, given or usual, lsg and lsg.needs_padding)
+    return given or usual
 
 
-def _identity(
-    settings: Settings,
-    model: Model,
-    steps: int,
-    train: TokenizedDataset,
-    held_out: TokenizedDataset | None,
+def _contents(
+    model: Model, steps: int, train: TokenizedDataset, held_out: TokenizedDataset | None
 ) -> dict[str, Any]:
-    """What makes a run this run: it can be continued only with the same."""
-    values = dataclasses.asdict(settings)
-    for name in _MAY_CHANGE:
-        del values[name]
-    values |= {"steps": steps, "epochs": settings.epochs, "config": model.config.to_dict()}
-    values["contents_of_train_data"] = train.fingerprint
-    values["contents_of_eval_data"] = held_out.fingerprint if held_out is not None else None
-    return json.loads(json.dumps(values))
+    """What belongs to the identity of a run beside its settings."""
+    return {
+        "steps": steps,
+        "config": model.config.to_dict(),
+        "contents_of_train_data": train.fingerprint,
+        "contents_of_eval_data": None if held_out is None else held_out.fingerprint,
+    }
 
 
 def _check_output(output: pathlib.Path, source: pathlib.Path) -> None:
@@ -353,18 +231,14 @@ def _check_output(output: pathlib.Path, source: pathlib.Path) -> None:
 
 
 def _save_best(
-    settings: Settings,
-    output: pathlib.Path,
-    model: Model,
-    state: TrainState,
-    tokenizer: Any,
+    folder: pathlib.Path, saving: Saving, model: Model, state: TrainState, tokenizer: Any
 ) -> int | None:
-    """Writes OUTPUT/best; the step that it is of, None where nothing judges."""
-    if settings.judged_by is None:
+    """Writes the best model; the step that it is of, None where nothing judges."""
+    if saving.best is None:
         return None
-    step = best_step(output / "checkpoints", settings.judged_by, mode=settings.mode)
-    chosen = restore_state(output / "checkpoints", state, step=step)
-    _save(output / "best", model, chosen.params, tokenizer)
+    step = best_step(saving.folder, saving.best, mode=saving.mode)
+    chosen = restore_state(saving.folder, state, step=step)
+    _save(folder, model, chosen.params, tokenizer)
     return step
 
 

@@ -1,94 +1,31 @@
-"""What a run tells of itself: a bar, metrics as JSON lines and for TensorBoard, how often a
-function was compiled, and how much of the chip's peak is used.
+"""What a run tells of itself: a bar, metrics as JSON lines and for TensorBoard, how often the step
+was compiled, and how much of the chip's peak is used."""
 
-Axes: M microbatches, B batch, T tokens.
-"""
-
-import functools
+import dataclasses
 import json
 import math
 import os
 import pathlib
+import time
 import uuid
 from collections.abc import Callable
 from typing import Any
 
-import flax.traverse_util
 import jax
 import jax.monitoring
-import numpy as np
 from tqdm import tqdm
 
-from lsg_flax.chips import CHIPS
 from lsg_flax.files import write_aside
-from lsg_flax.models import EncoderConfig, Model
-from lsg_flax.training.losses import Batch, Metrics
+from lsg_flax.models import Batch
+from lsg_flax.training.flops import peak_flops
+from lsg_flax.training.losses import Metrics
 
-# Peak dense bfloat16 FLOP/s of one chip by what `device_kind` contains; NVIDIA's from its data
-# sheets (SXM). A device of JAX is one chip (two cores of v4 and v5p together).
-PEAK_FLOPS = {kind: chip.flops for chip in CHIPS.values() for kind in chip.kinds} | {
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
+_SHOWN = {  # by the bar
+    "loss": "loss {:.4f}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "mfu": "MFU {:.1%}",
+    "compilations": "compiled {}x",
 }
-METRICS_FILE = "metrics.jsonl"
-_ONCE_PER_TEXT = ("sequence_classification", "multiple_choice", "next_sentence_prediction")
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Peak bfloat16 FLOP/s of a device by JAX's name for it; None for one that is not known."""
-    matching = [name for name in PEAK_FLOPS if name.lower() in device_kind.lower()]
-    return PEAK_FLOPS[max(matching, key=len)] if matching else None
-
-
-def train_flops(model: Model, batch: Batch) -> float:
-    """Model FLOPs of a training step on a batch: what the mathematics asks for on real tokens.
-
-    Per real token 6 P + 12 L D S: two FLOPs for each of the P parameters in matrix products (the
-    encoder's kernels, as often as they are used, and those of heads that answer per token, the
-    vocabulary's included) and 4 D for each of S keys seen (scores and values, L layers, width D),
-    three times for forward and backward. S is T with full attention; with LSG attention
-    the globals, three local blocks and two sparse ones, and g more for the g rows that see all;
-    never more than T. Padding, recomputation (remat), dropout and gradients that
-    freezing spares are left out, so the utilisation computed from it compares like with like.
-
-    Args:
-        batch: [B, T] or [M, B, T] by Hugging Face's names.
-    """
-    ids = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"][..., 0]
-    mask = batch.get("attention_mask")
-    tokens = math.prod(ids.shape) if mask is None else int(np.count_nonzero(np.asarray(mask)))
-    config, length = model.config, ids.shape[-1]
-    attention = 12 * config.num_hidden_layers * config.hidden_size * _keys_seen(config, length)
-    return float(tokens) * (6 * _matmul_parameters(model) + attention)
-
-
-def _keys_seen(config: EncoderConfig, length: int) -> int:
-    lsg = config.lsg
-    if lsg is None:
-        return length
-    sparse = 0 if lsg.sparsity_type in (None, "none") else 2 * lsg.sparse_block_size
-    return min(length, 2 * lsg.num_global_tokens + 3 * lsg.block_size + sparse)
-
-
-def _count_matmul_parameters(model: Model) -> int:
-    """Parameters that each token is multiplied with."""
-    shape = (1, 1, 3) if model.task == "multiple_choice" else (1, 3)
-    tree = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, np.int32))
-    leaves: dict[str, Any] = flax.traverse_util.flatten_dict(tree["params"], sep="/")
-    config = model.config
-    uses = config.num_hidden_layers // (config.num_hidden_groups or config.num_hidden_layers)
-    parts = ("encoder/",) if model.task in _ONCE_PER_TEXT else ("encoder/", "head/")
-    kernels = [p for p in leaves if p.endswith("/kernel") and p.startswith(parts)]
-    count = sum(leaves[p].size * (uses if "/layers/" in p else 1) for p in kernels)
-    head = {path: leaf.shape for path, leaf in leaves.items() if path.startswith("head/")}
-    own = any(config.vocab_size in shape for shape in head.values() if len(shape) == 2)
-    if (config.vocab_size,) in head.values() and not own:  # a bias over words: the tied table
-        count += leaves["encoder/embeddings/word_embeddings/embedding"].size
-    return count
-
-
-_matmul_parameters: Any = functools.lru_cache(maxsize=8)(_count_matmul_parameters)
 
 
 class CompilationCounter:
@@ -110,48 +47,59 @@ class CompilationCounter:
         jax.monitoring.register_event_duration_secs_listener(self._listen)
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         jax.monitoring.unregister_event_duration_listener(self._listen)
+
+
+@dataclasses.dataclass(frozen=True)
+class Logging:
+    """What a run tells of itself.
+
+    Attributes:
+        folder: gets metrics.jsonl, one line per step; None writes nothing.
+        tensorboard: write event files there too, with the package tensorboardX.
+        flops: model FLOPs of a batch, such as `partial(train_flops, model)`: gives the utilisation
+            `mfu` on chips that `PEAK_FLOPS` knows.
+        progress: show a bar.
+
+    Raises:
+        ValueError: for tensorboard without a folder.
+    """
+
+    folder: str | os.PathLike | None = None
+    tensorboard: bool = False
+    flops: Callable[[Batch], float] | None = None
+    progress: bool = True
+
+    def __post_init__(self):
+        if self.tensorboard and self.folder is None:
+            raise ValueError("tensorboard=True needs a folder to write to: give folder=FOLDER too.")
 
 
 class RunLog:
     """The bar, and the files in a folder, inside a `with`; only process 0 shows and writes."""
 
-    def __init__(
-        self,
-        folder: str | os.PathLike | None = None,
-        *,
-        first: int = 0,
-        steps: int,
-        tensorboard: bool = False,
-        progress: bool = True,
-    ):
+    def __init__(self, logging: Logging, *, first: int = 0, steps: int):
         """Opens the files.
 
         Args:
-            folder: gets metrics.jsonl, one line per step; None writes nothing.
             first: the step that the run starts behind; what the files hold of later ones, from a
                 run that was killed before it saved them, is dropped.
             steps: where the run ends.
-            tensorboard: write event files too, with the package tensorboardX.
-            progress: show the bar.
 
         Raises:
-            ValueError: for tensorboard without a folder.
-            ImportError: if tensorboardX is not installed.
+            ImportError: if tensorboardX is wanted and not installed.
         """
-        if tensorboard and folder is None:
-            raise ValueError("tensorboard=True needs a folder to write to: give log=FOLDER too.")
         speaks = jax.process_index() == 0
         self._lines = self._board = None
-        if folder is not None and speaks:
-            file = pathlib.Path(folder) / METRICS_FILE
+        if logging.folder is not None and speaks:
+            file = pathlib.Path(logging.folder) / "metrics.jsonl"
             file.parent.mkdir(parents=True, exist_ok=True)
             _drop_after(file, first)
             self._lines = file.open("a", buffering=1)  # each line goes out when it is whole
-        if tensorboard and speaks:
-            self._board = _summary_writer(folder, first)
-        bar_shown = progress and speaks
+        if logging.tensorboard and speaks:
+            self._board = _summary_writer(logging.folder, first)
+        bar_shown = logging.progress and speaks
         self._bar = tqdm(total=steps, initial=first, unit="step", disable=not bar_shown)
 
     def write(self, record: Metrics) -> None:
@@ -168,7 +116,7 @@ class RunLog:
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.close()
         for file in (self._lines, self._board):
             if file is not None:
@@ -176,14 +124,7 @@ class RunLog:
 
 
 def _summary(record: Metrics) -> str:
-    parts = [f"loss {record['loss']:.4f}"]
-    if "tokens_per_second" in record:
-        parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
-    if "mfu" in record:
-        parts.append(f"MFU {record['mfu']:.1%}")
-    if "compilations" in record:
-        parts.append(f"compiled {record['compilations']}x")
-    return ", ".join(parts)
+    return ", ".join(text.format(record[name]) for name, text in _SHOWN.items() if name in record)
 
 
 def _drop_after(file: pathlib.Path, last: int) -> None:
@@ -217,3 +158,53 @@ def _summary_writer(folder: Any, first: int) -> Any:
         ) from error
     # Files are named by the second: a run that goes on at once must not replace its own file.
     return SummaryWriter(str(folder), purge_step=first + 1, filename_suffix=f".{uuid.uuid4().hex}")
+
+
+class StepRecorder:
+    """Metrics on their way from the device to the log, read one step late, so that the device never
+    waits for the host."""
+
+    def __init__(self, out: RunLog, compilations: CompilationCounter):
+        self.history: list[Metrics] = []
+        self._out, self._compilations = out, compilations
+        self._start = self._last = time.perf_counter()
+        self._waiting: tuple[int, Metrics, float | None, int] | None = None
+        peak = peak_flops(jax.local_devices()[0].device_kind)
+        self._peak = peak and peak * jax.local_device_count()
+
+    def add(self, number: int, metrics: Metrics, work: float | None) -> None:
+        """Takes a step's metrics, and tells those of the step before."""
+        if self._waiting is not None:
+            self.read()
+            self.finish({})
+        self._waiting = number, metrics, work, self._compilations.count
+
+    def read(self) -> None:
+        """Waits for the step that was added last."""
+        assert self._waiting is not None
+        number, metrics, work, compilations = self._waiting
+        self._waiting = None
+        values = {name: float(value) for name, value in metrics.items()}
+        _check_finite(number, values)
+        now = time.perf_counter()
+        took, self._last = max(now - self._last, 1e-9), now
+        record = {"step": number, "seconds": now - self._start} | values
+        record |= {"tokens_per_second": values["tokens"] / took, "compilations": compilations}
+        if work is not None and self._peak:
+            record["mfu"] = work / took / self._peak
+        self.history.append(record)
+
+    def finish(self, scores: Metrics) -> None:
+        """Tells the step that was read last, with the scores of its evaluation."""
+        self.history[-1] |= scores
+        self._out.write(self.history[-1])
+        self._last = time.perf_counter() if scores else self._last
+
+
+def _check_finite(number: int, values: Metrics) -> None:
+    if not math.isfinite(values["loss"]):
+        raise FloatingPointError(
+            f"the loss is {values['loss']} at step {number} ({values['tokens']:.0f} tokens, "
+            f"{values['targets']:.0f} targets); lower the learning rate, look at this batch's "
+            "labels and ids, or compute in float32."
+        )

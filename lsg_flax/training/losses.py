@@ -2,7 +2,7 @@
 
 A batch is a dict of arrays by Hugging Face's names: arguments of the model and, beside them, the
 targets (the record of the task says which). A loss is a weighted sum of terms, each a sum over the
-labels that count divided by their number; loop.py keeps the two apart to accumulate microbatches.
+labels that count divided by their number; step.py keeps the two apart to accumulate microbatches.
 
 Axes: M microbatches, B batch, T tokens, K labels or vocabulary.
 """
@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from lsg_flax.models import IGNORED, Batch, EncoderConfig, Loss, Model, Params, Target, family_of
@@ -59,7 +60,7 @@ def cross_entropy_sum(logits: Float[Array, "*N K"], labels: Int[Array, "*N"]) ->
     return jnp.sum(jnp.where(invalid, jnp.nan, jnp.where(counted, losses, 0.0)))
 
 
-def problem_type(config: EncoderConfig, labels: Array) -> str:
+def problem_type(config: EncoderConfig, dtype: DTypeLike) -> str:
     """What `sequence_classification` is trained on: the config's `problem_type`; where that is
     None, as Hugging Face infers it: "regression" for one label, else
     "single_label_classification" for integer labels and "multi_label_classification" for floats."""
@@ -67,8 +68,27 @@ def problem_type(config: EncoderConfig, labels: Array) -> str:
         return config.problem_type
     if config.num_labels == 1:
         return "regression"
-    integers = jnp.issubdtype(labels.dtype, jnp.integer)
+    integers = jnp.issubdtype(dtype, jnp.integer)
     return "single_label_classification" if integers else "multi_label_classification"
+
+
+def label_shape(
+    model: Model, target: Target, tokens: tuple[int, ...], dtype: DTypeLike = jnp.int32
+) -> jax.ShapeDtypeStruct:
+    """What the labels of a target are.
+
+    Args:
+        tokens: the shape of the model's `input_ids`, maybe behind an axis of microbatches.
+        dtype: of the labels, where it says what `sequence_classification` is trained on.
+    """
+    task, config = model.task_record, model.config
+    rows = tokens[: 1 - task.input_rank]
+    if target.loss == "problem_type":
+        if problem_type(config, dtype) != "single_label_classification":
+            return jax.ShapeDtypeStruct((*rows, config.num_labels), jnp.float32)
+    elif target.loss != "position" and target.output in task.per_token:
+        return jax.ShapeDtypeStruct(tokens, jnp.int32)
+    return jax.ShapeDtypeStruct(rows, jnp.int32)
 
 
 def targets_of(model: Model) -> tuple[Target, ...]:
@@ -104,20 +124,18 @@ def target_sums(model: Model, output: Any, batch: Batch) -> list[Float[Array, ""
     sums = []
     for target, labels in zip(targets_of(model), _labels(model, batch), strict=True):
         logits = getattr(output, target.output).astype(jnp.float32)
-        floats = jnp.issubdtype(labels.dtype, jnp.floating)
-        binary = target.loss == "yes_or_no"
-        expected = logits.shape if floats or binary else logits.shape[:-1]
+        expected = label_shape(model, target, _lead_shape(batch), labels.dtype).shape
         if labels.shape != expected:
             raise ValueError(
                 f"{target.labels} for task={model.task!r} have shape {labels.shape}, but the "
                 f"outputs {logits.shape} ask for {expected}."
             )
-        if binary:
+        if target.loss == "yes_or_no":
             losses = optax.sigmoid_binary_cross_entropy(logits, labels.astype(jnp.float32))
             sums.append(jnp.sum(jnp.where(labels == IGNORED, 0.0, losses)))
-        elif not floats:
+        elif jnp.issubdtype(labels.dtype, jnp.integer):
             sums.append(cross_entropy_sum(logits, labels))
-        elif problem_type(model.config, labels) == "regression":
+        elif problem_type(model.config, labels.dtype) == "regression":
             sums.append(jnp.sum((logits - labels) ** 2))
         else:
             sums.append(jnp.sum(optax.sigmoid_binary_cross_entropy(logits, labels)))
@@ -143,7 +161,7 @@ def _labels(model: Model, batch: Batch) -> list[Array]:
 
 def _prepared(model: Model, loss: Loss, batch: Batch, labels: Array) -> Array:
     if loss == "problem_type":
-        problem = problem_type(model.config, labels)
+        problem = problem_type(model.config, labels.dtype)
         if problem != "single_label_classification":
             labels = labels.astype(jnp.float32)
             return labels[:, None] if labels.ndim == model.config.num_labels == 1 else labels

@@ -6,11 +6,13 @@ holds the settings of the run, so that a resumed run is the same run.
 """
 
 import contextlib
+import dataclasses
+import functools
 import json
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -20,11 +22,42 @@ from orbax.checkpoint.utils import checkpoint_steps
 
 from lsg_flax.files import differences, read_json, write_aside
 
-Mode = Literal["max", "min"]
+BestMode = Literal["max", "min"]
 
 
 class SaveError(RuntimeError):
     """A checkpoint could not be written; those written before are intact."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Saving:
+    """When a run's state is saved, besides at its end, and what is kept.
+
+    Attributes:
+        folder: of the checkpoints; it is created if need be.
+        every: steps between two.
+        keep: how many of the last checkpoints stay.
+        best: name of a metric; the checkpoint where it was best stays as well.
+        mode: whether "max" or "min" of it is best.
+        settings: of the run, nested dicts of what JSON can hold; kept in run.json, and those of a
+            run to be continued must be the same.
+
+    Raises:
+        ValueError: if `keep` is not positive, or for an unknown mode.
+    """
+
+    folder: str | os.PathLike
+    every: int | None = None
+    keep: int = 3
+    best: str | None = None
+    mode: BestMode = "max"
+    settings: dict[str, Any] | None = None
+
+    def __post_init__(self):
+        if self.keep < 1:
+            raise ValueError(f"keep={self.keep} must be at least 1.")
+        if self.mode not in get_args(BestMode):
+            raise ValueError(f"mode={self.mode!r} must be 'max' or 'min'.")
 
 
 class Checkpoints:
@@ -33,35 +66,15 @@ class Checkpoints:
     With several processes, all of them make the same calls.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike,
-        *,
-        keep: int = 3,
-        best: str | None = None,
-        mode: Mode = "max",
-    ):
-        """Opens `path`, which is created if need be, for writing.
-
-        Args:
-            keep: how many of the last checkpoints stay.
-            best: a metric's name; the checkpoint where it was best stays as well.
-            mode: whether "max" or "min" of it is best.
-
-        Raises:
-            ValueError: if `keep` is not positive, or for an unknown mode.
-        """
-        if keep < 1:
-            raise ValueError(f"keep={keep} must be at least 1.")
-        if mode not in ("max", "min"):
-            raise ValueError(f"mode={mode!r} must be 'max' or 'min'.")
-        self.path = pathlib.Path(path)
+    def __init__(self, saving: Saving):
+        """Opens the folder for writing."""
+        self.path, self._best = pathlib.Path(saving.folder), saving.best
         policies: Any = ocp.training.preservation_policies
-        kept: list[Any] = [policies.LatestN(keep)]
-        if best is not None:
+        kept: list[Any] = [policies.LatestN(saving.keep)]
+        if saving.best is not None:
             kept.append(
                 policies.BestN(
-                    get_metric_fn=lambda metrics: _rank(metrics, best, mode),
+                    get_metric_fn=functools.partial(_rank, name=saving.best, mode=saving.mode),
                     n=1,
                     keep_checkpoints_without_metrics=False,
                 )
@@ -69,7 +82,7 @@ class Checkpoints:
         preserved: Any = policies.AnyPreservationPolicy(kept)
         always: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
         self._checkpointer: Any = ocp.training.Checkpointer(
-            _absolute(path),
+            _absolute(saving.folder),
             preservation_policy=preserved,
             save_decision_policy=always,
             cleanup_tmp_directories=True,
@@ -81,7 +94,7 @@ class Checkpoints:
         state: Any,
         *,
         data: Any = None,
-        metrics: dict[str, float] | None = None,
+        scores: dict[str, float] | None = None,
     ) -> None:
         """Begins to save the state as the checkpoint of its step. Returns when it is copied out of
         the devices, so that the next step may overwrite it; a save still running is waited for.
@@ -89,10 +102,10 @@ class Checkpoints:
         Args:
             data: the place in the data, anything JSON can hold; with several processes each
                 gives its own.
-            metrics: what `best` looks at.
+            scores: of an evaluation, which `best` looks at.
 
         Raises:
-            ValueError: if the step is there already.
+            ValueError: if the step is there already, or `best` is not among the scores.
             SaveError: if the save before this one, or the copying, failed.
         """
         self.wait()
@@ -102,6 +115,11 @@ class Checkpoints:
                 f"{self.path} has a checkpoint of step {step} already; continue from it, or choose "
                 "another folder."
             )
+        if self._best is not None and scores and self._best not in scores:
+            raise ValueError(
+                f"best={self._best!r} is not among the metrics of evaluation: {sorted(scores)}."
+            )
+        metrics = {name: float(value) for name, value in (scores or {}).items()} or None
         places = {"data": _of_all_processes(data)}
         self._writing = step
         with self._explained():
@@ -163,7 +181,7 @@ def save_state(path: str | os.PathLike, state: Any, *, keep: int = 3, data: Any 
         ValueError: if `keep` is not positive or the step is there already.
         SaveError: if it cannot be written.
     """
-    with Checkpoints(path, keep=keep) as checkpoints:
+    with Checkpoints(Saving(path, keep=keep)) as checkpoints:
         checkpoints.save(state, data=data)
 
 
@@ -215,7 +233,7 @@ def saved_steps(path: str | os.PathLike) -> list[int]:
     return sorted(checkpoint_steps(_absolute(path)))  # asks no other process
 
 
-def best_step(path: str | os.PathLike, metric: str, *, mode: Mode = "max") -> int:
+def best_step(path: str | os.PathLike, metric: str, *, mode: BestMode = "max") -> int:
     """The step of the checkpoint under `path` where `metric` was best; the later one of equals.
 
     Raises:
@@ -262,7 +280,6 @@ def check_settings(path: str | os.PathLike, settings: dict[str, Any]) -> None:
             "their settings are the same; continue without settings, or choose another folder."
         )
     elif jax.process_index() == 0:
-        file.parent.mkdir(parents=True, exist_ok=True)
         write_aside(file, f"{json.dumps(wanted, indent=2)}\n".encode())
 
 
@@ -277,7 +294,7 @@ def _saved_metrics(path: str | os.PathLike) -> dict[int, dict[str, float] | None
         return {saved.step: saved.metrics for saved in checkpointer.checkpoints}
 
 
-def _rank(metrics: dict[str, float] | None, name: str, mode: Mode) -> float:
+def _rank(metrics: dict[str, float] | None, name: str, mode: BestMode) -> float:
     """Higher is better; a checkpoint without the metric is worst."""
     value = (metrics or {}).get(name)
     return float("-inf") if value is None else value if mode == "max" else -value
@@ -315,12 +332,13 @@ def _own(places: list[Any], path: Any) -> Any:
 
 def _check_same_tree(path, saved: Any, wanted: Any) -> None:
     """Compares names and shapes before Orbax reads, whose own message does not name the leaf."""
-    saved, wanted = _shapes_by_name(saved), _shapes_by_name(wanted)
-    missing, unexpected = sorted(wanted.keys() - saved.keys()), sorted(saved.keys() - wanted.keys())
+    different = differences(_shapes_by_name(saved), _shapes_by_name(wanted))
+    missing = [name for name, there, _ in different if there is None]
+    unexpected = [name for name, _, here in different if here is None]
     shapes = [
-        f"{name}: {saved[name]} in the checkpoint, {wanted[name]} wanted"
-        for name in sorted(saved.keys() & wanted.keys() - {"key"})
-        if saved[name] != wanted[name]
+        f"{name}: {there} in the checkpoint, {here} wanted"
+        for name, there, here in different
+        if None not in (there, here) and name != "key"
     ]
     if missing or unexpected or shapes:
         raise ValueError(

@@ -11,7 +11,6 @@ from cases import HEADS, SEED, generator_of, random_inputs, random_model, random
 from jobs import Case, Results, ask
 
 import lsg_flax
-from lsg_flax.convert_from_torch import example_ids
 from lsg_flax.models import FAMILIES, EncoderConfig
 from lsg_flax.patterns.config import SPARSITY_TYPES
 
@@ -33,7 +32,9 @@ BLOCKS = {"block_size": 8, "sparse_block_size": 8}
 
 def random_params(model: lsg_flax.Model, generator) -> dict:
     """Parameters all of which matter: norms around 1, everything else around 0."""
-    shapes = jax.eval_shape(lambda key: model.init(key, example_ids(model)), jax.random.key(0))
+    shapes = jax.eval_shape(
+        lambda key: model.init(key, **model.example_inputs()), jax.random.key(0)
+    )
     leaves = flax.traverse_util.flatten_dict(shapes["params"], sep="/")
     return flax.traverse_util.unflatten_dict(
         {

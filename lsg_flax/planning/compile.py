@@ -1,0 +1,90 @@
+"""A plan made in this process: the program is compiled, and what the compiler said is read."""
+
+import dataclasses
+import re
+import time
+from typing import Any
+
+import jax
+
+from lsg_flax import sharding
+from lsg_flax.chips import Topology, devices_of, parse_topology
+from lsg_flax.planning.hlo import ProgramReport, read_program
+from lsg_flax.planning.program import planned_model, sharded_program
+from lsg_flax.planning.settings import ChipMemory, Plan, PlanSettings
+
+
+def compile_plan(settings: PlanSettings) -> Plan:
+    """Compiles in this process, whose environment must be that of `chips.environment_for`.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: as `plan`.
+    """
+    topology = parse_topology(settings.topology)
+    mesh = sharding.make_mesh(
+        **{"data": None} | settings.mesh,  # pyright: ignore[reportArgumentType]
+        devices=devices_of(topology),
+    )
+    model, settings, notes = planned_model(settings)
+    settings = dataclasses.replace(settings, mesh=dict(mesh.shape))
+    function, arguments, memory = sharded_program(model, settings, mesh)
+    start = time.perf_counter()
+    with jax.set_mesh(mesh):
+        lowered = function.lower(*arguments)
+    try:
+        with jax.set_mesh(mesh):
+            compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        said, seconds = str(error), time.perf_counter() - start
+        needed, capacity = out_of_memory(said)  # raises for any other error
+        return Plan(settings, notes, memory, capacity, needed, False, said, None, seconds, {})
+    seconds = time.perf_counter() - start
+    memory = _measured(memory, compiled.memory_analysis())
+    program = read_program(compiled.as_text() or "")
+    room = topology.chip.memory if topology.chip else None
+    times = _times(topology, program)
+    return Plan(settings, notes, memory, room, memory.total, True, None, program, seconds, times)
+
+
+def _measured(memory: ChipMemory, stats: Any) -> ChipMemory:
+    known = memory.parameters + memory.optimizer + memory.batch
+    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    # At the program's peak: XLA accepts or refuses by this number. The sum of all temporaries
+    # counts places that are used one after the other.
+    peak = stats.peak_memory_in_bytes - stats.argument_size_in_bytes - outputs
+    return dataclasses.replace(
+        memory,
+        outputs=outputs,
+        temporaries=peak if peak > 0 else stats.temp_size_in_bytes,
+        code=stats.generated_code_size_in_bytes,
+        padding=max(stats.argument_size_in_bytes - known, 0),
+    )
+
+
+def out_of_memory(message: str) -> tuple[int, int]:
+    """Bytes needed and available, from XLA's refusal of a program.
+
+    Raises:
+        RuntimeError: if the message says something else.
+    """
+    number = r"([\d.]+)([KMGT]?)"
+    found = re.search(rf"\({number}\) exceeds available HBM \({number}\)", message) or re.search(
+        rf"Used {number} of {number} hbm", message
+    )
+    if "RESOURCE_EXHAUSTED" not in message or not found:
+        raise RuntimeError(f"the compiler refused this program: {message[:2000]}")
+    units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    needed, available = (float(found[i]) * units[found[i + 1]] for i in (1, 3))
+    return int(needed), int(available)
+
+
+def _times(topology: Topology, program: ProgramReport) -> dict[str, float]:
+    chip = topology.chip
+    if chip is None:
+        return {}
+    times = {
+        "compute": program.flops / chip.flops,
+        "memory": program.bytes / chip.bandwidth,
+        "communication": sum(c.wire_bytes for c in program.collectives) / chip.links,
+    }
+    return times | ({"compiler": program.cycles / chip.clock} if program.cycles else {})

@@ -1,0 +1,120 @@
+"""The program of a plan: the model that would run, its step, and the abstract arrays it takes.
+
+Axes: B batch, C choices, T tokens, M microbatches.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from lsg_flax import hub, inference, sharding, training
+from lsg_flax.models import Model, family_of
+from lsg_flax.patterns import LSGConfig
+from lsg_flax.planning.settings import ChipMemory, PlanSettings
+
+DEFAULT_LENGTH = 4096  # of a checkpoint with full attention, as `convert` makes it
+_CHOICES = 4  # of a multiple choice
+
+
+def planned_model(settings: PlanSettings) -> tuple[Model, PlanSettings, tuple[str, ...]]:
+    """The model that would run, the settings with task and length filled in, and notes on both.
+
+    Raises:
+        ValueError, FileNotFoundError: for a source or settings that cannot be.
+    """
+    checkpoint = hub.open_checkpoint(settings.source, hub.CONFIG_FILES)
+    task = settings.task or checkpoint.task
+    config = checkpoint.config_for(task)
+    reads = Model(config, task).max_length
+    length = settings.max_length
+    if length is None:
+        length = reads if config.lsg else DEFAULT_LENGTH
+    if length < 1:
+        raise ValueError(f"max_length={length} must be at least 1.")
+    notes = []
+    if settings.attention == "full":
+        config = dataclasses.replace(config, lsg=None)
+    else:
+        if config.lsg is None:
+            notes.append("LSG attention, as `lsg-flax convert` makes it of this checkpoint")
+        pattern = config.lsg or LSGConfig()
+        config = dataclasses.replace(config, lsg=dataclasses.replace(pattern, **settings.lsg))
+    if length > reads:
+        notes.append(f"as converted to {length:,} tokens; the checkpoint reads {reads:,}")
+        positions = length + family_of(config.model_type).architecture.position_offset
+        config = dataclasses.replace(config, max_position_embeddings=positions)
+    model = Model(
+        config,
+        task,
+        dtype=jnp.dtype(settings.dtype),
+        param_dtype=jnp.dtype(settings.param_dtype),
+        remat=settings.remat,
+    )
+    return model, dataclasses.replace(settings, task=task, max_length=length), tuple(notes)
+
+
+def sharded_program(
+    model: Model, settings: PlanSettings, mesh: Mesh
+) -> tuple[jax.stages.Wrapped, tuple[Any, ...], ChipMemory]:
+    """The jitted function, its abstract arguments with their shardings, and what these weigh."""
+    batch = abstract_batch(model, settings)
+    accumulates = settings.accumulate > 1
+    batch = _placed(batch, sharding.batch_shardings(batch, mesh, microbatches=accumulates))
+    key, inputs = jax.random.key(0), model.example_inputs()
+    if settings.mode == "inference":
+        params = jax.eval_shape(lambda key: model.init(key, **inputs)["params"], key)
+        params = _placed(params, sharding.shardings_for(params, mesh))
+        weights = ChipMemory(_bytes_per_chip(params), 0, _bytes_per_chip(batch))
+        predict = jax.jit(lambda params, batch: inference.outputs_of(model, params, batch, None))
+        return predict, (params, batch), weights
+    optimizer = training.make_optimizer(1e-4, total_steps=1000)
+
+    def init(key: jax.Array) -> training.TrainState:
+        params: Any = model.init(key, **inputs)["params"]
+        return training.init_state(params, optimizer, key)
+
+    state = jax.eval_shape(init, key)
+    state = _placed(state, sharding.shardings_for(state, mesh))
+    step: Any = training.make_train_step(model, optimizer, settings.accumulate)
+    weights = ChipMemory(*map(_bytes_per_chip, (state.params, state.opt_state, batch)))
+    return step, (state, batch), weights
+
+
+def abstract_batch(model: Model, settings: PlanSettings) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a batch: [B, T], [B, C, T] for choices, [M, B, ...] with accumulation.
+
+    Raises:
+        ValueError: in training, for a task without a loss.
+    """
+    rows: tuple[int, ...] = (settings.batch_size // settings.accumulate,)
+    rows = (settings.accumulate, *rows) if settings.accumulate > 1 else rows
+    assert settings.max_length is not None
+    choices = (_CHOICES,) * (model.task_record.input_rank - 2)
+    tokens = (*rows, *choices, settings.max_length)
+    names = ["input_ids", "attention_mask"]
+    names += ["token_type_ids"] if model.config.type_vocab_size > 1 else []
+    batch = dict.fromkeys(names, jax.ShapeDtypeStruct(tokens, np.int32))
+    if settings.mode == "train":
+        for target in training.targets_of(model):
+            batch[target.labels] = training.label_shape(model, target, tokens)
+    return batch
+
+
+def _placed(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+    )
+
+
+def _bytes_per_chip(tree: Any) -> int:
+    """Of abstract arrays with shardings; random keys weigh nothing worth naming."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            shape = leaf.sharding.shard_shape(leaf.shape)
+            total += int(np.prod(shape)) * leaf.dtype.itemsize
+    return total

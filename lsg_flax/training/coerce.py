@@ -1,0 +1,83 @@
+"""Values as annotations want them: what YAML and flags give becomes fields of `Settings`."""
+
+import difflib
+import math
+import os
+import pathlib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+
+def check_names(where: str, names: Iterable[str], known: Sequence[str]) -> None:
+    """Raises ValueError for an unknown name, with the known one that is nearest."""
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"{where}: {name!r} is unknown; {hint}Known are {', '.join(known)}.")
+
+
+def read_yaml(file: pathlib.Path) -> dict[str, Any]:
+    """The mapping in a file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no YAML, or holds something else.
+    """
+    import yaml
+
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is no file; give a YAML file with settings.")
+    try:
+        values = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{file} must hold lines such as 'model: ./bert-4096', but holds a "
+            f"{type(values).__name__}."
+        )
+    return values
+
+
+def coerced(name: str, value: Any, hint: Any) -> Any:
+    """The value as its annotation wants it, or a ValueError that says what it should be."""
+    kind: Any
+    kind, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind in (types.UnionType, typing.Union):
+        if value is None and types.NoneType in parts:
+            return None
+        rest = [part for part in parts if part is not types.NoneType]
+        if len(rest) > 1:  # a text, or several
+            rest = [str] if isinstance(value, str | os.PathLike) else rest[1:]
+        return coerced(name, value, rest[0])
+    if kind is Literal:
+        if value not in parts:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(map(str, parts))}.")
+        return value
+    if kind is tuple and isinstance(value, list | tuple) and value:
+        return tuple(coerced(name, item, parts[0]) for item in value)
+    if kind is dict and isinstance(value, Mapping):
+        return {str(key): coerced(f"{name}.{key}", v, parts[1]) for key, v in value.items()}
+    if kind is str and isinstance(value, str | os.PathLike):
+        return os.fspath(value)
+    if kind is float and not isinstance(value, bool):
+        try:
+            number = float(str(value))  # YAML takes 1e-4, without a dot, for a text
+        except ValueError:
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    if kind is Any or (kind in (int, bool) and type(value) is kind):
+        return value
+    wanted = {
+        tuple: "a list of at least one",
+        dict: "a mapping of names to values",
+        str: "a text",
+        float: "a number",
+        int: "a whole number",
+        bool: "true or false",
+    }
+    raise ValueError(f"{name}={value!r} must be {wanted[kind]}.")

@@ -1,0 +1,171 @@
+"""Scores of answers against labels, as functions of numpy arrays.
+
+Axes: R rows (of all batches), K labels.
+"""
+
+import collections
+import math
+import re
+import string
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int, Num
+
+from lsg_flax.models import IGNORED
+
+Scores = dict[str, float]
+
+
+def classification_scores(predicted: Int[np.ndarray, "R"], labels: Int[np.ndarray, "R"]) -> Scores:
+    """`accuracy`, and `macro_f1`: the mean F1 of the classes that occur among the labels or the
+    predictions (scikit-learn's). Labels of -100 do not count.
+
+    Raises:
+        ValueError: if no label counts.
+    """
+    predicted, labels = _counted(predicted, labels)
+    classes = np.union1d(predicted, labels)[:, None]  # [classes, 1]
+    return {
+        "accuracy": float((predicted == labels).mean()),
+        "macro_f1": float(_f1(predicted[None] == classes, labels[None] == classes).mean()),
+    }
+
+
+def multi_label_scores(
+    predicted: Bool[np.ndarray, "R K"], labels: Num[np.ndarray, "R K"]
+) -> Scores:
+    """`micro_f1` over all decisions together, `macro_f1` over the labels that occur or are
+    predicted, and `accuracy`: how many rows are right in whole.
+
+    Raises:
+        ValueError: if there are no rows.
+    """
+    _need_rows(len(labels))
+    truth = labels > 0.5
+    occur = truth.any(axis=0) | predicted.any(axis=0)
+    each = _f1(predicted.T, truth.T)[occur]
+    return {
+        "accuracy": float((predicted == truth).all(axis=1).mean()),
+        "micro_f1": float(_f1(predicted.reshape(1, -1), truth.reshape(1, -1))[0]),
+        "macro_f1": float(each.mean()) if len(each) else 0.0,
+    }
+
+
+def regression_scores(predicted: Num[np.ndarray, "*R"], labels: Num[np.ndarray, "*R"]) -> Scores:
+    """`mse`, and `pearson`, Pearson's correlation (0 where one side is constant).
+
+    Raises:
+        ValueError: if there are no rows.
+    """
+    _need_rows(labels.size)
+    x, y = (np.asarray(side, np.float64).reshape(-1) for side in (predicted, labels))
+    mse = float(((x - y) ** 2).mean())
+    x, y = x - x.mean(), y - y.mean()
+    scale = math.sqrt(float((x**2).sum() * (y**2).sum()))
+    return {"mse": mse, "pearson": float((x * y).sum()) / scale if scale else 0.0}
+
+
+def entity_scores(predicted: Sequence[Sequence[str]], labels: Sequence[Sequence[str]]) -> Scores:
+    """`precision`, `recall` and `f1` of whole entities, and `accuracy` of tags, by seqeval (as
+    CoNLL's script).
+
+    Args:
+        predicted, labels: per text the tags of its words, such as "B-PER", "I-PER", "O".
+
+    Raises:
+        ImportError: if seqeval is not installed.
+        ValueError: if there are no texts.
+    """
+    _need_rows(len(labels))
+    try:
+        import seqeval.metrics
+    except ImportError as error:
+        raise ImportError(
+            "the F1 of entities needs the package seqeval: pip install 'lsg-flax[metrics]'."
+        ) from error
+    metrics: Any = seqeval.metrics
+    truth, given = [list(text) for text in labels], [list(text) for text in predicted]
+    return {
+        "accuracy": float(metrics.accuracy_score(truth, given)),
+        "precision": float(metrics.precision_score(truth, given, zero_division=0)),
+        "recall": float(metrics.recall_score(truth, given, zero_division=0)),
+        "f1": float(metrics.f1_score(truth, given, zero_division=0)),
+    }
+
+
+def answer_scores(predicted: Sequence[str], answers: Sequence[Sequence[str]]) -> Scores:
+    """`exact_match` and `f1` of answers in words, as SQuAD defines them: without case, punctuation
+    and articles, against whichever right answer fits best. A question without answers is answered
+    rightly by "".
+
+    Args:
+        answers: per question all right ones.
+
+    Raises:
+        ValueError: if there are no questions.
+    """
+    _need_rows(len(answers))
+    exact, overlap = [], []
+    for given, right in zip(predicted, answers, strict=True):
+        words = _words(given)
+        truths = [_words(answer) for answer in right] or [[]]
+        exact.append(max(words == truth for truth in truths))
+        overlap.append(max(_word_f1(words, truth) for truth in truths))
+    return {"exact_match": float(np.mean(exact)), "f1": float(np.mean(overlap))}
+
+
+def span_scores(predicted: Int[np.ndarray, "R 2"], labels: Int[np.ndarray, "R 2"]) -> Scores:
+    """`exact_match` and `f1` of answers as tokens: first and last place, of rows that have one.
+
+    Args:
+        labels: rows with a place below 0 do not count.
+
+    Raises:
+        ValueError: if no row has an answer.
+    """
+    counted = (labels >= 0).all(axis=1)
+    predicted, labels = predicted[counted], labels[counted]
+    _need_rows(len(labels))
+    first, last = np.maximum(predicted, labels)[:, 0], np.minimum(predicted, labels)[:, 1]
+    shared = np.maximum(last - first + 1, 0)
+    sizes = sum(side[:, 1] - side[:, 0] + 1 for side in (predicted, labels))
+    return {
+        "exact_match": float((predicted == labels).all(axis=1).mean()),
+        "f1": float((2 * shared / sizes).mean()),
+    }
+
+
+def perplexity(loss: float) -> float:
+    """exp of the mean loss per token; infinity where that is beyond float."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _counted(predicted: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    counted = labels != IGNORED
+    _need_rows(int(counted.sum()))
+    return predicted[counted], labels[counted]
+
+
+def _need_rows(count: int) -> None:
+    if not count:
+        raise ValueError("there is nothing to score: no row has a label that counts.")
+
+
+def _f1(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Of each row of decisions; 0 where there is nothing."""
+    right = (predicted & truth).sum(axis=1)
+    return 2 * right / np.maximum(predicted.sum(axis=1) + truth.sum(axis=1), 1)
+
+
+def _words(text: str) -> list[str]:
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def _word_f1(words: list[str], truth: list[str]) -> float:
+    if not words or not truth:
+        return float(words == truth)
+    shared = (collections.Counter(words) & collections.Counter(truth)).total()
+    return 2 * shared / (len(words) + len(truth))

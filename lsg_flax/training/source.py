@@ -1,0 +1,110 @@
+"""The checkpoint that fine-tuning begins with: what it reads, and the model to train made of it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from lsg_flax.hub import Checkpoint, LSGOptions, Tokenizer, make_lsg, open_checkpoint
+from lsg_flax.models import TASKS, EncoderConfig, Model, Params
+from lsg_flax.sharding import shard
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceModel:
+    """An opened checkpoint, and what a run makes of it.
+
+    Attributes:
+        name: what the user calls it.
+        checkpoint, tokenizer: what it is.
+        task: what it is trained for.
+        length: how many a row of the run has at most.
+        converts: whether it gets LSG attention, or more positions, first.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    task: str
+    length: int
+    converts: bool
+
+    @property
+    def config(self) -> EncoderConfig:
+        """The checkpoint's, as it is."""
+        return self.checkpoint.config
+
+    def check_globals(self) -> None:
+        """Raises ValueError if there are no global tokens to train."""
+        if self.config.lsg is None and not self.converts:
+            raise ValueError(
+                f"train_only='global_tokens_and_head', but {self.name} has full attention and no "
+                "global tokens; set convert (--convert) to give it some."
+            )
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """Of a head that is trained further, if it has names: their order is the head's."""
+        labels, trained = self.config.labels, self.checkpoint.head == self.task
+        unnamed = all(label == f"LABEL_{number}" for number, label in enumerate(labels))
+        named = TASKS[self.task].named_labels
+        return labels if named and trained and not unnamed else None
+
+    def load(
+        self,
+        overrides: dict[str, Any],
+        pattern: dict[str, Any],
+        dtype: DTypeLike,
+        mesh: Mesh | None,
+    ) -> tuple[Model, Params]:
+        """The model to train.
+
+        Args:
+            overrides: fields of the config, such as the labels of the head.
+            pattern: fields of `LSGConfig`.
+            dtype: of the computation.
+            mesh: where the parameters come to lie.
+        """
+        if not self.converts:
+            options = {"dtype": dtype, "mesh": mesh} | overrides | pattern
+            return self.checkpoint.load(self.task, **options)
+        model, params = self.checkpoint.load(self.task, dtype=dtype, **overrides)
+        options = LSGOptions(self.length, resize_lsg=self.config.lsg is not None)
+        model, params = make_lsg(model, params, self.tokenizer, options=options, pattern=pattern)
+        return model, params if mesh is None else shard(jax.device_get(params), mesh)
+
+
+def open_source(name: str, task: str, max_length: int | None, *, convert: bool) -> SourceModel:
+    """Opens a checkpoint; its weights are not read yet.
+
+    Args:
+        name: folder or hub id.
+        max_length: tokens of a row; None takes what it reads, or will read.
+        convert: make it LSG, and long enough, first.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: for a task that it has no head for, a length that it does not read, or if it has
+            no tokenizer.
+    """
+    checkpoint = open_checkpoint(name)
+    config = checkpoint.config
+    reads, plain = Model(checkpoint.config_for(task), task).max_length, config.lsg is None
+    length = max_length or (LSGOptions.max_sequence_length if convert and plain else reads)
+    if length > reads and not convert:
+        raise ValueError(
+            f"max_length={length}, but {name} reads {reads} tokens; set convert (--convert) to "
+            f"make it read more here, or run lsg-flax convert {name} TARGET "
+            f"--max-sequence-length {length} and train TARGET."
+        )
+    tokenizer = checkpoint.tokenizer
+    if tokenizer is None:
+        raise ValueError(
+            f"{name} has no tokenizer; put its files (tokenizer.json or vocab.txt, "
+            "tokenizer_config.json) beside config.json."
+        )
+    tokenizer.model_max_length = max(length, reads)
+    converts = convert and (plain or length > reads)
+    return SourceModel(name, checkpoint, tokenizer, task, length, converts)

@@ -1,0 +1,134 @@
+"""The state of a training run, and one step as a jitted pure function.
+
+The step knows nothing of devices: under `jax.set_mesh(mesh)`, with state and batch placed by
+sharding.py, it runs on a mesh, which `fit(mesh=...)` does.
+
+Axes: M microbatches, B batch.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import PRNGKeyArray
+
+from lsg_flax.models import Batch, Model, Params
+from lsg_flax.sharding import sharded_init, shardings_for
+from lsg_flax.training.losses import (
+    Metrics,
+    batch_metrics,
+    loss_sums,
+    target_counts,
+    weighted_mean,
+)
+
+TrainStep = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a run needs to go on: `key` is the run's, each step folds its number into it."""
+
+    step: Any  # int32 scalar; like all leaves an array, or abstract for `restore_state`
+    params: Params
+    opt_state: Any
+    key: Any  # a jax.random.key
+
+
+def init_state(
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    key: PRNGKeyArray,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+) -> TrainState:
+    """The state before the first step. Parameters and key are copied, since steps donate it.
+
+    Args:
+        mesh: place the state on it; no device ever holds the optimizer's state whole.
+    """
+
+    def init(params: Params, key: PRNGKeyArray) -> TrainState:
+        copied = jax.tree.map(jnp.copy, params)
+        return TrainState(jnp.zeros((), jnp.int32), copied, optimizer.init(copied), jnp.copy(key))
+
+    if mesh is None:
+        return init(params, key)
+    return sharded_init(init, params, key, mesh=mesh)
+
+
+def make_train_step(
+    model: Model, optimizer: optax.GradientTransformation, accumulate_steps: int = 1
+) -> TrainStep:
+    """One optimizer step as a jitted function `(state, batch) -> (state, metrics)`. Under
+    `jax.set_mesh(mesh)`, with state and batch placed by sharding.py, it runs on that mesh.
+
+    The state is donated: use the returned one. With `accumulate_steps` M > 1 every array of the
+    batch has a leading axis of M microbatches, [M, B, ...], run one after the other. Each one's
+    summed losses are divided by the number of labels that count in all M together, so the gradient
+    is that of one batch of M * B, however the labels are spread (dropout masks differ). Gradients
+    are summed in float32. Recompute activations with `model.clone(remat="full")`.
+
+    Returns:
+        The step. Its metrics are those of `loss_fn` (over all microbatches) and `update_norm`, the
+        global norm of the parameters' change.
+
+    Raises:
+        ValueError: while tracing, for a batch that does not fit.
+    """
+    if accumulate_steps < 1:
+        raise ValueError(f"accumulate_steps={accumulate_steps} must be at least 1.")
+
+    def gradients(params, batch, counts, key):
+        def loss(params):
+            return weighted_mean(model, loss_sums(model, params, batch, key), counts)
+
+        return jax.value_and_grad(loss)(params)
+
+    def accumulated(params, batch, counts, key):
+        def add(total, numbered):
+            number, microbatch = numbered
+            parts = gradients(params, microbatch, counts, jax.random.fold_in(key, number))
+            return jax.tree.map(lambda t, p: t + p.astype(jnp.float32), total, parts), None
+
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        numbers = jnp.arange(accumulate_steps)
+        total, _ = jax.lax.scan(add, (jnp.float32(0.0), zeros), (numbers, batch))
+        return total
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        counts = target_counts(model, batch)
+        key = jax.random.fold_in(state.key, state.step)
+        if accumulate_steps > 1:
+            _check_microbatches(batch, accumulate_steps)
+            loss, grads = accumulated(state.params, batch, counts, key)
+        else:
+            loss, grads = gradients(state.params, batch, counts, key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = batch_metrics(loss, batch, counts) | {"update_norm": optax.tree.norm(updates)}
+        new = state.replace(step=state.step + 1, params=params, opt_state=opt_state)  # type: ignore[attr-defined]
+        return _placed(new), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def _placed(state: TrainState) -> TrainState:
+    """On the ambient mesh the new state lies as the old one, whatever XLA would like better:
+    another layout would compile the next step anew."""
+    mesh: Any = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return state
+    return jax.lax.with_sharding_constraint(state, shardings_for(state, mesh))
+
+
+def _check_microbatches(batch: Batch, count: int) -> None:
+    shapes = {name: tuple(array.shape) for name, array in batch.items()}
+    if any(not shape or shape[0] != count for shape in shapes.values()):
+        raise ValueError(
+            f"with accumulate_steps={count} every array is [{count}, batch, ...], got {shapes}; "
+            f"reshape with x.reshape({count}, -1, *x.shape[1:])."
+        )
