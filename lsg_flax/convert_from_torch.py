@@ -134,10 +134,7 @@ def initial_leaves(model: Model, paths: list[str], seed: int) -> dict[str, jax.A
 
 
 def _leaf_shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    abstract = jax.eval_shape(
-        lambda key: model.init(key, **model.example_inputs()), jax.random.key(0)
-    )["params"]
-    leaves: dict[str, Any] = flax.traverse_util.flatten_dict(abstract, sep="/")
+    leaves: dict[str, Any] = flax.traverse_util.flatten_dict(model.abstract_params(), sep="/")
     return {path: tuple(leaf.shape) for path, leaf in leaves.items()}
 
 

@@ -262,10 +262,8 @@ def test_batches_are_what_the_losses_take(tmp_path, task, values, accumulate):
         assert {array.shape[0] for array in batch.values()} == {accumulate}
         batch = {n: jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for n, a in batch.items()}
     assert {array.shape[0] for array in batch.values()} == {8 // accumulate}
-    params = jax.eval_shape(
-        lambda key: model.init(key, **model.example_inputs()), jax.random.key(0)
-    )
-    loss, _ = jax.eval_shape(lambda p, b: losses.loss_fn(model, p, b), params["params"], batch)
+    params = model.abstract_params()
+    loss, _ = jax.eval_shape(lambda p, b: losses.loss_fn(model, p, b), params, batch)
     assert loss.shape == ()
 
 

@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
@@ -23,7 +24,7 @@ from lsg_flax.models.inputs import (
     slots_of_cache,
 )
 from lsg_flax.models.layers import Context, Implementation
-from lsg_flax.models.outputs import ModelOutput
+from lsg_flax.models.outputs import ModelOutput, Params
 from lsg_flax.models.task import Task
 from lsg_flax.patterns import Cache
 from lsg_flax.sharding import check_heads
@@ -184,3 +185,8 @@ class Model(nn.Module):
     def example_inputs(self) -> dict[str, Any]:
         """The smallest input that the model takes: what shapes are inferred from."""
         return {"input_ids": np.zeros((1,) * (self.task_record.input_rank - 1) + (2,), np.int32)}
+
+    def abstract_params(self) -> Params:
+        """Shapes and dtypes of the parameters; nothing is computed."""
+        example = self.example_inputs()
+        return jax.eval_shape(lambda key: self.init(key, **example)["params"], jax.random.key(0))

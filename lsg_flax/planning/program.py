@@ -64,9 +64,8 @@ def sharded_program(
     batch = abstract_batch(model, settings)
     accumulates = settings.accumulate > 1
     batch = _placed(batch, sharding.batch_shardings(batch, mesh, microbatches=accumulates))
-    key, inputs = jax.random.key(0), model.example_inputs()
     if settings.mode == "inference":
-        params = jax.eval_shape(lambda key: model.init(key, **inputs)["params"], key)
+        params = model.abstract_params()
         params = _placed(params, sharding.shardings_for(params, mesh))
         weights = ChipMemory(_bytes_per_chip(params), 0, _bytes_per_chip(batch))
         predict = jax.jit(lambda params, batch: inference.outputs_of(model, params, batch, None))
@@ -74,10 +73,10 @@ def sharded_program(
     optimizer = training.make_optimizer(1e-4, total_steps=1000)
 
     def init(key: jax.Array) -> training.TrainState:
-        params: Any = model.init(key, **inputs)["params"]
+        params: Any = model.init(key, **model.example_inputs())["params"]
         return training.init_state(params, optimizer, key)
 
-    state = jax.eval_shape(init, key)
+    state = jax.eval_shape(init, jax.random.key(0))
     state = _placed(state, sharding.shardings_for(state, mesh))
     step: Any = training.make_train_step(model, optimizer, settings.accumulate)
     weights = ChipMemory(*map(_bytes_per_chip, (state.params, state.opt_state, batch)))

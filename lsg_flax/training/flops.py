@@ -8,7 +8,6 @@ import math
 from typing import Any
 
 import flax.traverse_util
-import jax
 import numpy as np
 
 from lsg_flax.chips import CHIPS
@@ -61,8 +60,7 @@ def _keys_seen(config: EncoderConfig, length: int) -> int:
 
 def _count_matmul_parameters(model: Model) -> int:
     """Parameters that each token is multiplied with."""
-    tree = jax.eval_shape(lambda key: model.init(key, **model.example_inputs()), jax.random.key(0))
-    leaves: dict[str, Any] = flax.traverse_util.flatten_dict(tree["params"], sep="/")
+    leaves: dict[str, Any] = flax.traverse_util.flatten_dict(model.abstract_params(), sep="/")
     config = model.config
     uses = config.num_hidden_layers // (config.num_hidden_groups or config.num_hidden_layers)
     parts = ("encoder/", "head/") if model.task_record.per_token else ("encoder/",)
