@@ -5,6 +5,7 @@ This file knows names and shapes; files are hub.py's, and turning full attention
 to_lsg.py's.
 """
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -134,6 +135,8 @@ def example_ids(model: Model) -> np.ndarray:
     return np.zeros((1, 1, 2) if model.task == "multiple_choice" else (1, 2), np.int32)
 
 
+# Tracing `init` takes half a second, and a checkpoint that is loaded and saved again asks twice.
+@functools.lru_cache(maxsize=32)
 def _leaf_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     abstract = jax.eval_shape(lambda key: model.init(key, example_ids(model)), jax.random.key(0))[
         "params"

@@ -31,7 +31,7 @@ def layer(attention_fn=None, **options) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def params():
-    return layer().init(jax.random.key(0), jnp.zeros((1, 2, WIDTH)))
+    return jax.jit(layer().init)(jax.random.key(0), jnp.zeros((1, 2, WIDTH)))
 
 
 @functools.partial(jax.jit, static_argnums=0)

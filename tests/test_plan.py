@@ -223,7 +223,7 @@ def compile_plan_memory(source, *, fsdp: int) -> int:
     """Bytes of parameters per chip, from real arrays placed on a mesh."""
     model, _, _ = plan.planned_model(settings_of(source))
     mesh = sharding.make_mesh(fsdp=fsdp)
-    params = model.init(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
     placed = sharding.shard(params, mesh)
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(placed))
 
