@@ -92,7 +92,8 @@ _matmul_parameters: Any = functools.lru_cache(maxsize=8)(_count_matmul_parameter
 
 
 class CompilationCounter:
-    """Counts how often XLA compiles a jitted function, inside a `with`.
+    """Counts how often XLA compiles a jitted function, inside a `with`. A program that comes from
+    JAX's persistent cache instead counts as well.
 
     Attributes:
         count: compilations so far.

@@ -247,6 +247,7 @@ def test_parts_that_do_not_fit_are_refused(make, unchecked):
 # -------------------------------------------------------------------------- conversion and saving
 
 
+@pytest.mark.filterwarnings("ignore:weights for task")
 @pytest.mark.parametrize("inside", ["", "0_Transformer"])
 def test_a_converted_folder_embeds_longer_texts(make, inside, tmp_path):
     folder, target = make(("Pooling", "Normalize"), inside=inside), tmp_path / "long"
@@ -271,6 +272,7 @@ def test_a_converted_folder_embeds_longer_texts(make, inside, tmp_path):
     assert np.abs(cut.embed([text], progress=False)[0] - vector).max() > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:weights for task")
 def test_modules_that_we_cannot_run_are_carried_along_all_the_same(make, tmp_path):
     folder = make(("Pooling", "Dense"))
     write_json(folder / "2_Dense" / "config.json", {"in_features": 12})

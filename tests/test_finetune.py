@@ -15,6 +15,8 @@ from lsg_flax import hub
 from lsg_flax.finetune import finetune
 from lsg_flax.finetune_settings import SCORES, Settings, read_settings
 
+pytestmark = pytest.mark.filterwarnings("ignore:weights for task")  # heads that are drawn
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
@@ -79,7 +81,8 @@ def test_a_classifier_learns_and_is_trained_further(tiny, tmp_path):
     settings = settings_of(tiny, tmp_path, **options)
     settings = dataclasses.replace(settings, train_data=str(files[0]), eval_data=str(files[1]))
     files[0].write_text("".join(json.dumps(line) + "\n" for line in data * 16) + "{broken\n")
-    with pytest.warns(UserWarning, match=r"1 broken rows.*train.jsonl:33"):
+    held_out = pytest.warns(UserWarning, match=r"1 broken rows.*held_out.jsonl:9")
+    with held_out, pytest.warns(UserWarning, match=r"1 broken rows.*train.jsonl:33"):
         result = run(settings)
     assert result.model.config.labels == names  # sorted, they would be turned
     assert result.scores["eval_accuracy"] == 1.0
@@ -128,8 +131,8 @@ def test_a_mesh_trains_as_one_device(tiny, tmp_path):
     cut = {"data": 2, "fsdp": 2, "tensor": 2}
     cut = dataclasses.replace(alone, devices=None, mesh=cut, output=str(tmp_path / "cut"))
     one, many = run(alone), run(cut)
-    pairs = zip(one.history, many.history, strict=True)
-    assert all(a["loss"] == pytest.approx(b["loss"], abs=1e-5) for a, b in pairs)
+    losses = [[record["loss"] for record in run.history] for run in (one, many)]
+    assert len(losses[0]) == 2 and losses[1] == pytest.approx(losses[0], abs=1e-5)
     assert many.scores == pytest.approx(one.scores, abs=1e-4)
 
 

@@ -155,7 +155,6 @@ def test_importing_everything_needs_no_torch(tmp_path):
             *(f"import lsg_flax.{part}" for part in parts),
             f"model, params = lsg_flax.from_pretrained({str(folder)!r})",
             "assert 'torch' not in sys.modules",
-            "print(sorted(m for m in sys.modules if m.startswith('transformers.models')))",
         ]
     )
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{PACKAGE.parent}"}
