@@ -67,8 +67,8 @@ parity: .venv/installed .venv-reference/installed  ## live comparison with PyTor
 	$(PIP) --constraint constraints.txt --no-deps --target .libtpu libtpu
 	@touch $@
 
-tpu: .venv/installed .libtpu/installed  ## compile for a TPU on this machine: tests of lsg-flax plan
-	PYTHONPATH=.libtpu $(BIN)/python -m pytest tests/test_plan.py -m slow --quiet
+tpu: .venv/installed .libtpu/installed  ## compile for a TPU on this machine, as lsg-flax plan does
+	PYTHONPATH=.libtpu $(BIN)/python -m pytest tests/test_plan.py -k a_real_tpu_compilation --quiet
 
 crash: .venv/installed  ## train with two processes, kill one at random, restart; 20 times
 	$(BIN)/python tests/crash.py --times 20

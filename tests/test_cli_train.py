@@ -47,6 +47,7 @@ def config_of(folder, tiny, **values) -> pathlib.Path:
     return folder / "run.yaml"
 
 
+@pytest.mark.slow
 def test_train_then_predict(capsys, tiny, tmp_path):
     output, answers = tmp_path / "model", tmp_path / "answers.jsonl"
     file = config_of(tmp_path, tiny, steps=100, learning_rate="1e-3")

@@ -57,6 +57,7 @@ def test_every_table_is_a_bijection(family):
             assert not set(FAMILIES[family].tied_names(task, tied=True)) & set(names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tensors_there_and_back_are_the_identity(family):
     for task in FAMILIES[family].heads:
@@ -135,6 +136,7 @@ def test_a_text_may_not_use_the_rows_in_front_of_the_positions():
         model.apply({"params": params}, np.full((1, 39), 5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["roberta", "electra"])
 def test_cached_decoding_of_a_family_equals_the_uncached_one(family):
     """Left padding, over two blocks: positions behind the padding, projected embeddings."""

@@ -47,6 +47,7 @@ def run(settings: Settings):
     return finetune(settings, progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SCORES)
 def test_every_task_from_files_to_a_checkpoint(tiny, tmp_path, kind):
     settings = settings_of(tiny, tmp_path, kind)
@@ -69,6 +70,7 @@ def test_every_task_from_files_to_a_checkpoint(tiny, tmp_path, kind):
     assert all(jax.tree.leaves(same)) == (result.best == 4)
 
 
+@pytest.mark.slow
 def test_a_classifier_learns_and_is_trained_further(tiny, tmp_path):
     """Broken rows are skipped on request, labels keep the order given, also in a further run."""
     names, files = ("red", "blue"), (tmp_path / "train.jsonl", tmp_path / "held_out.jsonl")
@@ -104,6 +106,7 @@ def without_the_end(folder):
         (folder / file).unlink()
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_bit_for_bit(tiny, tmp_path):
     settings = settings_of(tiny, tmp_path, accumulate=2)
     whole = run(settings)
@@ -126,6 +129,7 @@ def test_the_same_command_goes_on_bit_for_bit(tiny, tmp_path):
         run(settings)
 
 
+@pytest.mark.slow
 def test_a_mesh_trains_as_one_device(tiny, tmp_path):
     alone = settings_of(tiny, tmp_path, steps=2, save_every=2)
     cut = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -136,6 +140,7 @@ def test_a_mesh_trains_as_one_device(tiny, tmp_path):
     assert many.scores == pytest.approx(one.scores, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_plain_model_is_converted_and_only_its_globals_learn(tmp_path):
     options = {"max_length": 640, "convert": True, "lsg": {"num_global_tokens": 3}, "steps": 2}
     options |= {"train_only": "global_tokens_and_head", "eval_data": None, "evaluate_every": None}

@@ -74,6 +74,7 @@ def test_up_to_two_blocks_it_is_the_layer_without_it(params, causal, global_toke
             np.testing.assert_allclose(ours[seen], expected[seen], **TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True])
 def test_longer_it_is_the_reference_pattern(params, causal):
     length = 21
@@ -216,6 +217,7 @@ def test_nnx_attention(causal, key_heads):
     assert any(np.abs(leaf).max() > 0 for leaf in leaves)
 
 
+@pytest.mark.slow
 def test_to_nnx_gives_the_numbers_of_apply(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples")
     import attention_in_nnx
@@ -235,6 +237,7 @@ def test_to_nnx_gives_the_numbers_of_apply(monkeypatch):
 # --------------------------------------------------------------------------------- the examples
 
 
+@pytest.mark.slow
 def test_example_in_flax_runs(monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "examples")
     import attention_in_flax
@@ -245,6 +248,7 @@ def test_example_in_flax_runs(monkeypatch, capsys):
     assert lines[1].startswith("  300") and float(lines[1].split()[-1]) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:weights for task")
 def test_example_in_nnx_learns(monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "examples")
@@ -282,6 +286,7 @@ def test_decoder_is_causal(monkeypatch):
     assert (np.diag(size) > 0).all() and (size[:, 0] > 0).all()
 
 
+@pytest.mark.slow
 def test_decoder_example_learns(monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "examples")
     import causal_decoder

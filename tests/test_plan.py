@@ -203,6 +203,7 @@ def test_text_that_is_no_program_raises():
 # ------------------------------------------------------------------------- plans
 
 
+@pytest.mark.slow
 def test_a_plan_of_a_training_step(source):
     found = compile_plan(settings_of(source, mesh={"data": 4, "fsdp": 2}, batch_size=8))
     half, whole = (compile_plan_memory(source, fsdp=n) for n in (2, 1))

@@ -21,6 +21,7 @@ from lsg_flax import EncoderConfig, LSGConfig, Model, losses, sharding
 from lsg_flax.attention import lsg_attention
 from lsg_flax.layers import Part
 
+pytestmark = pytest.mark.slow
 KINDS = ("norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", "none")
 
 
@@ -222,7 +223,6 @@ print(mesh.size, "devices agree")
 """
 
 
-@pytest.mark.slow
 def test_all_four_axes_at_once():
     flags = compiling.xla_flags(devices=16)
     environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -236,6 +236,7 @@ def test_dropout_differs_by_step_and_repeats_by_key():
     assert seen[0] == seen[1] != seen[2]
 
 
+@pytest.mark.slow
 def test_remat_changes_memory_only():
     model, params = make(**NO_DROPOUT)
     optimizer, batches = SGD, [masked_lm_batch(rows=6)]
@@ -358,6 +359,7 @@ def test_schedules_follow_their_formulas():
         optimizers.make_schedule.__wrapped__(1.0, total_steps=7, schedule="square")
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_and_float32_remembers():
     model, params = make(**NO_DROPOUT)
     batches = [masked_lm_batch(rows=6)] * 4
@@ -452,6 +454,7 @@ def test_batches_need_a_place_and_must_suffice(tmp_path):
         run_on(Dice())
 
 
+@pytest.mark.slow
 def test_grain_goes_on_where_it_was(tmp_path):
     def batches():
         data = grain.MapDataset.range(6).shuffle(seed=3).map(batch_at)
