@@ -135,14 +135,16 @@ def example_ids(model: Model) -> np.ndarray:
     return np.zeros((1, 1, 2) if model.task == "multiple_choice" else (1, 2), np.int32)
 
 
-# Tracing `init` takes half a second, and a checkpoint that is loaded and saved again asks twice.
-@functools.lru_cache(maxsize=32)
-def _leaf_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+def _traced_leaf_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     abstract = jax.eval_shape(lambda key: model.init(key, example_ids(model)), jax.random.key(0))[
         "params"
     ]
     leaves: dict[str, Any] = flax.traverse_util.flatten_dict(abstract, sep="/")
     return {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+
+
+# Tracing `init` takes half a second, and a checkpoint that is loaded and saved again asks twice.
+_leaf_shapes: Any = functools.lru_cache(maxsize=32)(_traced_leaf_shapes)
 
 
 def _by_path(keys: list[Key]) -> dict[str, list[Key]]:
