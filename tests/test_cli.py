@@ -84,6 +84,7 @@ def test_every_option_reaches_the_conversion(monkeypatch, capsys, tmp_path):
     assert seen == expected | {"source": "a", "target": tmp_path}
 
 
+@pytest.mark.filterwarnings("default:sparsity_type='stride' gives")  # the command shows it
 def test_an_lsg_source_keeps_its_pattern_unless_told_otherwise(capsys, tmp_path):
     flags = ["--resize-lsg", "--max-sequence-length", 600, "--sparsity-type", "stride"]
     code, _, err = run(capsys, "convert", LSG_SOURCE, tmp_path / "t", *flags)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import typing
 
+import compiling
 import jax
 import numpy as np
 import pytest
@@ -46,6 +47,7 @@ def config_of(folder, tiny, **values) -> pathlib.Path:
     return folder / "run.yaml"
 
 
+@pytest.mark.slow
 def test_train_then_predict(capsys, tiny, tmp_path):
     output, answers = tmp_path / "model", tmp_path / "answers.jsonl"
     file = config_of(tmp_path, tiny, steps=100, learning_rate="1e-3")
@@ -68,7 +70,7 @@ def test_train_then_predict(capsys, tiny, tmp_path):
     assert run(capsys, "predict", output, documents, logits, "--outputs", "logits")[0] == 0
     rows = [json.loads(line) for line in logits.read_text().splitlines()]
     model, params = lsg_flax.from_pretrained(output)
-    expected = model.apply({"params": params}, np.array([[2, 20, 3]])).logits[0]
+    expected = jax.jit(model.apply)({"params": params}, np.array([[2, 20, 3]])).logits[0]
     np.testing.assert_allclose(rows[1]["logits"], expected, atol=1e-5)
     code, _, err = run(capsys, "predict", output, documents, answers, "--answers", "topk=1")
     assert code == 2 and "--answers: 'topk' is unknown; did you mean 'top_k'" in err
@@ -176,7 +178,7 @@ def test_two_processes_train_one_model(tiny, tmp_path):
     file = config_of(tmp_path, tiny, **values)
     environment = os.environ | {
         "PYTHONPATH": str(pathlib.Path(lsg_flax.__file__).parents[1]),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "XLA_FLAGS": compiling.xla_flags(devices=1),
     }
     command = [sys.executable, "-m", "lsg_flax.cli", "train", "--config", str(file)]
     command += ["--output", str(tmp_path / "two")]

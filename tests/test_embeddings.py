@@ -72,13 +72,14 @@ def contents(folder) -> dict[str, bytes]:
 
 STATES = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5, 4)), jnp.float32)
 MASK = jnp.asarray([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]])
+jitted_pool = jax.jit(pool, static_argnums=2, static_argnames="normalize")
 
 
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("mode", ["mean", "cls", "max", "global"])
 def test_pooling_is_over_real_tokens_and_zero_without_any(mode, normalize):
     spoiled = jnp.where(MASK[:, :, None] == 0, jnp.nan, STATES)
-    found = pool(spoiled, MASK, mode, normalize=normalize)
+    found = jitted_pool(spoiled, MASK, mode, normalize=normalize)
     take = {"mean": lambda x: x.mean(0), "max": lambda x: x.max(0)}.get(mode, lambda x: x[0])
     for row, length in ((0, 3), (1, 5)):
         expected = take(np.asarray(STATES[row, :length]))
@@ -90,10 +91,10 @@ def test_pooling_is_over_real_tokens_and_zero_without_any(mode, normalize):
 @pytest.mark.parametrize("mode", ["mean", "cls", "max"])
 def test_pooling_in_half_precision_is_float32_and_has_finite_gradients(mode):
     states = (STATES * 300).astype(jnp.float16)  # its squares overflow
-    found = pool(states, MASK, mode, normalize=True)
+    found = jitted_pool(states, MASK, mode, normalize=True)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(jnp.linalg.norm(found, axis=1), [1, 1, 0], rtol=1e-3)
-    slope = jax.grad(lambda s: pool(s, MASK, mode, normalize=True)[:, 0].sum())(STATES)
+    slope = jax.jit(jax.grad(lambda s: pool(s, MASK, mode, normalize=True)[:, 0].sum()))(STATES)
     assert bool(jnp.isfinite(slope).all()) and not slope[2].any() and slope[0].any()
 
 
@@ -268,6 +269,7 @@ def test_parts_that_do_not_fit_are_refused(make, unchecked):
 # -------------------------------------------------------------------------- conversion and saving
 
 
+@pytest.mark.filterwarnings("ignore:weights for task")
 @pytest.mark.parametrize("inside", ["", "0_Transformer"])
 def test_a_converted_folder_embeds_longer_texts(make, inside, tmp_path):
     folder, target = make(("Pooling", "Normalize"), inside=inside), tmp_path / "long"
@@ -292,6 +294,7 @@ def test_a_converted_folder_embeds_longer_texts(make, inside, tmp_path):
     assert np.abs(cut.embed([text], progress=False)[0] - vector).max() > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:weights for task")
 def test_modules_that_we_cannot_run_are_carried_along_all_the_same(make, tmp_path):
     folder = make(("Pooling", "Dense"))
     write_json(folder / "2_Dense" / "config.json", {"in_features": 12})

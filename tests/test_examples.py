@@ -9,6 +9,10 @@ import pytest
 from golden_data import GOLDEN
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:weights for task"),  # heads that are drawn
+]
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from jax import export
 import lsg_flax
 from lsg_flax import hub
 
+pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parent.parent
 WORDS = [f"w{number}" for number in range(5, 30)]  # of the golden checkpoints' tokenizer
 TINY = str(GOLDEN / "bert_to_convert_512")

@@ -57,6 +57,7 @@ def read(path):
     return export.deserialize(bytearray(path.read_bytes()))
 
 
+@pytest.mark.slow
 def test_the_documented_lines_run_it_without_lsg_flax(tmp_path, monkeypatch):
     model, params = make()
     monkeypatch.chdir(tmp_path)
@@ -78,6 +79,7 @@ def test_the_documented_lines_run_it_without_lsg_flax(tmp_path, monkeypatch):
     assert np.ptp(expected) > 0.1
 
 
+@pytest.mark.slow
 def test_one_program_for_any_batch_size_and_several_platforms(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")  # not what it is traced for
     model, params = make(sparsity_type="lsh")  # sorts, with rotations from a key

@@ -74,6 +74,7 @@ def test_random_globals_have_the_distribution_of_the_word_table(name):
     check(params, outputs)
 
 
+@pytest.mark.filterwarnings("ignore:weights for task", "ignore:sparsity_type='stride' gives")
 @pytest.mark.parametrize("name", [n for n in cases("convert") if not drawn(n) and not refused(n)])
 def test_conversion_of_files(name, tmp_path):
     case, _, outputs = load(name)

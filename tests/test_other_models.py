@@ -32,7 +32,7 @@ def layer(attention_fn=None, **options) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def params():
-    return layer().init(jax.random.key(0), jnp.zeros((1, 2, WIDTH)))
+    return jax.jit(layer().init)(jax.random.key(0), jnp.zeros((1, 2, WIDTH)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -75,6 +75,7 @@ def test_up_to_two_blocks_it_is_the_layer_without_it(params, causal, global_toke
             np.testing.assert_allclose(ours[seen], expected[seen], **TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True])
 def test_longer_it_is_the_reference_pattern(params, causal):
     length = 21
@@ -217,6 +218,7 @@ def test_nnx_attention(causal, key_heads):
     assert any(np.abs(leaf).max() > 0 for leaf in leaves)
 
 
+@pytest.mark.slow
 def test_to_nnx_gives_the_numbers_of_apply(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples")
     import attention_in_nnx
@@ -236,6 +238,7 @@ def test_to_nnx_gives_the_numbers_of_apply(monkeypatch):
 # --------------------------------------------------------------------------------- the examples
 
 
+@pytest.mark.slow
 def test_example_in_flax_runs(monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "examples")
     import attention_in_flax
@@ -246,6 +249,7 @@ def test_example_in_flax_runs(monkeypatch, capsys):
     assert lines[1].startswith("  300") and float(lines[1].split()[-1]) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:weights for task")
 def test_example_in_nnx_learns(monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "examples")
@@ -283,6 +287,7 @@ def test_decoder_is_causal(monkeypatch):
     assert (np.diag(size) > 0).all() and (size[:, 0] > 0).all()
 
 
+@pytest.mark.slow
 def test_decoder_example_learns(monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "examples")
     import causal_decoder

@@ -207,6 +207,7 @@ def test_text_that_is_no_program_raises():
 # ------------------------------------------------------------------------- plans
 
 
+@pytest.mark.slow
 def test_a_plan_of_a_training_step(source):
     found = compile_plan(settings_of(source, mesh={"data": 4, "fsdp": 2}, batch_size=8))
     half, whole = (compile_plan_memory(source, fsdp=n) for n in (2, 1))
@@ -227,7 +228,7 @@ def compile_plan_memory(source, *, fsdp: int) -> int:
     """Bytes of parameters per chip, from real arrays placed on a mesh."""
     model, _, _ = planned_model(settings_of(source))
     mesh = sharding.make_mesh(fsdp=fsdp)
-    params = model.init(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
     placed = sharding.shard(params, mesh)
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(placed))
 

@@ -119,6 +119,7 @@ print(predict_file({source!r}, {target!r}, model, params, **options).computed)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_and_makes_the_same_bytes(tmp_path):
     """SIGKILL at random moments after the first window, then once more to the end."""
     source, target = write(tmp_path / "in.jsonl", ids(600)), tmp_path / "out.jsonl"

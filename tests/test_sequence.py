@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import compiling
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from lsg_flax.models.architecture import Architecture
 from lsg_flax.models.layers import Context, Part
 from lsg_flax.training import losses
 
+pytestmark = pytest.mark.slow
 KINDS = ("norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling", "none")
 
 
@@ -223,9 +225,8 @@ print(mesh.size, "devices agree")
 """
 
 
-@pytest.mark.slow
 def test_all_four_axes_at_once():
-    flags = "--xla_force_host_platform_device_count=16 --xla_backend_optimization_level=0"
+    flags = compiling.xla_flags(devices=16)
     environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)}
     here = pathlib.Path(__file__).parent
     done = subprocess.run(

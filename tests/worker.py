@@ -8,11 +8,11 @@ devices of all processes, and writes the checkpoints to FOLDER/state, the log to
 
 import argparse
 import json
-import os
 import pathlib
 import time
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+import compiling
+
 DEVICES = 4  # in all, however many processes share them
 SETTINGS = {
     "vocab_size": 23,
@@ -53,9 +53,7 @@ def main() -> None:
     parser.add_argument("--heartbeat", type=int, default=10)
     options = parser.parse_args()
     local = DEVICES // options.processes
-    os.environ["XLA_FLAGS"] = (
-        f"--xla_force_host_platform_device_count={local} --xla_backend_optimization_level=0"
-    )
+    compiling.set_up(local)
     import jax
 
     if options.processes > 1:

@@ -29,7 +29,8 @@ _SHOWN = {  # by the bar
 
 
 class CompilationCounter:
-    """Counts how often XLA compiles a jitted function, inside a `with`.
+    """Counts how often XLA compiles a jitted function, inside a `with`. A program that comes from
+    JAX's persistent cache instead counts as well.
 
     Attributes:
         count: compilations so far.
