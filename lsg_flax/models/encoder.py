@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 from lsg_flax.models.config import EncoderConfig
 from lsg_flax.models.families import family_of
 from lsg_flax.models.layers import Embeddings, EncoderLayer, Memory, Part
-from lsg_flax.patterns import DEFAULT_LSH_SEED, Cache, LayerCache, extend, prompt_length
+from lsg_flax.patterns import DEFAULT_LSH_SEED, Cache, extend, pattern_of
 from lsg_flax.sharding import SEQUENCE, over_sequence, sequence_shards
 
 Remat = Literal["none", "full", "dots"]
@@ -99,9 +99,10 @@ class Encoder(Part):
         if cache is not None:
             assert position_ids is not None and layers is not None
             position = jnp.broadcast_to(position_ids[:, 0], cache.position.shape)
-            cache = extend(cache, layers, position, self.config.lsg)
+            pattern = pattern_of(self.config.lsg, causal=True)
+            cache = extend(pattern, cache, layers, position)
         elif layers is not None:
-            cache = _first_cache(layers, mask, position_ids)
+            cache = Cache.of_prompt(layers, mask, position_ids)
             last = jax.lax.dynamic_slice_in_dim(last, cache.length - 1, 1, axis=1)
         return last, states, words, cache
 
@@ -215,15 +216,6 @@ def _positions_after_padding(ids, embeds, config: EncoderConfig) -> Int[Array, "
         return jnp.arange(first, first + embeds.shape[1])[None]
     real = (ids != config.pad_token_id).astype(jnp.int32)
     return jnp.cumsum(real, axis=1) * real + first - 1
-
-
-def _first_cache(
-    layers: LayerCache, mask: Bool[Array, "B T"], position_ids: Int[Array, "#B T"] | None
-) -> Cache:
-    """The cache of a prompt; positions are counted on from that of its last token."""
-    length = prompt_length(mask)
-    position = length[None] if position_ids is None else position_ids[:, length - 1] + 1
-    return Cache(layers, length, jnp.broadcast_to(position, mask.shape[:1]).astype(jnp.int32))
 
 
 class _Step(EncoderLayer):

@@ -15,17 +15,10 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from lsg_flax import patterns
 from lsg_flax.kernels import Source, drop
 from lsg_flax.models.config import EncoderConfig
-from lsg_flax.patterns import (
-    MAX_GLOBAL_TOKENS,
-    Cache,
-    LayerCache,
-    attend_features_first,
-    attend_step,
-    first_layer_cache,
-    halo,
-)
+from lsg_flax.patterns import MAX_GLOBAL_TOKENS, Cache, LayerCache, Runtime, halo
 from lsg_flax.sharding import constrain
 
 Layout = Literal["btd", "bdt"]
@@ -85,7 +78,7 @@ class Part(nn.Module):
         if axis is None or self.config.lsg is None:
             return drop(x, key, rate)
         split = self.config.lsg.num_global_tokens  # the globals stay the same in every shard
-        own: PRNGKeyArray | None = halo.folded(key, axis)
+        own: PRNGKeyArray | None = halo.shard_key(key, axis)
         return jnp.concatenate(
             [drop(x[:, :split], key, rate), drop(x[:, split:], own, rate)], axis=1
         )
@@ -306,11 +299,11 @@ class _Attention(Part):
         output = Projection(**self.inherited(), features=features, reads="bdt", name="output")
         return output(context.reshape(context.shape[0], -1, context.shape[-1]))
 
-    def weight_dropout(self) -> dict[str, Any]:
-        """Arguments of the attention functions."""
+    def run(self, lsh_key: PRNGKeyArray | None = None) -> Runtime:
+        """What this call brings to its pattern."""
         rate = self.config.attention_probs_dropout_prob if self.train else 0.0
         key = self.make_rng("dropout") if rate else None
-        return {"dropout_rate": rate, "dropout_key": key}
+        return Runtime(rate, key, lsh_key, sequence_axis=self.sequence_axis)
 
 
 class SelfAttention(_Attention):
@@ -332,21 +325,15 @@ class SelfAttention(_Attention):
         layer: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         config = self.config
-        arrays = (self.heads(x, "query"), self.heads(x, "key"), self.heads(x, "value"), mask)
+        pattern = patterns.pattern_of(config.lsg, causal=config.is_decoder)
+        query, key, value = (self.heads(x, name) for name in ("query", "key", "value"))
+        source, run = Source(key, value, mask[:, None]), self.run(lsh_key)
         if cache is not None and layer is not None:
-            context, new = attend_step(*arrays, cache, layer, config=config.lsg, lsh_key=lsh_key)
+            context, new = patterns.step(pattern, query, source, run, cache, layer)
             return self.merged(context), new
-        context = attend_features_first(
-            *arrays,
-            config=config.lsg,
-            causal=config.is_decoder,
-            lsh_key=lsh_key,
-            sequence_axis=self.sequence_axis,
-            **self.weight_dropout(),
-        )
-        new = None
+        context, new = patterns.attention(pattern, query, source, run), None
         if self.slots:
-            new = first_layer_cache(*arrays, config=config.lsg, slots=self.slots, lsh_key=lsh_key)
+            new = patterns.prefill(pattern, query, source, run, self.slots)
         return self.merged(context), new
 
 
@@ -369,10 +356,7 @@ class CrossAttention(_Attention):
         if isinstance(memory, Memory):
             states, mask = memory
             memory = Source(self.heads(states, "key"), self.heads(states, "value"), mask[:, None])
-        key, value, mask = memory
-        context = attend_features_first(
-            query, key, value, mask[:, 0], config=None, **self.weight_dropout()
-        )
+        context = patterns.attention(patterns.Full(), query, memory, self.run())
         return self.merged(context), memory
 
 
