@@ -1,7 +1,6 @@
 """LSG attention as the `attention_fn` of Flax's own attention layers, Linen and NNX.
 
-Axes: B batch (any number of axes here), T tokens, S keys, N heads, K key heads, H head width, Q
-query rows of a mask (1 or T).
+Axes: B batch (any number of axes here), T tokens, S keys, N heads, K key heads, H head width.
 """
 
 import dataclasses
@@ -124,7 +123,7 @@ def _padding(mask, shape: tuple[int, ...], causal: bool):
     allowed = len(padded) == len(full) and padded[-1] == length
     if not allowed or any(size not in (1, of) for size, of in zip(padded, full, strict=True)):
         raise ValueError(f"mask {mask.shape} does not fit [batch, heads, T, T] = {full}. {_MASK}.")
-    mask = mask.astype(bool).reshape(padded)  # [*B, 1 or N, Q, T]
+    mask = mask.astype(bool).reshape(padded)  # [*B, 1 or N, 1 or T, T]
     real = mask.any(axis=(-3, -2))  # [*B, T]
     flat = jnp.broadcast_to(real, (*batch, length)).reshape(-1, length)
     if mask.shape[-3] == mask.shape[-2] == 1:
@@ -145,7 +144,7 @@ def _says_no_more(mask, real, causal: bool):
         order = jnp.tri(mask.shape[-1], dtype=bool)
         order = order.reshape((1,) * (mask.ndim - 2) + order.shape)
         mask, expected = mask & order, expected & order
-    same = (mask == expected).all(axis=-1)  # [*B, 1 or N, Q]
+    same = (mask == expected).all(axis=-1)  # [*B, 1 or N, 1 or T]
     if mask.shape[-2] > 1:
         same |= ~mask.any(axis=-1) & ~real[..., None, :]
     return same.all()

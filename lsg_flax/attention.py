@@ -5,35 +5,22 @@ or training loop.
 out over all pairs of tokens, slow and obvious; tests hold the first to the second. `full_attention`
 is ordinary attention in linear memory.
 
-Axes: B batch, T tokens, N heads, H head width, G global tokens, R sparse representatives. Arrays
-are [B, T, N, H] in and out.
+Axes: B batch, T tokens, S keys, N heads, K key heads, H head width, G globals, R representatives.
+Arrays are [B, T, N, H] in and out.
 """
 
-import functools
-from typing import Any, Literal, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from lsg_flax import sharding
-from lsg_flax.kernels import Source, pad
-from lsg_flax.patterns import (
-    Dropout,
-    GlobalTokens,
-    Tokens,
-    attend_features_first,
-    attend_to_all,
-    full_rows,
-    pad_to_blocks,
-    representatives_of,
-    right_offset,
-    rotations_of,
-    sparsity,
-)
+from lsg_flax import patterns, sharding
+from lsg_flax.kernels import Implementation, Source, masked_softmax, pad
+from lsg_flax.patterns import LSG, Full, GlobalTokens, Runtime
 from lsg_flax.patterns import LSGConfig as LSGConfig
-
-Implementation = Literal["xla"]
 
 
 def lsg_attention(
@@ -88,45 +75,40 @@ def lsg_attention(
         ValueError: for shapes that do not fit together (both are named), or a length that the
             settings do not allow.
     """
-    if implementation not in (None, "xla"):
-        raise ValueError(
-            f"implementation={implementation!r} is unknown; choose 'xla', or None for the fastest."
-        )
     inputs = _checked(query, key, value, mask, config, global_tokens)
-    split = config.num_global_tokens if global_tokens == "prepended" else 0
-    attend: Any = functools.partial(
-        attend_features_first,
-        config=config,
-        causal=causal,
-        global_tokens=global_tokens,
-        dropout_rate=dropout_rate,
-        blocks_per_step=blocks_per_step,
-    )
-    arrays = (*map(_features_first, inputs[:3]), inputs.mask)
-    random = {"dropout_key": dropout_key, "lsh_key": lsh_key, "lsh_rotations": lsh_rotations}
-    shards = sharding.sequence_shards()
+    pattern = LSG(config, causal, global_tokens)
+    lsh = lsh_key if lsh_rotations is None else lsh_rotations
+    run = Runtime(dropout_rate, dropout_key, lsh, implementation, blocks_per_step)
+    (features, source), shards = inputs.features_first(), sharding.sequence_shards()
     if shards == 1:
-        return _tokens_first(attend(*arrays, **random))
-    extra = config.needs_padding(inputs.mask.shape[1] - split, shards)
-    return _tokens_first(_over_shards(attend, arrays, random, split=split, extra=extra))
+        return _tokens_first(patterns.attention(pattern, features, source, run))
+    return _tokens_first(_over_shards(pattern, features, source, run, shards))
 
 
-def _over_shards(attend, arrays, random: dict[str, Any], *, split: int, extra: int):
-    """`attend` of a whole sequence and `extra` padding, in shards over the ambient mesh: the
-    globals go to each of them."""
-    length = arrays[0].shape[-1]
-    arrays = tuple(pad(x, 0, extra) for x in arrays)
+def _over_shards(
+    pattern: LSG, query: Float[Array, "B N H T"], source: Source, run: Runtime, shards: int
+) -> Float[Array, "B N H T"]:
+    """The attention of a whole sequence in shards over the ambient mesh: the globals go to each of
+    them."""
+    length, split = query.shape[-1], pattern.split
+    extra = pattern.config.needs_padding(length - split, shards)
+    arrays = jax.tree.map(lambda x: pad(x, 0, extra), (query, source))
     first, own = (
-        tuple(x[..., part] for x in arrays) for part in (slice(split), slice(split, None))
+        jax.tree.map(lambda x, part=part: x[..., part], arrays)
+        for part in (slice(split), slice(split, None))
     )
 
     def of_shard(first, own, random):
-        whole = (jnp.concatenate(pair, axis=-1) for pair in zip(first, own, strict=True))
-        context = attend(*whole, sequence_axis=sharding.SEQUENCE, **random)
+        query, source = jax.tree.map(lambda *pair: jnp.concatenate(pair, axis=-1), first, own)
+        key, lsh = random
+        shard_run = replace(run, dropout_key=key, lsh=lsh, sequence_axis=sharding.SEQUENCE)
+        context = patterns.attention(pattern, query, source, shard_run)
         return context[..., :split], context[..., split:]
 
-    run = sharding.over_sequence(of_shard, in_axes=(None, (3, 3, 3, 1), None), out_axes=(None, 3))
-    return jnp.concatenate(run(first, own, random), axis=-1)[..., :length]
+    cut = jax.tree.map(lambda x: x.ndim - 1, own)
+    sharded = sharding.over_sequence(of_shard, in_axes=(None, cut, None), out_axes=(None, 3))
+    context = jnp.concatenate(sharded(first, own, (run.dropout_key, run.lsh)), axis=-1)
+    return context[..., :length]
 
 
 def lsg_attention_reference(
@@ -143,23 +125,23 @@ def lsg_attention_reference(
 ) -> Float[Array, "B T N H"]:
     """`lsg_attention` without dropout, by the full [tokens, tokens + representatives] pattern:
     quadratic, for tests and reading."""
-    _, keys, values, real = inputs = _checked(query, key, value, mask, config, global_tokens)
-    split = config.num_global_tokens if global_tokens == "prepended" else 0
+    inputs = _checked(query, key, value, mask, config, global_tokens)
+    pattern = LSG(config, causal, global_tokens)
+    split, keys, values = pattern.split, inputs.key, inputs.value
     length = query.shape[1] - split
-    real = jnp.broadcast_to(real[:, None], (*real.shape[:1], query.shape[2], real.shape[1]))
+    heads = (*inputs.mask.shape[:1], query.shape[2], inputs.mask.shape[1])
+    real = jnp.broadcast_to(inputs.mask[:, None], heads)  # [B, N, G + T]
     if config.is_sparse and length > 2 * config.block_size:
-        rotations = rotations_of(config, _features_first(query), lsh_key, lsh_rotations)
-        query_, key_, value_ = (_features_first(x[:, split:]) for x in inputs[:3])
-        tokens = Tokens(query_, key_, value_, inputs.mask[:, split:])
-        padded = pad_to_blocks(tokens, config)
-        key, value, chosen = representatives_of(padded, config, global_tokens, rotations)
-        keys = jnp.concatenate([keys, _tokens_first(key)], axis=1)
-        values = jnp.concatenate([values, _tokens_first(value)], axis=1)
-        real = jnp.concatenate([real, chosen], axis=-1)  # [B, N, G + T + R]
-    pattern = attention_pattern(config, length, causal=causal, global_tokens=global_tokens)
+        run = Runtime(lsh=lsh_key if lsh_rotations is None else lsh_rotations)
+        tokens = jax.tree.map(lambda x: x[..., split:], inputs.features_first())
+        chosen = patterns.representatives_of(pattern, *patterns.pad_to_blocks(config, *tokens), run)
+        keys = jnp.concatenate([keys, _tokens_first(chosen.key)], axis=1)
+        values = jnp.concatenate([values, _tokens_first(chosen.value)], axis=1)
+        real = jnp.concatenate([real, chosen.mask], axis=-1)  # [B, N, G + T + R]
+    seen = attention_pattern(config, length, causal=causal, global_tokens=global_tokens)
     scores = jnp.einsum("btnh,bsnh->bnts", query, keys).astype(jnp.float32)
-    weights = sparsity.masked_softmax(
-        scores * query.shape[-1] ** -0.5, jnp.asarray(pattern)[None, None] & real[:, :, None]
+    weights = masked_softmax(
+        scores * query.shape[-1] ** -0.5, jnp.asarray(seen)[None, None] & real[:, :, None]
     )
     context = jnp.einsum("bnts,bsnh->btnh", weights.astype(values.dtype), values)
     if causal and split:
@@ -184,7 +166,8 @@ def attention_pattern(
         [G + T, G + T + R]; representatives are those of the tokens padded to whole blocks, none up
         to two blocks. The rows of prepended globals are all True, or unused if causal.
     """
-    block, split = config.block_size, config.num_global_tokens * (global_tokens == "prepended")
+    whole = LSG(config, causal, global_tokens)
+    block, split = config.block_size, whole.split
     token, total = np.arange(length), split + length
     of = token[:, None] // block  # the block of each query
     blocked_path = length > 2 * block
@@ -197,13 +180,16 @@ def attention_pattern(
     if blocked_path and config.is_sparse:
         step, wide = config.sparse_step, config.sparse_block_size
         unit = np.arange((length + config.needs_padding(length)) // config.sparsity_factor)
-        left, right = (of - 1) * step - wide, of * step + right_offset(config)  # first ones seen
+        left, right = (
+            (of - 1) * step - wide,
+            of * step + patterns.right_offset(config),
+        )  # first ones seen
         sees_left = (left <= unit) & (unit < left + wide)
         sees_right = (right <= unit) & (unit < right + wide)
         parts.append(sees_left if causal else sees_left | sees_right)
     pattern = np.concatenate(parts, axis=1)  # [T, G + T + R]
     pattern = np.concatenate([np.zeros((split, pattern.shape[1]), bool), pattern])
-    rows = full_rows(config, global_tokens) if blocked_path and not causal else split
+    rows = whole.full_rows if blocked_path and not causal else split
     pattern[:rows] = np.arange(pattern.shape[1]) < total
     return pattern
 
@@ -227,8 +213,8 @@ def full_attention(
     if mask is None:
         mask = jnp.ones(key.shape[:2], bool)
     source = Source(_features_first(key), _features_first(value), mask[:, None])
-    dropout = Dropout.checked(dropout_rate, dropout_key)
-    return _tokens_first(attend_to_all(_features_first(query), source, dropout, causal=causal))
+    run = Runtime(dropout_rate, dropout_key)
+    return _tokens_first(patterns.attention(Full(causal), _features_first(query), source, run))
 
 
 class _Inputs(NamedTuple):
@@ -236,6 +222,10 @@ class _Inputs(NamedTuple):
     key: Float[Array, "B T N H"]
     value: Float[Array, "B T N H"]
     mask: Bool[Array, "B T"]
+
+    def features_first(self) -> tuple[Float[Array, "B N H T"], Source]:
+        query, key, value = map(_features_first, self[:3])
+        return query, Source(key, value, self.mask[:, None])
 
 
 def _checked(query, key, value, mask, config: LSGConfig, global_tokens: GlobalTokens) -> _Inputs:

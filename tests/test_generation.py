@@ -191,6 +191,35 @@ def test_no_gradient_from_later_tokens_or_padding(pattern):
     assert (size[:, 16:30] > 0).all()  # its block and the previous one
 
 
+@pytest.mark.parametrize("name", ["norm", "bos_pooling", "full attention"])
+def test_decoding_after_take_is_decoding_of_those_rows(name):
+    model, params = decoder(PATTERNS[name], add_cross_attention=name == "full attention")
+    ids, mask = batch(60)
+    inputs = memory() if name == "full attention" else {}
+    rows = jnp.asarray([1, 0, 1])
+
+    @jax.jit
+    def prompt(ids, mask, inputs):
+        return model.apply({"params": params}, ids, mask, **inputs, cache_length=60).cache
+
+    @jax.jit
+    def steps(cache, tokens):
+        def step(cache, token):
+            out = model.apply({"params": params}, token[:, None], cache=cache)
+            return out.cache, out.logits[:, 0]
+
+        return jax.lax.scan(step, cache, tokens.T)
+
+    taken = prompt(ids[:, :31], mask[:, :31], inputs).take(rows)
+    alone = {name: x[rows] for name, x in inputs.items()}
+    of_rows = prompt(ids[rows, :31], mask[rows, :31], alone)
+    (cache, logits), (expected, wanted) = (steps(c, ids[rows, 31:]) for c in (taken, of_rows))
+    np.testing.assert_allclose(logits, wanted, rtol=1e-5, atol=1e-5)
+    assert jax.tree.structure(cache) == jax.tree.structure(expected)
+    assert (cache.position == expected.position).all() and cache.length == expected.length == 60
+    assert np.abs(logits[:, 0] - logits[:, 1]).max() > 1e-2
+
+
 # --------------------------------------------------------------------------------------- generate
 
 

@@ -1,9 +1,19 @@
 """Attention of blocks of queries to windows of keys: the contract, and its implementations."""
 
 from lsg_flax.kernels.dropout import drop as drop
+from lsg_flax.kernels.engine import Implementation as Implementation
+from lsg_flax.kernels.engine import attend as attend
+from lsg_flax.kernels.engine import merge_softmax_parts as merge_softmax_parts
+from lsg_flax.kernels.reference import attend_reference as attend_reference
+from lsg_flax.kernels.reference import masked_softmax as masked_softmax
+from lsg_flax.kernels.spec import EVERYTHING as EVERYTHING
+from lsg_flax.kernels.spec import NEGATIVE as NEGATIVE
+from lsg_flax.kernels.spec import NOT_SELF as NOT_SELF
+from lsg_flax.kernels.spec import PAST as PAST
+from lsg_flax.kernels.spec import Biases as Biases
+from lsg_flax.kernels.spec import Queries as Queries
+from lsg_flax.kernels.spec import Rule as Rule
 from lsg_flax.kernels.spec import Source as Source
 from lsg_flax.kernels.spec import Spec as Spec
 from lsg_flax.kernels.spec import Window as Window
-from lsg_flax.kernels.xla import attend as attend
-from lsg_flax.kernels.xla import attend_in_part as attend_in_part
-from lsg_flax.kernels.xla import pad as pad
+from lsg_flax.kernels.windows import pad as pad

@@ -3,20 +3,15 @@
 Axes: B batch, T tokens, S keys (an encoder's states), D model width, N heads, H head width.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from lsg_flax import patterns
 from lsg_flax.kernels import Source
 from lsg_flax.models.layers import Part, Projection
-from lsg_flax.patterns import (
-    Cache,
-    LayerCache,
-    attend_features_first,
-    attend_step,
-    first_layer_cache,
-)
+from lsg_flax.patterns import Cache, LayerCache, Runtime
 from lsg_flax.sharding import constrain
 
 
@@ -37,11 +32,18 @@ class HeadProjections(Part):
         output = Projection(self.context, features=features, reads="bdt", name="output")
         return output(context.reshape(context.shape[0], -1, context.shape[-1]))
 
-    def weight_dropout(self) -> dict[str, Any]:
-        """Arguments of the attention functions."""
-        rate = self.config.attention_probs_dropout_prob if self.context.train else 0.0
+    def runtime(self, lsh_key: PRNGKeyArray | None = None) -> Runtime:
+        """What this call brings to its pattern."""
+        context = self.context
+        rate = self.config.attention_probs_dropout_prob if context.train else 0.0
         key = self.make_rng("dropout") if rate else None
-        return {"dropout_rate": rate, "dropout_key": key}
+        return Runtime(
+            rate,
+            key,
+            lsh_key,
+            implementation=context.implementation,
+            sequence_axis=context.sequence_axis,
+        )
 
 
 class EncoderStates(NamedTuple):
@@ -82,24 +84,15 @@ class SelfAttention(HeadProjections):
     def __call__(
         self, x: Float[Array, "B T D"], call: LayerCall
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        config, lsh_key = self.config, call.lsh_key
-        arrays = (self.heads(x, "query"), self.heads(x, "key"), self.heads(x, "value"), call.mask)
+        pattern = patterns.pattern_of(self.config.lsg, causal=self.causal)
+        query, key, value = (self.heads(x, name) for name in ("query", "key", "value"))
+        source, run = Source(key, value, call.mask[:, None]), self.runtime(call.lsh_key)
         if call.cache is not None and call.number is not None:
-            context, new = attend_step(
-                *arrays, call.cache, call.number, config=config.lsg, lsh_key=lsh_key
-            )
+            context, new = patterns.step(pattern, query, source, run, call.cache, call.number)
             return self.merged(context), new
-        context = attend_features_first(
-            *arrays,
-            config=config.lsg,
-            causal=self.causal,
-            lsh_key=lsh_key,
-            sequence_axis=self.context.sequence_axis,
-            **self.weight_dropout(),
-        )
-        new, slots = None, self.context.slots
-        if slots:
-            new = first_layer_cache(*arrays, config=config.lsg, slots=slots, lsh_key=lsh_key)
+        context, new = patterns.attention(pattern, query, source, run), None
+        if slots := self.context.slots:
+            new = patterns.prefill(pattern, query, source, run, slots)
         return self.merged(context), new
 
 
@@ -115,8 +108,5 @@ class CrossAttention(HeadProjections):
         if isinstance(memory, EncoderStates):
             states, mask = memory
             memory = Source(self.heads(states, "key"), self.heads(states, "value"), mask[:, None])
-        key, value, mask = memory
-        context = attend_features_first(
-            query, key, value, mask[:, 0], config=None, **self.weight_dropout()
-        )
+        context = patterns.attention(patterns.Full(), query, memory, self.runtime())
         return self.merged(context), memory

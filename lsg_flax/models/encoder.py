@@ -12,14 +12,14 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from lsg_flax.models.attention_layers import CrossAttention, EncoderStates, LayerCall, SelfAttention
 from lsg_flax.models.config import EncoderConfig
 from lsg_flax.models.embeddings import Embeddings
 from lsg_flax.models.inputs import Inputs
 from lsg_flax.models.layers import Part, Projection, activation
-from lsg_flax.patterns import DEFAULT_LSH_SEED, Cache, LayerCache, extend, prompt_length
+from lsg_flax.patterns import DEFAULT_LSH_SEED, Cache, LayerCache, extend, pattern_of
 from lsg_flax.sharding import SEQUENCE, constrain, over_sequence, sequence_shards
 
 Remat = Literal["none", "full", "dots"]
@@ -159,9 +159,10 @@ class Encoder(Part):
         cache = call.cache
         if cache is not None:
             position = jnp.broadcast_to(position_ids[:, 0], cache.position.shape)
-            cache = extend(cache, new, position, self.config.lsg)
+            pattern = pattern_of(self.config.lsg, causal=True)
+            cache = extend(pattern, cache, new, position)
         elif new is not None:
-            cache = _first_cache(new, call.mask[:, : last.shape[1]], position_ids)
+            cache = Cache.of_prompt(new, call.mask[:, : last.shape[1]], position_ids)
             last = jax.lax.dynamic_slice_in_dim(last, cache.length - 1, 1, axis=1)
         return BodyOutput(last, states, words, cache)
 
@@ -269,12 +270,3 @@ def _positions_behind_padding(inputs: Inputs, config: EncoderConfig) -> Int[Arra
         return jnp.arange(first, first + inputs.inputs_embeds.shape[1])[None]
     real = (ids != config.pad_token_id).astype(jnp.int32)
     return jnp.cumsum(real, axis=1) * real + first - 1
-
-
-def _first_cache(
-    layers: LayerCache, mask: Bool[Array, "B T"], position_ids: Int[Array, "#B T"] | None
-) -> Cache:
-    """The cache of a prompt; positions are counted on from that of its last token."""
-    length = prompt_length(mask)
-    position = length[None] if position_ids is None else position_ids[:, length - 1] + 1
-    return Cache(layers, length, jnp.broadcast_to(position, mask.shape[:1]).astype(jnp.int32))

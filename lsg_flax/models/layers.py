@@ -16,13 +16,12 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from lsg_flax.kernels import drop
+from lsg_flax.kernels import Implementation, drop
 from lsg_flax.models.architecture import Architecture
 from lsg_flax.models.config import EncoderConfig
 from lsg_flax.patterns import halo
 from lsg_flax.sharding import constrain
 
-Implementation = Literal["xla"]
 AxisOrder = Literal["btd", "bdt"]
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     # BERT's is exact, JAX defaults to the tanh form; erf is faster on CPU than JAX's erfc
@@ -107,7 +106,7 @@ class Part(nn.Module):
         if axis is None or self.config.lsg is None:
             return drop(x, key, rate)
         split = self.config.lsg.num_global_tokens  # the globals stay the same in every shard
-        own: PRNGKeyArray | None = halo.folded(key, axis)
+        own: PRNGKeyArray | None = halo.shard_key(key, axis)
         return jnp.concatenate(
             [drop(x[:, :split], key, rate), drop(x[:, split:], own, rate)], axis=1
         )

@@ -1,19 +1,19 @@
 """What a shard of a long sequence needs of the others, inside `jax.shard_map`: its neighbours'
-edges, what the first shard has, and attention to all keys at once.
+edges, and what the first shard has.
 
 Every shard holds whole blocks of tokens, in order along a mesh axis. With `axis=None` there is one
 shard, without neighbours.
 
-Axes: B batch, N heads, H head width, T tokens of a shard, Q queries.
+Axes: B batch, T tokens of a shard.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, PRNGKeyArray, Shaped
 
 
-def extended(x: Shaped[Array, "*A T"], before: int, after: int, axis: str | None):
+def add_neighbours(x: Shaped[Array, "*A T"], before: int, after: int, axis: str | None):
     """The tokens of a shard between the last `before` of the shard in front and the first `after`
     of the one behind; zeros (False) where there is none."""
     if axis is None:
@@ -33,7 +33,7 @@ def is_first(axis: str | None) -> Bool[Array, ""] | bool:
     return True if axis is None else lax.axis_index(axis) == 0
 
 
-def of_first(x: Shaped[Array, "*A"], axis: str | None):
+def share_first(x: Shaped[Array, "*A"], axis: str | None):
     """What the first shard has, in all of them."""
     return x if axis is None else _sum(jnp.where(is_first(axis), x, 0), axis).astype(x.dtype)
 
@@ -44,7 +44,7 @@ def _sum(x, axis: str):
     return lax.psum(exact, axis)
 
 
-def of_first_true(x: Shaped[Array, "B *A"], has: Bool[Array, "B"], axis: str | None):
+def share_first_with(x: Shaped[Array, "B *A"], has: Bool[Array, "B"], axis: str | None):
     """Per row, what the first shard with `has` has, in all of them; zeros where none has it."""
     if axis is None:
         return x
@@ -53,17 +53,6 @@ def of_first_true(x: Shaped[Array, "B *A"], has: Bool[Array, "B"], axis: str | N
     return _sum(jnp.where(chosen.reshape(-1, *[1] * (x.ndim - 1)), x, 0), axis).astype(x.dtype)
 
 
-def combined(
-    context: Float[Array, "B N H Q"], normaliser: Float[Array, "B N Q"], axis: str
-) -> Float[Array, "B N H Q"]:
-    """Attention to the keys of all shards, from that to each one's and the logarithm of its
-    softmax's denominator."""
-    top = lax.pmax(lax.stop_gradient(normaliser), axis)
-    weight = jnp.exp(normaliser - top)[:, :, None]  # [B, N, 1, Q]
-    total = lax.psum(weight, axis)
-    return lax.psum(context.astype(jnp.float32) * weight / total, axis).astype(context.dtype)
-
-
-def folded(key: jax.Array | None, axis: str | None) -> jax.Array | None:
+def shard_key(key: PRNGKeyArray | None, axis: str | None) -> PRNGKeyArray | None:
     """A random key of the shard's own."""
     return key if key is None or axis is None else jax.random.fold_in(key, lax.axis_index(axis))

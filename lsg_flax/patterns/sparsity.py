@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from lsg_flax.kernels import NEGATIVE, masked_softmax
 from lsg_flax.patterns.config import LSGConfig
 
 
@@ -38,21 +39,6 @@ class Selected(NamedTuple):
     key: Float[Array, "R H"]
     value: Float[Array, "R H"]
     mask: Bool[Array, "R"]
-
-
-def finite_min(dtype) -> float:
-    """The most negative finite number of `dtype`: what masked scores are set to (never -inf, so
-    that no row gives NaN)."""
-    return float(jnp.finfo(dtype).min)
-
-
-def masked_softmax(
-    scores: Float[Array, "... S"], mask: Bool[Array, "... S"]
-) -> Float[Array, "... S"]:
-    """Softmax over the last axis in float32; masked entries are exactly 0, and so is a fully masked
-    row."""
-    scores = jnp.where(mask, scores.astype(jnp.float32), finite_min(jnp.float32))
-    return jnp.where(mask, jax.nn.softmax(scores, axis=-1), 0.0)
 
 
 def _take(inputs: HeadInputs, index: Int[Array, "R"]) -> Selected:
@@ -136,7 +122,7 @@ def bos_pooling(inputs: HeadInputs, config: LSGConfig) -> Selected:
     if config.strict_reference:
         # Added, as in the reference: the gradient passes through masked scores as well.
         weights = jax.nn.softmax(
-            scores.reshape(-1, factor) + jnp.where(visible, 0.0, finite_min(jnp.float32)), axis=-1
+            scores.reshape(-1, factor) + jnp.where(visible, 0.0, NEGATIVE), axis=-1
         )
         mask = jnp.full(mask.shape[:1], True)
     else:

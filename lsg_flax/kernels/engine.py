@@ -1,0 +1,75 @@
+"""The one entry to attention kernels, which picks the implementation, and the merging of parts.
+
+Axes: B batch, N heads, H head width, T queries, S keys of a source.
+"""
+
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from lsg_flax.kernels import xla
+from lsg_flax.kernels.spec import EVERYTHING, NO_BIASES, Biases, Queries, Source, Spec
+
+Implementation = Literal["xla"]
+
+
+def attend(
+    spec: Spec,
+    queries: Queries,
+    sources: tuple[Source, ...] = (),
+    shared: Source | None = None,
+    biases: Biases = NO_BIASES,
+    key: PRNGKeyArray | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "B N H T"], Float[Array, "B N T"]]:
+    """Softmax attention of every block of queries to its windows of the sources and to the shared
+    keys, all under one softmax. `attend_reference` is the same written out.
+
+    Args:
+        key: for dropout of attention weights, with `spec.dropout_rate`.
+        implementation: None picks the fastest correct one for the device that the program is
+            compiled for.
+
+    Returns:
+        The context in the dtype of the queries, and the logarithm of each query's sum of
+        exp(score), in float32: with both, parts can be merged. A query that sees nothing gets
+        zeros and passes no gradient.
+
+    Raises:
+        ValueError: for an unknown implementation, and for a rule without the positions it needs.
+    """
+    if implementation not in (None, *get_args(Implementation)):
+        raise ValueError(
+            f"implementation={implementation!r} is unknown; choose 'xla', or None for the fastest."
+        )
+    rules = [(w.rule, sources[w.source], w.stride) for w in spec.windows]
+    if shared is not None:
+        rules.append((spec.shared_rule, shared, spec.block))
+    for rule, source, stride in rules:
+        if rule == EVERYTHING:
+            continue
+        if (queries.positions is None) != (source.positions is None):
+            raise ValueError(f"{rule} needs positions of both queries and keys, or of neither.")
+        if queries.positions is None and stride != spec.block:
+            raise ValueError(
+                f"{rule} is for a window that moves by {stride} where its block={spec.block} of "
+                "queries does: by place that is a rule for each block; give positions."
+            )
+    return xla.attend(spec, queries, sources, shared, biases, key if spec.dropout_rate else None)
+
+
+def merge_softmax_parts(
+    context: Float[Array, "B N H T"], normaliser: Float[Array, "B N T"], axis: str
+) -> tuple[Float[Array, "B N H T"], Float[Array, "B N T"]]:
+    """Attention to the keys of all parts, from each part's as `attend` gives it.
+
+    Args:
+        axis: what the parts lie along: an axis of the mesh, or one that `jax.vmap` names.
+    """
+    top = lax.pmax(lax.stop_gradient(normaliser), axis)
+    weight = jnp.exp(normaliser - top)[:, :, None]  # [B, N, 1, T]
+    total = lax.psum(weight, axis)
+    merged = lax.psum(context.astype(jnp.float32) * weight / total, axis)
+    return merged.astype(context.dtype), top + jnp.log(total[:, :, 0])

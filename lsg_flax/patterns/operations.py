@@ -1,0 +1,100 @@
+"""What a pattern does: attention, what a layer keeps of a prompt, one decoding step. Arrays have
+features first: a model that projects straight to this layout saves the transposes, which are slow
+on CPU. Shapes are not checked here.
+
+Axes: B batch, N heads, H head width, T tokens, S keys.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lsg_flax.kernels import Source, pad
+from lsg_flax.patterns.cache import (
+    Cache,
+    LayerCache,
+    attend_token,
+    cut,
+    keep_blocks,
+    step_in_blocks,
+    write,
+)
+from lsg_flax.patterns.full import attend_to_all
+from lsg_flax.patterns.lsg import attend_by_blocks
+from lsg_flax.patterns.pattern import LSG, Full, Pattern, Runtime
+
+
+def attention(
+    pattern: Pattern, query: Float[Array, "B N H T"], source: Source, run: Runtime
+) -> Float[Array, "B N H T"]:
+    """The context of every query."""
+    match pattern:
+        case Full():
+            return attend_to_all(query, source, run, causal=pattern.causal)[0]
+        case LSG():
+            return attend_by_blocks(pattern, query, source, run)
+
+
+def prefill(
+    pattern: Pattern, query: Float[Array, "B N H T"], source: Source, run: Runtime, slots: int
+) -> LayerCache:
+    """What a layer keeps of the prompt.
+
+    Args:
+        source: its mask is False for padding; slots behind the prompt are free whatever they hold.
+        slots: from `slots_for`.
+    """
+    match pattern:
+        case Full():
+            return LayerCache(jax.tree.map(lambda x: pad(x, 0, slots - x.shape[-1]), source))
+        case LSG():
+            return keep_blocks(pattern, query, source, run, slots)
+
+
+def step(
+    pattern: Pattern,
+    query: Float[Array, "B N H 1"],
+    token: Source,
+    run: Runtime,
+    cache: Cache,
+    layer: Int[Array, ""],
+) -> tuple[Float[Array, "B N H 1"], LayerCache]:
+    """The next token's causal attention, and what `extend` shall write.
+
+    Args:
+        token: its key and value, and whether it is real; one that is not sees itself as little as
+            others see it.
+        cache: of earlier calls, of all layers.
+        layer: the number of this one.
+
+    Returns:
+        The context (NaN if no slot is free), as `attention` gives it for the last of
+        `cache.length + 1` tokens; and what is new.
+    """
+    tokens, split = cache.layers.tokens, _split(pattern)
+    slots = tokens.mask.shape[-1] - split
+    match pattern:
+        case Full():
+            new = LayerCache(token)
+            context = attend_token(query, [cut(tokens, layer, 0, slots), token])
+        case LSG():
+            context, new = step_in_blocks(pattern, query, token, run, cache, layer)
+    return jnp.where(cache.length < slots, context, jnp.nan), new
+
+
+def extend(pattern: Pattern, cache: Cache, new: LayerCache, position: Int[Array, "B"]) -> Cache:
+    """The cache with one more token: `new` is of `step`, stacked over layers, `position` the
+    token's."""
+    layers = cache.layers
+    layers = layers._replace(
+        tokens=write(layers.tokens, new.tokens, _split(pattern) + cache.length)
+    )
+    if layers.chosen is not None and new.chosen is not None:
+        assert isinstance(pattern, LSG)
+        start = cache.length // pattern.config.block_size * pattern.config.sparse_step
+        layers = layers._replace(chosen=write(layers.chosen, new.chosen, start))
+    return Cache(layers, cache.length + 1, position + 1)
+
+
+def _split(pattern: Pattern) -> int:
+    return pattern.split if isinstance(pattern, LSG) else 0

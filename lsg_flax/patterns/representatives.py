@@ -1,0 +1,97 @@
+"""The sparse part of LSG attention between its selections, which see one head with tokens first,
+and the kernels: representatives as a source of keys.
+
+Axes: B batch, N heads, H head width, T tokens (whole blocks, no globals).
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from lsg_flax.kernels import Source, pad
+from lsg_flax.patterns import halo, sparsity
+from lsg_flax.patterns.config import LSGConfig
+from lsg_flax.patterns.pattern import LSG, Runtime
+
+DEFAULT_LSH_SEED = 0
+
+
+def pad_to_blocks(
+    config: LSGConfig, query: Float[Array, "B N H _"], source: Source
+) -> tuple[Float[Array, "B N H T"], Source]:
+    """Queries and keys of tokens with zeros (False) behind them up to a whole block."""
+    extra = config.needs_padding(query.shape[-1])
+    return jax.tree.map(lambda x: pad(x, 0, extra), (query, source))
+
+
+def right_offset(config: LSGConfig) -> int:
+    """First representative of block 0's right-hand window. At one representative per block the
+    reference starts at the block itself."""
+    return 2 * config.sparse_step if config.sparse_step > 1 else 0
+
+
+def representatives_of(
+    pattern: LSG, query: Float[Array, "B N H T"], source: Source, run: Runtime
+) -> Source:
+    """The representatives of a shard's tokens."""
+    config = pattern.config
+    bos_query = first_query(config, query, source.mask, run.sequence_axis)
+    chosen = choose(config, hide_global(pattern, source, run), bos_query, run, source.mask)
+    standalone_pooling = config.sparsity_type == "pooling" and not pattern.split
+    if config.strict_reference and standalone_pooling and config.sparsity_factor > 1:
+        # The standalone layers' mean of masks overflows, which unmasks groups of padding.
+        chosen = chosen._replace(mask=jnp.ones_like(chosen.mask))
+    return chosen
+
+
+def hide_global(pattern: LSG, source: Source, run: Runtime) -> Source:
+    """The tokens without the one that is a global already, if so."""
+    if pattern.global_tokens != "first_token":
+        return source
+    first = (jnp.arange(source.mask.shape[-1]) == 0) & halo.is_first(run.sequence_axis)
+    return source._replace(mask=source.mask & ~first[None, None])
+
+
+def first_query(
+    config: LSGConfig,
+    query: Float[Array, "B N H T"],
+    mask: Bool[Array, "B 1 T"],
+    axis: str | None = None,
+) -> Float[Array, "B N H"]:
+    """The query that "bos_pooling" weighs with: of the first real token, so that left padding does
+    not leak. The reference's is that of position 0, which counts as real under mask_first_token."""
+    if config.strict_reference or config.mask_first_token:
+        return halo.share_first(query[..., 0], axis)
+    first = jnp.argmax(mask, axis=-1)[..., None, None]  # [B, 1, 1, 1]
+    chosen = jnp.take_along_axis(query, first, axis=-1)[..., 0]
+    return halo.share_first_with(chosen, mask.any(axis=(1, 2)), axis)
+
+
+def choose(
+    config: LSGConfig,
+    source: Source,
+    bos_query: Float[Array, "B N H"],
+    run: Runtime,
+    bos_mask: Bool[Array, "B 1 T"] | None = None,
+) -> Source:
+    """`sparsity.select` with features first."""
+    key, value, mask = sparsity.select(
+        source.key.swapaxes(2, 3),
+        source.value.swapaxes(2, 3),
+        source.mask[:, 0],
+        config=config,
+        bos_query=bos_query,
+        bos_mask=None if bos_mask is None else bos_mask[:, 0],
+        rotations=_rotations(config, source.key.shape, run),
+    )
+    return Source(key.swapaxes(2, 3), value.swapaxes(2, 3), mask)
+
+
+def _rotations(config: LSGConfig, shape: tuple[int, ...], run: Runtime):
+    """What "lsh" hashes with; None for other types."""
+    if not config.is_sparse or sparsity.effective_type(config) != "lsh":
+        return None
+    if isinstance(run.lsh, tuple):
+        return run.lsh
+    key = jax.random.key(DEFAULT_LSH_SEED) if run.lsh is None else run.lsh
+    return sparsity.lsh_rotations(key, config, num_heads=shape[1], head_dim=shape[2])
