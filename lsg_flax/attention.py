@@ -5,8 +5,8 @@ or training loop.
 out over all pairs of tokens, slow and obvious; tests hold the first to the second. `full_attention`
 is ordinary attention in linear memory.
 
-Axes: B batch, T tokens, S keys, N heads, K key heads, H head width, G globals, R representatives.
-Arrays are [B, T, N, H] in and out.
+Axes: B batch, T tokens, S keys, N heads, K key heads, H head width, G global tokens, R
+representatives. Arrays are [B, T, N, H] in and out.
 """
 
 from dataclasses import replace
@@ -217,7 +217,7 @@ def full_attention(
     return _tokens_first(patterns.attention(Full(causal), _features_first(query), source, run))
 
 
-class _Inputs(NamedTuple):
+class _Arrays(NamedTuple):
     query: Float[Array, "B T N H"]
     key: Float[Array, "B T N H"]
     value: Float[Array, "B T N H"]
@@ -228,7 +228,7 @@ class _Inputs(NamedTuple):
         return query, Source(key, value, self.mask[:, None])
 
 
-def _checked(query, key, value, mask, config: LSGConfig, global_tokens: GlobalTokens) -> _Inputs:
+def _checked(query, key, value, mask, config: LSGConfig, global_tokens: GlobalTokens) -> _Arrays:
     if global_tokens not in ("prepended", "first_token", "none"):
         raise ValueError(
             f"global_tokens={global_tokens!r} is unknown; choose 'prepended', 'first_token' or "
@@ -270,7 +270,7 @@ def _checked(query, key, value, mask, config: LSGConfig, global_tokens: GlobalTo
         )
     repeats = query.shape[2] // key.shape[2]
     key, value = (jnp.repeat(x, repeats, axis=2) if repeats > 1 else x for x in (key, value))
-    return _Inputs(query, key, value, mask)
+    return _Arrays(query, key, value, mask)
 
 
 def _features_first(x: Float[Array, "B T N H"]) -> Float[Array, "B N H T"]:

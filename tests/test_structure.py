@@ -7,6 +7,7 @@ import ast
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -18,6 +19,7 @@ from lsg_flax import LSGConfig
 from lsg_flax.models import FAMILIES, EncoderConfig
 
 PACKAGE = pathlib.Path(lsg_flax.__file__).parent
+DESIGN = pathlib.Path(__file__).parent.parent / "docs" / "design.md"
 TREES = pathlib.Path(__file__).parent / "golden" / "parameter_trees.json"
 
 # What each file or folder may import of lsg_flax, lowest first: a part imports only those above its
@@ -112,6 +114,33 @@ def test_imports_are_found(tmp_path):
     file.write_text("\n".join([*lines, "from lsg_flax import hub, lsg_attention"]))
     found = {part_of(*pair) for pair in imports_of(file)}
     assert found == {"__init__", "models", "hub"}
+
+
+def test_a_type_name_means_one_thing():
+    """Classes, and aliases such as `Params = dict[str, Any]`, of any module."""
+    where: dict[str, list[str]] = {}
+    for module in MODULES:
+        tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+        names = [node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                names += [node.targets[0].id]
+        for name in names:
+            if re.fullmatch(r"_?[A-Z][A-Za-z]*[a-z][A-Za-z]*", name):
+                where.setdefault(name.lstrip("_"), []).append(module)
+    assert {n: modules for n, modules in where.items() if len(modules) > 1} == {}
+
+
+def test_an_axis_letter_means_one_thing():
+    """The legends of all modules are parts of the one in docs/design.md."""
+    rows = re.findall(r"^\| ([A-Z]) \| ([^|]+) \|$", DESIGN.read_text(), re.MULTILINE)
+    legend = {letter: meaning.strip() for letter, meaning in rows}
+    for module in MODULES:
+        text = ast.get_docstring(ast.parse((PACKAGE / f"{module}.py").read_text())) or ""
+        found = re.search(r"Axes: (.*?)(?:\n\n|$)", text, re.DOTALL)
+        axes = re.sub(r"\s+", " ", found[1] if found else "")
+        for letter, meaning in re.findall(r"(?:^|, |and )([A-Z]) (\w[^,.;(]*)", axes):
+            assert meaning.startswith(legend[letter]), f"{module}: {letter} {meaning}"
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -5,7 +5,7 @@ into memory on reading. A row has tokens in one or more streams ("input"; what i
 another). The sequences of a stream lie one after the other, `STREAM_offsets` says where each
 begins. `records` are lines of JSON, one per example.
 
-Axes: O rows of the data, C choices, T tokens, Y labels.
+Axes: O rows, C choices, T tokens, Y labels.
 """
 
 import functools

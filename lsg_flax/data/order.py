@@ -1,7 +1,7 @@
 """Which rows of the data are in batch n, and which of them a process holds. A pure function of n:
 nothing has to be kept to go on anywhere.
 
-Axes: M microbatches, B batch, O rows of the data, Z batches.
+Axes: M microbatches, B batch, O rows, Z batches.
 """
 
 import bisect

@@ -1,6 +1,6 @@
 """The one entry to attention kernels, which picks the implementation, and the merging of parts.
 
-Axes: B batch, N heads, H head width, T queries, S keys of a source.
+Axes: B batch, N heads, H head width, T tokens (queries), S keys.
 """
 
 from typing import Literal, get_args

@@ -1,7 +1,7 @@
 """What `attend` computes, written out: every query with its own list of keys. Quadratic, for tests
 and reading.
 
-Axes: B batch, N heads, H head width, T queries, S keys of a source, W keys of a window.
+Axes: B batch, N heads, H head width, T tokens (queries), S keys, W keys of a block's windows.
 """
 
 import jax

@@ -1,8 +1,8 @@
 """The contract of attention kernels: sources of keys, the windows of them that a block of queries
 sees, and what is static about a call.
 
-Axes: B batch, N heads, H head width, T queries, S keys of a source, Q queries of a block, W keys of
-a window.
+Axes: B batch, N heads, H head width, T tokens (queries), S keys, Q queries of a block, W keys of a
+block's windows.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """What the queries of a step see: a call's arrays cut into steps of a few blocks, the keys, masks
 and biases of a step, and their gradients added up.
 
-Axes: B batch, N heads, H head width, T queries, S keys of a source, C blocks per step, Q queries of
+Axes: B batch, N heads, H head width, T tokens (queries), S keys, J blocks of a step, Q queries of
 a block, W keys of a block's windows.
 """
 
@@ -38,11 +38,11 @@ class Operands(NamedTuple):
 
 
 class View(NamedTuple):
-    """Keys that a step's queries see under one mask; C is 1 for the shared ones."""
+    """Keys that a step's queries see under one mask; J is 1 for the shared ones."""
 
-    key: Float[Array, "B N #C H W"]
-    value: Float[Array, "B N #C H W"]
-    mask: Bool[Array, "B #N #C #Q W"]
+    key: Float[Array, "B N #J H W"]
+    value: Float[Array, "B N #J H W"]
+    mask: Bool[Array, "B #N #J #Q W"]
     bias: Float[Array, "#B #N 1 #Q W"] | None
 
 
@@ -66,15 +66,15 @@ def fill_up(spec: Spec, operands: Operands) -> tuple[Spec, Operands]:
     return replace(spec, windows=tuple(windows)), operands
 
 
-def to_steps(x: Shaped[Array, "B N *H T"], spec: Spec) -> Shaped[Array, "steps B N C *H Q"]:
+def to_steps(x: Shaped[Array, "B N *H T"], spec: Spec) -> Shaped[Array, "steps B N J *H Q"]:
     """Cuts the last axis into steps, blocks and queries."""
     split = x.reshape(*x.shape[:-1], -1, spec.blocks_per_step, spec.block)
-    return jnp.moveaxis(split, (-3, -2), (0, 3))  # from [B, N, *H, steps, C, Q]
+    return jnp.moveaxis(split, (-3, -2), (0, 3))  # from [B, N, *H, steps, J, Q]
 
 
-def from_steps(x: Shaped[Array, "steps B N C *H Q"]) -> Shaped[Array, "B N *H T"]:
+def from_steps(x: Shaped[Array, "steps B N J *H Q"]) -> Shaped[Array, "B N *H T"]:
     """Undoes `to_steps`."""
-    merged = jnp.moveaxis(x, (0, 3), (-3, -2))  # [B, N, *H, steps, C, Q]
+    merged = jnp.moveaxis(x, (0, 3), (-3, -2))  # [B, N, *H, steps, J, Q]
     return merged.reshape(*merged.shape[:-3], -1)
 
 
@@ -88,7 +88,7 @@ def numbered(queries: Queries, spec: Spec):
 def views(step: Int[Array, ""], positions, operands: Operands, spec: Spec) -> list[View]:
     """What the queries of a step see: their windows, and the shared keys.
 
-    `positions`: those of the queries, [B, #N, C, Q], or None.
+    `positions`: those of the queries, [B, #N, J, Q], or None.
     """
     seen, sources, shared = [], operands.sources, operands.shared
     biases = view_biases(operands.biases, spec)
@@ -121,7 +121,7 @@ def view_biases(biases: Biases, spec: Spec) -> list[Float[Array, "#B #N 1 #Q W"]
 
 def _window_mask(
     window: Window, source: Source, step, positions, spec: Spec
-) -> Bool[Array, "B #N C #Q W"]:
+) -> Bool[Array, "B #N J #Q W"]:
     mask = cut_window(source.mask, window, step, spec)[..., None, :]
     if window.rule == EVERYTHING:
         return mask
@@ -134,7 +134,7 @@ def _window_mask(
     return mask & window.rule.allows(query, key)[None, None, None]
 
 
-def _shared_mask(shared: Source, step, positions, spec: Spec) -> Bool[Array, "B #N #C #Q S"]:
+def _shared_mask(shared: Source, step, positions, spec: Spec) -> Bool[Array, "B #N #J #Q S"]:
     mask = shared.mask[:, :, None, None]
     if spec.shared_rule == EVERYTHING:
         return mask

@@ -1,8 +1,7 @@
 """Windows of keys: cut for a few neighbouring blocks of queries at a time, by static slices of the
 one run of keys that they cover, and their gradients added back to where they were cut.
 
-Axes: B batch, N heads, H head width, S keys of a source, C blocks per step, W keys of a block's
-windows.
+Axes: B batch, N heads, H head width, S keys, J blocks of a step, W keys of a block's windows.
 """
 
 import jax
@@ -20,21 +19,21 @@ def pad(x, before: int, after: int):
 
 def cut_window(
     x: Shaped[Array, "B N *H S"], window: Window, step: Int[Array, ""], spec: Spec
-) -> Shaped[Array, "B N C *H W"]:
+) -> Shaped[Array, "B N J *H W"]:
     """One window of each of a step's blocks."""
     return _unfold(_run(x, window, step, spec), window, spec.blocks_per_step)
 
 
 def cut_windows(
     sources: tuple[Float[Array, "B N H _"], ...], step: Int[Array, ""], spec: Spec
-) -> Float[Array, "B N C H W"]:
+) -> Float[Array, "B N J H W"]:
     """All windows of each of a step's blocks, side by side."""
     return _unfold_all([_run(sources[w.source], w, step, spec) for w in spec.windows], spec)
 
 
 def add_to_windows(
     totals: tuple[Float[Array, "B N H _"], ...],
-    gradient: Float[Array, "B N C H W"],
+    gradient: Float[Array, "B N J H W"],
     step: Int[Array, ""],
     spec: Spec,
 ) -> tuple[Float[Array, "B N H _"], ...]:
@@ -66,7 +65,7 @@ def _unfold_all(runs, spec: Spec):
 
 def _unfold(
     x: Shaped[Array, "B N *H S"], window: Window, count: int
-) -> Shaped[Array, "B N C *H W"]:
+) -> Shaped[Array, "B N J *H W"]:
     """The overlapping windows of `count` neighbouring blocks, from the run that they cover."""
     stride, width = window.stride, window.width
     if count == 1:

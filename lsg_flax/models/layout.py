@@ -1,8 +1,8 @@
 """How PyTorch stores the parameters of a module, and how we do: the layouts that the families' rows
 name.
 
-Axes: D model width and F features of a projection, I its groups. Ours are stacked over layers,
-which nothing here sees.
+Axes: D model width, F features of a projection, I its groups. Ours are stacked over layers, which
+nothing here sees.
 """
 
 from collections.abc import Callable

@@ -113,15 +113,7 @@ class Model(nn.Module):
             cache=cache,
             dtype=self.dtype,
         )
-        context = Context(
-            self.config,
-            self.family.architecture,
-            self.dtype,
-            self.param_dtype,
-            train,
-            implementation=self.implementation,
-            slots=slots,
-        )
+        context = self._context(slots, train=train)
         body = self._body(context, keep_states=output_hidden_states)
         last, states, words, cache = body(inputs.flattened(), memory, cache)
         pooled = Pooler(context, name="pooler")(last) if self.head_table.pooled else None
@@ -130,6 +122,17 @@ class Model(nn.Module):
             logits = output.logits.reshape(-1, inputs.lead[1])  # [B, C]
             output = dataclasses.replace(output, logits=logits)
         return dataclasses.replace(output, hidden_states=states, cache=cache)
+
+    def _context(self, slots: int, *, train: bool) -> Context:
+        return Context(
+            self.config,
+            self.family.architecture,
+            self.dtype,
+            self.param_dtype,
+            train,
+            implementation=self.implementation,
+            slots=slots,
+        )
 
     def _body(self, context: Context, *, keep_states: bool) -> nn.Module:
         """What runs between the inputs and the head."""

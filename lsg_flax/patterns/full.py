@@ -1,6 +1,6 @@
 """Full attention of arrays with features first, in memory linear in their length.
 
-Axes: B batch, N heads, H head width, T queries, S keys.
+Axes: B batch, N heads, H head width, T tokens (queries), S keys.
 """
 
 from jaxtyping import Array, Float

@@ -5,8 +5,8 @@ Every selection has the signature `(inputs, config) -> Selected`; `select` maps 
 heads. They follow section 3 of the LSG paper (arXiv 2210.15497); masks are boolean (True = real)
 and sums are taken in float32 whatever the compute dtype.
 
-Axes: B batch, T tokens (whole blocks, no globals), N heads, H head width, R = T / sparsity_factor
-representatives.
+Axes: B batch, T tokens (whole blocks, no globals), N heads, H head width, R representatives, one of
+`sparsity_factor` tokens.
 """
 
 from typing import NamedTuple

@@ -188,14 +188,16 @@ def predict_file(
                 window=window,
                 bar=bar,
             )
-    if documents.skipped:
-        numbers = ", ".join(map(str, documents.skipped[:10]))
-        warnings.warn(
-            f"{len(documents.skipped)} broken lines of {source} were skipped: {numbers}"
-            f"{', ...' if len(documents.skipped) > 10 else ''}.",
-            stacklevel=2,
-        )
+    _warn_of(documents.skipped, source)
     return Written(file.finished, file.finished - before, tuple(documents.skipped))
+
+
+def _warn_of(skipped: Sequence[int], source: str | os.PathLike) -> None:
+    if skipped:
+        numbers = ", ".join(map(str, skipped[:10])) + (", ..." if len(skipped) > 10 else "")
+        warnings.warn(
+            f"{len(skipped)} broken lines of {source} were skipped: {numbers}.", stacklevel=3
+        )
 
 
 class _DocumentCodec:

@@ -4,7 +4,8 @@ Those whose answers are places in the text are in spans.py.
 A task is a frozen dataclass: its fields are the options, by Hugging Face's names. Answers are those
 of transformers 4.37 but for what `pipelines.pipeline` lists.
 
-Axes: B batch, T tokens, U masked tokens, V vocabulary, Y labels, D model width.
+Axes: B batch, T tokens, U tokens with an output (masked ones), V vocabulary, Y labels, D model
+width.
 """
 
 from collections.abc import Iterable, Sequence

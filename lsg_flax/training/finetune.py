@@ -34,7 +34,7 @@ from lsg_flax.training.log import Logging
 from lsg_flax.training.loop import Evaluation, fit
 from lsg_flax.training.metrics import evaluate
 from lsg_flax.training.settings import Settings, Words
-from lsg_flax.training.source import open_source
+from lsg_flax.training.source import SourceModel, open_source
 from lsg_flax.training.states import Saving, best_step, restore_state, saved_steps
 from lsg_flax.training.step import TrainState, init_state, make_train_step
 
@@ -82,13 +82,11 @@ def finetune(settings: Settings, *, progress: bool = True) -> Finetuned:
     """
     # ------------------------------------------------------------- what there is to work with
     output, mesh = pathlib.Path(settings.output), _mesh(settings.devices, settings.mesh)
-    length, converts = settings.max_length, settings.convert
-    source = open_source(settings.model, settings.task, length, convert=converts)
-    if settings.train_only == "global_tokens_and_head":
-        source.check_globals()
+    source = _source(settings)
     _check_output(output, source.checkpoint.folder)
-    segments = source.config.type_vocab_size > 1
-    options = settings.data_options(source.length, source.labels, token_type_ids=segments)
+    options = settings.data_options(
+        source.length, source.labels, token_type_ids=source.config.type_vocab_size > 1
+    )
     load = functools.partial(
         load_examples,
         tokenizer=source.tokenizer,
@@ -96,14 +94,14 @@ def finetune(settings: Settings, *, progress: bool = True) -> Finetuned:
         cache=settings.cache,
         progress=progress and jax.process_index() == 0,
     )
-    files = (settings.train_data, settings.train_split), (settings.eval_data, settings.eval_split)
-    train, held_out = _data(load, options, *files)
-    dtype = jnp.dtype(settings.dtype).type
-    model, params = source.load(_head_for(train, options), settings.lsg, dtype, mesh)
+    learned = settings.train_data, settings.train_split
+    train, held_out = _data(load, options, learned, (settings.eval_data, settings.eval_split))
+    dtype, head = jnp.dtype(settings.dtype).type, _head_for(train, options)
+    model, params = source.load(head, settings.lsg, dtype, mesh)
     model = model.clone(remat=settings.remat)
 
     # ------------------------------------------------------------- the run
-    rows = (settings.microbatch_size, settings.eval_batch_size)
+    rows = settings.microbatch_size, settings.eval_batch_size
     buckets = _buckets(settings.buckets, settings.max_length, model, rows, mesh)
     same = {"buckets": buckets, "seed": settings.seed}
     batches = train_batches(train, batch_size=rows[0], microbatches=settings.accumulate, **same)
@@ -111,16 +109,17 @@ def finetune(settings: Settings, *, progress: bool = True) -> Finetuned:
     optimizer = settings.optimizer(steps)
     state = init_state(params, optimizer, jax.random.key(settings.seed), mesh=mesh)
     del params  # the state has its own copy
-    sizes = {"batch_size": rows[1] or rows[0]} | same
-    evaluation = _evaluation(model, held_out, sizes, every, mesh)
+    evaluation = _evaluation(
+        model, held_out, {"batch_size": rows[1] or rows[0]} | same, every, mesh
+    )
     identity = settings.identity | _contents(model, steps, train, held_out)
     saving = settings.saving(output / "checkpoints", every, identity)
     flops = functools.partial(train_flops, model)
     log = Logging(output / "log", settings.tensorboard, flops, progress)
     step = make_train_step(model, optimizer, settings.accumulate)
-    records = {"evaluation": evaluation, "saving": saving, "logging": log}
-    cut = settings.accumulate > 1
-    state, history = fit(step, state, batches, steps=steps, mesh=mesh, microbatches=cut, **records)
+    run = {"steps": steps, "mesh": mesh, "microbatches": settings.accumulate > 1}
+    run |= {"evaluation": evaluation, "saving": saving, "logging": log}
+    state, history = fit(step, state, batches, **run)
     batches.close()
 
     # ------------------------------------------------------------- results
@@ -131,6 +130,15 @@ def finetune(settings: Settings, *, progress: bool = True) -> Finetuned:
         last = evaluation.function(state)
     scores = {name: value for name, value in last.items() if name.startswith("eval_")}
     return Finetuned(output, model, state.params, int(state.step), scores, best, history)
+
+
+def _source(settings: Settings) -> SourceModel:
+    """The checkpoint to begin with; raises ValueError if it lacks what is to be trained."""
+    length, convert = settings.max_length, settings.convert
+    source = open_source(settings.model, settings.task, length, convert=convert)
+    if settings.train_only == "global_tokens_and_head":
+        source.check_globals()
+    return source
 
 
 def _data(

@@ -4,7 +4,7 @@ A batch is a dict of arrays by Hugging Face's names: arguments of the model and,
 targets (the record of the task says which). A loss is a weighted sum of terms, each a sum over the
 labels that count divided by their number; step.py keeps the two apart to accumulate microbatches.
 
-Axes: M microbatches, B batch, T tokens, K labels or vocabulary.
+Axes: M microbatches, B batch, T tokens, Y labels or vocabulary.
 """
 
 import math
@@ -48,7 +48,7 @@ def loss_fn(
     return loss, batch_metrics(loss, batch, counts)
 
 
-def cross_entropy_sum(logits: Float[Array, "*N K"], labels: Int[Array, "*N"]) -> Float[Array, ""]:
+def cross_entropy_sum(logits: Float[Array, "*N Y"], labels: Int[Array, "*N"]) -> Float[Array, ""]:
     """Sum of -log softmax(logits)[label] in float32 over the labels other than -100; NaN if one of
     them is no class."""
     logits = logits.astype(jnp.float32)

@@ -1,6 +1,6 @@
 """How good a model is: `evaluate` runs it over batches and gives the loss and the task's scores.
 
-Axes: R rows (of all batches), B batch, T tokens, L longest answer.
+Axes: O rows of all batches, B batch, T tokens, A answer lengths.
 """
 
 import functools
@@ -135,7 +135,7 @@ def _best_spans(start_and_end: list[jax.Array], mask: jax.Array) -> jax.Array:
     length = start.shape[1]
     span = min(LONGEST_ANSWER, length)
     ends = jnp.pad(end, ((0, 0), (0, span - 1)), constant_values=lowest)
-    sums = jnp.stack([start + ends[:, i : i + length] for i in range(span)], axis=-1)  # [B, T, L]
+    sums = jnp.stack([start + ends[:, i : i + length] for i in range(span)], axis=-1)  # [B, T, A]
     best = jnp.argmax(sums.reshape(len(start), -1), axis=-1)
     return jnp.stack([best // span, best // span + best % span], axis=-1)
 

@@ -1,6 +1,6 @@
 """Scores of answers against labels, as functions of numpy arrays.
 
-Axes: R rows (of all batches), K labels.
+Axes: O rows of all batches, Y labels.
 """
 
 import collections
@@ -18,7 +18,7 @@ from lsg_flax.models import IGNORED
 Scores = dict[str, float]
 
 
-def classification_scores(predicted: Int[np.ndarray, "R"], labels: Int[np.ndarray, "R"]) -> Scores:
+def classification_scores(predicted: Int[np.ndarray, "O"], labels: Int[np.ndarray, "O"]) -> Scores:
     """`accuracy`, and `macro_f1`: the mean F1 of the classes that occur among the labels or the
     predictions (scikit-learn's). Labels of -100 do not count.
 
@@ -34,7 +34,7 @@ def classification_scores(predicted: Int[np.ndarray, "R"], labels: Int[np.ndarra
 
 
 def multi_label_scores(
-    predicted: Bool[np.ndarray, "R K"], labels: Num[np.ndarray, "R K"]
+    predicted: Bool[np.ndarray, "O Y"], labels: Num[np.ndarray, "O Y"]
 ) -> Scores:
     """`micro_f1` over all decisions together, `macro_f1` over the labels that occur or are
     predicted, and `accuracy`: how many rows are right in whole.
@@ -53,7 +53,7 @@ def multi_label_scores(
     }
 
 
-def regression_scores(predicted: Num[np.ndarray, "*R"], labels: Num[np.ndarray, "*R"]) -> Scores:
+def regression_scores(predicted: Num[np.ndarray, "*O"], labels: Num[np.ndarray, "*O"]) -> Scores:
     """`mse`, and `pearson`, Pearson's correlation (0 where one side is constant).
 
     Raises:
@@ -116,7 +116,7 @@ def answer_scores(predicted: Sequence[str], answers: Sequence[Sequence[str]]) ->
     return {"exact_match": float(np.mean(exact)), "f1": float(np.mean(overlap))}
 
 
-def span_scores(predicted: Int[np.ndarray, "R 2"], labels: Int[np.ndarray, "R 2"]) -> Scores:
+def span_scores(predicted: Int[np.ndarray, "O 2"], labels: Int[np.ndarray, "O 2"]) -> Scores:
     """`exact_match` and `f1` of answers as tokens: first and last place, of rows that have one.
 
     Args:
