@@ -3,9 +3,10 @@
 SHORTEST_BUCKET = 512
 
 
-def default_buckets(limit: int) -> tuple[int, ...]:
-    """Powers of two from 512 up to `limit`, and `limit` itself."""
-    lengths = [SHORTEST_BUCKET]
+def default_buckets(limit: int, *shorter: int) -> tuple[int, ...]:
+    """Lengths worth a compilation, up to `limit`: the `shorter` ones, powers of two from 512, and
+    `limit` itself."""
+    lengths = [*shorter, SHORTEST_BUCKET]
     while lengths[-1] < limit:
         lengths.append(2 * lengths[-1])
     return (*(length for length in lengths if length < limit), limit)

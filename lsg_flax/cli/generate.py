@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
     if tokenizer is None:
         raise FileNotFoundError(f"{folder} has no tokenizer; copy its files there.")
     model, params = hub.from_pretrained(folder, dtype=jnp.dtype(arguments.dtype).type)
-    if model.task != "causal_lm":
+    if not model.task_record.fixed.get("is_decoder"):
         raise ValueError(
             f"{folder} is a {model.task} checkpoint, which cannot continue texts: give a "
             "causal_lm, such as lsg-flax train --task causal_lm makes."

@@ -185,12 +185,11 @@ class Embedder:
             ValueError: for anything but texts, and as `Predictor`.
         """
         limit = self.max_length
-        short = tuple(length for length in _SHORT_BUCKETS if length < limit)
         predictor = Predictor(
             self.model,
             self.params,
             batch_size=batch_size,
-            buckets=short + default_buckets(limit) if buckets is None else buckets,
+            buckets=default_buckets(limit, *_SHORT_BUCKETS) if buckets is None else buckets,
             fields=("last_hidden_state",),
             select=_Pooled(self.pooling, self.normalize),
         )

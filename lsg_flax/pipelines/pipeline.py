@@ -30,7 +30,7 @@ from lsg_flax.pipelines.tasks import (
     check_choice,
 )
 
-SHORTEST_BUCKET = 128  # a sentence alone is worth a shorter one than inference has
+SENTENCE_BUCKET = 128  # a sentence alone is worth a shorter one than documents have
 _WINDOW = 32  # batches whose documents are sorted by length and held in memory together
 
 TASKS: dict[str, type[PipelineTask]] = {
@@ -179,7 +179,7 @@ def pipeline(
     if not 1 <= max_length <= limit:
         raise ValueError(f"max_length={max_length} must lie in 1..{limit}, what this model reads.")
     if buckets is None:
-        buckets = sorted({min(SHORTEST_BUCKET, max_length), *default_buckets(max_length)})
+        buckets = default_buckets(max_length, SENTENCE_BUCKET)
     reader = Reader(
         tokenizer, network.config, min(max_length, max(buckets, default=max_length)), truncation
     )
