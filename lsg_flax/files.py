@@ -101,8 +101,10 @@ def differences(before: Any, now: Any, missing: Any = None) -> list[tuple[str, A
 
 
 def write_aside(file: pathlib.Path, data: bytes) -> None:
-    """Writes a file whole or not at all, on the disk when this returns. For one writer at a time:
-    until it has its name it is called FILE.new, which the next call replaces after a kill."""
+    """Writes a file whole or not at all, on the disk when this returns; its folder is made. For one
+    writer at a time: until it has its name it is called FILE.new, which the next call replaces
+    after a kill."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_name(f"{file.name}.new")
     try:
         with aside.open("wb") as opened:

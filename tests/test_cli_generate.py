@@ -133,7 +133,7 @@ def test_bad_lines_and_a_failed_write_leave_the_old_file(capsys, writers, tmp_pa
     target.write_text("old")
     source.write_text('{"text": "w5"}\n{"text": 5}\n')
     code, _, err = run(capsys, writers["lsg"], source, target)
-    assert code == 2 and 'in.jsonl, line 2 is no object with a "text"' in err
+    assert code == 2 and "in.jsonl:2: it has" in err and 'must have a "text"' in err
     source.write_text('{"id": "long", "text": "' + "w5 " * 70 + '"}\n')
     code, _, err = run(capsys, writers["lsg"], source, target)
     assert code == 2 and "'long' has 71 tokens" in err

@@ -193,6 +193,8 @@ def test_two_processes_train_one_model(tiny, tmp_path):
         for index, log in enumerate(logs)
     ]
     codes = [process.wait(timeout=300) for process in processes]
+    for log in logs:
+        log.close()
     said = [(tmp_path / f"{index}.txt").read_text() for index in range(2)]
     assert codes == [0, 0], said
     assert "after 2 steps" in said[0] and "wrote" not in said[1]

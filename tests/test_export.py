@@ -73,7 +73,8 @@ def test_the_documented_lines_run_it_without_lsg_flax(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     refused = subprocess.run([sys.executable, "-c", "import lsg_flax"], stderr=-3, env=environment)
     assert refused.returncode == 1
-    out = np.load("out.npz")
+    with np.load("out.npz") as stored:
+        out = dict(stored)
     expected = logits_of(model, params, out["ids"], out["mask"])
     np.testing.assert_allclose(out["logits"], expected, rtol=1e-5, atol=1e-5)
     assert np.ptp(expected) > 0.1

@@ -1,5 +1,6 @@
 """Batched inference: predictors, result files that survive a kill, exported programs."""
 
+from lsg_flax.buckets import default_buckets as default_buckets
 from lsg_flax.inference.encodings import Encoding as Encoding
 from lsg_flax.inference.export import export_model as export_model
 from lsg_flax.inference.lines import Document as Document

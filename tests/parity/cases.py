@@ -81,7 +81,7 @@ def random_sizes(generator, family: str = "bert") -> dict:
         "num_hidden_layers": int(generator.integers(1, 4)),
         "num_attention_heads": heads,
         "intermediate_size": pick(generator, (16, 24)),
-        "max_position_embeddings": 64 + FAMILIES[family].position_offset,
+        "max_position_embeddings": 64 + FAMILIES[family].architecture.position_offset,
         "hidden_act": pick(generator, ("gelu", "gelu", "gelu_new", "relu")),
     }
     dialect = DIALECTS.get(family, Dialect())
@@ -313,7 +313,7 @@ def conversion_cases() -> dict[str, Case]:
 def add_family_conversion(cases, family: str) -> None:
     """A plain checkpoint and its conversion at a length where the reference's tables are whole."""
     generator = generator_of(f"convert {family}")
-    positions = 512 + FAMILIES[family].position_offset
+    positions = 512 + FAMILIES[family].architecture.position_offset
     config = random_sizes(generator, family) | {"max_position_embeddings": positions}
     cases[f"make_convert_{family}"] = Case(
         {
