@@ -34,15 +34,20 @@ def start(folder: pathlib.Path, *, steps: int, pause: float = 0.05) -> list[subp
     environment = os.environ | {"PYTHONPATH": str(WORKER.parent.parent)}
     given = ["--processes", 2, "--port", port, "--steps", steps, "--save-every", SAVE_EVERY]
     given += ["--pause", pause, "--mesh", json.dumps(MESH)]
-    return [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(folder), "--index", str(index), *map(str, given)],
-            stdout=(folder / f"{index}.txt").open("a"),
-            stderr=subprocess.STDOUT,
-            env=environment,
-        )
-        for index in range(2)
-    ]
+    processes = []
+    for index in range(2):
+        command = [
+            sys.executable,
+            str(WORKER),
+            str(folder),
+            "--index",
+            str(index),
+            *map(str, given),
+        ]
+        with (folder / f"{index}.txt").open("a") as log:
+            out = {"stdout": log, "stderr": subprocess.STDOUT, "env": environment}
+            processes.append(subprocess.Popen(command, **out))
+    return processes
 
 
 def finish(processes: list[subprocess.Popen]) -> list[int]:

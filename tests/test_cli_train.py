@@ -48,6 +48,7 @@ def config_of(folder, tiny, **values) -> pathlib.Path:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default:weights for task")  # the command shows it
 def test_train_then_predict(capsys, tiny, tmp_path):
     output, answers = tmp_path / "model", tmp_path / "answers.jsonl"
     file = config_of(tmp_path, tiny, steps=100, learning_rate="1e-3")
@@ -169,6 +170,7 @@ def test_wrong_flags_are_named(capsys, tiny, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default:weights for task")  # the command shows it
 def test_two_processes_train_one_model(tiny, tmp_path):
     """Each with one device; the model is that of one process with two."""
     with socket.socket() as opened:
