@@ -122,11 +122,11 @@ print(predict_file({source!r}, {target!r}, model, params, **options).computed)
 @pytest.mark.slow
 def test_a_killed_run_continues_and_makes_the_same_bytes(tmp_path):
     """SIGKILL at random moments after the first window, then once more to the end."""
-    source, target = write(tmp_path / "in.jsonl", ids(600)), tmp_path / "out.jsonl"
+    source, target = write(tmp_path / "in.jsonl", ids(2400)), tmp_path / "out.jsonl"
     whole, made = tmp_path / "whole.jsonl", tmp_path / "made"
     options = OPTIONS | {"window": 8, "buckets": (16, LIMIT)}
     model, params = make()
-    assert predict_file(source, whole, model, params, **options).computed == 600
+    assert predict_file(source, whole, model, params, **options).computed == 2400
     made.write_bytes(pickle.dumps((model, jax.tree.map(np.asarray, params), options)))
     partial = tmp_path / "out.jsonl.partial"
     code = KILLED.format(made=str(made), source=str(source), target=str(target))
@@ -136,13 +136,13 @@ def test_a_killed_run_continues_and_makes_the_same_bytes(tmp_path):
             while not partial.exists() or partial.read_bytes().count(b"\n") <= before:
                 assert process.poll() is None
                 time.sleep(0.005)
-            time.sleep(generator.uniform(0, 0.1))
+            time.sleep(generator.uniform(0, 0.03))
             process.send_signal(signal.SIGKILL)
         assert not target.exists() and process.returncode == -signal.SIGKILL
         kills, before = kills + 1, partial.read_bytes().count(b"\n")
     last = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert last.returncode == 0, last.stderr
-    assert 600 - before <= int(last.stdout) <= 600 - before + 8
+    assert 2400 - before <= int(last.stdout) <= 2400 - before + 8
     assert target.read_bytes() == whole.read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         *("in.jsonl", "made", "out.jsonl", "whole.jsonl")
