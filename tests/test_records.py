@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from tiny_run import PLAIN, write
 
 import lsg_flax
+from lsg_flax import hub, training
 from lsg_flax.convert_from_torch import params_to_torch
 from lsg_flax.hub.to_lsg import sinusoids
+from lsg_flax.inference import predict
 from lsg_flax.models import FAMILIES, TASKS, EncoderConfig, Model, Target, Task, ToLSG
 from lsg_flax.models.architecture import Architecture
 from lsg_flax.models.config_json import DIALECTS, REFUSED, Dialect
@@ -21,6 +24,9 @@ from lsg_flax.models.families.family import Key, PositionTable
 from lsg_flax.models.heads import SequenceClassificationHead
 from lsg_flax.models.layers import Context, Projection, project
 from lsg_flax.models.layout import DENSE, GROUPED, NORM, TABLE, TRANSPOSED, Leaf
+from lsg_flax.planning import PlanSettings
+from lsg_flax.planning.program import abstract_batch
+from lsg_flax.sharding import make_mesh, shardings_for
 
 # ------------------------------------------------------------------- the tenth task, all of it
 MOOD = Task(
@@ -82,7 +88,7 @@ MADE_UP = replace(
 
 CONFIG = {
     "model_type": "made-up",
-    "vocab_size": 23,
+    "vocab_size": 31,
     "d_model": 8,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
@@ -184,6 +190,34 @@ def test_it_becomes_lsg_by_its_own_rule(tmp_path):
     assert np.isclose(sinusoids(64, 8)[3, 5], np.cos(3 / 10000 ** (2 * 1 / 8)))
     ids = np.random.default_rng(1).integers(3, 23, (1, 60))
     assert np.isfinite(longer.apply({"params": made}, ids).logits).all()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:weights for task")  # the head is drawn
+def test_it_is_trained_scored_predicted_planned_and_sharded(tmp_path):
+    """From files, by the task's name alone."""
+    model, params = made_up("base")
+    lsg_flax.save_pretrained(tmp_path / "model", model, params, hub.read_tokenizer(PLAIN))
+    files = [write(tmp_path, "single_label_classification", name=n) for n in ("a.jsonl", "b.jsonl")]
+    settings = training.Settings(
+        model=str(tmp_path / "model"),
+        task="mood",
+        train_data=files[0],
+        eval_data=files[1],
+        output=str(tmp_path / "out"),
+        cache=str(tmp_path / "cache"),
+        steps=2,
+        devices=1,
+    )
+    result = training.finetune(settings, progress=False)
+    assert result.scores.keys() == {"eval_loss", "eval_accuracy", "eval_macro_f1"}
+    back, params = lsg_flax.from_pretrained(tmp_path / "out")
+    assert (back.task, back.config.labels) == ("mood", ("high", "low"))
+    (found,) = predict(back, params, [{"input_ids": [5, 6, 7]}], progress=False)
+    assert found["logits"].shape == (2,)
+    plan = PlanSettings("unused", "cpu:8", task="mood", max_length=16, batch_size=4)
+    assert abstract_batch(back, plan)["labels"].shape == (4,)
+    shardings_for(params, make_mesh(fsdp=2, tensor=2, data=2))
 
 
 def test_a_grouped_projection_is_one_with_zeros_between_the_groups():
