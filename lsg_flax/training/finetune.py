@@ -101,17 +101,16 @@ def finetune(settings: Settings, *, progress: bool = True) -> Finetuned:
     model = model.clone(remat=settings.remat)
 
     # ------------------------------------------------------------- the run
-    rows = settings.microbatch_size, settings.eval_batch_size
-    buckets = _buckets(settings.buckets, settings.max_length, model, rows, mesh)
+    size, eval_size = settings.microbatch_size, settings.eval_batch_size
+    buckets = _buckets(settings.buckets, settings.max_length, model, (size, eval_size), mesh)
     same = {"buckets": buckets, "seed": settings.seed}
-    batches = train_batches(train, batch_size=rows[0], microbatches=settings.accumulate, **same)
+    batches = train_batches(train, batch_size=size, microbatches=settings.accumulate, **same)
     steps, every = settings.steps_of(batches.steps), settings.evaluate_every or batches.steps(1)
     optimizer = settings.optimizer(steps)
     state = init_state(params, optimizer, jax.random.key(settings.seed), mesh=mesh)
     del params  # the state has its own copy
-    evaluation = _evaluation(
-        model, held_out, {"batch_size": rows[1] or rows[0]} | same, every, mesh
-    )
+    sizes = {"batch_size": eval_size or size} | same
+    evaluation = _evaluation(model, held_out, sizes, every, mesh)
     identity = settings.identity | _contents(model, steps, train, held_out)
     saving = settings.saving(output / "checkpoints", every, identity)
     flops = functools.partial(train_flops, model)
