@@ -19,10 +19,14 @@ from lsg_flax.pipelines import pipeline as pipeline
 __version__ = "0.1.0"
 
 # Folders that cost time to import, or need not be there for inference: imported when first used.
-_LAZY = ("data", "planning", "training")
+_LAZY = ("adapters", "data", "planning", "training")
 
 
 def __getattr__(name: str) -> ModuleType:
     if name in _LAZY:
         return importlib.import_module(f"lsg_flax.{name}")
     raise AttributeError(f"module 'lsg_flax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -13,6 +13,7 @@ import os
 import compiling
 import jax
 import jaxtyping
+import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, by lsg_flax
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -44,3 +45,11 @@ def pytest_sessionstart(session):
 
 def pytest_collection_finish():
     gc.freeze()
+
+
+@pytest.fixture
+def unchecked():
+    """Without the annotation checks, which would come before our messages."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -12,7 +12,7 @@ from tiny_run import PLAIN, save_tiny, write
 
 import lsg_flax
 from lsg_flax import hub
-from lsg_flax.models import PROBLEM_SCORES, TASKS
+from lsg_flax.models import PROBLEM_SCORERS, SCORES, TASKS
 from lsg_flax.training.finetune import finetune
 from lsg_flax.training.settings import Settings, read_settings, trained_tasks
 
@@ -48,7 +48,7 @@ def run(settings: Settings):
     return finetune(settings, progress=False)
 
 
-KINDS = PROBLEM_SCORES | {name: TASKS[name].scores for name in trained_tasks()}
+KINDS = PROBLEM_SCORERS | {name: TASKS[name].scorer for name in trained_tasks()}
 del KINDS["sequence_classification"]  # is one of the three by its problem type
 
 
@@ -58,7 +58,7 @@ def test_every_task_from_files_to_a_checkpoint(tiny, tmp_path, kind):
     settings = settings_of(tiny, tmp_path, kind)
     result = run(settings)
     assert result.step == 4 and [record["step"] for record in result.history] == [1, 2, 3, 4]
-    assert set(result.scores) == {"eval_loss", *(f"eval_{name}" for name in KINDS[kind])}
+    assert set(result.scores) == {"eval_loss", *(f"eval_{name}" for name in SCORES[KINDS[kind]])}
     assert np.isfinite(list(result.scores.values())).all()
     model, params = lsg_flax.from_pretrained(settings.output)
     assert model.task == settings.task

@@ -8,7 +8,6 @@ import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -196,14 +195,6 @@ def test_a_rule_by_place_is_a_constant():
     assert max(extra) <= 8 * 24 * 8
 
 
-@pytest.fixture
-def unchecked():
-    """Without the annotation checks of conftest.py, which would come before our messages."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
 PLACES = jnp.zeros((1, 1, 4), int)
 
 
@@ -214,6 +205,13 @@ PLACES = jnp.zeros((1, 1, 4), int)
         (Window(0, 0, 1, 2, PAST), (None, None), {}, "moves by 1 where its block=2 of queries"),
         (Window(0, 0, 2, 2, PAST), (PLACES, None), {}, "positions of both queries and keys"),
         (Window(0, 0, 2, 2, PAST), (None, PLACES), {}, "positions of both queries and keys"),
+        (Window(0, 0, 2, 2), (None, None), {"biases": Biases((None, None))}, "2 biases for 1 win"),
+        (
+            Window(0, 0, 2, 2),
+            (None, None),
+            {"biases": Biases(shared=jnp.ones((1, 1, 4)))},
+            "bias for shared keys is given, but there are none",
+        ),
     ],
 )
 def test_what_the_contract_refuses(window, positions, options, says, unchecked):
@@ -221,3 +219,5 @@ def test_what_the_contract_refuses(window, positions, options, says, unchecked):
     source = Source(x, x, jnp.ones((1, 1, 4), bool), positions[1])
     with pytest.raises(ValueError, match=says):
         attend(Spec(2, (window,)), Queries(x, positions[0]), (source,), **options)
+    with pytest.raises(ValueError, match=r"dropout_rate=0\.5 needs a key"):
+        attend(Spec(2, (Window(0, 0, 2, 2),), dropout_rate=0.5), Queries(x), (source,))

@@ -32,7 +32,7 @@ from lsg_flax.sharding import make_mesh, shardings_for
 MOOD = Task(
     "mood",
     targets=(Target("logits", "labels", "class"),),
-    scores=("accuracy", "macro_f1"),
+    scorer="classes",
     named_labels=True,
     examples="text",
 )
@@ -106,8 +106,7 @@ CONFIG = {
 
 @pytest.fixture(scope="module", autouse=True)
 def registered():
-    register(MADE_UP)
-    TASKS[MOOD.name] = MOOD
+    register(MADE_UP)  # and its task
     yield
     del FAMILIES["made-up"], DIALECTS["made-up"], TASKS[MOOD.name]
 
@@ -242,9 +241,25 @@ def test_a_part_of_a_grouped_kernel_is_read(index):
     np.testing.assert_array_equal(GROUPED.read(stored, index, kernel.shape), kernel[index])
 
 
-def test_records_that_cannot_be_are_refused():
+def test_records_that_cannot_be_are_refused(unchecked):
     with pytest.raises(ValueError, match="model_type='bert' is that of Bert already; give MadeUp"):
         register(replace(MADE_UP, model_type="bert"))
+    with pytest.raises(ValueError, match="two tables of one task"):
+        register(replace(MADE_UP, model_type="x", tables=(*MADE_UP.tables, MADE_UP.tables[-1])))
+    nowhere = HeadTable(
+        replace(MOOD, targets=(Target("logitz", "labels", "class"),)), "", bert.BASE
+    )
+    with pytest.raises(ValueError, match="output='logitz' of the task 'mood' is none of"):
+        register(replace(MADE_UP, model_type="x", tables=(nowhere,)))
+    for field in ({"scorer": "acuracy"}, {"examples": "texd"}, {"input_rank": 7}):
+        with pytest.raises(
+            ValueError, match=f"{next(iter(field))}=.* of the task 'mood' is unknown"
+        ):
+            replace(MOOD, **field)
+    with pytest.raises(
+        ValueError, match="loss='clas' of the task 'mood' is unknown; choose one of"
+    ):
+        replace(MOOD, targets=(Target("logits", "labels", "clas"),))
     key = Key("body.norm.weight", "encoder/final_norm/scale", TRANSPOSED, None)
     with pytest.raises(
         ValueError, match=r"transposed layout, which stores 2 axes, but .* is \[8\]"

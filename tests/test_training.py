@@ -24,7 +24,7 @@ import lsg_flax
 from lsg_flax import LSGConfig, training
 from lsg_flax.models import TASKS, EncoderConfig, Model, ModelOutput
 from lsg_flax.sharding import make_mesh
-from lsg_flax.training import flops, losses, metrics, optimizers
+from lsg_flax.training import flops, log, losses, metrics, optimizers
 from lsg_flax.training import states as checkpoints
 
 HERE = pathlib.Path(__file__).parent
@@ -668,3 +668,29 @@ def test_lengths_from_50_to_4096_compile_once_per_bucket(tmp_path):
         seen.add(batch_at(number)["input_ids"].shape)
         assert record["compilations"] == len(seen)
     assert len(told) == 200 and len(seen) == len(buckets)
+
+
+@pytest.mark.parametrize("every", [0, -1])
+def test_an_interval_is_a_whole_number_of_steps(every):
+    for record in (
+        lambda: training.Evaluation(lambda state: {}, every),
+        lambda: training.Saving("x", every),
+    ):
+        with pytest.raises(ValueError, match=rf"every={every}\): give a whole number of steps"):
+            record()
+
+
+def test_scores_of_an_evaluation_may_be_arrays_and_have_names_of_their_own(tmp_path):
+    values = {"loss": jnp.float32(1.0), "tokens": 1.0, "targets": 1.0}
+    out = log.RunLog(training.Logging(tmp_path, progress=False), first=0, steps=1)
+    with out, log.CompilationCounter(random_logits) as counter:
+        told = log.StepRecorder(out, counter)
+        told.add(1, values, None)
+        told.read()
+        told.finish({"score": jnp.float32(0.5)})
+        assert told.history[0]["score"] == 0.5
+        told.add(2, values, None)
+        told.read()
+        with pytest.raises(ValueError, match=r"gives \['loss', 'step'\], names that a step has"):
+            told.finish({"loss": 1.0, "step": 9})
+    assert '"score": 0.5' in (tmp_path / "metrics.jsonl").read_text()

@@ -19,7 +19,7 @@ import lsg_flax
 from lsg_flax import hub
 from lsg_flax.cli.shared import add_command, console
 from lsg_flax.files import written_aside
-from lsg_flax.models import Model, Params
+from lsg_flax.models import TASKS, Model, Params
 from lsg_flax.pipelines import embeddings
 from lsg_flax.training import Precision
 
@@ -79,16 +79,16 @@ def run(arguments: argparse.Namespace) -> None:
         if least < 1:
             raise ValueError(f"--{name} {least} must be at least 1.")
     names, texts = _read(arguments)
-    folder = hub.resolve(arguments.model)
-    tokenizer = hub.read_tokenizer(folder)
+    checkpoint = hub.open_checkpoint(arguments.model)
+    tokenizer, task = checkpoint.tokenizer, checkpoint.task
     if tokenizer is None:
-        raise FileNotFoundError(f"{folder} has no tokenizer; copy its files there.")
-    model, params = hub.from_pretrained(folder, dtype=jnp.dtype(arguments.dtype).type)
-    if not model.task_record.fixed.get("is_decoder"):
+        raise FileNotFoundError(f"{checkpoint.folder} has no tokenizer; copy its files there.")
+    if not TASKS[task].fixed.get("is_decoder"):
         raise ValueError(
-            f"{folder} is a {model.task} checkpoint, which cannot continue texts: give a "
+            f"{checkpoint.folder} is a {task} checkpoint, which cannot continue texts: give a "
             "causal_lm, such as lsg-flax train --task causal_lm makes."
         )
+    model, params = checkpoint.load(dtype=jnp.dtype(arguments.dtype).type)
     ends = _ends(model, tokenizer)
     prompts = _encode(tokenizer, texts, ends)
     for name, ids in zip(names, prompts, strict=True):

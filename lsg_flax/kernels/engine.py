@@ -35,15 +35,22 @@ def attend(
     Returns:
         The context in the dtype of the queries, and the logarithm of each query's sum of
         exp(score), in float32: with both, parts can be merged. A query that sees nothing gets
-        zeros and passes no gradient.
+        zeros, a logarithm so low that merging gives it no weight, and passes no gradient.
 
     Raises:
-        ValueError: for an unknown implementation, and for a rule without the positions it needs.
+        ValueError: for an unknown implementation, dropout without a key, biases of other windows,
+            and a rule without the positions it needs.
     """
     if implementation not in (None, *get_args(Implementation)):
         raise ValueError(
             f"implementation={implementation!r} is unknown; choose 'xla', or None for the fastest."
         )
+    if spec.dropout_rate and key is None:
+        raise ValueError(f"dropout_rate={spec.dropout_rate} needs a key.")
+    if biases.windows and len(biases.windows) != len(spec.windows):
+        raise ValueError(f"{len(biases.windows)} biases for {len(spec.windows)} windows.")
+    if biases.shared is not None and shared is None:
+        raise ValueError("a bias for shared keys is given, but there are none.")
     rules = [(w.rule, sources[w.source], w.stride) for w in spec.windows]
     if shared is not None:
         rules.append((spec.shared_rule, shared, spec.block))

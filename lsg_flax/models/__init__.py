@@ -13,10 +13,12 @@ from lsg_flax.models.outputs import Batch as Batch
 from lsg_flax.models.outputs import ModelOutput as ModelOutput
 from lsg_flax.models.outputs import Params as Params
 from lsg_flax.models.task import IGNORED as IGNORED
-from lsg_flax.models.task import PROBLEM_SCORES as PROBLEM_SCORES
+from lsg_flax.models.task import PROBLEM_SCORERS as PROBLEM_SCORERS
+from lsg_flax.models.task import SCORES as SCORES
 from lsg_flax.models.task import TASKS as TASKS
 from lsg_flax.models.task import Examples as Examples
 from lsg_flax.models.task import Loss as Loss
 from lsg_flax.models.task import ProblemType as ProblemType
+from lsg_flax.models.task import Scorer as Scorer
 from lsg_flax.models.task import Target as Target
 from lsg_flax.models.task import Task as Task

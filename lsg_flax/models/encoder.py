@@ -7,7 +7,7 @@ width, V vocabulary, E embedding width, L layers.
 
 import dataclasses
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
@@ -213,6 +213,10 @@ class Encoder(Part):
         """The scan over stacked layers: parameters have a leading axis of layers, and compile time
         does not grow with depth."""
         step: Any = LayerStep
+        if self.remat not in get_args(Remat):
+            raise ValueError(
+                f"remat={self.remat!r} is unknown; choose one of {', '.join(get_args(Remat))}."
+            )
         if self.remat != "none":
             step = nn.remat(step, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         config = self.config

@@ -3,7 +3,7 @@ exports read it, and the families' heads name it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 IGNORED = -100  # a label that does not count, as in PyTorch
 
@@ -15,6 +15,23 @@ Loss = Literal["class", "next_token", "yes_or_no", "problem_type", "position"]
 # What a row of data holds: see `data.Columns`. The tokens of "masked_text" and "running_text" are
 # their own labels.
 Examples = Literal["text", "words", "question", "choices", "masked_text", "running_text"]
+
+
+# How answers are scored, and the names of the scores.
+Scorer = Literal["classes", "several_labels", "numbers", "entities", "spans", "perplexity"]
+SCORES: dict[Scorer, tuple[str, ...]] = {
+    "classes": ("accuracy", "macro_f1"),
+    "several_labels": ("accuracy", "micro_f1", "macro_f1"),
+    "numbers": ("mse", "pearson"),
+    "entities": ("accuracy", "precision", "recall", "f1"),
+    "spans": ("exact_match", "f1"),
+    "perplexity": ("perplexity",),
+}
+PROBLEM_SCORERS: dict[ProblemType, Scorer] = {
+    "single_label_classification": "classes",
+    "multi_label_classification": "several_labels",
+    "regression": "numbers",
+}
 
 
 class Target(NamedTuple):
@@ -42,8 +59,8 @@ class Task:
         targets: the terms of the loss; none for a task that is not trained.
         input_rank: axes of `input_ids`: [batch, tokens], or [batch, choices, tokens].
         per_token: the outputs that have an axis of tokens behind that of the batch.
-        scores: names of an evaluation's scores beside the loss; for "problem_type" losses those of
-            `PROBLEM_SCORES`.
+        scorer: how an evaluation scores the answers beside the loss; "problem_type" as the config's
+            says, by `PROBLEM_SCORERS`.
         fixed: values of the config that every model of the task has.
         named_labels: whether the labels are the config's, which have names.
         examples: what a row of training data holds; None where there is no reader.
@@ -54,18 +71,30 @@ class Task:
     targets: tuple[Target, ...] = ()
     input_rank: int = 2
     per_token: tuple[str, ...] = ()
-    scores: tuple[str, ...] = ()
+    scorer: Scorer | Literal["problem_type"] | None = None
     fixed: Mapping[str, Any] = field(default_factory=dict, hash=False)
     named_labels: bool = False
     examples: Examples | None = None
 
+    def __post_init__(self):
+        known: dict[str, tuple[Any, ...]] = {
+            "input_rank": (2, 3),
+            "scorer": (None, "problem_type", *SCORES),
+            "examples": (None, *get_args(Examples)),
+        }
+        given = [(name, getattr(self, name), known[name]) for name in known]
+        given += [("loss", target.loss, get_args(Loss)) for target in self.targets]
+        for name, value, allowed in given:
+            if value not in allowed:
+                raise ValueError(
+                    f"{name}={value!r} of the task {self.name!r} is unknown; choose one of "
+                    f"{', '.join(map(str, allowed))}."
+                )
 
-_CLASSES = ("accuracy", "macro_f1")
-PROBLEM_SCORES: dict[ProblemType, tuple[str, ...]] = {
-    "single_label_classification": _CLASSES,
-    "multi_label_classification": ("accuracy", "micro_f1", "macro_f1"),
-    "regression": ("mse", "pearson"),
-}
+    def scorer_for(self, problem: ProblemType) -> Scorer | None:
+        """How answers are scored where the config's problem_type is `problem`."""
+        return PROBLEM_SCORERS[problem] if self.scorer == "problem_type" else self.scorer
+
 
 BASE = Task("base", "AutoModel", per_token=("last_hidden_state",))
 MASKED_LM = Task(
@@ -73,7 +102,7 @@ MASKED_LM = Task(
     "AutoModelForMaskedLM",
     (Target("logits", "labels", "class"),),
     per_token=("logits",),
-    scores=("perplexity",),
+    scorer="perplexity",
     examples="masked_text",
 )
 CAUSAL_LM = Task(
@@ -81,7 +110,7 @@ CAUSAL_LM = Task(
     "AutoModelForCausalLM",
     (Target("logits", "labels", "next_token"),),
     per_token=("logits",),
-    scores=("perplexity",),
+    scorer="perplexity",
     fixed={"is_decoder": True},
     examples="running_text",
 )
@@ -97,12 +126,13 @@ PRETRAINING = Task(
 NEXT_SENTENCE_PREDICTION = Task(
     "next_sentence_prediction",
     targets=(Target("logits", "labels", "class"),),
-    scores=_CLASSES,
+    scorer="classes",
 )
 SEQUENCE_CLASSIFICATION = Task(
     "sequence_classification",
     "AutoModelForSequenceClassification",
     (Target("logits", "labels", "problem_type"),),
+    scorer="problem_type",
     named_labels=True,
     examples="text",
 )
@@ -111,7 +141,7 @@ TOKEN_CLASSIFICATION = Task(
     "AutoModelForTokenClassification",
     (Target("logits", "labels", "class"),),
     per_token=("logits",),
-    scores=("accuracy", "precision", "recall", "f1"),
+    scorer="entities",
     named_labels=True,
     examples="words",
 )
@@ -123,7 +153,7 @@ QUESTION_ANSWERING = Task(
         Target("end_logits", "end_positions", "position", 0.5),
     ),
     per_token=("start_logits", "end_logits"),
-    scores=("exact_match", "f1"),
+    scorer="spans",
     fixed={"num_labels": 2},  # PyTorch's classes count start and end as labels
     examples="question",
 )
@@ -132,7 +162,7 @@ MULTIPLE_CHOICE = Task(
     "AutoModelForMultipleChoice",
     (Target("logits", "labels", "class"),),
     input_rank=3,
-    scores=_CLASSES,
+    scorer="classes",
     examples="choices",
 )
 TASKS: dict[str, Task] = {

@@ -69,7 +69,10 @@ class Cache(NamedTuple):
 
     def take(self, rows: Int[Array, "_"]) -> "Cache":
         """The cache of these rows of the batch, in this order, some of them more than once
-        perhaps."""
+        perhaps. Raises ValueError for anything but a list of whole numbers."""
+        rows = jnp.asarray(rows)
+        if rows.ndim != 1 or not jnp.issubdtype(rows.dtype, jnp.integer):
+            raise ValueError(f"rows must be whole numbers [rows], got {rows.dtype} {rows.shape}.")
         layers = jax.tree.map(lambda x: jnp.take(x, rows, axis=1), self.layers)
         return self._replace(layers=layers, position=jnp.take(self.position, rows))
 

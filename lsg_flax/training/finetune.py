@@ -161,7 +161,8 @@ def _head_for(data: TokenizedDataset, options: DataOptions) -> dict[str, Any]:
     task = TASKS[options.task]
     if not task.named_labels:
         return {}
-    values = {"problem_type": options.problem_type} if not task.scores else {}
+    by_problem = any(target.loss == "problem_type" for target in task.targets)
+    values = {"problem_type": options.problem_type} if by_problem else {}
     if options.problem_type == "regression":
         return values | {"num_labels": data.arrays["labels"].shape[1]}
     return values | {"labels": data.labels}

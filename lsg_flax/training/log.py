@@ -197,7 +197,10 @@ class StepRecorder:
 
     def finish(self, scores: Metrics) -> None:
         """Tells the step that was read last, with the scores of its evaluation."""
-        self.history[-1] |= scores
+        taken = sorted(scores.keys() & self.history[-1].keys())
+        if taken:
+            raise ValueError(f"the evaluation gives {taken}, names that a step has; use others.")
+        self.history[-1] |= {name: float(value) for name, value in scores.items()}
         self._out.write(self.history[-1])
         self._last = time.perf_counter() if scores else self._last
 

@@ -11,7 +11,14 @@ from lsg_flax.models import Batch
 from lsg_flax.sharding import shard, shard_batch
 from lsg_flax.training.log import CompilationCounter, Logging, RunLog, StepRecorder
 from lsg_flax.training.losses import Metrics
-from lsg_flax.training.states import Checkpoints, Saving, check_settings, restore, saved_steps
+from lsg_flax.training.states import (
+    Checkpoints,
+    Saving,
+    check_interval,
+    check_settings,
+    restore,
+    saved_steps,
+)
 from lsg_flax.training.step import TrainState, TrainStep
 from lsg_flax.training.stopping import Stop
 
@@ -50,6 +57,9 @@ class Evaluation:
 
     function: Callable[[TrainState], Metrics]
     every: int | None = None
+
+    def __post_init__(self):
+        check_interval("Evaluation", self.every)
 
 
 def fit(

@@ -16,7 +16,17 @@ import optax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from lsg_flax.models import IGNORED, Batch, EncoderConfig, Loss, Model, Params, Target, family_of
+from lsg_flax.models import (
+    IGNORED,
+    Batch,
+    EncoderConfig,
+    Loss,
+    Model,
+    Params,
+    ProblemType,
+    Target,
+    family_of,
+)
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 
@@ -60,7 +70,7 @@ def cross_entropy_sum(logits: Float[Array, "*N Y"], labels: Int[Array, "*N"]) ->
     return jnp.sum(jnp.where(invalid, jnp.nan, jnp.where(counted, losses, 0.0)))
 
 
-def problem_type(config: EncoderConfig, dtype: DTypeLike) -> str:
+def problem_type(config: EncoderConfig, dtype: DTypeLike) -> ProblemType:
     """What `sequence_classification` is trained on: the config's `problem_type`; where that is
     None, as Hugging Face infers it: "regression" for one label, else
     "single_label_classification" for integer labels and "multi_label_classification" for floats."""

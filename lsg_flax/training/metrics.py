@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Int
 
-from lsg_flax.models import IGNORED, Batch, Model, ModelOutput, Params
+from lsg_flax.models import IGNORED, Batch, Model, ModelOutput, Params, Scorer
 from lsg_flax.sharding import shard_batch
 from lsg_flax.training.losses import (
     apply_model,
@@ -107,13 +107,13 @@ _program: Any = functools.lru_cache(maxsize=8)(_make_program)
 
 
 def _logits(model: Model, output: ModelOutput, batch: Batch) -> dict[str, jax.Array]:
-    (target,) = model.task_record.targets
+    target = model.task_record.targets[0]
     logits = getattr(output, target.output)
     return {"predicted": logits, "labels": batch[target.labels].reshape(logits.shape)}
 
 
 def _classes(model: Model, output: ModelOutput, batch: Batch) -> dict[str, jax.Array]:
-    (target,) = model.task_record.targets
+    target = model.task_record.targets[0]
     predicted = jnp.argmax(getattr(output, target.output), axis=-1)
     return {"predicted": predicted, "labels": batch[target.labels]}
 
@@ -143,7 +143,7 @@ def _best_spans(start_and_end: list[jax.Array], mask: jax.Array) -> jax.Array:
 # The scores of all batches
 
 
-class _Scorer(NamedTuple):
+class _AnswerScorer(NamedTuple):
     """What is kept of a batch, and the scores of the answers and labels of all batches, the names
     of the classes, and the loss. Scores among which is "loss" correct it: among floats, rows that
     only fill up a batch have no label that says so."""
@@ -177,32 +177,24 @@ def _of_entities(given, labels, names: tuple[str, ...], loss: float) -> Scores:
     return entity_scores(predicted, truth)
 
 
-_SCORERS: dict[str, _Scorer] = {
-    "single_label_classification": _Scorer(_classes, _of_arrays(classification_scores)),
-    "multi_label_classification": _Scorer(_logits, _of_arrays(_of_several_labels)),
-    "regression": _Scorer(_logits, _of_arrays(_of_regression)),
-    "entities": _Scorer(_classes, _of_entities),
-    "positions": _Scorer(_spans, _of_arrays(span_scores)),
-    "language": _Scorer(lambda *_: {}, lambda *given: {"perplexity": perplexity(given[-1])}),
+_SCORERS: dict[Scorer, _AnswerScorer] = {
+    "classes": _AnswerScorer(_classes, _of_arrays(classification_scores)),
+    "several_labels": _AnswerScorer(_logits, _of_arrays(_of_several_labels)),
+    "numbers": _AnswerScorer(_logits, _of_arrays(_of_regression)),
+    "entities": _AnswerScorer(_classes, _of_entities),
+    "spans": _AnswerScorer(_spans, _of_arrays(span_scores)),
+    "perplexity": _AnswerScorer(lambda *_: {}, lambda *all_: {"perplexity": perplexity(all_[-1])}),
 }
 
 
-def _scorer_of(model: Model, batch: Batch) -> _Scorer | None:
-    """By the kind of loss; None for a task that has no scores."""
-    record = model.task_record
-    target = targets_of(model)[0]
-    if target.loss == "problem_type":
-        return _SCORERS[problem_type(model.config, batch[target.labels].dtype)]
-    if not record.scores:
-        return None
-    if target.loss == "position":
-        return _SCORERS["positions"]
-    if target.output not in record.per_token:
-        return _SCORERS["single_label_classification"]
-    return _SCORERS["entities" if record.named_labels else "language"]
+def _scorer_of(model: Model, batch: Batch) -> _AnswerScorer | None:
+    """The task's; None for one that has no scores."""
+    labels = targets_of(model)[0].labels
+    chosen = model.task_record.scorer_for(problem_type(model.config, batch[labels].dtype))
+    return None if chosen is None else _SCORERS[chosen]
 
 
-def _scores(model: Model, parts: list[dict[str, Any]], scorer: _Scorer | None) -> Scores:
+def _scores(model: Model, parts: list[dict[str, Any]], scorer: _AnswerScorer | None) -> Scores:
     sums, counts = (
         [np.sum(values, dtype=np.float64) for values in zip(*(p[name] for p in parts), strict=True)]
         for name in ("sums", "counts")

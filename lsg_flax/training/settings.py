@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 import optax
 
 from lsg_flax.data import Columns, DataOptions, OnError, TextUnit
-from lsg_flax.models import PROBLEM_SCORES, TASKS, ProblemType, Remat
+from lsg_flax.models import SCORES, TASKS, ProblemType, Remat
 from lsg_flax.patterns import LSGConfig
 from lsg_flax.sharding import AXES
 from lsg_flax.training.coerce import check_names, coerced, read_yaml
@@ -199,9 +199,9 @@ class Settings:
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name}={getattr(self, name)!r} needs eval_data.")
             return
-        scores, kind = TASKS[self.task].scores, self.task
-        if not scores:  # they hang on what is predicted
-            scores, kind = PROBLEM_SCORES[self.problem_type], self.problem_type
+        task, scorer = TASKS[self.task], TASKS[self.task].scorer_for(self.problem_type)
+        kind = self.problem_type if task.scorer == "problem_type" else self.task
+        scores = () if scorer is None else SCORES[scorer]
         known = ("eval_loss", *(f"eval_{name}" for name in scores))
         if self.best is not None and self.best not in known:
             raise ValueError(

@@ -29,6 +29,12 @@ class SaveError(RuntimeError):
     """A checkpoint could not be written; those written before are intact."""
 
 
+def check_interval(record: str, every: int | None) -> None:
+    """Raises ValueError for a number of steps that cannot lie between two calls."""
+    if every is not None and (not isinstance(every, int) or every < 1):
+        raise ValueError(f"{record}(every={every!r}): give a whole number of steps, or None.")
+
+
 @dataclasses.dataclass(frozen=True)
 class Saving:
     """When a run's state is saved, besides at its end, and what is kept.
@@ -54,6 +60,7 @@ class Saving:
     settings: dict[str, Any] | None = None
 
     def __post_init__(self):
+        check_interval("Saving", self.every)
         if self.keep < 1:
             raise ValueError(f"keep={self.keep} must be at least 1.")
         if self.mode not in get_args(BestMode):

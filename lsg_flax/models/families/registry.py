@@ -9,15 +9,18 @@ from lsg_flax.models.families.electra import ELECTRA
 from lsg_flax.models.families.family import Family
 from lsg_flax.models.families.roberta import ROBERTA
 from lsg_flax.models.families.xlm_roberta import XLM_ROBERTA
+from lsg_flax.models.outputs import ModelOutput
+from lsg_flax.models.task import TASKS
 
 FAMILIES: dict[str, Family] = {}
 
 
 def register(family: Family) -> None:
-    """Makes a family known by its model_type, and its dialect to the configs.
+    """Makes a family known by its model_type, its dialect to the configs, and tasks that are new.
 
     Raises:
-        ValueError: if there is one with this model_type.
+        ValueError: if there is one with this model_type, and for tasks that have two tables, or
+            targets that no model gives.
     """
     name = family.model_type
     if name in FAMILIES:
@@ -25,8 +28,16 @@ def register(family: Family) -> None:
             f"model_type={name!r} is that of {FAMILIES[name].class_prefix} already; give "
             f"{family.class_prefix} a model_type of its own."
         )
+    tasks, outputs = [table.task for table in family.tables], ModelOutput.__dataclass_fields__
+    if len({task.name for task in tasks}) < len(tasks):
+        raise ValueError(f"{name} has two tables of one task: {[task.name for task in tasks]}.")
+    for task, output in [(each.name, t.output) for each in tasks for t in each.targets]:
+        if output not in outputs:
+            raise ValueError(f"output={output!r} of the task {task!r} is none of {[*outputs]}.")
     FAMILIES[name] = family
     DIALECTS[name] = family.dialect
+    for each in tasks:  # where families have tasks of one name, the first one's counts here
+        TASKS.setdefault(each.name, each)
 
 
 for _family in (BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, ELECTRA, DISTILBERT, ALBERT):
