@@ -100,6 +100,13 @@ def differences(before: Any, now: Any, missing: Any = None) -> list[tuple[str, A
     ]
 
 
+def check_output(output: str | os.PathLike, source: str | os.PathLike) -> None:
+    """Raises ValueError if the file to write is the one that is read, also through a link."""
+    places = pathlib.Path(output), pathlib.Path(source)
+    if all(place.exists() for place in places) and places[0].samefile(places[1]):
+        raise ValueError(f"{output} is the input {source}; give another file for the output.")
+
+
 def write_aside(file: pathlib.Path, data: bytes) -> None:
     """Writes a file whole or not at all, on the disk when this returns; its folder is made. For one
     writer at a time: until it has its name it is called FILE.new, which the next call replaces

@@ -5,7 +5,9 @@ import os
 import pathlib
 
 import pytest
+from golden_data import GOLDEN
 
+from lsg_flax import cli
 from lsg_flax.data.files import Problems, open_source
 from lsg_flax.files import write_aside
 from lsg_flax.pipelines.embeddings import read_texts
@@ -79,3 +81,17 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
     (tmp_path / "settings.json.new").write_bytes(b"what a kill left")
     write_aside(file, b"new")
     assert file.read_bytes() == b"new" and [*tmp_path.iterdir()] == [file]
+
+
+@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize("command", ["predict", "embed", "generate"])
+def test_an_input_is_never_the_output(tmp_path, capsys, command, linked):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"text": "w5"}\n')
+    if linked:
+        target.symlink_to(source)
+    name = "bert_causal_lm" if command == "generate" else "bert_sequence_classification"
+    output = target if linked else source
+    assert cli.main([command, str(GOLDEN / name), str(source), str(output)]) == 2
+    assert f"{output} is the input {source}; give another file" in capsys.readouterr().err
+    assert source.read_text() == '{"text": "w5"}\n'

@@ -6,6 +6,7 @@ from typing import get_args
 
 from lsg_flax.cli import shared
 from lsg_flax.cli.shared import add_choice, add_number
+from lsg_flax.files import check_output
 from lsg_flax.hub import Pooling
 from lsg_flax.pipelines import embeddings
 
@@ -36,6 +37,7 @@ def add(commands: shared.Commands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
     embeddings.check_suffix(arguments.output, embeddings.VECTORS)  # before the work, not after
+    check_output(arguments.output, arguments.input)
     names, texts = embeddings.read_texts(arguments.input)
     embedder = embeddings.Embedder.from_pretrained(
         arguments.model,

@@ -18,7 +18,7 @@ from tqdm import tqdm
 import lsg_flax
 from lsg_flax import hub
 from lsg_flax.cli.shared import add_command, console
-from lsg_flax.files import written_aside
+from lsg_flax.files import check_output, written_aside
 from lsg_flax.models import TASKS, Model, Params
 from lsg_flax.pipelines import embeddings
 from lsg_flax.training import Precision
@@ -120,6 +120,7 @@ def _read(arguments: argparse.Namespace) -> tuple[list[Any], list[str]]:
         )
     if pathlib.Path(arguments.output).is_dir():
         raise IsADirectoryError(f"{arguments.output} is a folder; give the name of a file.")
+    check_output(arguments.output, arguments.input)
     return embeddings.read_texts(arguments.input)
 
 

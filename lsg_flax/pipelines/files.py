@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from lsg_flax.files import Line, read_lines, valid_text
+from lsg_flax.files import Line, check_output, read_lines, valid_text
 from lsg_flax.hub import Tokenizer
 from lsg_flax.inference import (
     Document,
@@ -161,6 +161,7 @@ def predict_file(
         OSError: if `target` cannot be written, as on a full disk; what is finished is kept.
     """
     documents = DocumentFile(source, broken_lines=broken_lines)
+    check_output(target, source)
     _check_answers(answers, model, fields)
     predictor = Predictor(
         model,
