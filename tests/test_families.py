@@ -151,6 +151,7 @@ def test_cached_decoding_of_a_family_equals_the_uncached_one(family):
     np.testing.assert_array_equal(jnp.argmax(logits, -1)[:, 5:-1], tokens[:, 6:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("groups", "inner"), [(1, 1), (2, 1), (1, 2), (2, 2)])
 def test_groups_share_parameters(groups, inner):
     layers = {"num_hidden_layers": 4, "num_hidden_groups": groups, "inner_group_num": inner}
@@ -194,6 +195,7 @@ def test_conversion_gives_every_position_a_row(length):
     np.testing.assert_allclose(got[0], words[0] + old[2], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_losses_of_pretraining():
     """ELECTRA's over real tokens only, ALBERT's two terms."""
     model, params = made("electra", "pretraining")

@@ -103,6 +103,7 @@ PATTERNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PATTERNS)
 def test_300_steps_with_a_cache_equal_the_whole_sequence(name):
     model, params = decoder(PATTERNS[name])
@@ -191,6 +192,7 @@ def test_no_gradient_from_later_tokens_or_padding(pattern):
     assert (size[:, 16:30] > 0).all()  # its block and the previous one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["norm", "bos_pooling", "full attention"])
 def test_decoding_after_take_is_decoding_of_those_rows(name):
     model, params = decoder(PATTERNS[name], add_cross_attention=name == "full attention")

@@ -18,6 +18,8 @@ from lsg_flax.patterns import sparsity
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def recorded_rotations(monkeypatch):

@@ -40,6 +40,7 @@ def apply(model, params, arrays):
     return model.apply({"params": params}, **arrays)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["token_classification", "base"])
 def test_each_document_is_as_if_alone_and_in_order(task):
     model, params = make(task)
@@ -169,6 +170,7 @@ def test_settings_that_cannot_be():
         inference.predict(model, params, documents(), fields=["pooled"], progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "axes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 4, "sequence": 2}], ids=str
 )

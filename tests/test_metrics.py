@@ -82,6 +82,7 @@ def batches_of(rows, size):
         yield batch, numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_evaluate_does_not_depend_on_batches_or_mesh(name):
     model, params = make(name)

@@ -409,6 +409,7 @@ def test_a_cpu_has_no_batch_to_fill(source):
 # ------------------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 def test_the_command_in_a_process_of_its_own(source, tmp_path, capsys):
     file = tmp_path / "plan.json"
     flags = "--topology cpu:4 --mode inference --batch-size 8 --mesh data=2,tensor=-1"
@@ -437,6 +438,7 @@ def test_wrong_usage(source, capsys, flags, says):
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_error_of_the_other_process_is_one_line(source, capsys):
     command = ["plan", source, "--task", "base", "--topology", "cpu:2", "--batch-size", "3"]
     assert cli.main([*command, "--mode", "inference"]) == 2

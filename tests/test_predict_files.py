@@ -61,6 +61,7 @@ def ids(count):
     return [{"input_ids": generator.integers(5, 20, n).tolist()} for n in lengths]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [".txt", ".jsonl"])
 def test_texts_in_answers_out(kind, tmp_path, tokenizer):
     source, target = tmp_path / f"in{kind}", tmp_path / "out.jsonl"

@@ -100,6 +100,7 @@ for step in range(1, 100):
 """
 
 
+@pytest.mark.slow
 def test_killed_at_every_touch_of_the_disk(tmp_path):
     """Each step of a run in turn is its last one, and loses what the disk need not have yet; then
     the run is started again."""

@@ -11,7 +11,7 @@ import pytest
 from golden_data import GOLDEN
 from test_structure import PACKAGE, PARTS
 
-from lsg_flax import cli
+from lsg_flax import cli, convert_from_torch
 
 MOST_CLIMBS, MOST_STRETCHES = 8, 2  # issue 9; when this was written: 0 and 1
 Stack = tuple[str, ...]  # files of the package, the caller first, neighbours that are the same once
@@ -69,6 +69,7 @@ def trace(tmp_path_factory) -> Trace:
 
     options = ["--outputs", "logits", "--buckets", "37", "--batch-size", "3"]  # not compiled so far
     model = GOLDEN / "bert_sequence_classification"
+    convert_from_torch._leaf_shapes.cache_clear()  # other tests load this model too
     before = sys.getprofile()
     sys.setprofile(record)
     try:

@@ -306,6 +306,7 @@ def fit(folder, steps, batches=batch_at, *, evaluation=None, logging=QUIET, **sa
     return training.fit(step, state, training.BatchesAt(batches), steps=steps, **records)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_repeats_the_curve_bit_for_bit(tmp_path):
     state, history = fit(tmp_path / "whole", 6)
     _, begun = fit(tmp_path / "parts", 3)
@@ -507,6 +508,7 @@ def test_the_best_checkpoint_stays(tmp_path):
         fit(tmp_path / "other", 2, best="f1", **options)
 
 
+@pytest.mark.slow
 def test_saving_goes_on_beside_training(tmp_path):
     """The state is donated to the next step while it is written: what is read is what it was."""
     model, params = make(hidden_size=64, intermediate_size=512)
