@@ -72,8 +72,8 @@ def lsg_attention(
         The attended values in the dtype of `query`.
 
     Raises:
-        ValueError: for shapes that do not fit together (both are named), or a length that the
-            settings do not allow.
+        ValueError: for shapes that do not fit together (they are named), integers, or a length
+            that the settings do not allow.
     """
     inputs = _checked(query, key, value, mask, config, global_tokens)
     pattern = LSG(config, causal, global_tokens)
@@ -196,8 +196,8 @@ def attention_pattern(
 
 def full_attention(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "B S N H"],
-    value: Float[Array, "B S N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
     mask: Bool[Array, "B S"] | None = None,
     *,
     causal: bool = False,
@@ -207,21 +207,23 @@ def full_attention(
     """Ordinary attention of every query to every key, in memory linear in the length.
 
     Args:
+        key, value: they may have fewer heads (K divides N).
         mask: True for keys that may be attended to, all by default.
         causal: query t sees keys 0..t.
+
+    Raises:
+        ValueError: for shapes that do not fit together (they are named), and integers.
     """
-    if mask is None:
-        mask = jnp.ones(key.shape[:2], bool)
-    source = Source(_features_first(key), _features_first(value), mask[:, None])
+    features, source = _checked_arrays(query, key, value, mask).features_first()
     run = Runtime(dropout_rate, dropout_key)
-    return _tokens_first(patterns.attention(Full(causal), _features_first(query), source, run))
+    return _tokens_first(patterns.attention(Full(causal), features, source, run))
 
 
 class _Arrays(NamedTuple):
     query: Float[Array, "B T N H"]
-    key: Float[Array, "B T N H"]
-    value: Float[Array, "B T N H"]
-    mask: Bool[Array, "B T"]
+    key: Float[Array, "B S N H"]
+    value: Float[Array, "B S N H"]
+    mask: Bool[Array, "B S"]
 
     def features_first(self) -> tuple[Float[Array, "B N H T"], Source]:
         query, key, value = map(_features_first, self[:3])
@@ -234,39 +236,55 @@ def _checked(query, key, value, mask, config: LSGConfig, global_tokens: GlobalTo
             f"global_tokens={global_tokens!r} is unknown; choose 'prepended', 'first_token' or "
             "'none'."
         )
-    if query.ndim != 4 or key.ndim != 4:
+    if query.shape[:2] != key.shape[:2]:
         raise ValueError(
-            f"query and key must be [batch, tokens, heads, head width], got {query.shape} and "
-            f"{key.shape}."
+            f"query {query.shape} and key {key.shape} must have the same batch and tokens."
         )
-    if key.shape != value.shape:
-        raise ValueError(
-            f"key and value must have the same shape, got {key.shape} and {value.shape}."
-        )
-    same = (query.shape[0], query.shape[1], query.shape[3]) == (
-        key.shape[0],
-        key.shape[1],
-        key.shape[3],
-    )
-    if not same or query.shape[2] % key.shape[2]:
-        raise ValueError(
-            f"query {query.shape} and key {key.shape} do not fit: batch, tokens and head width "
-            "must agree, "
-            "and the heads of key must divide those of query."
-        )
-    if mask is None:
-        mask = jnp.ones(query.shape[:2], bool)
-    if mask.shape != query.shape[:2] or mask.dtype != jnp.bool_:
-        raise ValueError(
-            f"mask must be boolean of shape {query.shape[:2]} (batch, tokens; True = real), got "
-            f"{mask.dtype} {mask.shape}; "
-            "make one from Hugging Face's 0/1 mask with mask.astype(bool)."
-        )
+    arrays = _checked_arrays(query, key, value, mask)
     split = config.num_global_tokens if global_tokens == "prepended" else 0
     if query.shape[1] < split:
         raise ValueError(
             f"the first num_global_tokens={split} positions are the globals, but there are only "
             f"{query.shape[1]} positions."
+        )
+    return arrays
+
+
+def _checked_arrays(query, key, value, mask) -> _Arrays:
+    """The arrays with a mask, and a key head for each head of the queries.
+
+    Raises:
+        ValueError: for shapes that do not fit together, and dtypes that are none of attention's.
+    """
+    shapes = f"query {query.shape}, key {key.shape} and value {value.shape}"
+    if {query.ndim, key.ndim, value.ndim} != {4}:
+        raise ValueError(
+            f"query, key and value must be [batch, tokens, heads, width], not {shapes}."
+        )
+    if 0 in (*query.shape, *key.shape):
+        raise ValueError(f"every axis must have at least one entry, but there are {shapes}.")
+    if key.shape != value.shape:
+        raise ValueError(
+            f"key and value must have the same shape, got {key.shape} and {value.shape}."
+        )
+    if query.shape[::3] != key.shape[::3] or query.shape[2] % key.shape[2]:
+        raise ValueError(
+            f"{shapes} do not fit: batch and width must agree, and the heads of key must divide "
+            "those of query."
+        )
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(
+                f"{name} has dtype {array.dtype}, but attention is of real numbers; give float32, "
+                "bfloat16 or float16, for example by astype(jnp.float32)."
+            )
+    if mask is None:
+        mask = jnp.ones(key.shape[:2], bool)
+    if mask.shape != key.shape[:2] or mask.dtype != jnp.bool_:
+        raise ValueError(
+            f"mask must be boolean of shape {key.shape[:2]} (batch, tokens; True = real), got "
+            f"{mask.dtype} {mask.shape}; "
+            "make one from Hugging Face's 0/1 mask with mask.astype(bool)."
         )
     repeats = query.shape[2] // key.shape[2]
     key, value = (jnp.repeat(x, repeats, axis=2) if repeats > 1 else x for x in (key, value))

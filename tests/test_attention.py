@@ -2,6 +2,7 @@
 finite in half precision."""
 
 import functools
+import re
 from typing import Any, NamedTuple
 
 import hypothesis
@@ -392,6 +393,27 @@ def test_shapes_that_do_not_fit_are_both_named(attend, shapes, named, unchecked)
     with pytest.raises(ValueError) as error:
         attend(*(jnp.zeros(shape) for shape in shapes), config=LSGConfig(**SMALL))
     assert all(shape in str(error.value) for shape in named), error.value
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8, bool, jnp.complex64])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_what_is_no_real_number_is_refused(place, dtype, unchecked):
+    inputs = arrays(0, 1, 6, 1, 1)[:3]
+    inputs = (*inputs[:place], inputs[place].astype(dtype), *inputs[place + 1 :])
+    name = ("query", "key", "value")[place]
+    for attend in (functools.partial(lsg_attention, config=LSGConfig(**SMALL)), full_attention):
+        with pytest.raises(ValueError, match=f"{name} has dtype {jnp.dtype(dtype)}, .* float32"):
+            attend(*inputs)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, 3])
+def test_arrays_without_entries_are_refused(axis, unchecked):
+    empty = jnp.zeros([0 if place == axis else 4 for place in range(4)])
+    for attend in (functools.partial(lsg_attention, config=LSGConfig(**SMALL)), full_attention):
+        with pytest.raises(
+            ValueError, match=f"at least one entry, .*{re.escape(str(empty.shape))}"
+        ):
+            attend(empty, empty, empty)
 
 
 @pytest.mark.parametrize(

@@ -460,6 +460,16 @@ IDS = jnp.zeros((1, 6), jnp.int32)
             r"attention_mask has shape \(1, 5\), but the inputs are .* = \(1, 6\)",
         ),
         ({"input_ids": IDS, "attention_mask": IDS * 1.0}, "attention_mask has dtype float32"),
+        (
+            {"input_ids": IDS, "attention_mask": jnp.arange(6)[None] - 2},
+            "attention_mask has the values -2, -1, 2, 3; give 1 for real tokens and 0 for padding",
+        ),
+        ({"input_ids": IDS[:, :0]}, r"\[batch, tokens\] = \(1, 0\); there must be at least one"),
+        ({"input_ids": IDS[:0]}, r"\(0, 6\); there must be at least one of each"),
+        (
+            {"inputs_embeds": jnp.zeros((1, 6, 12), int)},
+            "inputs_embeds has dtype int32; give float",
+        ),
         ({"input_ids": [[1, 2]]}, "input_ids is a list; give a numpy or JAX array"),
         ({}, "either input_ids or inputs_embeds, got 0"),
         ({"input_ids": IDS, "inputs_embeds": jnp.zeros((1, 6, 12))}, "got 2 of them"),
@@ -473,15 +483,30 @@ def test_inputs_that_do_not_fit_are_refused_early(original, inputs, says):
         model.apply({"params": params}, **inputs)
 
 
+@pytest.mark.parametrize("wrong", [999, -1])
 @pytest.mark.parametrize("name", ["input_ids", "token_type_ids", "position_ids"])
-def test_under_jit_an_id_outside_its_table_gives_nan(original, name):
+def test_under_jit_an_id_outside_its_table_gives_nan(original, name, wrong):
     """Values cannot be read there; a silent last row would be worse."""
     model, params = original[:2]
     run = jax.jit(lambda x: model.apply({"params": params}, **({"input_ids": IDS} | {name: x})))
     good, bad = (
-        run(jnp.full((1, 6), value, jnp.int32).at[0, 1:].set(0)).logits for value in (1, 999)
+        run(jnp.full((1, 6), value, jnp.int32).at[0, 1:].set(0)).logits for value in (1, wrong)
     )
     assert bool(jnp.isfinite(good).all()) and bool(jnp.isnan(bad[0, 0]).all())
+
+
+@pytest.mark.parametrize("name", ["input_ids", "inputs_embeds"])
+def test_under_jit_a_row_whose_mask_is_none_gives_nan(original, name):
+    """Such as an additive one, which would hide what it should show."""
+    model, params = original[:2]
+    ids, embeds = jnp.tile(IDS, (2, 1)), jnp.ones((2, 6, 12))
+    inputs = {name: ids if name == "input_ids" else embeds}
+    run = jax.jit(lambda mask: model.apply({"params": params}, attention_mask=mask, **inputs))
+    mask = jnp.array([[1] * 6, [0] * 5 + [-10000]])
+    logits = run(mask).logits
+    assert bool(jnp.isfinite(logits[0]).all()) and bool(jnp.isnan(logits[1]).all())
+    real = run(jnp.ones((2, 6), bool)).logits
+    np.testing.assert_allclose(logits[:1], real[:1], rtol=1e-5, atol=1e-5)
 
 
 def test_a_tokenizer_is_saved_beside_the_model(tmp_path, original):

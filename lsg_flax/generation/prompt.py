@@ -25,11 +25,13 @@ def check_prompt(
             f"input_ids lie in {ids.min()}..{ids.max()}, but vocab_size="
             f"{model.config.vocab_size} allows 0..{model.config.vocab_size - 1}."
         )
-    mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask, bool)
-    if mask.shape != ids.shape:
+    given = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask)
+    if given.shape != ids.shape or not np.isin(given, (0, 1)).all():
         raise ValueError(
-            f"attention_mask {mask.shape} must have the shape of input_ids {ids.shape}."
+            f"attention_mask {given.shape} must have the shape of input_ids {ids.shape}, and hold "
+            "1 for real tokens and 0 for padding."
         )
+    mask = given.astype(bool)
     if not mask[:, -1].all():
         raise ValueError(
             f"rows {np.flatnonzero(~mask[:, -1]).tolist()} of the prompt end in padding; pad on "

@@ -33,10 +33,17 @@ class Inputs(NamedTuple):
         )
 
     def flattened(self) -> "Inputs":
-        """As JAX arrays with choices merged into the batch."""
+        """As JAX arrays with choices merged into the batch, checked inputs. A row whose mask turns
+        out to be none under jit gets ids that no table has, or NaN for embeddings."""
         drop = len(self.lead) - 1
         arrays = (None if a is None else jnp.asarray(a) for a in self)
-        return Inputs(*(a if a is None else a.reshape(-1, *a.shape[drop:]) for a in arrays))
+        flat = Inputs(*(a if a is None else a.reshape(-1, *a.shape[drop:]) for a in arrays))
+        if not isinstance(self.attention_mask, jax.core.Tracer):
+            return flat
+        if flat.input_ids is not None:
+            return flat._replace(input_ids=_where_masked(flat.input_ids, flat.attention_mask, -1))
+        embeds = _where_masked(flat.inputs_embeds, flat.attention_mask, jnp.nan)
+        return flat._replace(inputs_embeds=embeds)
 
 
 def check_inputs(inputs: Inputs, config: EncoderConfig, limit: int, *, rank: int) -> None:
@@ -89,6 +96,9 @@ def _check_shapes(inputs: Inputs, config: EncoderConfig, limit: int, rank: int) 
             "the checkpoint longer: lsg_flax.convert_checkpoint(source, target, "
             f"max_sequence_length={length})."
         )
+    if 0 in lead:
+        raise ValueError(f"the inputs are {layout} = {lead}; there must be at least one of each.")
+    _check_real(embeds, "inputs_embeds")
     if embeds is not None and embeds.shape[-1] != config.embedding_width:
         name = "embedding_size" if config.embedding_size else "hidden_size"
         raise ValueError(
@@ -104,12 +114,33 @@ def _check_shapes(inputs: Inputs, config: EncoderConfig, limit: int, rank: int) 
             )
 
 
+def _check_real(array, name: str) -> None:
+    if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(f"{name} has dtype {array.dtype}; give floating-point numbers.")
+
+
 def _check_mask(mask, name: str) -> None:
     if not (jnp.issubdtype(mask.dtype, jnp.integer) or mask.dtype == bool):
         raise ValueError(
             f"{name} has dtype {mask.dtype}; give integers or booleans, 1 or True for "
             "real tokens (not the additive form)."
         )
+    if isinstance(mask, jax.core.Tracer) or mask.dtype == bool:
+        return
+    others = sorted({*np.unique(np.asarray(mask)).tolist()} - {0, 1})
+    if others:
+        raise ValueError(
+            f"{name} has the values {str(others[:5])[1:-1]}; give 1 for real tokens and 0 for "
+            "padding. Texts packed into one row cannot be told apart by it: give each its own row."
+        )
+
+
+def _where_masked(array: Any, mask: Any, otherwise: int | float) -> Any:
+    """The rows of an array whose mask holds 0 and 1 alone, and `otherwise` in the others."""
+    if mask.dtype == bool:
+        return array
+    is_mask = ((mask == 0) | (mask == 1)).all(axis=1)
+    return jnp.where(is_mask.reshape(-1, *(1,) * (array.ndim - 1)), array, otherwise)
 
 
 def _check_ids(ids, name: str, field: str, limit: int) -> None:
@@ -117,7 +148,7 @@ def _check_ids(ids, name: str, field: str, limit: int) -> None:
         return
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"{name} has dtype {ids.dtype}; they must be integers.")
-    if isinstance(ids, jax.core.Tracer) or ids.size == 0:
+    if isinstance(ids, jax.core.Tracer):
         return
     values = np.asarray(ids)
     if values.min() < 0 or values.max() >= limit:
@@ -169,11 +200,13 @@ def encoder_states(
             "add_cross_attention=True needs encoder_hidden_states, [batch, tokens, "
             f"hidden_size={width}]."
         )
-    if states.ndim != 3 or (states.shape[0], states.shape[2]) != (batch, width):
+    fits = states.ndim == 3 and (states.shape[0], states.shape[2]) == (batch, width)
+    if not fits or 0 in states.shape:
         raise ValueError(
             f"encoder_hidden_states {tuple(states.shape)} must be [batch={batch}, tokens, "
             f"hidden_size={width}]."
         )
+    _check_real(states, "encoder_hidden_states")
     if mask is None:
         mask = jnp.ones(states.shape[:2], bool)
     if tuple(mask.shape) != tuple(states.shape[:2]):
@@ -182,7 +215,10 @@ def encoder_states(
             f"{tuple(states.shape[:2])}, as encoder_hidden_states."
         )
     _check_mask(mask, "encoder_attention_mask")
-    return EncoderStates(jnp.asarray(states, dtype), jnp.asarray(mask).astype(bool))
+    states = jnp.asarray(states, dtype)
+    if isinstance(mask, jax.core.Tracer):
+        states = _where_masked(states, mask, jnp.nan)
+    return EncoderStates(states, jnp.asarray(mask).astype(bool))
 
 
 def slots_of_cache(inputs: Inputs, config: EncoderConfig, limit: int, length: int) -> int:

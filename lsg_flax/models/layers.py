@@ -169,11 +169,11 @@ class LayerNorm(nn.Module):
 
 
 def rows(table: Float[Array, "V D"], ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """Rows of a table; NaN for ids outside it, where plain indexing would silently take the last
-    row."""
+    """Rows of a table; NaN for ids outside it, negative ones too, where plain indexing would
+    silently take the last row or count from the end."""
     # On a mesh every device looks up its columns for all tokens; they are exchanged afterwards.
     ids = constrain(ids, "batch", None)
-    x = jnp.take(table, ids, axis=0, mode="fill", fill_value=jnp.nan)
+    x = table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
     return constrain(x, "batch", None, "columns")
 
 

@@ -88,8 +88,9 @@ class Model(nn.Module):
             output_hidden_states: also return the embeddings' and every layer's output.
 
         Raises:
-            ValueError: for shapes or dtypes that do not fit, and for ids beyond their tables. Under
-                jit values cannot be read: there an id beyond its table gives NaN.
+            ValueError: for shapes or dtypes that do not fit, ids beyond their tables, and masks
+                that hold other values than 0 and 1. Under jit values cannot be read: there such an
+                id or mask gives NaN.
         """
         if output_attentions:
             raise ValueError(

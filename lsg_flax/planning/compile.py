@@ -39,23 +39,24 @@ def compile_plan(settings: PlanSettings) -> Plan:
         needed, capacity = out_of_memory(said)  # raises for any other error
         return Plan(settings, notes, memory, capacity, needed, False, said, None, seconds, {})
     seconds = time.perf_counter() - start
-    memory = _measured(memory, compiled.memory_analysis())
+    memory = _measured(memory, compiled.memory_analysis(), topology)
     program = read_program(compiled.as_text() or "")
     room = topology.chip.memory if topology.chip else None
     times = _times(topology, program)
     return Plan(settings, notes, memory, room, memory.total, True, None, program, seconds, times)
 
 
-def _measured(memory: ChipMemory, stats: Any) -> ChipMemory:
+def _measured(memory: ChipMemory, stats: Any, topology: Topology) -> ChipMemory:
     known = memory.parameters + memory.optimizer + memory.batch
     outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    # At the program's peak: XLA accepts or refuses by this number. The sum of all temporaries
-    # counts places that are used one after the other.
+    # Of a TPU that at the program's peak: XLA accepts or refuses by this number, and the sum of
+    # all temporaries counts places that are used one after the other. A CPU's temporaries are one
+    # piece of memory, in which such places are shared already, and its peak leaves them out.
     peak = stats.peak_memory_in_bytes - stats.argument_size_in_bytes - outputs
     return dataclasses.replace(
         memory,
         outputs=outputs,
-        temporaries=peak if peak > 0 else stats.temp_size_in_bytes,
+        temporaries=peak if topology.chip else stats.temp_size_in_bytes,
         code=stats.generated_code_size_in_bytes,
         padding=max(stats.argument_size_in_bytes - known, 0),
     )

@@ -142,6 +142,7 @@ def target_sums(model: Model, output: Any, batch: Batch) -> list[Float[Array, ""
             )
         if target.loss == "yes_or_no":
             losses = optax.sigmoid_binary_cross_entropy(logits, labels.astype(jnp.float32))
+            losses = jnp.where((labels == 0) | (labels == 1), losses, jnp.nan)
             sums.append(jnp.sum(jnp.where(labels == IGNORED, 0.0, losses)))
         elif jnp.issubdtype(labels.dtype, jnp.integer):
             sums.append(cross_entropy_sum(logits, labels))
