@@ -70,8 +70,9 @@ parity: .venv/installed .venv-reference/installed  ## live comparison with PyTor
 tpu: .venv/installed .libtpu/installed  ## compile for a TPU on this machine, as lsg-flax plan does
 	PYTHONPATH=.libtpu $(BIN)/python -m pytest tests/test_plan.py -k a_real_tpu_compilation --quiet
 
-crash: .venv/installed  ## train with two processes, kill one at random, restart; 20 times
+crash: .venv/installed  ## kill two processes that train, 20 times; train, predict and embed, 10 times each
 	$(BIN)/python tests/crash.py --times 20
+	$(BIN)/python tests/kills.py --times 10
 
 families: .venv/installed .venv-reference/installed  ## measure the table in docs/families.md
 	LSG_FAMILIES_TABLE=docs/families.md LSG_REFERENCE_PYTHON=$(REFERENCE) $(BIN)/python -m pytest tests/parity --quiet

@@ -1,4 +1,5 @@
-"""Files: lines and JSON are read with care; files and folders appear whole or not at all.
+"""Files: lines and JSON are read with care; files and folders appear whole or not at all, and are
+written by one process at a time (locks.py).
 
 What all readers of lines agree on: lines end in \\n or \\r\\n, a byte order mark is no part of the
 text, a place is called FILE:NUMBER, and what is wrong with a line has the same words everywhere.
@@ -13,9 +14,13 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from lsg_flax.locks import holds, locked, refusals
+
 Json = dict[str, Any]  # an object as JSON holds it
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_MOST_LEVELS = 100  # of a JSON file; deeper ones could be read here and not be written again
+_UNFINISHED = ".unfinished-"
 
 
 class Line(NamedTuple):
@@ -27,18 +32,33 @@ class Line(NamedTuple):
 
     def text(self) -> str:
         """Raises ValueError for bytes that are not UTF-8."""
-        return valid_text(self.raw.decode(errors="surrogateescape"))
+        return utf8_text(self.raw.decode(errors="surrogateescape"))
 
     def json_object(self) -> Json:
         """The object that the line holds; raises ValueError, which says what it holds instead."""
         text = self.text()
         try:
-            values = json.loads(text)
+            values = json.loads(text, object_pairs_hook=_named_once)
+        except RepeatedName:
+            raise
         except (ValueError, RecursionError) as error:  # recursion: ten thousand brackets
             raise ValueError(f"not valid JSON: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"a line must be a JSON object, got {text.strip():.60}")
         return values
+
+
+class RepeatedName(ValueError):
+    """An object says a name twice, of which a reader would take the last without a word."""
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> Json:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RepeatedName(f"the name {twice!r} is there twice; leave one")
+    return values
 
 
 def read_lines(file: pathlib.Path, *, blank: bool = True) -> Iterator[Line]:
@@ -55,9 +75,8 @@ def read_lines(file: pathlib.Path, *, blank: bool = True) -> Iterator[Line]:
                 yield Line(f"{file}:{number}", number, raw)
 
 
-def valid_text(text: str) -> str:
-    """The text; raises ValueError for lone surrogates, which JSON can hold, and which stand for
-    bytes that are not UTF-8: tokenizers cannot read them."""
+def utf8_text(text: str) -> str:
+    """The text, of bytes read with "surrogateescape"; raises ValueError if they are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -65,20 +84,44 @@ def valid_text(text: str) -> str:
     return text
 
 
+def valid_text(text: str) -> str:
+    """The text; raises ValueError for half of a character, which JSON and Python can hold, and no
+    tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise ValueError(
+            f"a lone surrogate (half of a character, {half}) at character {error.start}"
+        ) from error
+    return text
+
+
 def read_json(file: pathlib.Path, kind: type = dict) -> Any:
     """The object (or, by `kind`, the list) in a JSON file.
 
     Raises:
-        ValueError: if the file is damaged or holds something else.
+        ValueError: if the file is damaged, ambiguous, or holds something else.
     """
     try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
+        values = json.loads(file.read_text("utf-8-sig"), object_pairs_hook=_named_once)
+    except (ValueError, RecursionError) as error:  # recursion: ten thousand brackets
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(values, kind):
         wanted = "an object" if kind is dict else f"a {kind.__name__}"
         raise ValueError(f"{file} must hold {wanted}, but holds a {type(values).__name__}.")
+    if _is_deeper(values, _MOST_LEVELS):
+        raise ValueError(f"{file} is nested more than {_MOST_LEVELS} levels deep.")
     return values
+
+
+def _is_deeper(values: Any, levels: int) -> bool:
+    """Whether lists and objects lie in each other over more than so many levels."""
+    layer = [values]
+    for _ in range(levels + 1):
+        layer = [v for v in layer if isinstance(v, dict | list)]
+        layer = [v for each in layer for v in (each.values() if isinstance(each, dict) else each)]
+    return bool(layer)
 
 
 def write_json(folder: pathlib.Path, files: Json) -> None:
@@ -100,27 +143,65 @@ def differences(before: Any, now: Any, missing: Any = None) -> list[tuple[str, A
     ]
 
 
-def check_output(output: str | os.PathLike, source: str | os.PathLike) -> None:
-    """Raises ValueError if the file to write is the one that is read, also through a link."""
-    places = pathlib.Path(output), pathlib.Path(source)
-    if all(place.exists() for place in places) and places[0].samefile(places[1]):
-        raise ValueError(f"{output} is the input {source}; give another file for the output.")
+def check_output(output: str | os.PathLike, *sources: str | os.PathLike) -> None:
+    """Raises for a name that no file can get, and for the file that is read, also through a link or
+    as the place where the output is before it is complete.
+
+    Raises:
+        OSError: for a folder or a device.
+        ValueError: for an input.
+    """
+    place = check_file(output)
+    for source in map(pathlib.Path, sources):
+        for end in ("", ".new", ".partial", ".partial.journal"):
+            taken = place.with_name(f"{place.name}{end}")
+            if taken.exists() and source.exists() and taken.samefile(source):
+                raise ValueError(
+                    f"{taken} is the input {source}; give another file for the output."
+                )
+
+
+def check_file(file: str | os.PathLike) -> pathlib.Path:
+    """The path, where a file can get this name; raises OSError for a folder or a device."""
+    place = pathlib.Path(file)
+    if place.is_dir():
+        raise IsADirectoryError(f"{file} is a folder; give the name of a file.")
+    stream = os.path.abspath(place).startswith(("/dev/std", "/dev/fd/", "/proc/"))
+    if stream or (place.exists() and not place.is_file()):
+        raise OSError(f"{file} is no file but a stream or a device; give the name of a file.")
+    return place
+
+
+def check_folder(name: str, folder: str | os.PathLike) -> None:
+    """Raises ValueError for a setting that is a file, or lies in one."""
+    place = pathlib.Path(folder)
+    found = next(p for p in (place, *place.absolute().parents) if p.exists())
+    if not found.is_dir():
+        what = "is" if found == place else f"lies in {found}, which is"
+        raise ValueError(f"{name}={folder} {what} a file; give a folder, or a new name for one.")
 
 
 def write_aside(file: pathlib.Path, data: bytes) -> None:
-    """Writes a file whole or not at all, on the disk when this returns; its folder is made. For one
-    writer at a time: until it has its name it is called FILE.new, which the next call replaces
-    after a kill."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a file whole or not at all, as `file_aside`."""
+    with file_aside(file) as aside:
+        aside.write_bytes(data)
+
+
+@contextlib.contextmanager
+def file_aside(file: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A file to write, FILE.new, which gets its name if all goes well, on the disk when this
+    returns; its folder is made. For one writer at a time: what a kill leaves is replaced."""
     aside = file.with_name(f"{file.name}.new")
     try:
-        with aside.open("wb") as opened:
-            opened.write(data)
-            opened.flush()
-            os.fsync(opened.fileno())
-        os.replace(aside, file)
+        with refusals(file):
+            check_file(file).parent.mkdir(parents=True, exist_ok=True)
+            yield aside
+            with aside.open("rb+") as opened:
+                os.fsync(opened.fileno())
+            os.replace(aside, file)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing can be written there is nothing
+            aside.unlink(missing_ok=True)
         raise
     sync_folder(file.parent)
 
@@ -137,21 +218,23 @@ def sync_folder(folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def written_aside(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary folder whose files move to `path` if all goes well, and vanish if not."""
-    created = not path.exists()
-    path.mkdir(parents=True, exist_ok=True)
-    aside = pathlib.Path(tempfile.mkdtemp(prefix=".unfinished-", dir=path))
-    try:
+    """A temporary folder whose files move to `path` if all goes well, and vanish if not. One
+    process at a time writes there; what a killed one has left is removed.
+
+    Raises:
+        OSError: if another process writes there, or nothing can be written.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(refusals(path))
+        if not holds(path):
+            stack.enter_context(locked(path))
+        for left in path.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        aside = pathlib.Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=path))
+        stack.callback(shutil.rmtree, aside, ignore_errors=True)
         (aside / "new").mkdir()
         yield aside / "new"
         _move_files(aside / "new", path, kept=aside / "old")
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        if created:
-            with contextlib.suppress(OSError):  # not empty: someone else writes there
-                path.rmdir()
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _move_files(source: pathlib.Path, target: pathlib.Path, *, kept: pathlib.Path) -> None:

@@ -59,6 +59,16 @@ MESH_AXES: dict[str, tuple[str, ...]] = {
 _WHOLE_IF_ODD = ("vocab",)  # published vocabularies are what they are (RoBERTa's has 50,265 words)
 
 
+def check_axes(sizes: Mapping[str, int]) -> None:
+    """Raises ValueError for sizes by axes that make no mesh of any number of devices."""
+    if unknown := sorted(sizes.keys() - set(AXES)):
+        raise ValueError(f"unknown mesh axes {unknown}; known are {', '.join(AXES)}.")
+    wrong = {name: n for name, n in sizes.items() if type(n) is not int or (n < 1 and n != -1)}
+    if wrong or list(sizes.values()).count(-1) > 1:
+        shown = ", ".join(f"mesh.{name}={size!r}" for name, size in (wrong or sizes).items())
+        raise ValueError(f"{shown}: give whole numbers from 1, and -1 for at most one axis.")
+
+
 def make_mesh(
     *,
     data: int | None = None,

@@ -12,7 +12,8 @@ import safetensors.numpy
 from golden_data import GOLDEN, load
 
 import lsg_flax
-from lsg_flax import LSGConfig, cli, hub
+from lsg_flax import LSGConfig, cli, hub, training
+from lsg_flax.cli import train
 
 SOURCE, LSG_SOURCE = GOLDEN / "bert_to_convert_512", GOLDEN / "bert_to_convert_lsg"
 
@@ -88,7 +89,7 @@ def test_every_option_reaches_the_conversion(monkeypatch, capsys, tmp_path):
 def test_an_lsg_source_keeps_its_pattern_unless_told_otherwise(capsys, tmp_path):
     flags = ["--resize-lsg", "--max-sequence-length", 600, "--sparsity-type", "stride"]
     code, _, err = run(capsys, "convert", LSG_SOURCE, tmp_path / "t", *flags)
-    assert code == 0 and "warning: sparsity_type='stride'" in err and "File" not in err
+    assert code == 0 and "warning: --sparsity-type stride" in err and "File" not in err
     before = lsg_flax.from_pretrained(LSG_SOURCE)[0].config
     with pytest.warns(UserWarning, match="sparsity_type='stride'"):
         after = lsg_flax.from_pretrained(tmp_path / "t")[0].config
@@ -150,7 +151,7 @@ def test_inspect_counts_layers_once_and_reads_shards(capsys, tmp_path):
         (["inspect", "./nowhere"], "./nowhere is not a folder"),
         (["convert", SOURCE, SOURCE / "config.json"], "is a file; give a folder"),
         (["convert", SOURCE, SOURCE], "SOURCE and TARGET are both"),
-        (["convert", SOURCE, "out", "--resize-lsg"], "resize_lsg=True needs an LSG checkpoint"),
+        (["convert", SOURCE, "out", "--resize-lsg"], "--resize-lsg needs an LSG checkpoint"),
         (["convert", SOURCE, "out", "--block-size", "12", "--sparsity-factor", "5"], "divisible"),
         (["convert", SOURCE, "out", "--num-global-tokens", "513"], "outside 1..512"),
         (["convert", SOURCE, "out", "--max-sequence-length", "0"], "must be at least 1"),
@@ -205,6 +206,108 @@ def test_an_unexpected_error_is_named(capsys, monkeypatch):
     code, _, err = run(capsys, "inspect", SOURCE)
     assert code == 2
     assert err == "lsg-flax: error: unexpected RuntimeError: surprise (--debug shows where)\n"
+
+
+FLAGS = [
+    ("predict", '3: [1]. Mend it, or pass broken_lines="skip".', "or pass --broken-lines skip."),
+    ("predict", 'pass unfinished="replace" to', "pass --restart to"),
+    ("predict", "buckets=(16, 32) must be", "--buckets 16 32 must be"),
+    ("predict", "fields=('x',) are not all", "--outputs x are not all"),
+    (
+        "predict",
+        "truncate it (truncation=True, max_length=...)",
+        "(--truncation, --max-length ...)",
+    ),
+    ("predict", "use f(a, max_length=600, g(buckets=1))", "use f(a, max_length=600, g(buckets=1))"),
+    ("embed", "any checkpoint with pooling=, not task='base'", "with --pooling, not task='base'"),
+    (
+        "generate",
+        "temperature=0.0 is; do_sample=False is greedy",
+        "--temperature 0.0 is; no --do-sam",
+    ),
+    ("train", "1: bad (on_error='skip' leaves)", "(--on-error skip leaves)"),
+    ("train", "mesh.data=-3, lsg.block_size='big'", "--mesh data=-3, --block-size big"),
+    (
+        "train",
+        "columns={'a': 'b'}; pack=False; give labels=, the",
+        "--columns a=b; --no-pack; give --la",
+    ),
+    ("train", "output=./x is a file", "--output ./x is a file"),
+    (
+        "train --config FILE --epochs 3",
+        "on_error='skip' and epochs=3",
+        "on_error='skip' and --epochs 3",
+    ),
+]
+
+
+@pytest.mark.parametrize(("command", "message", "shown"), FLAGS)
+def test_messages_say_flags_where_flags_were_typed(
+    capsys, monkeypatch, tmp_path, command, message, shown
+):
+    def fail(*_, **__):
+        raise ValueError(message)
+
+    monkeypatch.setattr(hub, "open_checkpoint", fail)
+    monkeypatch.setattr(train, "read_settings", fail)
+    (tmp_path / "in.txt").write_text("w5")
+    name, *flags = command.split()
+    files = [] if name == "train" else ["m", tmp_path / "in.txt", tmp_path / "out.jsonl"]
+    code, _, err = run(capsys, name, *files, *flags)
+    assert code == 2 and shown in err
+
+
+WRITER = """
+import resource, sys
+from lsg_flax import cli
+limit = int(sys.argv[1])
+if limit >= 0:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+sys.exit(cli.main(sys.argv[2:]))
+"""
+WRITES = {
+    "predict": ["--outputs", "--truncation"],
+    "embed": ["--pooling", "mean"],
+    "convert": ["--max-sequence-length", "1024"],
+    "train": [],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", WRITES)
+def test_files_that_may_not_be_large_enough(tmp_path, command):
+    """`ulimit -f` and a full disk are alike: one message, nothing half written, and on we go."""
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"text": "w5 w6", "label": "a"}\n{"text": "w7", "label": "b"}\n' * 99)
+    given = source.read_bytes()
+    line = [SOURCE, target] if command == "convert" else [SOURCE, source, target]
+    if command == "train":
+        line = ["--model", SOURCE, "--train-data", source, "--output", target, "--devices", 1]
+        line += ["--task", "sequence_classification", "--steps", 2, "--batch-size", 2]
+        line += ["--max-length", 64, "--cache", tmp_path.with_name(f"{tmp_path.name}-cache")]
+    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    for limit, status in ((300, 2), (-1, 0)):
+        words = [str(limit), command, *WRITES[command], *map(str, line)]
+        done = subprocess.run(
+            [sys.executable, "-c", WRITER, *words], capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == status, done.stderr
+        assert source.read_bytes() == given
+        if status:
+            last = done.stderr.splitlines()[-1]
+            assert "Traceback" not in done.stderr and "unexpected" not in last
+            assert "too large" in last and "run again" in last
+            assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+@pytest.mark.parametrize("error", [training.SaveError("no room"), FloatingPointError("no room")])
+def test_what_a_run_may_meet_is_no_surprise(capsys, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(hub, "open_checkpoint", fail)
+    assert run(capsys, "inspect", SOURCE)[::2] == (2, "lsg-flax: error: no room\n")
 
 
 def test_a_damaged_header_is_reported(capsys, tmp_path):

@@ -114,7 +114,10 @@ def test_half_precision(capsys, writers):
         ),
         (["WRITER", "--prompt", "w5", "--max-new-tokens", 0], "--max-new-tokens 0 must be at"),
         (["WRITER", "--prompt", "w5", "--batch-size", 0], "--batch-size 0 must be at least 1"),
-        (["WRITER", "--prompt", "w5", "--top-k", 3, "--max-new-tokens", 4], "need do_sample=True"),
+        (
+            ["WRITER", "--prompt", "w5", "--top-k", 3, "--max-new-tokens", 4],
+            "need --do-sample; without",
+        ),
     ],
 )
 def test_an_error_is_one_line_and_leaves_nothing(
@@ -136,9 +139,9 @@ def test_bad_lines_and_a_failed_write_leave_the_old_file(capsys, writers, tmp_pa
     assert code == 2 and "in.jsonl:2: it has" in err and 'must have a "text"' in err
     source.write_text('{"id": "long", "text": "' + "w5 " * 70 + '"}\n')
     code, _, err = run(capsys, writers["lsg"], source, target)
-    assert code == 2 and "'long' has 71 tokens" in err
+    assert code == 2 and "in.jsonl:1 has 71 tokens" in err
     source.write_text('{"text": "w5"}\n')
-    monkeypatch.setattr("pathlib.Path.write_text", lambda *_: (_ for _ in ()).throw(OSError(28)))
+    monkeypatch.setattr("pathlib.Path.write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28)))
     code, _, err = run(capsys, writers["lsg"], source, target, "--max-new-tokens", 4)
     assert code == 2 and "28" in err and target.read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]

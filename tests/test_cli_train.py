@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import random
 import socket
 import subprocess
 import sys
@@ -11,12 +12,14 @@ import typing
 
 import compiling
 import jax
+import kills
 import numpy as np
 import pytest
+from golden_data import GOLDEN
 from tiny_run import PLAIN, save_tiny, write
 
 import lsg_flax
-from lsg_flax import cli
+from lsg_flax import cli, hub
 from lsg_flax.cli import train
 from lsg_flax.training import Settings
 
@@ -85,8 +88,8 @@ FLAGS = {  # one that is not the default for every field
     "mesh": (["data=2,fsdp=4"], {"data": 2, "fsdp": 4}),
     "lsg": (["--block-size", "64", "--sparsity-type", "lsh"], None),
     "buckets": (["64", "128"], (64, 128)),
-    "task": (["masked_lm"], "masked_lm"),
-    "problem_type": (["regression"], "regression"),
+    "task": (["sequence_classification"], "sequence_classification"),
+    "problem_type": (["multi_label_classification"], "multi_label_classification"),
     "text_unit": (["file"], "file"),
     "on_error": (["skip"], "skip"),
     "dtype": (["bfloat16"], "bfloat16"),
@@ -95,7 +98,7 @@ FLAGS = {  # one that is not the default for every field
     "train_only": (["head"], "head"),
     "evaluate_every": (["8"], 8),
     "save_every": (["4"], 4),
-    "best": (["eval_perplexity"], "eval_perplexity"),
+    "best": (["eval_micro_f1"], "eval_micro_f1"),
 }
 EXCLUDED = {"frozen": {"train_only"}, "steps": {"epochs"}}  # of two only one may be given
 
@@ -103,7 +106,7 @@ EXCLUDED = {"frozen": {"train_only"}, "steps": {"epochs"}}  # of two only one ma
 @pytest.mark.parametrize("turn", [0, 1])
 def test_every_setting_has_a_flag(monkeypatch, tmp_path, turn):
     seen: list[Settings] = []
-    monkeypatch.setattr(train, "finetune", lambda settings, *, progress: seen.append(settings))
+    monkeypatch.setattr(train, "finetune", lambda settings, **_: seen.append(settings))
     monkeypatch.setattr(train, "_show", lambda result: None)
     left_out = {*EXCLUDED} if turn else {name for names in EXCLUDED.values() for name in names}
     flags, expected = [], {}
@@ -152,6 +155,53 @@ def test_errors_are_one_message(capsys, arguments, monkeypatch, tmp_path):
     last = err.strip().splitlines()[-1]
     assert last.startswith("lsg-flax: error: ") and ERRORS[arguments] in last
     assert not list(tmp_path.iterdir())
+
+
+CLASSIFIER = GOLDEN / "bert_sequence_classification"
+ASKS = ("--task", "question_answering", "--answers")
+EARLY = {
+    ("--outputs", "logit"): "--outputs logit are not all outputs of --task sequence_classific",
+    ("--answers", "top_k=x"): "--answers: top_k='x' must be a whole number of at least 1",
+    ("--answers", "top_k=true"): "--answers: top_k=True must be a whole number",
+    ("--answers", "function_to_apply=cube"): "--answers: function_to_apply='cube' is unknown",
+    ("--task", "pretraining"): "a model for pretraining has no answers, only outputs: add",
+    (*ASKS, "doc_stride=-1"): "doc_stride=-1 must be a whole number from 0",
+    (*ASKS, "align_to_words=7"): "align_to_words=7 is unknown",
+}
+
+
+@pytest.mark.parametrize("flags", EARLY)
+def test_predict_says_what_is_wrong_before_it_reads_weights(
+    capsys, monkeypatch, unchecked, tmp_path, flags
+):
+    monkeypatch.setattr(hub.Checkpoint, "load", lambda *_, **__: pytest.fail("loaded"))
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"text": "w5"}\n')
+    code, _, err = run(capsys, "predict", CLASSIFIER, source, target, *flags)
+    assert code == 2 and EARLY[flags] in err and "unexpected" not in err
+    for *files, message in (
+        (tmp_path / "none.txt", target, "none.txt is no file"),
+        (source, tmp_path, "is a folder; give the name of a file"),
+        (source, source, "is the input"),
+        (source, target, "--buckets", "0", "--buckets 0 must be at least 1"),
+        (source, target, "--batch-size", "0", "--batch-size 0 must be at least 1"),
+    ):
+        code, _, err = run(capsys, "predict", CLASSIFIER, *files)
+        assert code == 2 and message in err
+
+
+def test_train_says_where_metrics_go_when_it_begins(capsys, tiny, tmp_path):
+    file = config_of(tmp_path, tiny, output=str(tmp_path / "out"), train_data="none.jsonl")
+    code, _, err = run(capsys, "train", "--config", file)
+    assert code == 2 and "none.jsonl" in err and "metrics" not in err
+    code, _, err = run(capsys, "train", "--config", file, "--frozen", "[")
+    assert code == 2 and "error: --frozen [ is no regular expression" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", kills.COMMANDS)
+def test_a_killed_command_makes_the_same_bytes(tmp_path, command):
+    assert not kills.run(tmp_path, command, times=2, generator=random.Random(3))
 
 
 def test_wrong_flags_are_named(capsys, tiny, tmp_path):

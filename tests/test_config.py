@@ -7,11 +7,15 @@ import warnings
 
 import jax
 import jaxtyping
+import numpy as np
 import pytest
+import transformers
 from golden_data import GOLDEN
+from unread import unread_by
 
-from lsg_flax.models import EncoderConfig
-from lsg_flax.models.config_json import is_lsg
+from lsg_flax.hub import config_values
+from lsg_flax.models import FAMILIES, EncoderConfig, Model
+from lsg_flax.models.config_json import DIALECTS, is_lsg
 from lsg_flax.patterns.config import SPARSITY_TYPES, LSGConfig
 
 
@@ -23,6 +27,7 @@ def as_users_run_it():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+NULLABLE = ("pad_token_id", "problem_type", "classifier_dropout")  # in today's transformers
 TINY = {"vocab_size": 11, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
 
 
@@ -138,6 +143,176 @@ def test_an_invalid_config_json_is_refused(fields, says):
         EncoderConfig.from_dict(TINY | fields)
 
 
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        *(
+            ({name: value}, says)
+            for name in ("hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size")
+            for value, says in (
+                ("12", f"{name}='12' must be a whole number, without quotes"),
+                (12.0, f"{name}=12.0 must be a whole number"),
+                (True, f"{name}=True must be a whole number"),
+                (None, f"{name}=None must be a whole number"),
+                ([12], rf"{name}=\[12\] must be a whole number"),
+                (10**12, f"{name}=1000000000000 must be at least 1 and at most "),
+            )
+        ),
+        ({"type_vocab_size": 0}, "type_vocab_size=0 must be at least 1: bert adds a segment"),
+        ({"num_labels": 10**12}, "num_labels=1000000000000 must be at least 1 and at most 1,048"),
+        ({"num_labels": None}, "num_labels=None must be a whole number"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps=nan must be a finite number"),
+        ({"layer_norm_eps": -1}, r"layer_norm_eps=-1(.0)? must lie in \[0, 1\]"),
+        ({"layer_norm_eps": "1e-5"}, "layer_norm_eps='1e-5' must be a number, without quotes"),
+        ({"initializer_range": 10**400}, "initializer_range=1000.*00 must be a finite number"),
+        ({"initializer_range": -0.02}, "initializer_range=-0.02 must be 0 or positive"),
+        ({"hidden_dropout_prob": False}, "hidden_dropout_prob=False must be a number"),
+        ({"is_decoder": 1}, "is_decoder=1 must be true or false"),
+        ({"tie_word_embeddings": None}, "tie_word_embeddings=None must be true or false"),
+        ({"hidden_act": "gelu2"}, "hidden_act='gelu2' is not supported; supported are gelu, "),
+        ({"hidden_act": ["gelu"]}, r"hidden_act=\['gelu'\] must be a text"),
+        ({"pad_token_id": 11}, r"pad_token_id=11 is outside -11..10, the rows that vocab_size=11"),
+        ({"pad_token_id": -12}, "pad_token_id=-12 is outside -11..10"),
+        ({"pad_token_id": [0]}, r"pad_token_id=\[0\] must be a whole number or null"),
+        ({"problem_type": 3}, "problem_type=3 is unknown; choose one of single"),
+        (
+            {"problem_type": "single_label_classification", "num_labels": 1},
+            "needs two labels or more, and num_labels=1; use problem_type='regression'",
+        ),
+        ({"model_type": ["bert"]}, r"model_type=\['bert'\] must be a text"),
+        ({"architectures": [3]}, r"architectures=\[3\] must be a text or a list"),
+        ({"architectures": {"a": 1}}, r"architectures=\{'a': 1\} must be a text or a list"),
+        ({"id2label": ["a", "b"]}, r"id2label=\['a', 'b'\] must be a mapping, such as id2label="),
+        ({"id2label": {"0": ["a"]}}, r"id2label=\['a'\] must be a text or a whole number"),
+        ({"id2label": {"x": "a"}}, "id2label has the id 'x', which is no whole number"),
+        ({"id2label": {"0": "a", "00": "b"}}, r"ids \[0\]; they must be 0..1 without gaps"),
+        ({"id2label": {}}, "num_labels=0 must be at least 1"),
+        ({"label2id": ["a"]}, r"label2id=\['a'\] must be a mapping"),
+        ({"eos_token_id": [[2]]}, r"eos_token_id=\[\[2\]\] must be a whole number or a list or"),
+        ({"position_embedding_type": None}, "position_embedding_type=None in config.json changes"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config=.* is not supported"),
+        ({"base_model_prefix": "lsg", "block_size": "64"}, "block_size='64' must be a whole num"),
+        ({"base_model_prefix": "lsg", "block_size": 10**12}, "block_size=1000000000000 must be at"),
+        ({"base_model_prefix": "lsg", "adaptive": 0}, "adaptive=0 must be true or false"),
+        ({"base_model_prefix": "lsg", "sparsity_type": ["norm"]}, "sparsity_type=.* is unknown"),
+        ({"base_model_prefix": "lsg", "sparsity_factor": 2.5}, "sparsity_factor=2.5 must be a w"),
+    ],
+)
+def test_a_damaged_value_is_named_with_what_is_allowed(fields, says):
+    with pytest.raises(ValueError, match=says):
+        EncoderConfig.from_dict(TINY | fields)
+    for record, given in ((EncoderConfig, TINY | fields), (LSGConfig, fields)):
+        given = {n: v for n, v in given.items() if n != "base_model_prefix"}
+        if given.keys() <= record.__dataclass_fields__.keys():
+            with pytest.raises(ValueError, match=says):
+                record(**given)
+
+
+def test_numbers_of_numpy_are_those_of_python():
+    numbers = {"hidden_size": np.int64(8), "layer_norm_eps": np.float64(1e-5)}
+    config = EncoderConfig(**TINY | numbers, is_decoder=np.bool_(True), labels=["a", "b"])
+    plain = EncoderConfig(**TINY, layer_norm_eps=1e-5, is_decoder=True, labels=("a", "b"))
+    assert config == plain and hash(config) == hash(plain)
+    assert json.dumps(config.to_dict()) == json.dumps(plain.to_dict())
+    assert LSGConfig(block_size=np.int32(64)) == LSGConfig(block_size=64)
+
+
+def test_padding_counted_from_the_end_is_a_row_of_the_table():
+    """As in PyTorch's embeddings."""
+    pads = {-1: 10, -11: 0, 4: 4, None: 0}
+    assert {p: EncoderConfig(**TINY, pad_token_id=p).filler for p in pads} == pads
+
+
+def test_what_id2label_says_wins_and_is_said():
+    with pytest.warns(UserWarning, match="num_labels=3 does not count, since id2label has 2 names"):
+        config = EncoderConfig.from_dict(TINY | {"id2label": {"0": "a", "1": "b"}, "num_labels": 3})
+    assert config.labels == ("a", "b")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_field_that_the_family_does_not_read_is_kept_and_changes_nothing(family):
+    plain = EncoderConfig.from_dict({"model_type": family})
+    strange = unread_by(family)
+    config = EncoderConfig.from_dict({"model_type": family} | strange)
+    assert dataclasses.replace(config, extra="{}") == plain
+    written = config.to_dict()
+    assert {name: written[name] for name in strange} == strange
+    assert written.keys() == plain.to_dict().keys() | strange.keys()
+
+
+def test_distilbert_reads_three_fields_under_two_names():
+    """As PyTorch's attribute_map does, where the usual name wins."""
+    names = {"hidden_size": 24, "dim": 36, "num_hidden_layers": 3, "n_heads": 4}
+    config = EncoderConfig.from_dict({"model_type": "distilbert"} | names)
+    assert (config.hidden_size, config.num_hidden_layers) == (24, 3)
+    assert (config.num_attention_heads, config.to_dict()["dim"]) == (4, 24)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "says"),
+    [
+        ("distilbert", {"type_vocab_size": 2}, "type_vocab_size=2 is not possible for distilbert"),
+        ("distilbert", {"layer_norm_eps": 1e-5}, "do not read it; give layer_norm_eps=1e-12"),
+        ("distilbert", {"hidden_size": "x"}, r"dim \(hidden_size\)='x' must be a whole number"),
+        ("distilbert", {"hidden_size": 7}, r"dim \(hidden_size\)=7 is not divisible by n_heads"),
+        ("distilbert", {"hidden_act": "x"}, r"activation \(hidden_act\)='x' is not supported"),
+        ("distilbert", {"qa_dropout": "x"}, "qa_dropout='x' must be a number"),
+        ("bert", {"embedding_size": 4}, "embedding_size=4 is not possible for bert"),
+        ("albert", {"is_decoder": True}, "is_decoder=True is not possible for albert"),
+        ("albert", {"num_hidden_groups": None}, "num_hidden_groups=None must be a number for alb"),
+        (
+            "albert",
+            {"num_hidden_layers": 100, "num_hidden_groups": 100, "inner_group_num": 11},
+            "num_hidden_groups=100 of inner_group_num=11 layers are more than 1,000",
+        ),
+        ("electra", {"embedding_size": None}, "embedding_size=None must be a number for electra"),
+        ("electra", {"summary_last_dropout": 2}, "summary_last_dropout=2 must lie in"),
+    ],
+)
+def test_what_the_family_could_not_write_is_refused_where_it_is_given(family, fields, says):
+    with pytest.raises(ValueError, match=says):
+        EncoderConfig.from_dict({"model_type": family}).with_overrides(**fields)
+
+
+@pytest.mark.parametrize("family", ["albert", "distilbert"])
+def test_a_decoder_that_only_the_lsg_classes_see_is_refused(family):
+    values = {"model_type": family, "is_decoder": True}
+    assert not EncoderConfig.from_dict(values).is_decoder
+    with pytest.raises(ValueError, match=r"is_decoder=True in config.json changes what"):
+        EncoderConfig.from_dict(values | {"base_model_prefix": "lsg"})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"lsg": LSGConfig(block_size=64), "max_position_embeddings": 4098},
+        {"labels": ("a",), "problem_type": "regression", "classifier_dropout": 0.25},
+        {"labels": ("a", "b"), "problem_type": "single_label_classification"},
+    ],
+    ids=["fresh", "converted", "regression", "classes"],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_we_write_is_read_by_the_transformers_of_today(family, changes, tmp_path, caplog):
+    """Which checks types strictly: null in place of a number would be refused."""
+    made = {"model_type": family, "vocab_size": 11, "hidden_size": 8, "num_attention_heads": 2}
+    made |= {"embedding_size": 4, "num_hidden_groups": 1, "inner_group_num": 1}
+    absent = DIALECTS[family].absent
+    config = EncoderConfig(**{n: v for n, v in made.items() if n not in absent}, **absent)
+    config = config.with_overrides(**changes)
+    values = config_values(Model(config, "sequence_classification"))
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    transformers.logging.enable_propagation()
+    read = transformers.AutoConfig.from_pretrained(tmp_path)
+    transformers.logging.disable_propagation()
+    assert not caplog.records
+    theirs = {DIALECTS[family].names.get(n, n): n for n in dataclasses.asdict(config)}
+    for name in values.keys() & theirs.keys():
+        assert getattr(read, name) == values[name], name
+    assert None not in [values[n] for n in theirs if n not in NULLABLE and n in values]
+    assert EncoderConfig.from_dict(values).to_dict() == values
+
+
 @pytest.mark.parametrize("kind", ["stride", "block_stride"])
 def test_more_stride_than_heads_warns_and_runs(kind):
     with pytest.warns(UserWarning, match=rf"'{kind}'.*factor=4 over num_attention_heads=2"):
@@ -178,6 +353,7 @@ def test_labels_keep_their_names_and_order():
     assert written["id2label"] == {"0": "yes", "1": "no", "2": "maybe"}
     assert written["label2id"] == {"yes": 0, "no": 1, "maybe": 2}
     assert EncoderConfig.from_dict(TINY | {"num_labels": 5}).num_labels == 5
+    assert EncoderConfig.from_dict(TINY | {"id2label": {0: 3, 1: 4}}).labels == ("3", "4")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lsg_flax.data import Columns, DataOptions, load_examples, train_batches
+from lsg_flax.data.values import label_number, names_of_labels
 from lsg_flax.models import TASKS, Target, Task
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(40))]
@@ -169,15 +170,29 @@ BROKEN = {
     "not JSON": (b'{"text": "w1"', "not valid JSON"),
     "not an object": (b'["w1"]', "must be a JSON object"),
     "not UTF-8": (b'{"text": "w\xff", "label": "odd"}', "not valid UTF-8"),
-    "lone surrogate": (b'{"text": "\\ud800", "label": "odd"}', "not valid UTF-8"),
+    "lone surrogate": (
+        b'{"text": "\\ud800", "label": "odd"}',
+        "a lone surrogate .half of a character",
+    ),
     "no text": (b'{"label": "odd"}', r"column 'text' is missing; there are \['label'\]"),
     "null": (b'{"text": null, "label": "odd"}', "column 'text' is empty"),
     "text a number": (b'{"text": 3, "label": "odd"}', "'text' must be a text, got 3"),
     "label unknown": (b'{"text": "w1", "label": "other"}', "none of the 2 labels even, odd"),
     "label too large": (b'{"text": "w1", "label": 2}', "label 2 is none of the 2"),
     "label negative": (b'{"text": "w1", "label": -1}', "label -1 is none of the 2"),
-    "label fractional": (b'{"text": "w1", "label": 0.5}', "label 0.5 is none of the 2"),
+    "label fractional": (
+        b'{"text": "w1", "label": 0.5}',
+        "a label is a name or a whole number, got 0.5",
+    ),
     "several labels": (b'{"text": "w1", "label": ["odd"]}', "multi_label_classification"),
+    "text empty": (b'{"text": "", "label": "odd"}', "'text' is empty"),
+    "text blank": (b'{"text": " \\n", "label": "odd"}', "'text' is empty"),
+    "label empty": (b'{"text": "w1", "label": ""}', "the label '' is empty"),
+    "label with space": (b'{"text": "w1", "label": " odd"}', "' odd' has spaces around it"),
+    "label null": (b'{"text": "w1", "label": null}', "column 'label' is empty"),
+    "label NaN": (b'{"text": "w1", "label": NaN}', "a label is a name or a whole number, got nan"),
+    "label an object": (b'{"text": "w1", "label": {}}', "a label is a name or a whole number"),
+    "a name twice": (b'{"text": "w1", "text": "w2", "label": 0}', "the name 'text' is there twice"),
 }
 
 
@@ -254,6 +269,80 @@ def test_labels_that_cannot_be_inferred(load, labels, message):
         load(rows)
 
 
+def test_an_empty_row_of_csv_is_no_class(load, tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_text('text,label\nw1,a\n"",""\nw2,b\nw3," "\n')
+    with pytest.raises(ValueError, match=r"data.csv:3: 'text' is empty"):
+        load(path)
+    with pytest.warns(UserWarning, match=r"2 broken rows.*csv:3: .*csv:5: the label ' ' is empty"):
+        assert load(path, on_error="skip").labels == ("a", "b")
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ([True, False], ("0", "1")),
+        ([1.0, 0, "2"], ("0", "1", "2")),
+        (["1", "01", "1.0", "+1"], ("0", "1")),
+        ([np.int64(1), np.float32(0.0), np.bool_(True), np.str_("1")], ("0", "1")),
+        (["pos", " pos", "", " ", None, NAN, 0.5, {}], ("pos",)),
+        ([["b", "a"], [], ["", "c"]], ("a", "b", "c")),
+        (["1", "2", "n/a"], ("1", "2", "n/a")),
+        ([-1, 1], ("0", "1")),
+    ],
+)
+def test_the_labels_that_are_found(values, names):
+    assert names_of_labels(values) == names
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (["1.5", "2"], "such as 1.5 that are not whole; give problem_type='regression'"),
+        ([1, "x"], "names such as 'x' and numbers such as 1"),
+        ([True, "true"], "names such as 'true' and numbers such as 1"),
+    ],
+)
+def test_labels_that_are_no_table(values, message):
+    with pytest.raises(ValueError, match=message):
+        names_of_labels(values)
+
+
+@pytest.mark.parametrize(
+    ("names", "values"),
+    [
+        (("no", "yes"), ["yes", 1, 1.0, "1", "1.0", True, np.int8(1), np.float64(1)]),
+        (("-1", "1"), [1, "1", 1.0, True, "01"]),  # names that are numbers: by name
+        (("2", "0"), [0, "0", "0.0", False]),
+        (("a", " b "), [" b ", 1]),  # given by hand, as they are
+    ],
+)
+def test_a_label_is_the_same_however_it_is_written(names, values):
+    assert [label_number(value, names) for value in values] == [1] * len(values)
+
+
+@pytest.mark.parametrize("value", [2, -1, "-1", "", " yes", 0.5, NAN, None, [], {}, 10**400])
+def test_what_is_no_label(value):
+    with pytest.raises(ValueError, match="label"):
+        label_number(value, ("no", "yes"))
+    with pytest.raises(ValueError, match=r"label 0 is none of the 2 labels -1, 1$"):
+        label_number(0, ("-1", "1"))
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_kept(load, tokenizer, tmp_path):
+    class Meddling(Counting):
+        def __call__(self, *args, **options):
+            write(tmp_path / "rows.jsonl", [*TEXTS, TEXTS[0]])
+            return super().__call__(*args, **options)
+
+    with pytest.raises(ValueError, match=r"rows.jsonl changed while it was read; run again"):
+        load(TEXTS, tokenizer=Meddling(tokenizer))
+    assert len(load(tmp_path / "rows.jsonl")) == 10
+
+
 # Tasks
 
 
@@ -304,6 +393,8 @@ def test_the_first_token_of_a_word_carries_its_tag(load, tokenizer):
         ({"tokens": ["the"], "tags": []}, "one label for each of 1 words"),
         ({"tokens": "the", "tags": ["O"]}, "must be a list of words"),
         ({"tokens": [], "tags": []}, "'tokens' is empty"),
+        ({"tokens": ["the", " "], "tags": ["O", "O"]}, "'tokens' has an empty word at 1"),
+        ({"tokens": ["the"], "tags": [""]}, "the label '' is empty"),
         ({"tokens": ["the"], "tags": ["Z"]}, "label 'Z' is none of the 3 labels"),
     ):
         with pytest.raises(ValueError, match=f"rows.jsonl:2: .*{message}"):
@@ -445,7 +536,7 @@ def test_a_tokenizer_without_special_tokens(load):
     data = load(rows, "causal_lm", tokenizer=tokenizer, max_length=4)
     assert [tokenizer.decode(r["input_ids"]) for r in rows_of(data)] == ["abcd", "efgh", "ij"]
     assert data.pad_token_id == 0
-    with pytest.raises(ValueError, match=r"rows.jsonl:2: no tokens: the text is empty"):
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: 'text' is empty"):
         load([rows[0], {"text": ""}], "causal_lm", tokenizer=tokenizer, pack=False)
 
 
@@ -467,6 +558,7 @@ def test_words_need_a_tokenizer_that_puts_spaces_before_them(load):
         ({"problem_type": "regression"}, "is for sequence_classification, not masked_lm"),
         ({"task": "token_classification", "labels": ("a", "a")}, "must be different names"),
         ({"task": "token_classification", "labels": ()}, "different names, at least one"),
+        ({"task": "token_classification", "labels": ("a", "")}, "at least one and none empty"),
     ],
 )
 def test_options_that_cannot_be(unchecked, options, message):

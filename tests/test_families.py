@@ -99,8 +99,7 @@ def test_a_head_that_the_family_lacks(family, task):
     ("family", "fields"),
     [
         ("roberta", {"position_embedding_type": "relative_key_query"}),
-        ("electra", {"summary_type": "cls_index"}),
-        ("electra", {"summary_use_proj": False}),
+        ("roberta", {"position_embedding_type": None}),  # no positions at all
         ("distilbert", {"pruned_heads": {"0": [1]}}),
         ("albert", {"num_hidden_layers": 3, "num_hidden_groups": 2}),
     ],
@@ -108,6 +107,17 @@ def test_a_head_that_the_family_lacks(family, task):
 def test_fields_that_change_the_computation_are_refused_by_name(family, fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         config_of(family, **fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"summary_type": "cls_index"}, {"summary_use_proj": None}, {"summary_proj_to_labels": True}],
+)
+def test_what_one_head_reads_is_refused_for_that_head(fields):
+    config, name = config_of("electra", **fields), next(iter(fields))
+    lsg_flax.Model(config, "token_classification").abstract_params()
+    with pytest.raises(ValueError, match=f"{name}=.* changes what multiple choice computes"):
+        lsg_flax.Model(config, "multiple_choice").abstract_params()
 
 
 def test_integers_stand_for_floats():
@@ -134,6 +144,12 @@ def test_a_text_may_not_use_the_rows_in_front_of_the_positions():
     model, params = made("roberta")
     with pytest.raises(ValueError, match="39 tokens are more than the 38 positions"):
         model.apply({"params": params}, np.full((1, 39), 5))
+    lengths = {
+        pad: lsg_flax.Model(config_of("roberta", pad_token_id=pad)).max_length for pad in (0, 5)
+    }
+    assert lengths == {0: 38, 5: 34}
+    with pytest.raises(ValueError, match="pad_token_id=-2 puts the first token at position -1"):
+        lsg_flax.Model(config_of("roberta", pad_token_id=-2)).abstract_params()
 
 
 @pytest.mark.slow

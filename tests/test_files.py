@@ -1,15 +1,21 @@
 """Lines are read alike for training, prediction and embedding; a file appears whole or not."""
 
+import errno
 import json
 import os
 import pathlib
+import resource
+import socket
+import subprocess
+import sys
 
 import pytest
 from golden_data import GOLDEN
 
 from lsg_flax import cli
 from lsg_flax.data.files import Problems, open_source
-from lsg_flax.files import write_aside
+from lsg_flax.files import check_output, read_json, write_aside, written_aside
+from lsg_flax.locks import PlaceTaken, holds, locked, locked_file
 from lsg_flax.pipelines.embeddings import read_texts
 from lsg_flax.pipelines.files import DocumentFile
 
@@ -66,7 +72,9 @@ def test_what_all_readers_say_of_a_broken_line(tmp_path, read, kind, line, messa
 @pytest.mark.parametrize("read", [to_predict, to_embed])
 def test_half_a_character_in_json_is_found_before_the_tokenizer_reads_it(tmp_path, read):
     (tmp_path / "in.jsonl").write_bytes(rb'{"text": "a\ud800"}')
-    with pytest.raises(ValueError, match=r"in.jsonl:1: not valid UTF-8 at character 1"):
+    with pytest.raises(
+        ValueError, match=r"in.jsonl:1: a lone surrogate \(half of a character, .ud800\) at"
+    ):
         read(tmp_path / "in.jsonl")
 
 
@@ -83,6 +91,30 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
     assert file.read_bytes() == b"new" and [*tmp_path.iterdir()] == [file]
 
 
+def test_broken_lines_of_texts_are_skipped_on_request(tmp_path):
+    file = tmp_path / "in.jsonl"
+    file.write_bytes(rb"""{"text": "a", "id": "x"}
+{"text": "\ud83d"}
+{"text": "b", "text": "c"}
+
+{"text": "d"}""")
+    with pytest.raises(ValueError, match=r"in.jsonl:2: a lone surrogate.*Mend it, or pass broken_"):
+        read_texts(file)
+    with pytest.warns(UserWarning, match=r"2 broken lines of .*in.jsonl were skipped: 2, 3"):
+        read = read_texts(file, broken_lines="skip")
+    assert read == (["x", 4], ["a", "d"], [f"{file}:1", f"{file}:5"])
+
+
+def test_a_plan_is_not_written_over_its_source(tmp_path, capsys):
+    source = tmp_path / "config.json"
+    source.write_text("{}")
+    for given in (source, tmp_path):
+        line = ["plan", given, "--json", source, "--topology", "cpu:8", "--batch-size", 8]
+        assert cli.main([str(part) for part in line]) == 2
+        assert f"{source} is the input {source}" in capsys.readouterr().err
+    assert source.read_text() == "{}"
+
+
 @pytest.mark.parametrize("linked", [False, True])
 @pytest.mark.parametrize("command", ["predict", "embed", "generate"])
 def test_an_input_is_never_the_output(tmp_path, capsys, command, linked):
@@ -95,3 +127,191 @@ def test_an_input_is_never_the_output(tmp_path, capsys, command, linked):
     assert cli.main([command, str(GOLDEN / name), str(source), str(output)]) == 2
     assert f"{output} is the input {source}; give another file" in capsys.readouterr().err
     assert source.read_text() == '{"text": "w5"}\n'
+    target = tmp_path / "other.jsonl"
+    with locked_file(target):
+        assert cli.main([command, str(GOLDEN / name), str(source), str(target)]) == 2
+    assert f"another process writes {target}: process" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir() if not p.is_symlink()) == ["in.jsonl"]
+
+
+HOLDER = """
+import pathlib, sys
+from lsg_flax.locks import locked, locked_file
+with (locked if sys.argv[1] == "folder" else locked_file)(pathlib.Path(sys.argv[2])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_one_process_writes_and_a_dead_one_blocks_nobody(tmp_path, kind):
+    place, lock = tmp_path / "deep" / "place", locked if kind == "folder" else locked_file
+    command = [sys.executable, "-c", HOLDER, kind, str(place)]
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(cli.__file__).parents[2])}
+    with subprocess.Popen(command, stdin=-1, stdout=-1, env=environment) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        said = rf"another process writes {place}: process {holder.pid} on {socket.gethostname()}, s"
+        for _ in range(2):  # the first has not wiped out who it is
+            with pytest.raises(PlaceTaken, match=said), lock(place):
+                pass
+        holder.kill()
+    with lock(place), pytest.raises(PlaceTaken, match=f"process {os.getpid()} "), lock(place):
+        pass
+    assert not list(tmp_path.rglob("*lock")) and place.exists() == (kind == "folder")
+
+
+def test_a_folder_that_was_made_for_nothing_goes_again(tmp_path):
+    with locked(tmp_path / "new"):
+        assert holds(tmp_path / "new")
+    assert not (tmp_path / "new").exists() and not holds(tmp_path / "new")
+    (tmp_path / "file").touch()
+    says = pytest.raises(NotADirectoryError, match="file is a file; give a folder")
+    with says, written_aside(tmp_path / "file"):
+        pass
+
+
+def test_a_place_without_locks_is_told_of(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    says = pytest.warns(UserWarning, match="cannot be locked .*No locks.*see to it that no other")
+    with says, locked(tmp_path):
+        pass
+
+
+def test_what_a_killed_writer_left_goes_with_the_next(tmp_path):
+    (tmp_path / ".unfinished-x" / "new").mkdir(parents=True)
+    with written_aside(tmp_path) as aside:
+        (aside / "a").write_text("whole")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("limit", [0, 4096])
+def test_a_file_that_is_too_large_leaves_the_old_one(tmp_path, limit):
+    file = tmp_path / "a.json"
+    write_aside(file, b"old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"nothing is written; allow larger files .ulimit.*a.js"):
+            write_aside(file, b"new" * 4096)
+        says = pytest.raises(OSError, match=r"nothing is written; allow larger")
+        with says, written_aside(tmp_path) as aside:
+            (aside / "b").write_bytes(b"new" * 4096)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert file.read_bytes() == b"old" and [*tmp_path.iterdir()] == [file]
+
+
+@pytest.mark.parametrize("place", ["/dev/stdout", "/dev/null", "/dev/fd/1", "folder", "pipe"])
+def test_what_is_no_file_is_never_replaced(tmp_path, place):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="give the name of a file"):
+        check_output(tmp_path / place, tmp_path / "in.jsonl")
+    with pytest.raises(OSError, match="give the name of a file"):
+        write_aside(tmp_path / place, b"")
+
+
+@pytest.mark.parametrize(
+    "name", ["in.txt", "in.txt.partial", "in.txt.partial.journal", "in.txt.new"]
+)
+@pytest.mark.parametrize("link", [None, os.symlink, os.link])
+def test_an_input_is_no_place_on_the_way_to_the_output(tmp_path, name, link):
+    source = tmp_path / ("data" if link else name)
+    source.write_text("precious")
+    if link:
+        link(source, tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name} is the input {source}; give another file"):
+        check_output(tmp_path / "in.txt", tmp_path / "no.txt", source)
+
+
+def test_what_a_library_in_rust_says_of_a_full_disk(tmp_path):
+    class RustError(Exception):
+        pass
+
+    says = pytest.raises(OSError, match=r"No space left.*make room on the disk.*out'")
+    with says, written_aside(tmp_path / "out"):
+        raise RustError("Error while serializing: I/O error: No space left (os error 28)")
+    assert not list(tmp_path.iterdir())
+
+
+KILLED = """
+import os, pathlib, sys
+from lsg_flax.files import write_aside, written_aside
+
+def write_folder(place, text):
+    with written_aside(place) as aside:
+        for name in ("a", "b", "c"):
+            (aside / name).write_text(text)
+
+def write_file(place, text):
+    write_aside(place / "a", text.encode())
+
+def read(place):
+    return {p.name: p.read_text() for p in place.iterdir() if not p.name.startswith(".")}
+
+def killing(real, step, count=[0]):
+    def call(*arguments, **options):
+        count[0] += 1
+        return os._exit(9) if count[0] == step else real(*arguments, **options)
+    return call
+
+for write in (write_file, write_folder):
+    for step in range(1, 100):
+        place = pathlib.Path(sys.argv[1]) / f"{write.__name__}{step}"
+        place.mkdir()
+        write(place, "old")
+        names = {*read(place)}
+        child = os.fork()
+        if not child:
+            for name in ("open", "fsync", "replace", "unlink", "rmdir", "mkdir", "link", "write"):
+                setattr(os, name, killing(getattr(os, name), step))
+            write(place, "new")
+            os._exit(0)
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        left = {name: text for name, text in read(place).items() if name in names}
+        assert left.keys() == names and {*left.values()} <= {"old", "new"}, left
+        write(place, "next")  # nobody is in the way, and nothing stays
+        assert {p.name for p in place.iterdir()} == names, [*place.iterdir()]
+        assert {*read(place).values()} == {"next"}
+        if not ended:
+            break
+    assert step > 5
+"""
+
+
+@pytest.mark.slow
+def test_a_writer_killed_at_any_touch_of_the_disk(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(cli.__file__).parents[2])}
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("contents", "says"),
+    [
+        (b"", "config.json is not valid JSON: Expecting value"),
+        (b'{"a": 1, "b": {"c": 1, "c": 1}}', "not valid JSON: the name 'c' is there twice; leave"),
+        (b"[" * 100_000, "not valid JSON: maximum recursion depth"),
+        (b'{"a": ' * 101 + b"1" + b"}" * 101, "is nested more than 100 levels deep"),
+        (b'{"a": "\xff"}', "not valid JSON: 'utf-8' codec can't decode byte 0xff in position 7"),
+        (b"[1]", "must hold an object, but holds a list"),
+        (b"7" * 5000, "not valid JSON: Exceeds the limit"),
+    ],
+)
+def test_a_damaged_json_file_is_named(tmp_path, contents, says):
+    file = tmp_path / "config.json"
+    file.write_bytes(contents)
+    with pytest.raises(ValueError, match=says):
+        read_json(file)
+
+
+def test_json_as_some_editors_save_it(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_bytes(b'\xef\xbb\xbf{"a": "\xc3\xa9"}')
+    assert read_json(file) == {"a": "é"}
+    file.write_bytes(b'{"a": ' * 100 + b"1" + b"}" * 100)
+    assert json.loads(json.dumps(read_json(file), indent=2)) == read_json(file)

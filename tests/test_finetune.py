@@ -12,6 +12,7 @@ from tiny_run import PLAIN, save_tiny, write
 
 import lsg_flax
 from lsg_flax import hub
+from lsg_flax.locks import PlaceTaken, locked
 from lsg_flax.models import PROBLEM_SCORERS, SCORES, TASKS
 from lsg_flax.training.finetune import finetune
 from lsg_flax.training.settings import Settings, read_settings, trained_tasks
@@ -134,6 +135,27 @@ def test_the_same_command_goes_on_bit_for_bit(tiny, tmp_path):
         run(settings)
 
 
+def test_one_run_at_a_time_and_away_from_its_data(tiny, tmp_path):
+    settings = settings_of(tiny, tmp_path)
+    with locked(tmp_path / "out"), pytest.raises(PlaceTaken, match=r"another process writes .*out"):
+        run(settings)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
+    for changes, message in (
+        ({"output": str(tmp_path), "train_data": str(tmp_path)}, "lies in the data"),
+        ({"eval_data": str(tmp_path)}, "out lies in the data .*give another folder"),
+        ({"output": settings.train_data}, "output=.*train.jsonl is a file; give a folder"),
+        ({"output": f"{settings.train_data}/x"}, "lies in .*train.jsonl, which is a file"),
+        ({"cache": settings.train_data}, "cache=.*train.jsonl is a file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(dataclasses.replace(settings, **changes))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["eval.jsonl", "train.jsonl"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tokenizer.json").write_text("precious")
+    with pytest.raises(ValueError, match=r"has not made .tokenizer.json.; give another folder"):
+        run(settings)
+
+
 @pytest.mark.slow
 def test_a_mesh_trains_as_one_device(tiny, tmp_path):
     alone = settings_of(tiny, tmp_path, steps=2, save_every=2)
@@ -202,8 +224,42 @@ YAML = {
     "best: eval_f1": "best='eval_f1' needs eval_data",
     "{eval_data: x, best: eval_f1}": "eval_f1' is none of the scores of masked_lm: eval_loss, eval",
     "{eval_data: x, evaluate_every: 10, save_every: 4}": "must be a multiple of save_every=4",
+    "buckets: [0, 8]": r"buckets=\[0, 8\] must be lengths of at least 1",
+    "mesh: {data: -3}": "mesh.data=-3: give whole numbers from 1, and -1 for at most one axis",
+    "mesh: {data: -1, fsdp: -1}": "mesh.data=-1, mesh.fsdp=-1: give whole numbers",
+    "mesh: {data: 1.5}": "mesh.data=1.5 must be a whole number",
+    f"seed: {2**70}": f"seed={2**70} must lie in 0..4294967295",
+    "seed: -1": "seed=-1 must lie in 0..4294967295",
+    "steps: 0": "steps=0 must be at least 1",
+    f"steps: {2**31}": "steps=2147483648 must be at most 2147483647",
+    "lsg: {block_size: 0}": "block_size=0 must be at least 1",
+    "lsg: {num_global_tokens: 600}": "num_global_tokens=600 is outside 1..512",
+    r'cache: "a\0b"': "has a character of 0",
+    "epochs: 2.5": "epochs=2.5 must be a whole number",
+    "epochs: true": "epochs=True must be a whole number",
+    "accumulate: 0": "accumulate=0 must be at least 1",
+    "save_every: 0": "save_every=0 must be at least 1",
+    "keep: 0": "keep=0 must be at least 1",
+    "learning_rate: .nan": "learning_rate=nan must be a number",
+    "learning_rate: -1e-4": "learning_rate=-0.0001 must be at least 0",
+    "max_grad_norm: 0": "max_grad_norm=0.0 would clip|max_grad_norm=0 would clip",
+    "schedule: exponential": "schedule='exponential' must be one of linear, cosine, constant",
+    "frozen: '['": r"frozen='\[' is no regular expression: unterminated",
+    "frozen: ''": "frozen='' is empty; give a value, or leave it out",
+    "cache: ' '": "cache=' ' is empty",
+    "labels: [a, '']": "labels='' is empty",
+    "columns: {text: ''}": "columns.text='' is empty",
+    "labels: [a, b]": "labels=.* are for sequence_classification and token_classification",
+    "problem_type: regression": "problem_type='regression' is for sequence_classification",
+    "lsg: {block_size: big}": "lsg.block_size='big' must be a whole number",
+    "lsg: {sparsity_type: odd}": "lsg.sparsity_type='odd' must be one of none, norm",
     "- model": "must hold lines such as",
-    "a: b: c": "not valid YAML",
+    "a: b: c": "run.yaml:1 is not valid YAML",
+    "seed: 1\nsteps: 2\nseed: 3": "run.yaml:3: 'seed' is in line 1 already; leave one",
+    '{"columns": {"text": "a",\n"text": "b"}}': "run.yaml:2: 'text' is in line 1 already",
+    "lsg:\n\tblock_size: 8": r"run.yaml:2 is not valid YAML: .*with spaces, not tabs",
+    "1: 2": "run.yaml:1: the name 1 is no text; quote it",
+    "[" * 9999: "not valid YAML: maximum recursion",
 }
 
 
@@ -214,6 +270,17 @@ def test_wrong_settings_are_named(tmp_path, text):
     given = {"model": "m", "task": "masked_lm", "train_data": "a.txt", "output": "o"}
     with pytest.raises(ValueError, match=YAML[text]):
         read_settings(file, given)
+
+
+def test_yaml_may_name_a_value_and_use_it_again(tmp_path):
+    (tmp_path / "run.yaml").write_text("train_data: &data a.txt\neval_data: *data\nlsg: &l {}\n")
+    given = {"model": "m", "task": "masked_lm", "output": "o"}
+    assert read_settings(tmp_path / "run.yaml", given).eval_data == "a.txt"
+
+
+def test_a_warmup_that_fills_a_short_run_leaves_its_last_step():
+    settings = Settings(model="m", task="masked_lm", train_data="a", output="o", warmup=0.9)
+    assert settings.optimizer(1) and settings.optimizer(2)
 
 
 def test_missing_settings_are_named(tmp_path):
@@ -238,10 +305,13 @@ def test_what_does_not_fit_is_refused_before_training(tiny, tmp_path):
         "output": (str(GOLDEN / "bert_base"), "holds a model that this run has not made"),
         "model": (str(GOLDEN / "bert_base"), "has no tokenizer"),
         "buckets": ((4, 8), "add a bucket"),
+        "lsg": ({"block_size": 7}, "block_size=7 is not divisible by sparsity_factor"),
     }
     for name, (value, message) in wrong.items():
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             run(dataclasses.replace(settings, **{name: value}))
+    with pytest.raises(ValueError, match=r"buckets=\[16, 32\] must be lengths in 1..16"):
+        run(dataclasses.replace(settings, buckets=(16, 32)))
     file.write_text('{"text": "w5", "label": "odd"}\n')
     with pytest.raises(ValueError, match=r"odd.jsonl:1: label 'odd' is none of the 2 labels"):
         run(dataclasses.replace(settings, eval_data=str(file)))

@@ -329,10 +329,125 @@ def test_a_corrupt_index_is_reported(checkpoint):
             lsg_flax.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", None])
+@pytest.mark.parametrize("model_type", ["gpt2", ["bert"], {}, 3])
 def test_an_unknown_model_type_lists_the_supported(checkpoint, model_type, unchecked):
     with pytest.raises(ValueError, match=r"model_type=.*is not supported; supported are bert"):
         lsg_flax.from_pretrained(checkpoint(model_type=model_type))
+
+
+@pytest.mark.parametrize(
+    ("architectures", "model_type"),
+    [
+        (["BertForMaskedLM"], "bert"),
+        (["LSGBertForPreTraining"], "bert"),
+        ("BertLMHeadModel", "bert"),
+        (["BertForRanking"], "bert"),
+        (["LSGXLMRobertaModel"], "xlm-roberta"),
+        (["RobertaForCausalLM"], "roberta"),
+        (["Unknown", "CamembertForTokenClassification"], "camembert"),
+        (["DistilBertModel"], "distilbert"),
+        (["LSGAlbertForMaskedLM"], "albert"),
+        (["ElectraForPreTraining"], "electra"),
+    ],
+)
+@pytest.mark.parametrize("missing", [{}, {"model_type": None}])
+def test_without_a_model_type_the_classes_say_it(tmp_path, architectures, model_type, missing):
+    file = tmp_path / "config.json"
+    narrow = {"embedding_size": 8, "num_attention_heads": 4} if model_type == "electra" else {}
+    file.write_text(json.dumps({"architectures": architectures} | narrow | missing))
+    opened = hub.open_checkpoint(file)
+    assert opened.config.model_type == opened.values["model_type"] == model_type
+    assert opened.config == EncoderConfig.from_dict(opened.values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"architectures": ["BertGenerationDecoder"]}, {"architectures": ["XLMRobertaXLModel"]}],
+)
+def test_a_config_that_says_nothing_of_its_family_is_read_by_a_given_one(tmp_path, values):
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(
+        ValueError, match=r"config.json: no model_type, and arch.* or pass model_ty"
+    ):
+        hub.open_checkpoint(tmp_path)
+    opened = hub.open_checkpoint(tmp_path, model_type="roberta")
+    assert (opened.config.model_type, opened.config.vocab_size) == ("roberta", 50265)
+
+
+def test_a_given_model_type_reaches_the_weights(checkpoint, original, tmp_path):
+    folder = checkpoint(model_type=None, architectures=None)
+    assert_same(lsg_flax.from_pretrained(folder, "masked_lm", model_type="bert")[1], original[1])
+    with pytest.raises(ValueError, match="model_type='gpt2' is not supported"):
+        lsg_flax.convert_checkpoint(folder, model_type="gpt2")
+
+
+def test_a_folder_in_place_of_a_config(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"has no config.json; it holds \['config.json'\]"):
+        hub.open_checkpoint(tmp_path)
+
+
+# As the model cards of ccdv/lsg-* print them.
+CARD_CALLS = [
+    {},
+    {
+        "num_global_tokens": 16,
+        "block_size": 64,
+        "sparse_block_size": 64,
+        "attention_probs_dropout_prob": 0.0,
+        "sparsity_factor": 4,
+        "sparsity_type": "none",
+        "mask_first_token": True,
+    },
+    {"pass_global_tokens_to_decoder": True, "lsg_num_pre_rounds": 2},
+]
+
+
+@pytest.mark.parametrize("settings", CARD_CALLS)
+def test_calls_of_the_model_cards_run_with_one_warning(checkpoint, settings):
+    with pytest.warns(UserWarning, match=r"without an effect here: trust_remote_code \(") as told:
+        model, _ = lsg_flax.from_pretrained(checkpoint(), trust_remote_code=True, **settings)
+    assert len(told) == 1
+    for name, value in settings.items():
+        if hasattr(model.config, name) or hasattr(model.config.lsg, name):
+            assert getattr(model.config, name, getattr(model.config.lsg, name, None)) == value
+        else:
+            assert f"; {name} (" in str(told[0].message)
+    assert "lsg_num" not in settings or "called lsh_num_pre_rounds" in str(told[0].message)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"torch_dtype": "auto"}, "torch_dtype='auto' is no field of a config; write dtype=jnp"),
+        ({"revision": "main"}, r"snapshot_download\(name, revision=...\), and give the folder"),
+        ({"remat": "full"}, r"model = model.clone\(remat='full'\) behind from_pretrained"),
+        ({"implementation": "xla"}, r"model.clone\(implementation=...\)"),
+        ({"gradient_checkpointing": True}, r"model.clone\(remat='full'\)"),
+        ({"output_hidden_states": True}, r"model.apply\(.*, output_hidden_states=...\)"),
+        ({"architecture": "BertForMaskedLM"}, "write task=, such as task='masked_lm'"),
+        ({"num_labels": 3, "id2label": {0: "a"}}, "num_labels=3 and id2label=.* do not say the"),
+        ({"label2id": {"a": 0}}, "id2label gives the names by their ids"),
+        ({"labels": ("a",), "num_labels": 1}, "are one thing: give one of them"),
+        ({"nonsense": 1}, r"unknown config fields \['nonsense'\]"),
+    ],
+)
+def test_habits_of_hugging_face_are_told_what_to_write(checkpoint, given, says):
+    with pytest.raises(ValueError, match=says), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # num_labels beside id2label
+        lsg_flax.from_pretrained(checkpoint(), **given)
+
+
+def test_labels_may_be_given_as_hugging_face_does(checkpoint):
+    names = {"num_labels": 2, "id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
+    assert lsg_flax.from_pretrained(checkpoint(), **names)[0].config.labels == ("no", "yes")
+
+
+@pytest.mark.parametrize("name", ["dtype", "param_dtype"])
+@pytest.mark.parametrize("dtype", [jnp.int32, bool, complex, "nope", object])
+def test_types_that_are_no_real_numbers_are_refused(checkpoint, name, dtype, unchecked):
+    with pytest.raises(ValueError, match=rf"^{name}=.* must be a type of JAX's real numbers"):
+        lsg_flax.from_pretrained(checkpoint(), **{name: dtype})
 
 
 def test_unknown_classes_and_tasks_list_the_known(checkpoint, unchecked):

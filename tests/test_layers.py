@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from lsg_flax.kernels.dropout import drop
-from lsg_flax.models.layers import ACTIVATIONS, normalize, project
+from lsg_flax.models.activations import ACTIVATIONS
+from lsg_flax.models.layers import normalize, project
 
 
 def close(got, wanted, tolerance: float = 1e-5) -> None:

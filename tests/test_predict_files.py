@@ -181,7 +181,7 @@ def test_broken_lines_are_named_and_skipped_on_request(tmp_path, tokenizer):
         ),
         7: (b'{"text": 3}', "its text is no text but a int"),
         8: (b'{"input_ids": [1, "2"]}', "its input_ids are no list of whole numbers"),
-        9: (rb'{"text": "\ud800"}', "not valid UTF-8"),
+        9: (rb'{"text": "\ud800"}', "a lone surrogate"),
     }
     good = {
         1: b'{"text": "Paris"}',

@@ -18,7 +18,7 @@ from lsg_flax.hub.to_lsg import sinusoids
 from lsg_flax.inference import predict
 from lsg_flax.models import FAMILIES, TASKS, EncoderConfig, Model, Target, Task, ToLSG
 from lsg_flax.models.architecture import Architecture
-from lsg_flax.models.config_json import DIALECTS, REFUSED, Dialect
+from lsg_flax.models.config_json import ABSENT, DIALECTS, REFUSED, Dialect
 from lsg_flax.models.families import HeadTable, Row, bert, register
 from lsg_flax.models.families.family import Key, PositionTable
 from lsg_flax.models.heads import SequenceClassificationHead
@@ -71,9 +71,8 @@ MADE_UP = replace(
         f"{TABLES}/word_embeddings/embedding",
     ),
     dialect=Dialect(
-        {"type_vocab_size": 0},
-        {"hidden_size": "d_model"},
-        ("type_vocab_size",),
+        names={"hidden_size": "d_model"},
+        absent=ABSENT | {"type_vocab_size": 0},
         refused=REFUSED | {"rotary": (False, None)},
     ),
     architecture=Architecture(

@@ -25,7 +25,8 @@ TREES = pathlib.Path(__file__).parent / "golden" / "parameter_trees.json"
 # What each file or folder may import of lsg_flax, lowest first: a part imports only those above its
 # own line, so there is no cycle. (docs/design.md: import direction)
 MAY_IMPORT = {
-    **dict.fromkeys(("buckets", "chips", "files", "kernels", "sharding"), ""),
+    **dict.fromkeys(("buckets", "chips", "kernels", "locks", "sharding"), ""),
+    "files": "locks",
     "patterns": "kernels",
     "attention": "kernels patterns sharding",
     "adapters": "attention patterns",
@@ -34,12 +35,13 @@ MAY_IMPORT = {
     "hub": "convert_from_torch files models patterns sharding",
     "generation": "",
     "data": "buckets files models",
-    "inference": "buckets files models sharding",
-    "training": "buckets chips data files hub models patterns sharding",
-    "pipelines": "buckets files hub inference models",
+    "inference": "buckets files locks models sharding",
+    "training": "buckets chips data files hub locks models patterns sharding",
+    "pipelines": "buckets files hub inference locks models",
     "planning": "chips hub inference models patterns sharding training",
     "__init__": "attention generation hub models patterns pipelines",
-    "cli": "__init__ chips files hub models patterns pipelines planning sharding training",
+    "cli": "__init__ chips files generation hub locks models patterns pipelines planning sharding "
+    "training",
 }
 PARTS = list(MAY_IMPORT)
 MODULES = sorted(str(p.relative_to(PACKAGE).with_suffix("")) for p in PACKAGE.rglob("*.py"))
@@ -195,7 +197,7 @@ SIZES = {
 
 
 def config_of(model_type: str, lsg: LSGConfig | None) -> EncoderConfig:
-    return EncoderConfig.from_dict({"model_type": model_type, **SIZES}).with_overrides(lsg=lsg)
+    return EncoderConfig.from_dict({"model_type": model_type}).with_overrides(**SIZES, lsg=lsg)
 
 
 def parameter_trees() -> dict[str, dict[str, list[int]]]:

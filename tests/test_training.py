@@ -1,6 +1,7 @@
 """Losses against PyTorch's recorded ones and formulas in numpy; the step, the optimizer,
 checkpoints and the loop on a tiny model."""
 
+import contextlib
 import functools
 import json
 import math
@@ -599,7 +600,7 @@ def test_flops_of_a_step_counted_by_hand():
     batch["attention_mask"][1, 5:] = 0  # 15 tokens
     kernels = 2 * (4 * 8 * 8 + 2 * 8 * 16) + 8 * 8 + 8 * 23  # layers, transform, vocabulary
     assert flops.train_flops(model, batch) == 15 * (6 * kernels + 12 * 2 * 8 * 10)
-    shared = config(model_type="albert", embedding_size=4, num_hidden_groups=1)
+    shared = config(model_type="albert", embedding_size=4, num_hidden_groups=1, inner_group_num=1)
     kernels = 2 * (4 * 8 * 8 + 2 * 8 * 16) + 4 * 8  # one layer, used twice; the embeddings'
     expected = 15 * (6 * kernels + 12 * 2 * 8 * 10)
     assert flops.train_flops(Model(shared, "sequence_classification"), batch) == expected
@@ -706,3 +707,34 @@ def test_scores_of_an_evaluation_may_be_arrays_and_have_names_of_their_own(tmp_p
         with pytest.raises(ValueError, match=r"gives \['loss', 'step'\], names that a step has"):
             told.finish({"loss": 1.0, "step": 9})
     assert '"score": 0.5' in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_folder_that_is_a_file_is_refused_at_once(tmp_path):
+    (tmp_path / "file").touch()
+    for record in (training.Saving, training.Logging):
+        with pytest.raises(ValueError, match=r"folder=.*file is a file; give a folder"):
+            record(tmp_path / "file")
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_all_processes_of_a_run_stop_where_another_run_is(tmp_path, monkeypatch, taken):
+    """Only the first has the lock; here this process is the second."""
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(checkpoints.multihost_utils, "broadcast_one_to_all", lambda _: taken)
+    with contextlib.ExitStack() as stack:
+        if taken:
+            stack.enter_context(pytest.raises(OSError, match="first process of this run could not"))
+        stack.enter_context(checkpoints.locked_for_run(tmp_path))
+        assert not taken and not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_checkpoints_is_one_runs(tmp_path):
+    """Orbax would delete what the other is writing."""
+    with checkpoints.Checkpoints(training.Saving(tmp_path / "a")):
+        with pytest.raises(OSError, match=r"another process writes .*a: process \d+ on .*, since"):
+            checkpoints.Checkpoints(training.Saving(tmp_path / "a"))
+        with pytest.raises(OSError, match="another process writes"):
+            fit(tmp_path / "a", 2)
+    with checkpoints.Checkpoints(training.Saving(tmp_path / "a")):
+        pass

@@ -1,6 +1,7 @@
 """The command line, `lsg-flax`: one module per command, each with `add` (its options) and `run`."""
 
 import argparse
+import logging
 import os
 from collections.abc import Sequence
 
@@ -9,9 +10,12 @@ import jax
 
 import lsg_flax
 from lsg_flax.cli import convert, embed, generate, inspect, plan, predict, train
+from lsg_flax.cli.flags import in_flags
 from lsg_flax.cli.shared import plain_warnings, say
+from lsg_flax.training import SaveError
 
 ERROR, INTERRUPTED = 2, 130
+_EXPECTED = (ValueError, OSError, ImportError, SaveError, FloatingPointError)
 _COMMANDS = (convert, inspect, train, predict, embed, generate, plan)  # in the order of --help
 
 _DESCRIPTION = "LSG attention (local + sparse + global) for BERT-like checkpoints, in JAX."
@@ -37,10 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, or 2 after an error, which is one message on stderr.
     """
     arguments = _parser().parse_args(argv)
+    if not arguments.debug:  # Orbax shows tracebacks of what comes as one message
+        logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
     # transformers, asked for a tokenizer, would advise to install PyTorch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
-        with plain_warnings():
+        with plain_warnings(arguments):
             arguments.run(arguments)
     except KeyboardInterrupt:
         say("interrupted")
@@ -48,9 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             raise
-        expected = isinstance(error, ValueError | OSError | ImportError)
+        expected = isinstance(error, _EXPECTED)
         kind = "" if expected else f"unexpected {type(error).__name__}: "
-        say(f"error: {kind}{error}" + ("" if expected else " (--debug shows where)"))
+        say(
+            f"error: {kind}{in_flags(str(error), arguments)}"
+            + ("" if expected else " (--debug shows where)")
+        )
         return ERROR
     return 0
 

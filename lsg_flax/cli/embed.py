@@ -1,6 +1,7 @@
 """`lsg-flax embed`: turns texts into vectors."""
 
 import argparse
+import pathlib
 import sys
 from typing import get_args
 
@@ -8,7 +9,8 @@ from lsg_flax.cli import shared
 from lsg_flax.cli.shared import add_choice, add_number
 from lsg_flax.files import check_output
 from lsg_flax.hub import Pooling
-from lsg_flax.pipelines import embeddings
+from lsg_flax.locks import locked_file
+from lsg_flax.pipelines import BrokenLines, embeddings
 
 _DESCRIPTION = """Write one vector for each text of INPUT.
 
@@ -32,21 +34,30 @@ def add(commands: shared.Commands) -> None:
     )
     add_number(command, "--max-length", "tokens after which a text is cut")
     add_number(command, "--batch-size", "texts at once", 8)
+    add_choice(command, "--broken-lines", "what they do", get_args(BrokenLines), "raise")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
+    shared.check_positive(arguments, "batch_size", "max_length")
     embeddings.check_suffix(arguments.output, embeddings.VECTORS)  # before the work, not after
     check_output(arguments.output, arguments.input)
-    names, texts = embeddings.read_texts(arguments.input)
+    lines = embeddings.read_texts(arguments.input, broken_lines=arguments.broken_lines)
+    with locked_file(pathlib.Path(arguments.output)):
+        _embed(lines, arguments)
+
+
+def _embed(lines: embeddings.TextLines, arguments: argparse.Namespace) -> None:
     embedder = embeddings.Embedder.from_pretrained(
         arguments.model,
         pooling=arguments.pooling,
         normalize=arguments.normalize,
         max_length=arguments.max_length,
     )
-    vectors = embedder.embed(texts, batch_size=arguments.batch_size, progress=sys.stderr.isatty())
-    embeddings.write_vectors(arguments.output, names, vectors)
+    vectors = embedder.embed(
+        lines.texts, batch_size=arguments.batch_size, progress=sys.stderr.isatty()
+    )
+    embeddings.write_vectors(arguments.output, lines.names, vectors)
     shared.console().print(
         f"wrote {arguments.output}: {vectors.shape[0]:,} vectors of {vectors.shape[1]}, texts cut "
         f"at {embedder.max_length:,} tokens"

@@ -6,6 +6,7 @@ Axes: B batch, T tokens.
 import argparse
 import itertools
 import json
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any, get_args
@@ -17,11 +18,13 @@ from tqdm import tqdm
 
 import lsg_flax
 from lsg_flax import hub
-from lsg_flax.cli.shared import add_command, console
-from lsg_flax.files import check_output, written_aside
+from lsg_flax.cli.shared import add_choice, add_command, check_positive, console
+from lsg_flax.files import check_output, valid_text, write_aside
+from lsg_flax.generation import Sample
+from lsg_flax.locks import locked_file
 from lsg_flax.models import TASKS, Model, Params
-from lsg_flax.pipelines import embeddings
-from lsg_flax.training import Precision
+from lsg_flax.pipelines import BrokenLines, embeddings
+from lsg_flax.training import LARGEST_SEED, Precision
 
 _DESCRIPTION = """Continue texts with a decoder.
 
@@ -68,17 +71,41 @@ def add(commands: Any) -> None:
         metavar="NAME",
         help=f"of the computation: {', '.join(get_args(Precision))} (default: float32)",
     )
+    add_choice(how, "--broken-lines", "what they do", get_args(BrokenLines), "raise")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
-    for name, least in (
-        ("max-new-tokens", arguments.max_new_tokens),
-        ("batch-size", arguments.batch_size),
-    ):
-        if least < 1:
-            raise ValueError(f"--{name} {least} must be at least 1.")
-    names, texts = _read(arguments)
+    _check_numbers(arguments)
+    lines = _read(arguments)
+    if arguments.output is None:
+        print("\n".join(_continued(lines, arguments)))  # as it is: a console breaks long lines
+        return
+    target = pathlib.Path(arguments.output)
+    with locked_file(target):
+        written = zip(lines.names, _continued(lines, arguments), strict=True)
+        rows = [json.dumps({"id": name, "text": text}) for name, text in written]
+        write_aside(target, "".join(f"{row}\n" for row in rows).encode())
+    console().print(f"wrote {target}: {len(rows):,} continuations")
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    """Raises ValueError, before the model is read, for what no model can do."""
+    check_positive(arguments, "max_new_tokens", "batch_size")
+    if not 0 <= arguments.seed <= LARGEST_SEED:
+        raise ValueError(f"seed={arguments.seed} must lie in 0..{LARGEST_SEED}.")
+    if not math.isfinite(arguments.temperature):
+        raise ValueError(f"temperature={arguments.temperature} must be a positive number.")
+    sample = Sample(arguments.temperature, arguments.top_k, arguments.top_p)
+    if not arguments.do_sample and sample != Sample():
+        raise ValueError(
+            "--temperature, --top-k and --top-p need --do-sample; without it the likeliest token "
+            "is taken."
+        )
+
+
+def _continued(lines: embeddings.TextLines, arguments: argparse.Namespace) -> list[str]:
+    """The text behind each prompt."""
     checkpoint = hub.open_checkpoint(arguments.model)
     tokenizer, task = checkpoint.tokenizer, checkpoint.task
     if tokenizer is None:
@@ -90,38 +117,34 @@ def run(arguments: argparse.Namespace) -> None:
         )
     model, params = checkpoint.load(dtype=jnp.dtype(arguments.dtype).type)
     ends = _ends(model, tokenizer)
-    prompts = _encode(tokenizer, texts, ends)
-    for name, ids in zip(names, prompts, strict=True):
-        _check_length(name, len(ids), arguments.max_new_tokens, model.max_length)
-    written = [
+    prompts = _encode(tokenizer, lines.texts, ends)
+    for place, ids in zip(lines.places, prompts, strict=True):
+        _check_length(place, len(ids), arguments.max_new_tokens, model.max_length)
+    return [
         tokenizer.decode(ids, skip_special_tokens=True)
         for ids in _continue(model, params, prompts, ends, arguments)
     ]
-    if arguments.output is None:
-        print("\n".join(written))  # as it is: a console would break long lines
-        return
-    target = pathlib.Path(arguments.output)
-    lines = [json.dumps({"id": n, "text": t}) for n, t in zip(names, written, strict=True)]
-    with written_aside(target.parent) as aside:
-        (aside / target.name).write_text("".join(f"{line}\n" for line in lines))
-    console().print(f"wrote {target}: {len(lines):,} continuations")
 
 
-def _read(arguments: argparse.Namespace) -> tuple[list[Any], list[str]]:
-    """Names and texts of the prompts; raises ValueError for anything but one source of them."""
+def _read(arguments: argparse.Namespace) -> embeddings.TextLines:
+    """The prompts; raises ValueError for anything but one source of them."""
     files = [file for file in (arguments.input, arguments.output) if file is not None]
     if arguments.prompt is not None and not files:
-        return [f"--prompt {text[:60]!r}" for text in arguments.prompt], arguments.prompt
+        places = [f"--prompt {text[:60]!r}" for text in arguments.prompt]
+        for place, text in zip(places, arguments.prompt, strict=True):
+            try:
+                valid_text(text)
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}.") from error
+        return embeddings.TextLines(places, arguments.prompt, places)
     if arguments.prompt is not None or len(files) < 2:
         raise ValueError(
             "give either --prompt TEXT, or INPUT and OUTPUT; got "
             + (" ".join(files) or "neither")
             + (" and --prompt." if arguments.prompt else ".")
         )
-    if pathlib.Path(arguments.output).is_dir():
-        raise IsADirectoryError(f"{arguments.output} is a folder; give the name of a file.")
     check_output(arguments.output, arguments.input)
-    return embeddings.read_texts(arguments.input)
+    return embeddings.read_texts(arguments.input, broken_lines=arguments.broken_lines)
 
 
 def _ends(model: Model, tokenizer: Any) -> list[int]:
@@ -143,11 +166,11 @@ def _encode(tokenizer: Any, texts: Sequence[str], ends: list[int]) -> list[list[
     return [ids[:-1] if ids and ids[-1] in closing else ids for ids in encoded]
 
 
-def _check_length(name: Any, length: int, new: int, limit: int) -> None:
+def _check_length(place: str, length: int, new: int, limit: int) -> None:
     fits = limit - new + 1  # the last token is not read again
     if not 1 <= length <= fits:
         raise ValueError(
-            f"{name!r} has {length} tokens, and with --max-new-tokens {new} a prompt must have "
+            f"{place} has {length} tokens, and with --max-new-tokens {new} a prompt must have "
             f"1 to {max(fits, 0)}: this checkpoint reads {limit}. Shorten the prompt, or convert "
             "the checkpoint with a larger --max-sequence-length."
         )

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from lsg_flax.chips import CHIPS, GIB
 from lsg_flax.cli.shared import add_command, add_pattern, console, given_pattern, mesh_axes, say
-from lsg_flax.files import write_aside
+from lsg_flax.files import check_output, write_aside
+from lsg_flax.hub import CONFIG
 from lsg_flax.models import TASKS, Remat
 from lsg_flax.planning import (
     AttentionKind,
@@ -144,6 +145,9 @@ def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
     if arguments.json and not arguments.json.absolute().parent.is_dir():
         raise FileNotFoundError(f"{arguments.json.parent} is no folder to write --json into.")
+    if arguments.json:
+        source = pathlib.Path(arguments.source)
+        check_output(arguments.json, source, source / CONFIG)
     out, tried = console(), []
     with out.status("compiling") as status:
 

@@ -11,8 +11,16 @@ import jax.numpy as jnp
 from lsg_flax import hub
 from lsg_flax.cli import shared
 from lsg_flax.cli.shared import add_choice, add_number, add_switch
-from lsg_flax.models import TASKS
-from lsg_flax.pipelines import ANSWERS, BrokenLines, PipelineTask, predict_file
+from lsg_flax.files import check_output
+from lsg_flax.models import TASKS, Model
+from lsg_flax.pipelines import (
+    ANSWERS,
+    BrokenLines,
+    DocumentFile,
+    PipelineTask,
+    check_fields,
+    predict_file,
+)
 from lsg_flax.sharding import AXES, make_mesh
 from lsg_flax.training import Precision, check_names
 
@@ -24,12 +32,17 @@ INPUT is a .txt with one text per line, or a .jsonl of objects with "text" (and 
 gets its name when it is complete; a command that was stopped goes on when it is given again.
 
   lsg-flax predict ./areas documents.jsonl answers.jsonl --batch-size 32 --mesh data=8"""
+_SPELLED = {
+    'unfinished="replace"': "--restart",
+    "a text needs tokenizer=": "a text needs a tokenizer in MODEL",
+    "fields=": "outputs=",
+}
 _PASSED_ON = ("max_length", "truncation", "batch_size", "buckets", "broken_lines")
 
 
 def add(commands: shared.Commands) -> None:
     """Declares the command and its options."""
-    command = shared.add_command(commands, "predict", _DESCRIPTION, run)
+    command = shared.add_command(commands, "predict", _DESCRIPTION, run, _SPELLED)
     command.add_argument("model", metavar="MODEL", help="folder, or id on the Hugging Face hub")
     command.add_argument("input", metavar="INPUT", help=".jsonl or .txt")
     command.add_argument("output", metavar="OUTPUT", help="lines of JSON")
@@ -78,17 +91,25 @@ def _add_how(group: shared.Options) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
+    shared.check_positive(arguments, "batch_size", "max_length", "buckets")
     mesh = None if arguments.mesh is None else make_mesh(**arguments.mesh)
     checkpoint = hub.open_checkpoint(arguments.model)
+    # All that can be wrong is found before the weights are read.
+    task = arguments.task or checkpoint.task
+    answers = _answers(task, arguments)
+    if arguments.outputs:
+        check_fields(Model(checkpoint.config_for(task), task), arguments.outputs)
+    DocumentFile(arguments.input)
+    check_output(arguments.output, arguments.input)
     dtype = jnp.dtype(arguments.dtype).type
-    model, params = checkpoint.load(arguments.task, dtype=dtype, mesh=mesh)
+    model, params = checkpoint.load(task, dtype=dtype, mesh=mesh)
     written = predict_file(
         arguments.input,
         arguments.output,
         model,
         params,
         tokenizer=checkpoint.tokenizer,
-        answers=_answers(model.task, arguments),
+        answers=answers,
         fields=arguments.outputs or None,
         mesh=mesh,
         **{name: getattr(arguments, name) for name in _PASSED_ON},
@@ -108,15 +129,18 @@ def _answers(task: str, arguments: argparse.Namespace) -> PipelineTask | None:
         return None
     if task not in ANSWERS:
         raise ValueError(
-            f"a model for {task} has no answers, only outputs: add --outputs NAME, such as "
-            f"--outputs logits. Answers have {', '.join(ANSWERS)}."
+            f"a model for {task} has no answers, only outputs: add --outputs for all of them, or "
+            f"--outputs NAME. Answers have {', '.join(ANSWERS)} (--task)."
         )
     given = arguments.answers or {}
     check_names("--answers", given, _options(task))
     values = {name: _value(text) for name, text in given.items()}
     if "ignore_labels" in values:  # one is a list of one
         values["ignore_labels"] = (given["ignore_labels"],)
-    return dataclasses.replace(ANSWERS[task], **values)
+    try:
+        return dataclasses.replace(ANSWERS[task], **values)
+    except ValueError as error:
+        raise ValueError(f"--answers: {error}") from error
 
 
 def _options(task: str) -> list[str]:

@@ -4,11 +4,13 @@ import argparse
 import contextlib
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
 
+from lsg_flax.cli.flags import in_flags
 from lsg_flax.patterns import MAX_GLOBAL_TOKENS, SPARSITY_TYPES, LSGConfig
 from lsg_flax.sharding import AXES
 
@@ -21,10 +23,15 @@ _NUMBERS = ("num_global_tokens", "block_size", "sparse_block_size", "sparsity_fa
 
 
 def add_command(
-    commands: Commands, name: str, description: str, run: Callable[[argparse.Namespace], None]
+    commands: Commands,
+    name: str,
+    description: str,
+    run: Callable[[argparse.Namespace], None],
+    spelled: Mapping[str, str] = MappingProxyType({}),
 ) -> argparse.ArgumentParser:
     """Declares a command; its `run` gets the parsed arguments. The first line of the description
-    is its help in the list of commands."""
+    is its help in the list of commands; `spelled` says what of the library's messages the command
+    calls otherwise, where its flags have not the names of arguments."""
     command = commands.add_parser(
         name,
         help=description.split("\n")[0],
@@ -32,7 +39,7 @@ def add_command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, command=command, spelled=spelled)
     return command
 
 
@@ -40,6 +47,15 @@ def add_number(options: Options, flag: str, about: str, default: int | None = No
     """Declares an option that is a whole number; its help says the default."""
     about += "" if default is None else " (default: %(default)s)"
     options.add_argument(flag, type=int, default=default, metavar="N", help=about)
+
+
+def check_positive(arguments: argparse.Namespace, *names: str) -> None:
+    """Raises ValueError for a number, or one of several, that is under 1."""
+    for name in names:
+        given = getattr(arguments, name)
+        several = given if isinstance(given, list) else [given]
+        if any(number is not None and number < 1 for number in several):
+            raise ValueError(f"{name}={given} must be at least 1.")
 
 
 def add_choice(
@@ -127,8 +143,10 @@ def say(message: str) -> None:
 
 
 @contextlib.contextmanager
-def plain_warnings() -> Iterator[None]:
-    """Shows a warning's message without the line of code that gave it."""
+def plain_warnings(arguments: argparse.Namespace) -> Iterator[None]:
+    """Shows a warning's message, in the command's words, without the line of code that gave it."""
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
+        warnings.showwarning = lambda message, *_, **__: say(
+            f"warning: {in_flags(str(message), arguments)}"
+        )
         yield

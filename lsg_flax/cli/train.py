@@ -104,9 +104,12 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.distributed:
         _join(arguments.distributed)
     first = jax.process_index() == 0
-    if first:
-        say(f"metrics go to {settings.output}/log/metrics.jsonl")
-    result = finetune(settings, progress=sys.stderr.isatty())
+
+    def begins() -> None:
+        if first:
+            say(f"metrics go to {settings.output}/log/metrics.jsonl")
+
+    result = finetune(settings, progress=sys.stderr.isatty(), begins=begins)
     if first:
         _show(result)
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
-from lsg_flax.files import Json, read_lines, valid_text
+from lsg_flax.files import Json, read_lines, utf8_text
 
 OnError = Literal["raise", "skip"]
 TextUnit = Literal["line", "file"]
@@ -59,6 +59,7 @@ class FileSource:
     def __init__(self, files: Sequence[pathlib.Path], text_unit: TextUnit):
         self.files = tuple(files)
         self.text_unit: TextUnit = text_unit
+        self._states = self._state()
         self.name = ", ".join(map(str, self.files[:3])) + (", ..." if len(self.files) > 3 else "")
 
     def rows(self, problems: Problems) -> Iterator[DataRow]:
@@ -71,12 +72,24 @@ class FileSource:
 
     def digest(self) -> str:
         """A hash of the contents of the files, in order."""
-        total = hashlib.sha256()
+        total, self._states = hashlib.sha256(), self._state()
         for file in self.files:
             with file.open("rb") as opened:
                 total.update(hashlib.file_digest(opened, "sha256").digest())
             total.update(file.suffix.encode())
         return total.hexdigest()
+
+    def check_unchanged(self) -> None:
+        """Raises ValueError if a file is another than the one that `digest` has read: its rows
+        would be kept as those of the old one."""
+        for file, before, now in zip(self.files, self._states, self._state(), strict=True):
+            if before != now:
+                raise ValueError(f"{file} changed while it was read; run again when it is whole.")
+
+    def _state(self) -> list[tuple[int, int, int] | None]:
+        """What changes with the contents of each file; None for one that is gone."""
+        states = [file.stat() if file.exists() else None for file in self.files]
+        return [state and (state.st_ino, state.st_size, state.st_mtime_ns) for state in states]
 
     def label_names(self, column: str) -> tuple[str, ...] | None:
         """Names of the labels, if the source itself knows them; files do not."""
@@ -112,6 +125,9 @@ class DatasetSource:
     def digest(self) -> str:
         """The library's own fingerprint of the table and all that was done to it."""
         return f"{self.name} {self.dataset._fingerprint}"
+
+    def check_unchanged(self) -> None:
+        """The library keeps a table as it was loaded."""
 
     def label_names(self, column: str) -> tuple[str, ...] | None:
         """The names of a `ClassLabel` column, or of a list of them."""
@@ -219,7 +235,7 @@ def _read_csv(file: pathlib.Path, problems: Problems) -> Iterator[DataRow]:
                     continue
                 if len(fields) != len(names):
                     raise ValueError(f"{len(fields)} fields for the columns {names}")
-                valid_text("".join(fields))
+                utf8_text("".join(fields))
             except (csv.Error, ValueError) as error:
                 if isinstance(error, csv.Error) and reader.line_num > first:
                     raise ValueError(  # never skipped: nobody knows where the row should end

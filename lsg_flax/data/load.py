@@ -19,7 +19,7 @@ from lsg_flax.data.files import DataSource, Paths, Problems, open_source
 from lsg_flax.data.options import DataOptions
 from lsg_flax.data.tasks import ExampleEncoder, make_encoder
 from lsg_flax.data.values import names_of_labels
-from lsg_flax.files import written_aside
+from lsg_flax.files import check_folder, written_aside
 
 _FORMAT = 2  # of the files in the cache; a higher number makes older ones unknown
 _CHUNK = 256  # examples that are tokenised together and held in memory
@@ -60,6 +60,7 @@ def load_examples(
     source = open_source(paths, subset=subset, split=split, text_unit=options.text_unit)
     key = _fingerprint(source, options, tokenizer)
     folder = (_default_cache() if cache is None else pathlib.Path(cache)).absolute()
+    check_folder("cache", folder)
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / f"{key}.lock"):  # others wait, and then find it done
         dataset = _open(folder / key)
@@ -125,6 +126,7 @@ def _tokenize(
         with tqdm(unit="example", disable=not progress) as bar:
             for groups in _encoded(encoder, source, problems, bar):
                 writer.add(groups)
+        source.check_unchanged()
         if not writer.rows:
             raise ValueError(
                 f"{source.name} has no rows that can be read ({problems.skipped} were skipped"

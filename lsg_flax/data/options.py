@@ -109,8 +109,11 @@ class DataOptions:
                 f"problem_type={self.problem_type!r} is for {' and '.join(several)}, not "
                 f"{self.task}."
             )
-        if self.labels is not None and len(set(self.labels)) < max(len(self.labels), 1):
-            raise ValueError(f"labels={self.labels} must be different names, at least one.")
+        names = [name for name in self.labels or () if name.strip()]
+        if self.labels is not None and len(set(names)) < max(len(self.labels), 1):
+            raise ValueError(
+                f"labels={self.labels} must be different names, at least one and none empty."
+            )
 
     @property
     def packed(self) -> bool:

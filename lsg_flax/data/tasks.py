@@ -13,8 +13,8 @@ import numpy as np
 from lsg_flax.data.cache import INPUT, OFFSETS, EncodedRow, Sequences
 from lsg_flax.data.files import DataRow, Problems
 from lsg_flax.data.options import DEFAULT_PROBLEM, DataOptions
-from lsg_flax.data.values import answers_in, label_number, numbers_in, text_in, value_in
-from lsg_flax.files import Json, valid_text
+from lsg_flax.data.values import answers_in, label_number, numbers_in, text_in, texts_in, value_in
+from lsg_flax.files import Json
 from lsg_flax.models import IGNORED, TASKS, Examples
 
 # What a tokenizer gives for each token, and how it is stored.
@@ -191,11 +191,7 @@ class WordExampleEncoder(ExampleEncoder):
 
     def example(self, row):
         names = self.options.columns
-        words, tags = value_in(row, names.tokens), None
-        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-            raise ValueError(f"{names.tokens!r} must be a list of words, got {words!r:.60}")
-        if not words:
-            raise ValueError(f"{names.tokens!r} is empty")
+        words, tags = texts_in(row, names.tokens, "word"), None
         if self.options.with_labels:
             given = value_in(row, names.tags)
             if not isinstance(given, list) or len(given) != len(words):
@@ -204,7 +200,6 @@ class WordExampleEncoder(ExampleEncoder):
                     f"got {given!r:.60}"
                 )
             tags = np.array([label_number(tag, self.labels or ()) for tag in given], np.int32)
-        words = [valid_text(word) for word in words]
         return Example(row.place, (words,), tags, self.id_of(row))
 
     def encode(self, examples):
@@ -299,9 +294,7 @@ class ChoiceExampleEncoder(ExampleEncoder):
 
     def example(self, row):
         names = self.options.columns
-        choices = value_in(row, names.choices)
-        if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
-            raise ValueError(f"{names.choices!r} must be a list of texts, got {choices!r:.60}")
+        choices = texts_in(row, names.choices, "text")
         wanted = len(choices) if self.choices is None else self.choices
         if len(choices) != wanted or wanted < 2:
             raise ValueError(
@@ -313,7 +306,6 @@ class ChoiceExampleEncoder(ExampleEncoder):
             value = value_in(row, names.label)
             label = np.int32(label_number(value, tuple(map(str, range(wanted)))))
         self.choices = wanted
-        choices = [valid_text(choice) for choice in choices]
         return Example(row.place, (text, choices), label, self.id_of(row))
 
     def encode(self, examples):

@@ -3,9 +3,12 @@
 Axes: Y labels.
 """
 
+import contextlib
+import functools
 import math
+import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -13,6 +16,7 @@ from jaxtyping import Float
 from lsg_flax.data.files import DataRow
 from lsg_flax.files import valid_text
 
+_QUANTITY = r"[+-]?(\d+\.?\d*|\.\d+)"
 _MOST_LABELS = 1 << 20  # that are believed without a list of names
 
 
@@ -30,44 +34,119 @@ def text_in(row: DataRow, column: str) -> str:
     value = value_in(row, column)
     if not isinstance(value, str):
         raise ValueError(f"{column!r} must be a text, got {value!r:.60}")
+    if not value.strip():
+        raise ValueError(f"{column!r} is empty")
     return valid_text(value)
 
 
+def texts_in(row: DataRow, column: str, what: str) -> list[str]:
+    """The texts of a list, or a ValueError that says what it is instead; `what` they are."""
+    value = value_in(row, column)
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise ValueError(f"{column!r} must be a list of {what}s, got {value!r:.60}")
+    if not value:
+        raise ValueError(f"{column!r} is empty")
+    blank = [place for place, text in enumerate(value) if not text.strip()]
+    if blank:
+        raise ValueError(f"{column!r} has an empty {what} at {blank[0]} (from 0)")
+    return [valid_text(text) for text in value]
+
+
+# What a label in a row means, in the data of training, evaluation and prediction alike:
+#
+#   "pos"             the name
+#   1, 1.0, "1"       the number 1, and so are "01" and "1.0"
+#   true, false       the numbers 1 and 0
+#   "", " ", " pos"   nothing: the row is broken
+#   0.5, NaN, null, lists, objects: nothing
+#
+# A number counts the labels from 0, unless some names are numbers themselves: then it is the name.
+
+
+def label_value(value: object) -> str | int:
+    """The name or number that a label is.
+
+    Raises:
+        ValueError: for one that is neither.
+    """
+    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, str):
+        if not value.strip():
+            raise ValueError(f"the label {value!r} is empty")
+        if value != value.strip():
+            raise ValueError(
+                f"the label {value!r} has spaces around it and would be another class than "
+                f"{value.strip()!r}; take them away, or give labels=, the names as they are"
+            )
+        return valid_text(value)
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        return int(value)
+    raise ValueError(f"a label is a name or a whole number, got {value!r:.60}")
+
+
+class LabelTable(NamedTuple):
+    """Names of labels, made ready to look them up."""
+
+    places: dict[str, int]
+    numbers: bool  # whether some names are numbers themselves
+
+    @classmethod
+    @functools.lru_cache(maxsize=8)
+    def of(cls, names: tuple[str, ...]) -> "LabelTable":
+        """The table of these names."""
+        places = {name: place for place, name in enumerate(names)}
+        return cls(places, any(_number_of(name) is not None for name in names))
+
+
 def label_number(value: object, names: tuple[str, ...]) -> int:
-    """The number of a label that is given by name, or by number, maybe as text.
+    """The number of a label that is given by name or by number.
 
     Raises:
         ValueError: for one that is not among the names.
     """
-    if isinstance(value, str):
-        if value in names:
-            return names.index(value)
-        if value.isdecimal():
-            value = int(value)
-    if isinstance(value, int) and 0 <= value < len(names):
-        return int(value)
+    table = LabelTable.of(names)
+    if isinstance(value, str) and value in table.places:
+        return table.places[value]
+    value = label_value(value)
+    number = _number_of(value)
+    if number is not None and str(number) in table.places:
+        return table.places[str(number)]
+    if number is not None and 0 <= number < len(names) and not table.numbers:
+        return number
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    raise ValueError(
-        f"label {value!r} is none of the {len(names)} labels {shown} (or their numbers from 0)"
-    )
+    numbers = "" if table.numbers else " (or their numbers from 0)"
+    raise ValueError(f"label {value!r} is none of the {len(names)} labels {shown}{numbers}")
+
+
+def _number_of(value: str | int) -> int | None:
+    """The whole number that a label is, maybe as text; None for a name."""
+    if isinstance(value, int):
+        return value
+    return int(value.split(".")[0]) if re.fullmatch(r"[+-]?\d{1,18}(\.0*)?", value) else None
 
 
 def names_of_labels(values: Iterable[object]) -> tuple[str, ...]:
-    """The labels found in a column: the names sorted, or the numbers from 0 to the largest.
+    """The labels found in a column: the names sorted, or the numbers from 0 to the largest. What is
+    no label is left for the row that has it.
 
     Raises:
         ValueError: for names and numbers together, or numbers that cannot count labels.
     """
-    names: set[str] = set()
-    numbers: set[int] = set()
+    found: set[str | int] = set()
     for value in values:
         for label in value if isinstance(value, list) else [value]:
-            if isinstance(label, str):
-                names.add(label)
-            elif isinstance(label, int) and label >= 0:
-                numbers.add(int(label))
-    if all(name.isdecimal() for name in names):
-        names, numbers = set(), numbers | {*map(int, names)}
+            with contextlib.suppress(ValueError):
+                found.add(label_value(label))
+    names = {label for label in found if isinstance(label, str)}
+    numbers = {label for label in found if isinstance(label, int)}
+    if names and all(re.fullmatch(_QUANTITY, name) for name in names):  # as in a .csv
+        whole = {name: number for name in names if (number := _number_of(name)) is not None}
+        if names - whole.keys():
+            raise ValueError(
+                f"labels are numbers such as {min(names - whole.keys())} that are not whole; give "
+                "problem_type='regression' for quantities, or labels=, the names."
+            )
+        names, numbers = set(), numbers | {*whole.values()}
     if names and numbers:
         raise ValueError(
             f"labels are names such as {min(names)!r} and numbers such as {min(numbers)}; give "

@@ -19,7 +19,14 @@ from lsg_flax.files import read_json
 from lsg_flax.hub.sentence_files import MODULES, Modules, read_modules
 from lsg_flax.hub.tokenizer_files import Tokenizer, read_tokenizer
 from lsg_flax.hub.weights import CONFIG, Tensors, open_tensors
-from lsg_flax.models import EncoderConfig, Model, Params, family_of
+from lsg_flax.models import (
+    EncoderConfig,
+    Model,
+    Params,
+    class_names,
+    family_of,
+    model_type_of,
+)
 from lsg_flax.sharding import shardings_for
 
 ALL_FILES = ("*.json", "*.safetensors", "pytorch_model*.bin", "*.txt", "*.model")
@@ -47,9 +54,7 @@ class Checkpoint:
     @property
     def architectures(self) -> tuple[str, ...]:
         """The names of PyTorch's classes in config.json; often one, none where it says nothing."""
-        names = self.values.get("architectures") or ()
-        # The reference's converter leaves a plain string.
-        return (names,) if isinstance(names, str) else tuple(names)
+        return class_names(self.values)
 
     @property
     def head(self) -> str | None:
@@ -114,12 +119,18 @@ class Checkpoint:
         return model, params
 
 
-def open_checkpoint(path_or_id: str | os.PathLike, files: Sequence[str] = ALL_FILES) -> Checkpoint:
+def open_checkpoint(
+    path_or_id: str | os.PathLike,
+    files: Sequence[str] = ALL_FILES,
+    *,
+    model_type: str | None = None,
+) -> Checkpoint:
     """Opens a folder, the config.json in one, or a repository of the hub, which is downloaded.
 
     Args:
         files: patterns of what to download; with `CONFIG_FILES` the model is known, not its
             weights.
+        model_type: by which config.json is read; None takes its own, or that of `architectures`.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
@@ -131,12 +142,17 @@ def open_checkpoint(path_or_id: str | os.PathLike, files: Sequence[str] = ALL_FI
         root = resolve(path_or_id, files)
         modules = read_modules(root)
         file = (modules[0][1] if modules else root) / CONFIG
-    if not file.exists():
+    if not file.is_file():
         there = sorted(p.name for p in file.parent.iterdir())[:10]
         raise FileNotFoundError(f"{file.parent} has no {CONFIG}; it holds {there}.")
     values = read_json(file)
-    family_of(values.get("model_type", "<none>"))  # raises before other fields are looked at
-    return Checkpoint(root, file.parent, values, EncoderConfig.from_dict(values), modules)
+    try:
+        values["model_type"] = model_type or model_type_of(values)
+        family_of(values["model_type"])  # raises before other fields are looked at
+        config = EncoderConfig.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return Checkpoint(root, file.parent, values, config, modules)
 
 
 def resolve(path_or_id: str | os.PathLike, files: Sequence[str] = ALL_FILES) -> pathlib.Path:

@@ -59,7 +59,8 @@ def from_pretrained(
         ValueError: for an unsupported model_type or setting, tensors that do not match the config,
             a damaged file.
     """
-    return open_checkpoint(path_or_id).load(
+    checkpoint = open_checkpoint(path_or_id, model_type=config_overrides.pop("model_type", None))
+    return checkpoint.load(
         task, dtype=dtype, param_dtype=param_dtype, mesh=mesh, check=check, **config_overrides
     )
 
@@ -119,7 +120,7 @@ def convert_checkpoint(
     Raises:
         ValueError: for options that do not fit the source, and as `from_pretrained`.
     """
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, model_type=lsg_overrides.pop("model_type", None))
     names = {f.name for f in fields(LSGConfig)}
     chosen = {name: lsg_overrides.pop(name) for name in names & lsg_overrides.keys()}
     model, params = checkpoint.load(task, check=check, **lsg_overrides)

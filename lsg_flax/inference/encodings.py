@@ -83,7 +83,7 @@ def padded(
     encodings: Sequence[Encoding], model: Model, batch_size: int, bucket: int
 ) -> dict[str, np.ndarray]:
     """Arrays [B, T] ([B, C, T] for choices) of a whole batch; what fills it up is masked."""
-    fill = {"input_ids": model.config.pad_token_id or 0}
+    fill = {"input_ids": model.config.filler}
     choices = len(choices_of(encodings[0]["input_ids"], model))
     arrays = {
         name: np.full((batch_size, choices, bucket), fill.get(name, 0), np.int32)

@@ -5,6 +5,7 @@ docs/inference.md shows the lines that run it where lsg_flax is not installed.
 Axes: B batch, T tokens.
 """
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -19,8 +20,9 @@ from jax import export
 from jax.sharding import AbstractDevice, AbstractMesh
 from safetensors.flax import save_file
 
-from lsg_flax.files import written_aside
+from lsg_flax.files import file_aside
 from lsg_flax.inference.program import outputs_of
+from lsg_flax.locks import locked_file
 from lsg_flax.models import Model, Params
 
 Platform = Literal["cpu", "cuda", "rocm", "tpu"]
@@ -91,10 +93,11 @@ def export_model(
         exported = export.export(jax.jit(program), platforms=tuple(platforms))(*arguments)
     path = pathlib.Path(path)
     beside = path.with_name(f"{path.name}.safetensors")
-    with written_aside(path.parent) as aside:
-        (aside / path.name).write_bytes(exported.serialize())
+    with locked_file(path), contextlib.ExitStack() as stack:
+        stack.enter_context(file_aside(path)).write_bytes(exported.serialize())
         if parameters == "beside":
-            save_file(jax.tree.map(jax.numpy.asarray, flat), aside / beside.name)
+            weights = stack.enter_context(file_aside(beside))
+            save_file(jax.tree.map(jax.numpy.asarray, flat), weights)
     return (path, beside) if parameters == "beside" else (path,)
 
 

@@ -15,10 +15,10 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
-import filelock
 import numpy as np
 
-from lsg_flax.files import differences, sync_folder, write_aside
+from lsg_flax.files import check_file, differences, sync_folder, write_aside
+from lsg_flax.locks import explained, locked_file, refusal
 
 Unfinished = Literal["continue", "replace"]
 
@@ -80,10 +80,8 @@ class ResumableLines:
             OSError: if nothing can be written there, or another process writes it.
         """
         with contextlib.ExitStack() as stack, self._explained():
-            if self.target.is_dir():
-                raise IsADirectoryError(f"{self.target} is a folder; give the name of a file.")
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            self._lock(stack)
+            check_file(self.target)
+            stack.enter_context(locked_file(self.target))
             if self._unfinished == "replace":
                 self._remove()
             self._last = self._find()
@@ -105,7 +103,7 @@ class ResumableLines:
                     sync_folder(self.target.parent)
                     self.journal.unlink()
             elif self.finished:
-                error.add_note(self._kept())
+                error.add_note(f"{self._kept()}.")
             else:
                 self._remove()
 
@@ -211,34 +209,21 @@ class ResumableLines:
         self.partial.unlink(missing_ok=True)  # first: without a journal it could not be continued
         self.journal.unlink(missing_ok=True)
 
-    def _lock(self, stack: contextlib.ExitStack) -> None:
-        file = self.partial.with_name(f"{self.partial.name}.lock")
-        try:
-            lock = filelock.FileLock(file)
-            lock.acquire(timeout=0)
-        except filelock.Timeout as error:
-            raise OSError(
-                f"another process writes {self.partial}; wait for it. If there is none, remove "
-                f"{file}."
-            ) from error
-        stack.callback(file.unlink, missing_ok=True)
-        stack.callback(lock.release)
-
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
         """Says what is kept when the system refuses."""
         try:
             yield
         except OSError as error:
-            if error.errno is None:  # one of ours
+            if explained(error):
                 raise
-            message = f"{error.strerror}; {self._kept() if self.finished else 'nothing is written'}"
-            raise OSError(error.errno, message, str(error.filename or self.partial)) from error
+            kept = [self._kept()] if self.finished else []
+            raise refusal(error, self.partial, *kept) from error
 
     def _kept(self) -> str:
         return (
             f"{self.finished} finished documents are kept in {self.partial}; the same call "
-            "continues with the others."
+            "continues with the others"
         )
 
     def _foreign(self, reason: str) -> str:

@@ -42,6 +42,12 @@ class Architecture:
         """Whether there is a projection from the embeddings to the layers."""
         return self.always_projects or config.embedding_width != config.hidden_size
 
+    def first_row(self, config: EncoderConfig) -> int:
+        """The row of the position table that the first token has, or those before it if more."""
+        if self.positions == "from_zero":
+            return self.position_offset
+        return max(self.position_offset, (config.pad_token_id or 0) + 1)
+
     def groups_of(self, projection: str, config: EncoderConfig) -> int:
         """How many groups a projection of the layers has."""
         field = dict(self.groups).get(projection)

@@ -6,20 +6,27 @@ corrected: an invalid value raises with the value, what is allowed, and what to 
 """
 
 import json
+import math
 import warnings
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar
 
+from lsg_flax.models.activations import activation
 from lsg_flax.models.config_json import (
+    LABEL_COUNT,
     LSG_FIELDS,
-    OF_SOME_FAMILIES,
+    RATE,
+    Dialect,
+    dialect_of,
     read_fields,
     read_labels,
     write_fields,
 )
+from lsg_flax.models.keywords import heed_keywords
 from lsg_flax.models.task import ProblemType
-from lsg_flax.patterns import LSGConfig, require
+from lsg_flax.patterns import LSGConfig, Range, check_fields, checked_value, require, whole
 
+MOST_LAYERS = 1000  # with parameters of their own; each has 16 tensors that are listed by name
 # Not typing.Self, which beartype refuses in the tests.
 AnyConfig = TypeVar("AnyConfig", bound="ModelConfig")
 
@@ -33,7 +40,14 @@ class ModelConfig:
         lsg: the attention pattern; None is full attention.
         extra: every field of config.json that lsg_flax does not use, as canonical JSON, so that it
             survives a round trip.
+        RANGES: of the fields that are numbers. The upper ends are beyond every real model.
     """
+
+    RANGES: ClassVar[dict[str, Range]] = {
+        "vocab_size": whole(1, 2**28),
+        "hidden_size": whole(1, 2**20),
+        "initializer_range": Range(0.0, 100.0, "must be 0 or positive, at most 100"),
+    }
 
     model_type: str
     vocab_size: int = 30522
@@ -47,22 +61,37 @@ class ModelConfig:
     extra: str = field(default="{}", repr=False)
 
     def __post_init__(self):
-        self.require_positive("vocab_size", "hidden_size")
+        dialect = self.dialect
+        check_fields(self, self.RANGES, dialect.spelled)
+        checked_value("num_labels", len(self.labels), int, LABEL_COUNT)
+        pad, size = self.pad_token_id, self.vocab_size
         require(
-            self.problem_type is None or self.problem_type in get_args(ProblemType),
-            f"problem_type={self.problem_type!r} is unknown; choose one of "
-            f"{', '.join(get_args(ProblemType))}.",
+            pad is None or -size <= pad < size,  # as in PyTorch, which counts from the end too
+            f"pad_token_id={pad} is outside {-size}..{size - 1}, the rows that vocab_size={size} "
+            "gives.",
         )
+        require(
+            self.problem_type != "single_label_classification" or self.num_labels > 1,
+            "problem_type='single_label_classification' needs two labels or more, and num_labels="
+            "1; use problem_type='regression' for one number.",  # transformers 5 asks for it too
+        )
+        dialect.check_absent({f.name: getattr(self, f.name) for f in fields(self)}, self.model_type)
+        dialect.check_others(json.loads(self.extra), lsg=self.lsg is not None)
 
-    def require_positive(self, *names: str) -> None:
-        """Raises ValueError for a field of these that is given and less than 1."""
-        for name in names:
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name}={value} must be at least 1.")
+    @property
+    def dialect(self) -> Dialect:
+        """How the family writes config.json."""
+        # No text yet where a wrong value is about to be refused.
+        return dialect_of(self.model_type) if isinstance(self.model_type, str) else Dialect()
 
     def other(self, name: str, default: Any) -> Any:
         """A field of config.json that is not one of the attributes."""
         return json.loads(self.extra).get(name, default)
+
+    @property
+    def filler(self) -> int:
+        """The row of the word table that stands where a mask hides what it is."""
+        return (self.pad_token_id or 0) % self.vocab_size
 
     @property
     def num_labels(self) -> int:
@@ -86,47 +115,85 @@ class ModelConfig:
         return write_fields(values)
 
     def with_overrides(self: AnyConfig, **overrides: Any) -> AnyConfig:
-        """A copy with other values, given by their flat names in config.json (`num_labels` and LSG
-        fields included).
+        """A copy with other values, given by their flat names in config.json or by ours
+        (`num_labels` and LSG fields included).
 
         Raises:
             ValueError: for an unknown name, or an LSG field where the attention is full.
         """
-        known = {f.name for f in fields(self)} - {"extra"}
-        lsg_overrides = {name: overrides.pop(name) for name in LSG_FIELDS if name in overrides}
-        if "num_labels" in overrides:
-            count = overrides.pop("num_labels")
-            require(count >= 1, f"num_labels={count} must be at least 1.")
-            if count != self.num_labels:
-                overrides.setdefault("labels", tuple(f"LABEL_{i}" for i in range(count)))
-        if "id2label" in overrides:
-            overrides["labels"] = read_labels({"id2label": overrides.pop("id2label")})
-        unknown = sorted(overrides.keys() - known)
+        given = heed_keywords(overrides)
+        ours = {theirs: name for name, theirs in self.dialect.names.items()}
+        values = {ours.get(name, name): value for name, value in given.items()}
+        require(
+            len(values) == len(given),
+            f"{sorted(given.keys() & ours)} are given under both of their names; give one of them.",
+        )
+        values |= self._labels_of(values)
+        known = {f.name for f in fields(self)} - {"extra", "model_type"}
+        lsg = {name: values.pop(name) for name in LSG_FIELDS if name in values}
+        others = {name: values.pop(name) for name in self.dialect.others if name in values}
+        unknown = sorted(values.keys() - known)
         require(
             not unknown,
             f"unknown config fields {unknown}; known are "
-            f"{sorted(known | set(LSG_FIELDS) | {'num_labels', 'id2label'})}.",
+            f"{sorted({*known, *LSG_FIELDS, *self.dialect.others, 'num_labels', 'id2label'})}.",
         )
-        if lsg_overrides and "lsg" not in overrides:
+        if lsg and "lsg" not in values:
             require(
                 self.lsg is not None,
-                f"{sorted(lsg_overrides)} are LSG settings, but this checkpoint has full "
-                "attention; "
+                f"{sorted(lsg)} are LSG settings, but this checkpoint has full attention; "
                 "turn it into an LSG one first: lsg_flax.convert_checkpoint(source, ...).",
             )
-            overrides["lsg"] = replace(self.lsg, **lsg_overrides)  # type: ignore[type-var]
-        return replace(self, **overrides)
+            values["lsg"] = replace(self.lsg, **lsg)  # type: ignore[type-var]
+        if others:
+            values["extra"] = json.dumps(json.loads(self.extra) | others, sort_keys=True)
+        return replace(self, **values)
+
+    def _labels_of(self, overrides: dict[str, Any]) -> dict[str, Any]:
+        """The labels that overrides give as Hugging Face calls them, which are taken out."""
+        names = ("num_labels", "id2label", "label2id")
+        given = {name: overrides.pop(name) for name in names if name in overrides}
+        if not given or "labels" in overrides:
+            require(not given, f"labels and {[*given]} are one thing: give one of them.")
+            return {}
+        labels = read_labels(dict(given))
+        if given.keys() == {"num_labels"} and len(labels) == self.num_labels:
+            return {}
+        inverse = {label: i for i, label in enumerate(labels)}
+        require(
+            given.get("num_labels", len(labels)) == len(labels)
+            and given.get("label2id", inverse) == inverse,
+            f"{' and '.join(f'{n}={v!r}' for n, v in given.items())} do not say the same; "
+            "id2label gives the names by their ids.",
+        )
+        return {"labels": labels}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig(ModelConfig):
-    """One encoder of any supported family.
+    """One encoder of any supported family. Defaults are BERT's; those of another family come from
+    `EncoderConfig.from_dict({"model_type": ...})`.
 
     Attributes:
         embedding_size: the width of the tables where it is not `hidden_size`.
         num_hidden_groups: layers share parameters: consecutive ones use the same group of
             `inner_group_num` layers (ALBERT).
     """
+
+    RANGES: ClassVar[dict[str, Range]] = ModelConfig.RANGES | {
+        "num_hidden_layers": whole(1, MOST_LAYERS),
+        "num_attention_heads": whole(1, 2**16),
+        "intermediate_size": whole(1, 2**24),
+        "hidden_dropout_prob": RATE,
+        "attention_probs_dropout_prob": RATE,
+        "max_position_embeddings": whole(1, 2**28),
+        "type_vocab_size": whole(0, 2**20),
+        "layer_norm_eps": Range(0.0, 1.0, "must lie in [0, 1]"),
+        "classifier_dropout": RATE,
+        "embedding_size": whole(1, 2**20),
+        "num_hidden_groups": whole(1, MOST_LAYERS),
+        "inner_group_num": whole(1, 100),
+    }
 
     model_type: str = "bert"
     num_hidden_layers: int = 12
@@ -147,25 +214,31 @@ class EncoderConfig(ModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.require_positive("num_attention_heads", "intermediate_size", "num_hidden_layers")
-        self.require_positive("max_position_embeddings", *OF_SOME_FAMILIES)
+        activation(self.hidden_act, self.dialect.spelled("hidden_act"))
+        for name, of in (
+            ("num_hidden_layers", "num_hidden_groups"),
+            ("hidden_size", "num_attention_heads"),
+        ):
+            value, parts = getattr(self, name), getattr(self, of) or 1
+            require(
+                value % parts == 0,
+                f"{self.dialect.spelled(name)}={value} is not divisible by "
+                f"{self.dialect.spelled(of)}={parts}.",
+            )
         require(
-            self.num_hidden_layers % (self.num_hidden_groups or 1) == 0,
-            f"num_hidden_layers={self.num_hidden_layers} is not divisible by "
-            f"num_hidden_groups={self.num_hidden_groups}.",
+            math.prod(self.stack) <= MOST_LAYERS,
+            f"num_hidden_groups={self.num_hidden_groups} of inner_group_num={self.inner_group_num} "
+            f"layers are more than {MOST_LAYERS:,}.",
         )
         require(
-            self.hidden_size % self.num_attention_heads == 0,
-            f"hidden_size={self.hidden_size} is not divisible by "
-            f"num_attention_heads={self.num_attention_heads}.",
+            self.type_vocab_size >= 1 or "type_vocab_size" in self.dialect.absent,
+            f"type_vocab_size=0 must be at least 1: {self.model_type} adds a segment to every "
+            "token.",
         )
         require(
             self.is_decoder or not self.add_cross_attention,
             "add_cross_attention=True is for decoders: set is_decoder=True as well.",
         )
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
-            rate = getattr(self, name)
-            require(rate is None or 0.0 <= rate < 1.0, f"{name}={rate} must lie in [0, 1).")
         lsg = self.lsg
         if (
             lsg

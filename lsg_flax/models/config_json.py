@@ -2,20 +2,34 @@
 them, and what is refused because it changes the computation."""
 
 import json
+import numbers
+import warnings
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
 
-from lsg_flax.patterns import LSGConfig, require
+from lsg_flax.patterns import LSGConfig, Range, checked_value, require, short, whole
 
 LSG_FIELDS = tuple(f.name for f in fields(LSGConfig))
-OF_SOME_FAMILIES = ("embedding_size", "num_hidden_groups", "inner_group_num")  # None: not written
-# Values of the fields Hugging Face omits from config.json when they are the default.
-_NUM_LABELS_DEFAULT = 2
+LABEL_COUNT = whole(1, 2**20)
+RATE = Range(0.0, 1 - 2**-53, "must lie in [0, 1)")  # of a dropout
+# Fields of some families only; None to all others, as in PyTorch, where they change nothing.
+ABSENT: dict[str, Any] = dict.fromkeys(("embedding_size", "num_hidden_groups", "inner_group_num"))
+NOT_A_DECODER: dict[str, Any] = {"is_decoder": False, "add_cross_attention": False}
+ENCODES_ONLY: dict[str, tuple] = {"is_decoder": (False, None)}  # LSG ones mix causal parts in
 # What PyTorch's classes compute otherwise and these models do not: field -> the values that are
 # fine.
 REFUSED: dict[str, tuple] = {
-    "position_embedding_type": ("absolute", None),
+    "position_embedding_type": ("absolute",),  # null leaves the positions out there
     "pruned_heads": ({}, None),
+    "quantization_config": (None,),
+}
+# What every family may have beside our fields, where it is read.
+_OTHERS: dict[str, Any] = {
+    "architectures": str | tuple[str, ...] | None,
+    "bos_token_id": int | None,
+    "eos_token_id": int | tuple[int, ...] | None,
+    "mask_token_id": int | None,
 }
 
 
@@ -26,97 +40,177 @@ class Dialect(NamedTuple):
     Attributes:
         defaults: where they differ from the config's, by our names.
         names: ours -> theirs, where they differ.
-        absent: fields of ours that it does not have; their default is their only value.
+        absent: fields of ours that its PyTorch classes do not read -> what they compute with.
+        needed: fields that are None elsewhere, and a number here.
+        also: of `names`, those that PyTorch reads under our name too, which then wins.
+        others: fields that are read beside ours -> their types; floats are rates of dropout.
         refused: fields that change the computation -> the values that are supported.
+        refused_by_lsg: the same, of those that only the LSG classes read.
     """
 
     defaults: dict[str, Any] = {}  # noqa: RUF012 (never changed)
     names: dict[str, str] = {}  # noqa: RUF012
-    absent: tuple[str, ...] = ()
+    absent: dict[str, Any] = ABSENT
+    needed: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+    others: dict[str, Any] = {}  # noqa: RUF012
     refused: dict[str, tuple] = REFUSED
+    refused_by_lsg: dict[str, tuple] = {}  # noqa: RUF012
+
+    def spelled(self, name: str) -> str:
+        """What messages call a field of ours."""
+        return f"{self.names[name]} ({name})" if name in self.names else name
+
+    def check_others(self, values: Mapping[str, Any], *, lsg: bool) -> None:
+        """Raises ValueError for fields beside ours that change the computation and are not
+        supported, or that are read and have another type."""
+        refused = self.refused | (self.refused_by_lsg if lsg else {})
+        for name, supported in refused.items():
+            require(
+                name not in values or values[name] in supported,
+                f"{name}={short(values.get(name))} in config.json changes what the model computes "
+                f"and is not supported; only {supported[0]!r} is.",
+            )
+        for name, kind in (_OTHERS | self.others).items():
+            if name in values:
+                checked_value(name, values[name], kind, RATE if kind is float else None)
+
+    def check_absent(self, values: Mapping[str, Any], model_type: str) -> None:
+        """Raises ValueError for values of our fields that the family's PyTorch classes cannot
+        have."""
+        for name, only in self.absent.items():
+            require(
+                values.get(name, only) == only,
+                f"{name}={short(values.get(name))} is not possible for {model_type}: its PyTorch "
+                f"classes do not read it; give {name}={only!r}.",
+            )
+        for name in self.needed:
+            require(
+                values[name] is not None,
+                f"{self.spelled(name)}=None must be a number for {model_type}.",
+            )
 
 
 DIALECTS: dict[str, Dialect] = {}  # by model_type; families/registry.py fills it
 
 
-def read_fields(values: dict[str, Any], types: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a config class, from the fields of a config.json, plain or LSG.
+def dialect_of(model_type: str) -> Dialect:
+    """The dialect of a family, BERT's for one that is not known."""
+    return DIALECTS.get(model_type, Dialect())
+
+
+def read_fields(values: dict[str, Any], types: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a config class, from the fields of a config.json, plain or LSG; the class
+    checks them.
 
     Args:
-        types: of the config's fields by name, `labels`, `lsg` and `extra` among them.
+        types: of the config's fields, by name.
 
     Raises:
-        ValueError: for a setting that changes the computation and is not supported.
+        ValueError: for fields that cannot be told apart: damaged labels, classes, model_type.
     """
     values = dict(values)
-    dialect = DIALECTS.get(values.get("model_type", "bert"), Dialect())
-    for name, supported in dialect.refused.items():
-        value = values.get(name)
-        require(
-            value in supported,
-            f"{name}={value!r} in config.json changes what the model computes and is not "
-            f"supported; only {supported[0]!r} is.",
-        )
-    for name, theirs in dialect.names.items():
-        if theirs in values:
-            values[name] = values.pop(theirs)
-    values = dialect.defaults | values
-    known = types.keys() - {"labels", "lsg", "extra"}
-    ours = {name: values.pop(name) for name in sorted(known & values.keys())}
+    dialect = dialect_of(checked_value("model_type", values.get("model_type", "bert"), str))
+    ours: dict[str, Any] = dict(dialect.defaults)
+    for name in set(types) - {"labels", "lsg", "extra", *dialect.absent}:
+        for theirs in (dialect.names.get(name, name), *{name} & {*dialect.also}):
+            if theirs in values:
+                ours[name] = values.pop(theirs)
+    ours |= {name: value for name, value in dialect.absent.items() if name in types}
     for name, value in ours.items():  # JSON knows numbers only: 0 may stand for 0.0
-        if types[name] in (float, float | None) and isinstance(value, int):
-            ours[name] = float(value)
+        if type(value) is int and types[name] in (float, float | None):
+            ours[name] = checked_value(dialect.spelled(name), value, float)
     lsg = None
     if is_lsg(values):
-        values.pop("base_model_prefix", None)
+        if values.get("base_model_prefix") == "lsg":
+            del values["base_model_prefix"]
         lsg = LSGConfig(**{name: values.pop(name) for name in LSG_FIELDS if name in values})
     labels = read_labels(values)
-    return {**ours, "labels": labels, "lsg": lsg, "extra": json.dumps(values, sort_keys=True)}
+    try:
+        extra = json.dumps(values, sort_keys=True)
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"a config holds what JSON cannot: {error}") from error
+    return {**ours, "labels": labels, "lsg": lsg, "extra": extra}
 
 
 def write_fields(values: dict[str, Any]) -> dict[str, Any]:
     """The inverse of `read_fields`: Hugging Face's names, the LSG fields flat beside them, unknown
-    fields as they were read."""
+    fields as they were read; `label2id` is that of the labels."""
     labels, lsg, extra = (values.pop(name) for name in ("labels", "lsg", "extra"))
-    dialect = DIALECTS.get(values["model_type"], Dialect())
-    unused = (name for name in OF_SOME_FAMILIES if values.get(name, 0) is None)
-    for name in (*dialect.absent, *unused):
-        del values[name]
+    dialect = dialect_of(values["model_type"])
+    for name in dialect.absent:
+        values.pop(name, None)
+    if "classifier_dropout" in dialect.names and values["classifier_dropout"] is None:
+        # Its class has this field under a name of its own and wants a number, not null.
+        values["classifier_dropout"] = values["hidden_dropout_prob"]
     for name, theirs in dialect.names.items():
         values[theirs] = values.pop(name)
     values["id2label"] = {str(i): label for i, label in enumerate(labels)}
     values["label2id"] = {label: i for i, label in enumerate(labels)}
+    others = json.loads(extra)
     if lsg:
-        values["base_model_prefix"] = "lsg"
+        others.setdefault("base_model_prefix", "lsg")
         values |= {name: getattr(lsg, name) for name in LSG_FIELDS}
         if not lsg.strict_reference:  # ours, not the reference's: written only where it is set
             del values["strict_reference"]
-    return json.loads(extra) | values
+    return others | values
 
 
-def is_lsg(values: dict[str, Any]) -> bool:
+def class_names(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of PyTorch's classes in config.json; often one, none where it says nothing.
+
+    Raises:
+        ValueError: for anything else than names.
+    """
+    names = values.get("architectures")
+    names = checked_value("architectures", names, _OTHERS["architectures"]) or ()
+    return (names,) if isinstance(names, str) else names  # the reference's converter leaves a text
+
+
+def is_lsg(values: Mapping[str, Any]) -> bool:
     """Whether the fields of a config.json are those of an LSG checkpoint."""
-    architectures = values.get("architectures") or []
-    architectures = [architectures] if isinstance(architectures, str) else architectures
-    return values.get("base_model_prefix") == "lsg" or any(
-        name.startswith("LSG") for name in architectures
-    )
+    classes = class_names(values)
+    return values.get("base_model_prefix") == "lsg" or any(n.startswith("LSG") for n in classes)
 
 
 def read_labels(values: dict[str, Any]) -> tuple[str, ...]:
-    """Takes the label names out of the fields, in id order.
+    """Takes the label names out of the fields, in id order. As in PyTorch, `id2label` wins over
+    `num_labels`, and `label2id` is not read.
 
     Raises:
-        ValueError: for ids with gaps.
+        ValueError: for ids with gaps, or what is no mapping from ids to names.
     """
-    id2label = values.pop("id2label", None)
-    values.pop("label2id", None)
-    count = values.pop("num_labels", None)
+    id2label, label2id = (values.pop(name, None) for name in ("id2label", "label2id"))
+    counted = "num_labels" in values
+    count: int = checked_value("num_labels", values.pop("num_labels", 2), int, LABEL_COUNT)
+    for name, given in (("id2label", id2label), ("label2id", label2id)):
+        require(
+            given is None or isinstance(given, Mapping),
+            f'{name}={short(given)} must be a mapping, such as id2label={{"0": "no", "1": "yes"}}.',
+        )
     if id2label is None:
-        return tuple(f"LABEL_{i}" for i in range(_NUM_LABELS_DEFAULT if count is None else count))
-    names = {int(i): str(label) for i, label in id2label.items()}
+        return tuple(f"LABEL_{i}" for i in range(count))
+    if counted and count != len(id2label):
+        warnings.warn(
+            f"num_labels={count} does not count, since id2label has {len(id2label)} names.",
+            stacklevel=2,
+        )
+    # Names may be numbers in PyTorch; here they are texts.
+    names = {
+        _label_id(i): str(checked_value("id2label", n, str | int)) for i, n in id2label.items()
+    }
     require(
-        sorted(names) == list(range(len(names))),
-        f"id2label has the ids {sorted(names)}; they must be 0..{len(names) - 1} without gaps.",
+        sorted(names) == list(range(len(id2label))),
+        f"id2label has the ids {short(sorted(names))}; they must be 0..{len(id2label) - 1} without "
+        "gaps.",
     )
     return tuple(names[i] for i in range(len(names)))
+
+
+def _label_id(key: Any) -> int:
+    try:
+        if isinstance(key, str | numbers.Integral):
+            return int(key)
+    except ValueError:
+        pass
+    raise ValueError(f"id2label has the id {short(key)}, which is no whole number.")

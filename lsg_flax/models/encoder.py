@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from lsg_flax.models.activations import activation
 from lsg_flax.models.attention_layers import CrossAttention, EncoderStates, LayerCall, SelfAttention
 from lsg_flax.models.config import EncoderConfig
 from lsg_flax.models.embeddings import Embeddings
 from lsg_flax.models.inputs import Inputs
-from lsg_flax.models.layers import Part, Projection, activation
-from lsg_flax.patterns import DEFAULT_LSH_SEED, Cache, LayerCache, extend, pattern_of
+from lsg_flax.models.layers import Part, Projection
+from lsg_flax.patterns import DEFAULT_LSH_SEED, Cache, LayerCache, extend, pattern_of, require
 from lsg_flax.sharding import SEQUENCE, constrain, over_sequence, sequence_shards
 
 Remat = Literal["none", "full", "dots"]
@@ -270,6 +271,11 @@ def _positions_behind_padding(inputs: Inputs, config: EncoderConfig) -> Int[Arra
     """Real tokens counted from pad_token_id + 1, padding at pad_token_id (RoBERTa); embeddings, of
     which none can be told to be padding, from the first on."""
     ids, first = inputs.input_ids, (config.pad_token_id or 0) + 1
+    require(
+        first >= 0,
+        f"pad_token_id={config.pad_token_id} puts the first token at position {first}, and this "
+        "family counts positions from pad_token_id + 1; give one of -1 or more.",
+    )
     if ids is None:
         return jnp.arange(first, first + inputs.inputs_embeds.shape[1])[None]
     real = (ids != config.pad_token_id).astype(jnp.int32)

@@ -10,8 +10,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lsg_flax.models.layers import Part, activation
+from lsg_flax.models.activations import activation
+from lsg_flax.models.layers import Part
 from lsg_flax.models.outputs import ModelOutput
+from lsg_flax.patterns import require, short
 
 
 class Pooler(Part):
@@ -142,16 +144,26 @@ class FirstTokenHead(_Classifier):
         return ModelOutput(logits=self.classify(x, 1 if self.choices else self.config.num_labels))
 
 
+SUMMARY = {"summary_type": "first", "summary_use_proj": True, "summary_proj_to_labels": False}
+
+
 class SequenceSummaryHead(_Classifier):
     """Multiple choice by a summary of the first token's state (ELECTRA)."""
 
     @nn.compact
     def __call__(self, last, pooled, words):
         config = self.config
+        for name, only in SUMMARY.items():
+            value = config.other(name, only)
+            require(
+                value == only,
+                f"{name}={short(value)} in config.json changes what multiple choice computes and "
+                f"is not supported; only {only!r} is.",
+            )
         x = self.dropout(last[:, 0], config.other("summary_first_dropout", 0.0))
         x = self.dense(config.hidden_size, "dense")(x)
         act = config.other("summary_activation", "gelu")
-        x = activation(act)(x) if act else x
+        x = activation(act, "summary_activation")(x) if act else x
         rate = config.other("summary_last_dropout", 0.1)
         return ModelOutput(logits=self.classify(x, 1, rate))  # [B * C, 1]
 

@@ -23,29 +23,6 @@ from lsg_flax.patterns import halo
 from lsg_flax.sharding import constrain
 
 AxisOrder = Literal["btd", "bdt"]
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    # BERT's is exact, JAX defaults to the tanh form; erf is faster on CPU than JAX's erfc
-    "gelu": lambda x: 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5)),
-    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-    "tanh": jnp.tanh,
-}
-
-
-def activation(name: str) -> Callable[[Array], Array]:
-    """The function that config.json calls `name`.
-
-    Raises:
-        ValueError: for an activation that is not supported.
-    """
-    if name not in ACTIVATIONS:
-        raise ValueError(
-            f"hidden_act={name!r} is not supported; supported are {', '.join(ACTIVATIONS)}."
-        )
-    return ACTIVATIONS[name]
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from lsg_flax.models.inputs import (
 from lsg_flax.models.layers import Context, Implementation
 from lsg_flax.models.outputs import ModelOutput, Params
 from lsg_flax.models.task import Task
-from lsg_flax.patterns import Cache
+from lsg_flax.patterns import Cache, checked_value, require, whole
 from lsg_flax.sharding import check_heads
 
 
@@ -98,6 +98,7 @@ class Model(nn.Module):
                 "tokens] probabilities, and what it forms block by block is not kept. To look at "
                 "the pattern use lsg_flax.attention.lsg_attention_reference."
             )
+        self._check_run()
         inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         rank = self.task_record.input_rank
         check_inputs(inputs, self.config, self.max_length, rank=rank)
@@ -123,6 +124,21 @@ class Model(nn.Module):
             logits = output.logits.reshape(-1, inputs.lead[1])  # [B, C]
             output = dataclasses.replace(output, logits=logits)
         return dataclasses.replace(output, hidden_states=states, cache=cache)
+
+    def _check_run(self) -> None:
+        """Raises ValueError for run-time fields that no computation can have."""
+        for name in ("dtype", "param_dtype"):
+            dtype = getattr(self, name)
+            try:
+                floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+            except TypeError:  # PyTorch's, or no dtype at all
+                floating = False
+            require(
+                floating,
+                f"{name}={dtype!r} must be a type of JAX's real numbers, such as jnp.float32, "
+                "jnp.bfloat16 or jnp.float16.",
+            )
+        checked_value("unroll", self.unroll, int, whole(1, 2**16))
 
     def _context(self, slots: int, *, train: bool) -> Context:
         return Context(
@@ -183,8 +199,7 @@ class Model(nn.Module):
     @property
     def max_length(self) -> int:
         """How many tokens the model reads at most: those that the position table has rows for."""
-        offset = self.family.architecture.position_offset
-        return self.config.max_position_embeddings - offset
+        return self.config.max_position_embeddings - self.family.architecture.first_row(self.config)
 
     def example_inputs(self) -> dict[str, Any]:
         """The smallest input that the model takes: what shapes are inferred from."""

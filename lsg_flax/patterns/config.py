@@ -7,15 +7,21 @@ value raises with the value, what is allowed, and what to do.
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lsg_flax.patterns.checks import Range, check_fields, require, whole
+
 SparsityType = Literal["none", "norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling"]
 SPARSITY_TYPES: tuple[str, ...] = get_args(SparsityType)
 MAX_GLOBAL_TOKENS = 512  # rows of the reference's global embedding table
-
-
-def require(condition: bool, message: str) -> None:
-    """Raises ValueError with the message unless the condition holds."""
-    if not condition:
-        raise ValueError(message)
+_RANGES = {
+    "block_size": whole(1, 2**20),
+    "sparse_block_size": Range(0, 2**20, "must be 0 (off) or positive, at most 1,048,576"),
+    "lsh_num_pre_rounds": Range(0, 100, "must be 0 or positive, at most 100"),
+    "num_global_tokens": Range(
+        1,
+        MAX_GLOBAL_TOKENS,
+        f"is outside 1..{MAX_GLOBAL_TOKENS}, the rows of the global embedding table",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -62,25 +68,7 @@ class LSGConfig:
     def __post_init__(self):
         if self.sparsity_type is None:
             object.__setattr__(self, "sparsity_type", "none")
-        require(
-            self.sparsity_type in SPARSITY_TYPES,
-            f"sparsity_type={self.sparsity_type!r} is unknown; choose one of "
-            f"{', '.join(SPARSITY_TYPES)}.",
-        )
-        require(self.block_size >= 1, f"block_size={self.block_size} must be at least 1.")
-        require(
-            self.sparse_block_size >= 0,
-            f"sparse_block_size={self.sparse_block_size} must be 0 (off) or positive.",
-        )
-        require(
-            self.lsh_num_pre_rounds >= 0,
-            f"lsh_num_pre_rounds={self.lsh_num_pre_rounds} must be 0 or positive.",
-        )
-        require(
-            1 <= self.num_global_tokens <= MAX_GLOBAL_TOKENS,
-            f"num_global_tokens={self.num_global_tokens} is outside 1..{MAX_GLOBAL_TOKENS}, the "
-            "rows of the global embedding table.",
-        )
+        check_fields(self, _RANGES)
         require(
             self.pool_with_global or not self.mask_first_token,
             "mask_first_token=True hides the first token, so its state must come from a global: "

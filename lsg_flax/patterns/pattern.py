@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from lsg_flax.kernels import Implementation
 from lsg_flax.patterns import halo
-from lsg_flax.patterns.config import LSGConfig, require
+from lsg_flax.patterns.checks import require
+from lsg_flax.patterns.config import LSGConfig
 
 GlobalTokens = Literal["prepended", "first_token", "none"]
 

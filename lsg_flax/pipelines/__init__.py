@@ -6,6 +6,7 @@ from lsg_flax.pipelines.files import ANSWERS as ANSWERS
 from lsg_flax.pipelines.files import BrokenLines as BrokenLines
 from lsg_flax.pipelines.files import DocumentFile as DocumentFile
 from lsg_flax.pipelines.files import Written as Written
+from lsg_flax.pipelines.files import check_fields as check_fields
 from lsg_flax.pipelines.files import predict_file as predict_file
 from lsg_flax.pipelines.pipeline import Pipeline as Pipeline
 from lsg_flax.pipelines.pipeline import pipeline as pipeline

@@ -4,13 +4,14 @@ and to the folders of sentence-transformers.
 Axes: B batch, T tokens, D model width.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import warnings
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,10 +21,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lsg_flax import hub
 from lsg_flax.buckets import default_buckets
-from lsg_flax.files import read_lines, valid_text, written_aside
+from lsg_flax.files import file_aside, read_lines, valid_text, written_aside
 from lsg_flax.hub import Pooling, SentenceSettings, Tokenizer, write_sentence_settings
 from lsg_flax.inference import Predictor
+from lsg_flax.locks import holds, locked_file
 from lsg_flax.models import Model, Params
+from lsg_flax.pipelines.files import BrokenLines, warn_of_skipped
+from lsg_flax.pipelines.tasks import check_choice
 
 TEXTS, VECTORS = (".txt", ".jsonl"), (".npy", ".jsonl")
 _SHORT_BUCKETS = (32, 128)  # sentences and queries; inference's own begin at 512
@@ -204,6 +208,11 @@ class Embedder:
         if isinstance(texts, str) or wrong is not None:
             found = "one string" if wrong is None else f"a {type(texts[wrong]).__name__} at {wrong}"
             raise ValueError(f"texts must be a list of strings, but it is or has {found}.")
+        for place, text in enumerate(texts):
+            try:
+                valid_text(text)
+            except ValueError as error:
+                raise ValueError(f"text {place}: {error}.") from error
         if not texts:
             return []
         encoded = self.tokenizer(
@@ -215,7 +224,7 @@ class Embedder:
             return_token_type_ids=False,
             verbose=False,
         )["input_ids"]
-        nothing = {"input_ids": [self.model.config.pad_token_id or 0], "attention_mask": [0]}
+        nothing = {"input_ids": [self.model.config.filler], "attention_mask": [0]}
         return [{"input_ids": i, "attention_mask": [1] * len(i)} if i else nothing for i in encoded]
 
     def _cleaned(self, text: str) -> str:
@@ -236,25 +245,43 @@ class Embedder:
             write_sentence_settings(aside, settings, width=self.model.config.hidden_size)
 
 
-def read_texts(file: str | os.PathLike) -> tuple[list[Any], list[str]]:
+class TextLines(NamedTuple):
+    """The texts of a file, each with its name and, for messages, its place FILE:NUMBER."""
+
+    names: list[Any]
+    texts: list[str]
+    places: list[str]
+
+
+def read_texts(file: str | os.PathLike, *, broken_lines: BrokenLines = "raise") -> TextLines:
     """Names and texts: of .txt each line, empty ones too; of .jsonl each object's "id" (else the
     line's place from 0) and "text", blank lines passed over.
+
+    Args:
+        broken_lines: raise for a line that is none of this, or skip it, with a warning.
 
     Raises:
         FileNotFoundError, ValueError: if there is no such file, or it holds something else.
     """
-    file = check_suffix(file, TEXTS)
-    names, texts = [], []
+    file, found, skipped = check_suffix(file, TEXTS), TextLines([], [], []), []
+    check_choice("broken_lines", broken_lines, get_args(BrokenLines))
     for line in read_lines(file, blank=file.suffix == ".txt"):
         try:
             content = {"text": line.text()} if file.suffix == ".txt" else line.json_object()
             if not isinstance(content.get("text"), str):
                 raise ValueError(f'it has {sorted(content)} and must have a "text" that is a text')
-            texts.append(valid_text(content["text"]))
+            text = valid_text(content["text"])
         except ValueError as error:
-            raise ValueError(f"{line.place}: {error}.") from error
-        names.append(content.get("id", line.number - 1))
-    return names, texts
+            if broken_lines == "raise":
+                advice = 'Mend it, or pass broken_lines="skip".'
+                raise ValueError(f"{line.place}: {error}. {advice}") from error
+            skipped.append(line.number)
+            continue
+        found.names.append(content.get("id", line.number - 1))
+        found.texts.append(text)
+        found.places.append(line.place)
+    warn_of_skipped(skipped, file)
+    return found
 
 
 def write_vectors(
@@ -266,18 +293,20 @@ def write_vectors(
 
     Raises:
         ValueError: for another kind of file, or vectors that are not finite.
+        OSError: if it cannot be written, or another process writes it.
     """
     file = check_suffix(file, VECTORS)
     broken = [n for n, vector in zip(names, vectors, strict=True) if not np.isfinite(vector).all()]
     if broken:
         raise ValueError(f"the vectors of {broken[:10]} are not finite.")
-    with written_aside(file.parent) as aside:
+    lock = contextlib.nullcontext() if holds(file) else locked_file(file)
+    with lock, file_aside(file) as aside, aside.open("wb") as opened:
         if file.suffix == ".npy":
-            np.save(aside / file.name, vectors)
+            np.save(opened, vectors)
             return
-        with (aside / file.name).open("w", encoding="utf-8") as lines:
-            for name, vector in zip(names, vectors, strict=True):
-                lines.write(json.dumps({"id": name, "embedding": vector.tolist()}) + "\n")
+        for name, vector in zip(names, vectors, strict=True):
+            line = json.dumps({"id": name, "embedding": vector.tolist()})
+            opened.write(f"{line}\n".encode())
 
 
 def check_suffix(file: str | os.PathLike, suffixes: tuple[str, ...]) -> pathlib.Path:

@@ -3,6 +3,7 @@
 How lines survive a kill is inference/lines.py's; texts are read, and answers made, as pipelines do.
 """
 
+import functools
 import hashlib
 import os
 import pathlib
@@ -10,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
@@ -25,6 +27,7 @@ from lsg_flax.inference import (
     Unfinished,
     json_line,
     output_line,
+    outputs_of,
     predict_lines,
 )
 from lsg_flax.models import Model, Params
@@ -189,11 +192,12 @@ def predict_file(
                 window=window,
                 bar=bar,
             )
-    _warn_of(documents.skipped, source)
+    warn_of_skipped(documents.skipped, source)
     return Written(file.finished, file.finished - before, tuple(documents.skipped))
 
 
-def _warn_of(skipped: Sequence[int], source: str | os.PathLike) -> None:
+def warn_of_skipped(skipped: Sequence[int], source: str | os.PathLike) -> None:
+    """Names the lines, if there are any."""
     if skipped:
         numbers = ", ".join(map(str, skipped[:10])) + (", ..." if len(skipped) > 10 else "")
         warnings.warn(
@@ -265,6 +269,12 @@ class _DocumentCodec:
             "truncation": self.reader.truncation,
             "answers": None if self.answers is None else repr(self.answers),
         }
+
+
+def check_fields(model: Model, fields: Sequence[str]) -> None:
+    """Raises ValueError for outputs that the model does not have; its weights are not needed."""
+    outputs = functools.partial(outputs_of, model, fields=tuple(fields))
+    jax.eval_shape(outputs, model.abstract_params(), model.example_inputs())
 
 
 def _check_answers(

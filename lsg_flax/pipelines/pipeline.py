@@ -24,6 +24,7 @@ from lsg_flax.pipelines.spans import QuestionAnswering, TokenClassification
 from lsg_flax.pipelines.tasks import (
     FeatureExtraction,
     FillMask,
+    ModelRow,
     PipelineTask,
     Reader,
     TextClassification,
@@ -84,16 +85,17 @@ class Pipeline:
         reader = self.reader if truncation is None else replace(self.reader, truncation=truncation)
         items = task.items(inputs, question, context)
         if isinstance(items, str | dict) or not isinstance(items, Iterable):
-            (answer,) = self._answers(task, reader, [items])
+            rows = iter([(items, task.rows(reader, items))])
+            (answer,) = self._answers(task, reader, rows)
             return task.alone(items, answer)
-        if isinstance(items, list | tuple):
-            return list(self._answers(task, reader, items))
-        return self._answers(task, reader, items)
+        answers = self._answers(task, reader, _rows_of(task, reader, items))
+        return list(answers) if isinstance(items, list | tuple) else answers
 
-    def _answers(self, task: PipelineTask, reader: Reader, items: Iterable) -> Iterator[Any]:
-        items, size = iter(items), _WINDOW * self.batch_size
-        while group := list(itertools.islice(items, size)):
-            rows = [task.rows(reader, item) for item in group]
+    def _answers(
+        self, task: PipelineTask, reader: Reader, documents: Iterator[tuple[Any, list[ModelRow]]]
+    ) -> Iterator[Any]:
+        while window := list(itertools.islice(documents, _WINDOW * self.batch_size)):
+            group, rows = zip(*window, strict=True)
             flat = [row for part in rows for row in part]
             predictor = self._predictor(task.select(reader, flat), len(flat))
             outputs = predictor([row.inputs for row in flat], progress=False)
@@ -184,6 +186,17 @@ def pipeline(
         tokenizer, network.config, min(max_length, max(buckets, default=max_length)), truncation
     )
     return Pipeline(chosen, network, params, reader, batch_size=batch_size, buckets=buckets)
+
+
+def _rows_of(
+    task: PipelineTask, reader: Reader, items: Iterable
+) -> Iterator[tuple[Any, list[ModelRow]]]:
+    """Each document with its rows; one that does not fit is named by its place."""
+    for place, item in enumerate(items):
+        try:
+            yield item, task.rows(reader, item)
+        except ValueError as error:
+            raise ValueError(f"document {place}: {error}") from error
 
 
 def _load(task: str, checkpoint: Checkpoint, dtype: Dtype) -> tuple[Model, Params]:

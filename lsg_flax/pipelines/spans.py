@@ -172,6 +172,14 @@ class QuestionAnswering(PipelineTask):
 
     def __post_init__(self):
         check_positive(top_k=self.top_k, max_answer_len=self.max_answer_len)
+        if self.max_seq_len is not None:
+            check_positive(max_seq_len=self.max_seq_len)
+        for name in ("handle_impossible_answer", "align_to_words"):
+            check_choice(name, getattr(self, name), (True, False))
+        if self.doc_stride is not None and (
+            type(self.doc_stride) is not int or self.doc_stride < 0
+        ):
+            raise ValueError(f"doc_stride={self.doc_stride!r} must be a whole number from 0.")
 
     def items(self, inputs, question, context):
         given = [value is not None for value in (inputs, question, context)]

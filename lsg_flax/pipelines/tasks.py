@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from lsg_flax.files import valid_text
 from lsg_flax.hub import Tokenizer
 from lsg_flax.inference import Encoding, Result, Select
 from lsg_flax.models import EncoderConfig
@@ -261,14 +262,14 @@ def a_text(item: object) -> str:
     """The text, or a ValueError that says what was given."""
     if not isinstance(item, str):
         raise ValueError(f"a document must be a text, got {type(item).__name__}: {item!r:.60}.")
-    return item
+    return valid_text(item)
 
 
-def check_positive(**numbers: int) -> None:
-    """Raises ValueError for a number under 1."""
+def check_positive(**numbers: object) -> None:
+    """Raises ValueError for anything but a whole number from 1."""
     for name, number in numbers.items():
-        if number < 1:
-            raise ValueError(f"{name}={number} must be at least 1.")
+        if type(number) is not int or number < 1:
+            raise ValueError(f"{name}={number!r} must be a whole number of at least 1.")
 
 
 def check_choice(name: str, value: object, allowed: Iterable) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from lsg_flax.models import Remat
 from lsg_flax.planning.hlo import Collective, ProgramReport
-from lsg_flax.sharding import AXES
+from lsg_flax.sharding import check_axes
 from lsg_flax.training import Precision
 
 RunKind = Literal["train", "inference"]
@@ -64,9 +64,9 @@ class PlanSettings:
                 f"remat={self.remat!r} and accumulate={self.accumulate} are for mode='train'; "
                 "inference has no backward pass."
             )
-        unknown = sorted(self.mesh.keys() - set(AXES))
-        if unknown:
-            raise ValueError(f"unknown mesh axes {unknown}; known are {AXES}.")
+        check_axes(self.mesh)
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length={self.max_length} must be at least 1.")
         if self.attention == "full" and self.lsg:
             raise ValueError(f"{sorted(self.lsg)} are LSG settings, and attention='full'.")
 

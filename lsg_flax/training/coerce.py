@@ -9,6 +9,8 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+from lsg_flax.files import valid_text
+
 
 def check_names(where: str, names: Iterable[str], known: Sequence[str]) -> None:
     """Raises ValueError for an unknown name, with the known one that is nearest."""
@@ -24,15 +26,24 @@ def read_yaml(file: pathlib.Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no YAML, or holds something else.
+        ValueError: if it is no YAML, says a name twice, or holds something else; with the line.
     """
     import yaml
 
     if not file.is_file():
         raise FileNotFoundError(f"{file} is no file; give a YAML file with settings.")
     try:
-        values = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        loader = _strict_loader(file)(file.read_text(encoding="utf-8-sig"))
+        try:
+            values = loader.get_single_data()
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{file}:{mark.line + 1}" if mark else str(file)
+        hint = "; indent with spaces, not tabs" if "\\t" in str(error.problem) else ""
+        raise ValueError(f"{place} is not valid YAML: {error.problem}{hint}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(
@@ -40,6 +51,29 @@ def read_yaml(file: pathlib.Path) -> dict[str, Any]:
             f"{type(values).__name__}."
         )
     return values
+
+
+def _strict_loader(file: pathlib.Path) -> Any:
+    """A loader that takes only names as keys, and each once; YAML would take the last one."""
+    import yaml
+
+    class Strict(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            lines: dict[str, int] = {}
+            for key, _ in node.value:
+                if key.tag == "tag:yaml.org,2002:merge":
+                    continue
+                name, line = self.construct_object(key, deep=True), key.start_mark.line + 1
+                if not isinstance(name, str):
+                    raise ValueError(f"{file}:{line}: the name {name!r} is no text; quote it.")
+                if name in lines:
+                    raise ValueError(
+                        f"{file}:{line}: {name!r} is in line {lines[name]} already; leave one."
+                    )
+                lines[name] = line
+            return super().construct_mapping(node, deep)
+
+    return Strict
 
 
 def coerced(name: str, value: Any, hint: Any) -> Any:
@@ -62,7 +96,14 @@ def coerced(name: str, value: Any, hint: Any) -> Any:
     if kind is dict and isinstance(value, Mapping):
         return {str(key): coerced(f"{name}.{key}", v, parts[1]) for key, v in value.items()}
     if kind is str and isinstance(value, str | os.PathLike):
-        return os.fspath(value)
+        if not os.fspath(value).strip():
+            raise ValueError(f"{name}={value!r} is empty; give a value, or leave it out.")
+        if "\0" in os.fspath(value):
+            raise ValueError(f"{name}={value!r} has a character of 0, which no name can have.")
+        try:
+            return valid_text(os.fspath(value))
+        except ValueError as error:
+            raise ValueError(f"{name}={value!r} has {error}.") from error
     if kind is float and not isinstance(value, bool):
         try:
             number = float(str(value))  # YAML takes 1e-4, without a dot, for a text

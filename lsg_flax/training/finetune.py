@@ -27,7 +27,9 @@ from lsg_flax.data import (
     load_examples,
     train_batches,
 )
+from lsg_flax.files import check_folder
 from lsg_flax.models import TASKS, Model, Params
+from lsg_flax.patterns import LSGConfig
 from lsg_flax.sharding import check_batches, make_mesh
 from lsg_flax.training.flops import train_flops
 from lsg_flax.training.log import Logging
@@ -35,8 +37,17 @@ from lsg_flax.training.loop import Evaluation, fit
 from lsg_flax.training.metrics import evaluate
 from lsg_flax.training.settings import Settings, Words
 from lsg_flax.training.source import SourceModel, open_source
-from lsg_flax.training.states import Saving, best_step, restore_state, saved_steps
+from lsg_flax.training.states import (
+    Saving,
+    best_step,
+    check_settings,
+    locked_for_run,
+    restore_state,
+    saved_steps,
+)
 from lsg_flax.training.step import TrainState, init_state, make_train_step
+
+_WRITTEN = (hub.CONFIG, hub.WEIGHTS, "tokenizer.json", "tokenizer_config.json", "best")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +72,9 @@ class Finetuned:
     history: list[dict[str, Any]]
 
 
-def finetune(settings: Settings, *, progress: bool = True) -> Finetuned:
+def finetune(
+    settings: Settings, *, progress: bool = True, begins: Callable[[], None] = lambda: None
+) -> Finetuned:
     """Fine-tunes a checkpoint on files, or continues to.
 
     With several processes (after `jax.distributed.initialize()`) all of them call it, with the same
@@ -70,6 +83,7 @@ def finetune(settings: Settings, *, progress: bool = True) -> Finetuned:
     Args:
         settings: the run.
         progress: show bars.
+        begins: called once, when all is checked and loaded and the first step is next.
 
     Returns:
         The model, and how it did.
@@ -78,12 +92,27 @@ def finetune(settings: Settings, *, progress: bool = True) -> Finetuned:
         FileNotFoundError: for a model or data that are not there.
         ValueError: for settings that do not fit the model, the data, the devices, or the run in
             OUTPUT that would be continued.
+        OSError: if another run writes to OUTPUT.
         FloatingPointError, training.Preempted, training.SaveError: as `training.fit`.
     """
-    # ------------------------------------------------------------- what there is to work with
     output, mesh = pathlib.Path(settings.output), _mesh(settings.devices, settings.mesh)
     source = _source(settings)
-    _check_output(output, source.checkpoint.folder)
+    _check_output(output, source.checkpoint.folder, (settings.train_data, settings.eval_data))
+    with locked_for_run(output):
+        return _run(settings, source, mesh, progress=progress, begins=begins)
+
+
+def _run(
+    settings: Settings,
+    source: SourceModel,
+    mesh: Mesh | None,
+    *,
+    progress: bool,
+    begins: Callable[[], None],
+) -> Finetuned:
+    """The run, in a folder that is its own."""
+    # ------------------------------------------------------------- what there is to work with
+    output = pathlib.Path(settings.output)
     options = settings.data_options(
         source.length, source.labels, token_type_ids=source.config.type_vocab_size > 1
     )
@@ -118,6 +147,9 @@ def finetune(settings: Settings, *, progress: bool = True) -> Finetuned:
     step = make_train_step(model, optimizer, settings.accumulate)
     run = {"steps": steps, "mesh": mesh, "microbatches": settings.accumulate > 1}
     run |= {"evaluation": evaluation, "saving": saving, "logging": log}
+    if saved_steps(saving.folder):
+        check_settings(saving.folder, identity)  # `fit` does too, but then the run has begun
+    begins()
     state, history = fit(step, state, batches, **run)
     batches.close()
 
@@ -132,11 +164,21 @@ def finetune(settings: Settings, *, progress: bool = True) -> Finetuned:
 
 
 def _source(settings: Settings) -> SourceModel:
-    """The checkpoint to begin with; raises ValueError if it lacks what is to be trained."""
+    """The checkpoint to begin with; raises ValueError if it lacks what is to be trained, or cannot
+    have the pattern that is asked for."""
     length, convert = settings.max_length, settings.convert
     source = open_source(settings.model, settings.task, length, convert=convert)
     if settings.train_only == "global_tokens_and_head":
         source.check_globals()
+    if source.converts:
+        dataclasses.replace(source.config.lsg or LSGConfig(), **settings.lsg)
+    else:
+        source.checkpoint.config_for(settings.task, **settings.lsg)
+    if settings.buckets and max(settings.buckets) > source.reads:
+        raise ValueError(
+            f"buckets={list(settings.buckets)} must be lengths in 1..{source.reads}, what "
+            f"{settings.model} reads."
+        )
     return source
 
 
@@ -226,15 +268,26 @@ def _contents(
     }
 
 
-def _check_output(output: pathlib.Path, source: pathlib.Path) -> None:
-    """OUTPUT is new, or that of an earlier call."""
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output={output} is a file; give a folder, or a new name for one.")
+def _check_output(
+    output: pathlib.Path, source: pathlib.Path, data: tuple[Words | None, ...]
+) -> None:
+    """OUTPUT is new, or that of an earlier call, and nothing in it will be read as data."""
+    check_folder("output", output)
+    for words in data:
+        for path in [words] if isinstance(words, str) else words or ():
+            folder = pathlib.Path(path)
+            if folder.is_dir() and folder.resolve() in (place := output.resolve(), *place.parents):
+                raise ValueError(
+                    f"output={output} lies in the data {path}, whose files would then be more with "
+                    "each step; give another folder."
+                )
     if output.is_dir() and output.samefile(source):
         raise ValueError(f"output={output} is the model to train; give another folder.")
-    if (output / hub.CONFIG).exists() and not saved_steps(output / "checkpoints"):
+    taken = [name for name in _WRITTEN if (output / name).exists()]
+    if taken and not saved_steps(output / "checkpoints"):
         raise ValueError(
-            f"output={output} holds a model that this run has not made; give another folder."
+            f"output={output} holds a model that this run has not made ({', '.join(taken)}); give "
+            "another folder."
         )
 
 

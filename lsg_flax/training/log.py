@@ -15,7 +15,7 @@ import jax
 import jax.monitoring
 from tqdm import tqdm
 
-from lsg_flax.files import write_aside
+from lsg_flax.files import check_folder, write_aside
 from lsg_flax.models import Batch
 from lsg_flax.training.flops import peak_flops
 from lsg_flax.training.losses import Metrics
@@ -64,7 +64,7 @@ class Logging:
         progress: show a bar.
 
     Raises:
-        ValueError: for tensorboard without a folder.
+        ValueError: for a folder that is a file, and for tensorboard without a folder.
     """
 
     folder: str | os.PathLike | None = None
@@ -73,6 +73,8 @@ class Logging:
     progress: bool = True
 
     def __post_init__(self):
+        if self.folder is not None:
+            check_folder("folder", self.folder)
         if self.tensorboard and self.folder is None:
             raise ValueError("tensorboard=True needs a folder to write to: give folder=FOLDER too.")
 

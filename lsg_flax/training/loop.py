@@ -104,6 +104,7 @@ def fit(
             written of it.
         Preempted: see above.
         SaveError: if a checkpoint cannot be written.
+        OSError: if another run has the folder of checkpoints open.
         ValueError: for options without their use, for other settings than those of the run to be
             continued, and if the batches end too early.
     """
@@ -115,8 +116,8 @@ def fit(
             stack.enter_context(jax.set_mesh(mesh))
         saver = None
         if saving is not None:
+            saver = stack.enter_context(Checkpoints(saving))  # first: no other run is there
             state = _resumed(state, iterator, saving)
-            saver = stack.enter_context(Checkpoints(saving))
         first = int(state.step)
         stop = stack.enter_context(Stop(active=saver is not None))
         out = stack.enter_context(RunLog(logging, first=first, steps=steps))

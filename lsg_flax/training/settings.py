@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import re
 import typing
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, get_args
@@ -14,7 +15,7 @@ import optax
 from lsg_flax.data import Columns, DataOptions, OnError, TextUnit
 from lsg_flax.models import SCORES, TASKS, ProblemType, Remat
 from lsg_flax.patterns import LSGConfig
-from lsg_flax.sharding import AXES
+from lsg_flax.sharding import AXES, check_axes
 from lsg_flax.training.coerce import check_names, coerced, read_yaml
 from lsg_flax.training.optimizers import Schedule, make_optimizer
 from lsg_flax.training.states import Saving
@@ -38,14 +39,16 @@ _MAY_CHANGE = (
 )
 _LOWER_IS_BETTER = ("eval_loss", "eval_mse", "eval_perplexity")
 _EPOCHS = 3
+LARGEST_SEED = 2**32 - 1  # JAX would drop what is beyond without a word
+_LARGEST = 2**31 - 1  # of a count on the device
 _LEAST = {
     1: (
         *("steps", "epochs", "batch_size", "accumulate", "max_length", "devices"),
         *("evaluate_every", "eval_batch_size", "save_every", "keep"),
     ),
-    0: ("seed", "stride", "learning_rate", "weight_decay", "max_grad_norm"),
+    0: ("stride", "learning_rate", "weight_decay", "max_grad_norm"),
 }
-_LSG_NAMES = tuple(f.name for f in dataclasses.fields(LSGConfig))
+_LSG_HINTS: dict[str, Any] = typing.get_type_hints(LSGConfig)
 
 
 class Help(NamedTuple):
@@ -162,23 +165,53 @@ class Settings:
     def __post_init__(self):
         for name, value in _coerced_all(vars(self)).items():
             object.__setattr__(self, name, value)
+        self._check_numbers()
+        check_names("columns", self.columns, [f.name for f in dataclasses.fields(Columns)])
+        check_names("mesh", self.mesh, AXES)
+        check_axes(self.mesh)
+        self._check_pattern()
+        self._check_choices()
+        self._check_evaluation()
+        self.data_options(self.max_length or 1, None, token_type_ids=False)
+
+    def _check_pattern(self) -> None:
+        """Each value by itself; whether they fit together, the model's pattern decides."""
+        check_names("lsg", self.lsg, list(_LSG_HINTS))
+        plain = LSGConfig(sparse_block_size=0, sparsity_factor=0)
+        for name, value in self.lsg.items():
+            if (name, value) != ("sparsity_type", None):  # which stands for "none"
+                coerced(f"lsg.{name}", value, _LSG_HINTS[name])
+            if name != "sparsity_factor":  # fits a block size or does not
+                dataclasses.replace(plain, **{name: value})
+
+    def _check_numbers(self) -> None:
         for least, names in _LEAST.items():
             for name in names:
                 value = getattr(self, name)
                 if value is not None and value < least:
                     raise ValueError(f"{name}={value} must be at least {least}.")
-        for name, known in (
-            ("columns", [f.name for f in dataclasses.fields(Columns)]),
-            ("mesh", AXES),
-            ("lsg", _LSG_NAMES),
-        ):
-            check_names(name, getattr(self, name), known)
-        self._check_choices()
-        self._check_evaluation()
+                if value is not None and value > _LARGEST:
+                    raise ValueError(f"{name}={value} must be at most {_LARGEST}.")
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise ValueError(f"seed={self.seed} must lie in 0..{LARGEST_SEED}.")
+        if self.buckets and not 1 <= min(self.buckets) <= max(self.buckets) <= _LARGEST:
+            raise ValueError(f"buckets={list(self.buckets)} must be lengths of at least 1.")
+        if self.max_grad_norm == 0:
+            raise ValueError(
+                "max_grad_norm=0 would clip every gradient to nothing; give a positive number, or "
+                "null in a YAML file to clip none."
+            )
 
     def _check_choices(self) -> None:
         if self.task not in trained_tasks():
             raise ValueError(f"task={self.task!r} must be one of {', '.join(trained_tasks())}.")
+        if self.frozen is not None:
+            try:
+                re.compile(self.frozen)
+            except re.error as error:
+                raise ValueError(
+                    f"frozen={self.frozen!r} is no regular expression: {error}."
+                ) from error
         if self.epochs and self.steps:
             raise ValueError(f"epochs={self.epochs} and steps={self.steps}: give one of them.")
         if self.frozen is not None and self.train_only != "all":
@@ -243,7 +276,7 @@ class Settings:
         return make_optimizer(
             self.learning_rate,
             total_steps=steps,
-            warmup_steps=round(self.warmup * steps),
+            warmup_steps=min(round(self.warmup * steps), steps - 1),
             schedule=self.schedule,
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,

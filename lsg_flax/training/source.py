@@ -36,6 +36,12 @@ class SourceModel:
         """The checkpoint's, as it is."""
         return self.checkpoint.config
 
+    @property
+    def reads(self) -> int:
+        """How many tokens the model to train reads."""
+        config = self.checkpoint.config_for(self.task)
+        return self.length if self.converts else Model(config, self.task).max_length
+
     def check_globals(self) -> None:
         """Raises ValueError if there are no global tokens to train."""
         if self.config.lsg is None and not self.converts:

@@ -20,7 +20,8 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint.utils import checkpoint_steps
 
-from lsg_flax.files import differences, read_json, write_aside
+from lsg_flax.files import check_folder, differences, read_json, write_aside
+from lsg_flax.locks import PlaceTaken, locked
 
 BestMode = Literal["max", "min"]
 
@@ -49,7 +50,7 @@ class Saving:
             run to be continued must be the same.
 
     Raises:
-        ValueError: if `keep` is not positive, or for an unknown mode.
+        ValueError: for a folder that is a file, if `keep` is not positive, or for an unknown mode.
     """
 
     folder: str | os.PathLike
@@ -60,6 +61,7 @@ class Saving:
     settings: dict[str, Any] | None = None
 
     def __post_init__(self):
+        check_folder("folder", self.folder)
         check_interval("Saving", self.every)
         if self.keep < 1:
             raise ValueError(f"keep={self.keep} must be at least 1.")
@@ -74,26 +76,16 @@ class Checkpoints:
     """
 
     def __init__(self, saving: Saving):
-        """Opens the folder for writing."""
+        """Opens the folder for writing.
+
+        Raises:
+            PlaceTaken: if another run has it open; Orbax would delete what that one writes.
+        """
         self.path, self._best = pathlib.Path(saving.folder), saving.best
-        policies: Any = ocp.training.preservation_policies
-        kept: list[Any] = [policies.LatestN(saving.keep)]
-        if saving.best is not None:
-            kept.append(
-                policies.BestN(
-                    get_metric_fn=functools.partial(_rank, name=saving.best, mode=saving.mode),
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
-        preserved: Any = policies.AnyPreservationPolicy(kept)
-        always: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
-        self._checkpointer: Any = ocp.training.Checkpointer(
-            _absolute(saving.folder),
-            preservation_policy=preserved,
-            save_decision_policy=always,
-            cleanup_tmp_directories=True,
-        )
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(locked_for_run(self.path))
+            self._checkpointer = _checkpointer(saving)
+            self._lock = stack.pop_all()
         self._writing: int | None = None
 
     def save(
@@ -167,7 +159,7 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            with contextlib.suppress(Exception):  # has been raised by `wait`
+            with self._lock, contextlib.suppress(Exception):  # has been raised by `wait`
                 self._checkpointer.close()
 
     def __enter__(self) -> "Checkpoints":
@@ -178,6 +170,30 @@ class Checkpoints:
             return self.close()
         with contextlib.suppress(SaveError):  # the error that is on its way matters more
             self.close()
+
+
+@contextlib.contextmanager
+def locked_for_run(folder: pathlib.Path) -> Iterator[None]:
+    """The folder is this run's alone: the first of its processes has the lock, and all of them stop
+    if another run has it.
+
+    Raises:
+        OSError: as `locks.locked`.
+    """
+    with contextlib.ExitStack() as stack:
+        refused: OSError | None = None
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(locked(folder))
+            except OSError as error:
+                refused = error
+        if jax.process_count() > 1:
+            stops = multihost_utils.broadcast_one_to_all(np.int32(refused is not None))
+            if stops and refused is None:
+                refused = PlaceTaken(f"the first process of this run could not lock {folder}.")
+        if refused is not None:
+            raise refused
+        yield
 
 
 def save_state(path: str | os.PathLike, state: Any, *, keep: int = 3, data: Any = None) -> None:
@@ -288,6 +304,23 @@ def check_settings(path: str | os.PathLike, settings: dict[str, Any]) -> None:
         )
     elif jax.process_index() == 0:
         write_aside(file, f"{json.dumps(wanted, indent=2)}\n".encode())
+
+
+def _checkpointer(saving: Saving) -> Any:
+    """Orbax's, which keeps what `saving` says and saves whenever it is asked to."""
+    policies: Any = ocp.training.preservation_policies
+    kept: list[Any] = [policies.LatestN(saving.keep)]
+    if saving.best is not None:
+        rank = functools.partial(_rank, name=saving.best, mode=saving.mode)
+        kept.append(policies.BestN(get_metric_fn=rank, n=1, keep_checkpoints_without_metrics=False))
+    preserved: Any = policies.AnyPreservationPolicy(kept)
+    always: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
+    return ocp.training.Checkpointer(
+        _absolute(saving.folder),
+        preservation_policy=preserved,
+        save_decision_policy=always,
+        cleanup_tmp_directories=True,
+    )
 
 
 def _absolute(path: str | os.PathLike) -> str:

@@ -1,5 +1,6 @@
 """Checkpoints that lsg_flax writes, and what the reference shall do with them."""
 
+import json
 import pathlib
 import shutil
 
@@ -8,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from cases import HEADS, SEED, generator_of, random_inputs, random_model, random_sizes
 from jobs import Case, Results, ask
+from unread import unread_by
 
 import lsg_flax
 from lsg_flax.models import FAMILIES, EncoderConfig
+from lsg_flax.models.config_json import DIALECTS
 from lsg_flax.patterns.config import SPARSITY_TYPES
 
 PLAIN_RUN = ("base", "masked_lm", "pretraining", "multiple_choice")
@@ -52,6 +55,11 @@ def write_checkpoints(folder: pathlib.Path, reference: Results) -> dict[str, Cas
         kind = SPARSITY_TYPES[(i + SEED + 3) % 7]
         write(cases, folder, f"lsg_{family}_{task}", family, task, kind)
         write(cases, folder, f"plain_{family}_{task}", family, task, None)
+    for i, family in enumerate(FAMILIES):
+        for kind, sparsity in (("lsg", SPARSITY_TYPES[(i + SEED) % 7]), ("plain", None)):
+            name = f"{kind}_{family}_unread"
+            write(cases, folder, name, family, "token_classification", sparsity)
+            add_unread(folder / name / "config.json", family, lsg=sparsity is not None)
     untied = {"tie_word_embeddings": False}
     write(cases, folder, "lsg_bert_masked_lm_untied", "bert", "masked_lm", "norm", **untied)
     cross = "plain_bert_causal_lm_cross"
@@ -71,6 +79,15 @@ def write_checkpoints(folder: pathlib.Path, reference: Results) -> dict[str, Cas
         again = {"keep_first_global_token": True, "max_sequence_length": 900}
         cases[f"again_{name}"] = Case({"kind": "convert", **run, "options": again})
     return cases
+
+
+def add_unread(file: pathlib.Path, family: str, *, lsg: bool) -> None:
+    """Adds what the family does not read; and of what it reads by two names, one that loses."""
+    values = json.loads(file.read_text())
+    for name in DIALECTS[family].also:
+        theirs = DIALECTS[family].names[name]
+        values |= {name: values[theirs], theirs: 5}
+    file.write_text(json.dumps(unread_by(family, lsg=lsg) | values))
 
 
 def write(cases, folder: pathlib.Path, name: str, family, task, kind, **fields) -> None:

@@ -11,6 +11,7 @@ from saved import CONVERTED
 
 import lsg_flax
 from lsg_flax.convert_from_torch import params_to_torch
+from lsg_flax.models import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("fixed_rotations")
 ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -87,6 +88,12 @@ def test_a_model_of_ours_in_pytorch(saved, name):
     compare(saved, name, "JAX -> PyTorch")
     _, strict = saved[f"strict_{name}"]
     assert len(strict.report["keys"]) > 15
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["lsg", "plain"])
+def test_what_a_family_does_not_read_changes_no_number(saved, kind, family):
+    compare(saved, f"{kind}_{family}_unread", "JAX -> PyTorch")
 
 
 @pytest.mark.parametrize("name", CONVERTED)

@@ -9,4 +9,5 @@ from lsg_flax.models.families.family import ToLSG as ToLSG
 from lsg_flax.models.families.family import modern_name as modern_name
 from lsg_flax.models.families.registry import FAMILIES as FAMILIES
 from lsg_flax.models.families.registry import family_of as family_of
+from lsg_flax.models.families.registry import model_type_of as model_type_of
 from lsg_flax.models.families.registry import register as register

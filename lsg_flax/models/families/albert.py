@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from lsg_flax.models import heads, task
 from lsg_flax.models.architecture import Architecture
-from lsg_flax.models.config_json import Dialect
+from lsg_flax.models.config_json import ABSENT, ENCODES_ONLY, NOT_A_DECODER, Dialect
 from lsg_flax.models.families import bert
 from lsg_flax.models.families.family import Family, HeadTable, Row
 from lsg_flax.models.layout import DENSE, DENSE_WITHOUT_BIAS, NORM, TABLE, TENSOR
@@ -91,6 +91,9 @@ ALBERT = Family(
             "classifier_dropout": 0.1,
         },
         {"classifier_dropout": "classifier_dropout_prob"},
+        absent=NOT_A_DECODER,
+        needed=(*ABSENT,),
+        refused_by_lsg=ENCODES_ONLY,
     ),
     architecture=Architecture(always_projects=True),
 )

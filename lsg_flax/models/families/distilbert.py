@@ -3,7 +3,7 @@
 from functools import partial
 
 from lsg_flax.models import heads, task
-from lsg_flax.models.config_json import REFUSED, Dialect
+from lsg_flax.models.config_json import ABSENT, ENCODES_ONLY, NOT_A_DECODER, REFUSED, Dialect
 from lsg_flax.models.families import bert
 from lsg_flax.models.families.family import Family, HeadTable, Row
 from lsg_flax.models.layout import DENSE, DENSE_WITHOUT_BIAS, NORM, TABLE, TENSOR
@@ -74,7 +74,7 @@ DISTILBERT = Family(
     ),
     to_lsg=bert.WITHOUT_SEGMENTS,
     dialect=Dialect(
-        {"num_hidden_layers": 6, "classifier_dropout": 0.2, "type_vocab_size": 0},
+        {"num_hidden_layers": 6, "classifier_dropout": 0.2},
         {
             "hidden_size": "dim",
             "num_hidden_layers": "n_layers",
@@ -85,7 +85,12 @@ DISTILBERT = Family(
             "attention_probs_dropout_prob": "attention_dropout",
             "classifier_dropout": "seq_classif_dropout",
         },
-        ("type_vocab_size", "layer_norm_eps"),
-        refused={"pruned_heads": REFUSED["pruned_heads"]},
+        absent=ABSENT
+        | NOT_A_DECODER
+        | {"type_vocab_size": 0, "layer_norm_eps": 1e-12},  # which its classes have as a constant
+        also=("hidden_size", "num_hidden_layers", "num_attention_heads"),
+        others={"qa_dropout": float},
+        refused={n: v for n, v in REFUSED.items() if n != "position_embedding_type"},
+        refused_by_lsg=ENCODES_ONLY,
     ),
 )

@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import partial
 
 from lsg_flax.models import heads, task
-from lsg_flax.models.config_json import REFUSED, Dialect
+from lsg_flax.models.config_json import ABSENT, Dialect
 from lsg_flax.models.families import bert
 from lsg_flax.models.families.family import Family, HeadTable, Row
 from lsg_flax.models.layout import DENSE, DENSE_WITHOUT_BIAS, NORM, TENSOR
@@ -73,7 +73,12 @@ ELECTRA = Family(
             "num_attention_heads": 4,
             "intermediate_size": 1024,
         },
-        # read by the head of multiple choice, which computes this one summary
-        refused=REFUSED | {"summary_type": ("first", None), "summary_use_proj": (True, None)},
+        absent={name: only for name, only in ABSENT.items() if name != "embedding_size"},
+        needed=("embedding_size",),
+        others={  # of the head of multiple choice
+            "summary_activation": str | None,
+            "summary_first_dropout": float,
+            "summary_last_dropout": float,
+        },
     ),
 )

@@ -1,6 +1,9 @@
 """Which families there are."""
 
-from lsg_flax.models.config_json import DIALECTS
+import re
+from typing import Any
+
+from lsg_flax.models.config_json import DIALECTS, class_names
 from lsg_flax.models.families.albert import ALBERT
 from lsg_flax.models.families.bert import BERT
 from lsg_flax.models.families.camembert import CAMEMBERT
@@ -11,6 +14,7 @@ from lsg_flax.models.families.roberta import ROBERTA
 from lsg_flax.models.families.xlm_roberta import XLM_ROBERTA
 from lsg_flax.models.outputs import ModelOutput
 from lsg_flax.models.task import TASKS
+from lsg_flax.patterns import short
 
 FAMILIES: dict[str, Family] = {}
 
@@ -50,8 +54,27 @@ def family_of(model_type: str) -> Family:
     Raises:
         ValueError: for a model_type that is not supported.
     """
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
-            f"model_type={model_type!r} is not supported; supported are {', '.join(FAMILIES)}."
+            f"model_type={short(model_type)} is not supported; supported are {', '.join(FAMILIES)}."
         )
     return FAMILIES[model_type]
+
+
+def model_type_of(values: dict[str, Any]) -> str:
+    """The model_type of a config.json: what it says, or else what its classes are called.
+
+    Raises:
+        ValueError: if it has neither.
+    """
+    if values.get("model_type") is not None:
+        return values["model_type"]
+    classes = class_names(values)
+    for name in classes:
+        for family in FAMILIES.values():
+            if re.fullmatch(f"(LSG)?{family.class_prefix}(Model|LMHeadModel|For[A-Z].*)", name):
+                return family.model_type
+    raise ValueError(
+        f"no model_type, and architectures={short(classes)} names no class of a supported family; "
+        f"write one into config.json or pass model_type=, one of {', '.join(FAMILIES)}."
+    )

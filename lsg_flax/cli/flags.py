@@ -1,0 +1,57 @@
+"""Messages in the words of the command line: the library names its arguments, as in
+`broken_lines="skip"`, and who typed a command knows its flags: `--broken-lines skip`."""
+
+import argparse
+import ast
+import re
+from typing import Any
+
+_CALL = r"(?<![\w.])[\w.]+\((?:[^()]|\([^()]*\))*\)"  # advice in Python stays Python
+_VALUE = r"""'[^']*'|"[^"]*"|[(\[{][^()\[\]{}]*[)\]}]|\.\.\.|[-+.~/]*\w(?:[\w.+/-]*\w)?"""
+_ARGUMENT = re.compile(
+    rf"""{_CALL}
+    |(?<![\w.'"/-])([a-z]\w*)(?:\.([a-z]\w*))?  # a name such as mesh or mesh.data
+    =(?:({_VALUE})|(?=[\s;,.)]|$))""",
+    re.VERBOSE,
+)
+
+
+def in_flags(message: str, arguments: argparse.Namespace) -> str:
+    """The message with the command's flags in place of the library's arguments. What came from a
+    file of settings keeps its name there."""
+    for words, flags in arguments.spelled.items():
+        message = message.replace(words, flags)
+    usage = arguments.command.format_usage()
+    flags = {flag[2:].replace("-", "_"): flag for flag in re.findall(r"--[a-z][\w-]*", usage)}
+    if getattr(arguments, "config", None) is not None:
+        given = {name for name, value in vars(arguments).items() if value is not None}
+        flags = {name: flag for name, flag in flags.items() if name in given}
+
+    def translate(found: re.Match) -> str:
+        name, entry, value = found.groups()
+        if entry in flags:  # lsg.block_size
+            return f"{flags[entry]} {_words(value)}".rstrip()
+        if name not in flags:
+            return found[0]
+        if entry:
+            return f"{flags[name]} {entry}={_words(value)}"
+        if value in ("False", "None"):
+            return flags.get(f"no_{name}", f"no {flags[name]}")
+        return flags[name] if value in ("True", None) else f"{flags[name]} {_words(value)}"
+
+    return _ARGUMENT.sub(translate, message)
+
+
+def _words(text: str | None) -> str:
+    """A value of Python as it is typed."""
+    try:
+        value: Any = ast.literal_eval(text or "")
+    except (ValueError, SyntaxError):
+        value = ...
+    if value in (..., (), [], {}):  # nothing that could be typed
+        return text or ""
+    if isinstance(value, dict):
+        return ",".join(f"{name}={entry}" for name, entry in value.items())
+    if isinstance(value, tuple | list):
+        return " ".join(map(str, value))
+    return repr(value) if value == "" or str(value) != str(value).strip() else str(value)
