@@ -271,7 +271,7 @@ def test_parts_that_do_not_fit_are_refused(make, unchecked):
 # -------------------------------------------------------------------------- conversion and saving
 
 
-@pytest.mark.filterwarnings("ignore:weights for task")
+@pytest.mark.filterwarnings("ignore:weights for task", "ignore:max_sequence_length=80 is less")
 @pytest.mark.parametrize("inside", ["", "0_Transformer"])
 def test_a_converted_folder_embeds_longer_texts(make, inside, tmp_path):
     folder, target = make(("Pooling", "Normalize"), inside=inside), tmp_path / "long"
@@ -279,6 +279,8 @@ def test_a_converted_folder_embeds_longer_texts(make, inside, tmp_path):
     lsg_flax.convert_checkpoint(
         folder, target, task="base", max_sequence_length=80, block_size=8, sparse_block_size=8
     )
+    if not inside:
+        assert (target / "modules.json").read_bytes() == (folder / "modules.json").read_bytes()
     listed = json.loads((target / "modules.json").read_text())
     assert [m["path"] for m in listed] == ["", "1_Pooling", "2_Normalize"]
     same = ("1_Pooling/config.json", "config_sentence_transformers.json")
@@ -301,14 +303,14 @@ def test_modules_that_we_cannot_run_are_carried_along_all_the_same(make, tmp_pat
     folder = make(("Pooling", "Dense"))
     write_json(folder / "2_Dense" / "config.json", {"in_features": 12})
     (folder / "2_Dense" / "model.safetensors").write_bytes(b"weights")
-    lsg_flax.convert_checkpoint(folder, tmp_path / "long", task="base", max_sequence_length=64)
+    lsg_flax.convert_checkpoint(folder, tmp_path / "long", task="base", max_sequence_length=512)
     assert (tmp_path / "long" / "2_Dense" / "model.safetensors").read_bytes() == b"weights"
 
 
 def test_another_task_is_no_embedding_model(make, tmp_path):
     folder = make()
     with pytest.warns(UserWarning, match=r"saved without the modules.json.*pass task='base'"):
-        lsg_flax.convert_checkpoint(folder, tmp_path / "long", max_sequence_length=64)
+        lsg_flax.convert_checkpoint(folder, tmp_path / "long", max_sequence_length=512)
     assert not (tmp_path / "long" / "modules.json").exists()
 
 
@@ -344,7 +346,7 @@ def test_a_failed_save_leaves_the_old_files(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    for owner, name in ((embeddings, "write_sentence_settings"), (hub.load, "carry_modules")):
+    for owner, name in ((embeddings, "write_sentence_settings"), (hub.save, "carry_modules")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, full)
             with pytest.raises(OSError, match="No space"):
@@ -355,7 +357,7 @@ def test_a_failed_save_leaves_the_old_files(tmp_path, monkeypatch):
                 else:
                     embedder.save_pretrained(tmp_path / "source")
                     lsg_flax.convert_checkpoint(
-                        tmp_path / "source", tmp_path / "saved", max_sequence_length=64
+                        tmp_path / "source", tmp_path / "saved", max_sequence_length=512
                     )
         assert contents(tmp_path / "saved") == before
 

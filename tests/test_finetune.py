@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import shutil
 
 import jax
@@ -66,6 +67,8 @@ def test_every_task_from_files_to_a_checkpoint(tiny, tmp_path, kind):
     jax.tree.map(np.testing.assert_array_equal, params, result.params)
     tokenizer = hub.read_tokenizer(result.output)
     assert tokenizer is not None and tokenizer.model_max_length == 16
+    carried = (pathlib.Path(tiny, name) for name in ("vocab.txt", "tokenizer.json", "LICENSE"))
+    assert all((result.output / f.name).read_bytes() == f.read_bytes() for f in carried)
     lines = (result.output / "log" / "metrics.jsonl").read_text().splitlines()
     losses = {r["step"]: r["eval_loss"] for r in map(json.loads, lines) if "eval_loss" in r}
     assert list(losses) == [2, 4] and result.best == min(

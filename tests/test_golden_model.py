@@ -12,7 +12,7 @@ from golden_data import GOLDEN, cases, load, lsh_rotations
 
 import lsg_flax
 from lsg_flax.convert_from_torch import params_to_torch
-from lsg_flax.hub.load import config_values
+from lsg_flax.hub import config_values
 from lsg_flax.patterns import sparsity
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}

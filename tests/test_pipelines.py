@@ -18,6 +18,7 @@ from golden_data import GOLDEN
 import lsg_flax
 from lsg_flax import LSGConfig
 from lsg_flax.inference import predict
+from lsg_flax.inference.encodings import check_encoding
 from lsg_flax.models import EncoderConfig
 from lsg_flax.pipelines.spans import TokenClassification, best_spans
 from lsg_flax.pipelines.tasks import Reader, TextClassification
@@ -112,6 +113,22 @@ def test_a_list_gives_what_each_document_gives_alone_in_order(pipe, task):
         {json.dumps(np.asarray(a).tolist() if isinstance(a, np.ndarray) else a) for a in together}
     ) == len(texts)
     assert run([]) == []
+
+
+@pytest.mark.parametrize("segments", [0, 1, 2])
+def test_a_model_is_given_the_segments_that_it_tells_apart(tokenizer, segments):
+    """RoBERTa has one, whatever the tokenizer beside it says of pairs."""
+    reader = Reader(tokenizer, EncoderConfig(type_vocab_size=segments), LIMIT, False)
+    (row,) = reader.rows("A town", "Small roads")
+    assert ("token_type_ids" in row.inputs) == (segments == 2)
+    config = make("sequence_classification")[0].config.with_overrides(type_vocab_size=segments)
+    model = lsg_flax.Model(config, "sequence_classification")
+    check_encoding("one", row.inputs, row.inputs, model=model, longest=LIMIT)
+    if segments < 2:
+        given = row.inputs | {"token_type_ids": tokenizer("A town", "Small roads").token_type_ids}
+        allows = f"type_vocab_size={segments} allows {('none', '0..0')[segments]}"
+        with pytest.raises(ValueError, match=f"{allows}; leave token_type_ids out"):
+            check_encoding("one", given, given, model=model, longest=LIMIT)
 
 
 def test_an_iterator_is_read_piece_by_piece(pipe):

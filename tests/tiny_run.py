@@ -28,6 +28,7 @@ def save_tiny(folder):
     model = lsg_flax.Model(config, "base")
     params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 3), np.int32))["params"]
     lsg_flax.save_pretrained(folder, model, params, hub.read_tokenizer(PLAIN))
+    (folder / "LICENSE").write_text("licence")
     return folder
 
 

@@ -1,7 +1,6 @@
 """`lsg-flax convert`: makes checkpoints that read long documents."""
 
 import argparse
-import os
 import pathlib
 from dataclasses import fields
 
@@ -20,7 +19,8 @@ _DESCRIPTION = """Make an LSG checkpoint of SOURCE that reads long documents wit
 
 Nothing is trained: positions repeat, and global tokens start as [CLS] and [MASK]. The result is
 written to TARGET in Hugging Face's format, for lsg_flax.from_pretrained and for PyTorch's LSG
-classes. If anything fails, files that were in TARGET stay as they were."""
+classes; tokenizer and other files that belong to the model come along as they are. SOURCE is not
+changed. If anything fails, files that were in TARGET stay as they were."""
 
 
 def add(commands: shared.Commands) -> None:
@@ -62,8 +62,6 @@ def run(arguments: argparse.Namespace) -> None:
     target = pathlib.Path(arguments.target)
     if target.exists() and not target.is_dir():
         raise ValueError(f"TARGET {target} is a file; give a folder, or a new name for one.")
-    if target.is_dir() and os.path.isdir(arguments.source) and target.samefile(arguments.source):
-        raise ValueError(f"SOURCE and TARGET are both {target}; give another folder as TARGET.")
     replaces = (target / hub.CONFIG).exists()
     out = shared.console()
     with out.status(f"converting {arguments.source}"):
@@ -85,3 +83,4 @@ def run(arguments: argparse.Namespace) -> None:
     if config.lsg:
         out.print(shared.pattern_in_words(config.lsg))
     out.print(f"next: lsg_flax.from_pretrained({str(target)!r}), or lsg-flax inspect {target}")
+    out.print(f"in PyTorch: {hub.in_pytorch(hub.open_checkpoint(target))}", soft_wrap=True)

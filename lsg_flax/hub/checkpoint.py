@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 
 from lsg_flax.convert_from_torch import params_from_torch
 from lsg_flax.files import read_json
-from lsg_flax.hub.sentence_files import MODULES, Modules, read_modules
+from lsg_flax.hub.download import resolve
+from lsg_flax.hub.sentence_files import Modules, read_modules
 from lsg_flax.hub.tokenizer_files import Tokenizer, read_tokenizer
 from lsg_flax.hub.weights import CONFIG, Tensors, open_tensors
 from lsg_flax.models import (
@@ -28,9 +29,6 @@ from lsg_flax.models import (
     model_type_of,
 )
 from lsg_flax.sharding import shardings_for
-
-ALL_FILES = ("*.json", "*.safetensors", "pytorch_model*.bin", "*.txt", "*.model")
-CONFIG_FILES = (f"*{CONFIG}", MODULES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,15 +119,15 @@ class Checkpoint:
 
 def open_checkpoint(
     path_or_id: str | os.PathLike,
-    files: Sequence[str] = ALL_FILES,
+    files: Sequence[str] | None = None,
     *,
     model_type: str | None = None,
 ) -> Checkpoint:
     """Opens a folder, the config.json in one, or a repository of the hub, which is downloaded.
 
     Args:
-        files: patterns of what to download; with `CONFIG_FILES` the model is known, not its
-            weights.
+        files: patterns of what to download, by default all that is needed; with `CONFIG_FILES` the
+            model is known, not its weights.
         model_type: by which config.json is read; None takes its own, or that of `architectures`.
 
     Raises:
@@ -143,7 +141,7 @@ def open_checkpoint(
         modules = read_modules(root)
         file = (modules[0][1] if modules else root) / CONFIG
     if not file.is_file():
-        there = sorted(p.name for p in file.parent.iterdir())[:10]
+        there = sorted(p.name for p in file.parent.glob("*"))[:10]
         raise FileNotFoundError(f"{file.parent} has no {CONFIG}; it holds {there}.")
     values = read_json(file)
     try:
@@ -153,35 +151,6 @@ def open_checkpoint(
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     return Checkpoint(root, file.parent, values, config, modules)
-
-
-def resolve(path_or_id: str | os.PathLike, files: Sequence[str] = ALL_FILES) -> pathlib.Path:
-    """The local folder of a checkpoint, downloaded from the hub if it is not one already.
-
-    Args:
-        files: patterns of what to download.
-
-    Raises:
-        FileNotFoundError: if there is neither such a folder nor such a repository.
-    """
-    folder = pathlib.Path(path_or_id)
-    if folder.is_dir():
-        return folder
-    name = str(path_or_id)
-    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(
-            f"{name} is not a folder; give the folder that holds {CONFIG}, or a hub id such as "
-            "'bert-base-uncased'."
-        )
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=list(files)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"{name} is neither a local folder nor a repository that the hub gave us: {error}"
-        ) from error
 
 
 def _place(mesh: Mesh, path: str, read, leaf: jax.ShapeDtypeStruct) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Checkpoints loaded, saved, and made to read long documents: the functions of the public API."""
+"""Checkpoints loaded, and made to read long documents: functions of the public API."""
 
 import json
 import os
@@ -8,19 +8,15 @@ from dataclasses import fields, replace
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
-import safetensors.numpy
 from flax.typing import Dtype
 from jax.sharding import Mesh
 
-from lsg_flax.convert_from_torch import params_to_torch
-from lsg_flax.files import written_aside
 from lsg_flax.hub.checkpoint import open_checkpoint
-from lsg_flax.hub.sentence_files import MODULES, carry_modules
+from lsg_flax.hub.save import check_target, write_converted
+from lsg_flax.hub.sentence_files import MODULES
 from lsg_flax.hub.to_lsg import LSGOptions, to_lsg
 from lsg_flax.hub.tokenizer_files import Tokenizer
-from lsg_flax.hub.weights import CONFIG, WEIGHTS
-from lsg_flax.models import Model, Params, family_of
+from lsg_flax.models import Model, Params
 from lsg_flax.patterns import LSGConfig
 
 
@@ -65,30 +61,6 @@ def from_pretrained(
     )
 
 
-def save_pretrained(
-    path: str | os.PathLike, model: Model, params: Params, tokenizer: Tokenizer | None = None
-) -> None:
-    """Writes config.json and model.safetensors (and the tokenizer's files) so that PyTorch's class
-    of the same name loads them.
-
-    The folder is written aside and renamed file by file at the end: an interrupted save leaves old
-    files as they were.
-
-    Raises:
-        ValueError: if `params` are not those of `model`.
-        OSError: if the files cannot be written.
-    """
-    tensors = params_to_torch(params, model)
-    path = pathlib.Path(path)
-    with written_aside(path) as aside:
-        safetensors.numpy.save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
-        (aside / CONFIG).write_text(
-            json.dumps(config_values(model, tensors), indent=2, sort_keys=True) + "\n"
-        )
-        if tokenizer is not None:
-            tokenizer.save_pretrained(aside)
-
-
 def convert_checkpoint(
     source: str | os.PathLike,
     target: str | os.PathLike | None = None,
@@ -121,6 +93,8 @@ def convert_checkpoint(
         ValueError: for options that do not fit the source, and as `from_pretrained`.
     """
     checkpoint = open_checkpoint(source, model_type=lsg_overrides.pop("model_type", None))
+    if target is not None:
+        check_target(target, checkpoint)
     names = {f.name for f in fields(LSGConfig)}
     chosen = {name: lsg_overrides.pop(name) for name in names & lsg_overrides.keys()}
     model, params = checkpoint.load(task, check=check, **lsg_overrides)
@@ -142,10 +116,7 @@ def convert_checkpoint(
     )
     model, params = make_lsg(model, params, tokenizer, options=options, pattern=chosen)
     if target is not None:
-        with written_aside(pathlib.Path(target)) as aside:
-            save_pretrained(aside, model, params, tokenizer)
-            if checkpoint.modules and model.task == "base":
-                carry_modules(checkpoint.root, checkpoint.modules, aside, max_sequence_length)
+        write_converted(pathlib.Path(target), checkpoint, model, params, tokenizer)
     return model, params
 
 
@@ -176,18 +147,10 @@ def make_lsg(
         tokenizer.model_max_length = options.max_sequence_length
     ids = {"bos_token_id": bos, "mask_token_id": mask}
     params, config = to_lsg(params, model.config, options, lsg=lsg, **ids)
+    if options.max_sequence_length < model.max_length:
+        warnings.warn(
+            f"max_sequence_length={options.max_sequence_length} is less than the "
+            f"{model.max_length} tokens that the source reads: the result reads no more.",
+            stacklevel=3,
+        )
     return model.clone(config=config), params
-
-
-def config_values(model: Model, tensors: dict[str, np.ndarray] | None = None) -> dict[str, Any]:
-    """The fields of config.json for `model`, with the class that PyTorch should make of it."""
-    config, family = model.config, family_of(model.config.model_type)
-    lsg = config.lsg is not None
-    values = config.to_dict()
-    values["architectures"] = [family.class_name(model.task, lsg=lsg)]
-    if lsg:
-        values["auto_map"] = family.auto_map()
-    if tensors:
-        values.pop("dtype", None)  # the same, as transformers 5 calls it
-        values["torch_dtype"] = str(next(iter(tensors.values())).dtype)
-    return values

@@ -9,11 +9,13 @@ import shutil
 from typing import Any, Literal, NamedTuple, get_args
 
 from lsg_flax.files import read_json, write_json
+from lsg_flax.hub.json_text import with_field
 
 Pooling = Literal["mean", "cls", "max", "global"]
 Modules = list[tuple[str, pathlib.Path]]
 MODULES, SENTENCES = "modules.json", "sentence_bert_config.json"
 PROMPTS = "config_sentence_transformers.json"
+SENTENCE_CONFIGS = "sentence_*_config.json"  # what SENTENCES was called for some models
 _PREFIX = "pooling_mode_"
 # sentence-transformers' names; it knows no globals, and their state is the first token's there
 _NAMES: dict[Pooling, str] = {
@@ -39,8 +41,8 @@ def read_modules(folder: pathlib.Path) -> Modules:
         kind, path = given.get("type"), given.get("path")
         if not isinstance(kind, str) or not isinstance(path, str):
             raise ValueError(f"{folder / MODULES}: {module} has no type or no path.")
-        place = pathlib.PurePosixPath(path)
-        if place.is_absolute() or ".." in place.parts or (modules and not place.parts):
+        place = pathlib.PureWindowsPath(path)  # which knows both kinds of slashes, and drives
+        if place.anchor or ".." in place.parts or (modules and not place.parts):
             raise ValueError(f"{folder / MODULES}: {kind} must have a folder inside, not {path!r}.")
         modules.append((kind.rpartition(".")[2], folder / path))
     if not modules or not modules[0][0].endswith("Transformer"):  # there is also MLMTransformer
@@ -50,24 +52,34 @@ def read_modules(folder: pathlib.Path) -> Modules:
 
 
 def read_sentence_config(folder: pathlib.Path) -> dict[str, Any]:
-    """sentence-transformers' settings of the Transformer in `folder`, whatever their file is
-    called there."""
-    files = [folder / SENTENCES, *sorted(folder.glob("sentence_*_config.json"))]
-    return next((read_json(file) for file in files if file.exists()), {})
+    """sentence-transformers' settings of the Transformer in `folder`."""
+    file = _sentence_config(folder)
+    return read_json(file) if file else {}
 
 
 def carry_modules(root: pathlib.Path, modules: Modules, target: pathlib.Path, length: int) -> None:
-    """The other files of a sentence-transformers model, for a Transformer that lies in `target`
-    itself and reads `length` tokens."""
-    listed = read_json(root / MODULES, list)
-    listed[0]["path"] = ""
-    settings = read_sentence_config(modules[0][1]) | {"max_seq_length": length}
-    write_json(target, {MODULES: listed, SENTENCES: settings})
-    if (root / PROMPTS).exists():
-        shutil.copy2(root / PROMPTS, target)
+    """What makes `target` a sentence-transformers model as `root` is one, for a Transformer that
+    lies in `target` itself and reads `length` tokens."""
+    if modules[0][1] == root:
+        shutil.copyfile(root / MODULES, target / MODULES)
+    else:
+        listed = read_json(root / MODULES, list)
+        listed[0]["path"] = ""
+        write_json(target, {MODULES: listed})
+    file, text = _sentence_config(modules[0][1]), "{}\n"
+    if file:
+        read_json(file)  # raises for what is no object
+        text = file.read_bytes().decode()
+    (target / SENTENCES).write_bytes(with_field(text, "max_seq_length", length).encode())
     for _, folder in modules[1:]:
         if folder.is_dir():  # a module without settings may have none
             shutil.copytree(folder, target / folder.relative_to(root), dirs_exist_ok=True)
+
+
+def _sentence_config(folder: pathlib.Path) -> pathlib.Path | None:
+    """The file of settings, whatever it is called there."""
+    files = [folder / SENTENCES, *sorted(folder.glob(SENTENCE_CONFIGS))]
+    return next((file for file in files if file.exists()), None)
 
 
 class SentenceSettings(NamedTuple):

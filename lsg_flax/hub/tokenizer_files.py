@@ -1,19 +1,143 @@
-"""Tokenizers as their files in a checkpoint's folder."""
+"""Tokenizers as their files in a checkpoint's folder: read, and carried from one to another."""
 
+import importlib.util
+import json
+import os
 import pathlib
+import re
+import shutil
 from typing import Any
+
+from lsg_flax.hub.beside import TOKENIZER_FILES, matches
+from lsg_flax.hub.download import cached_folder
+from lsg_flax.hub.json_text import with_field
 
 # transformers': its import takes seconds, and its own annotations differ between versions.
 Tokenizer = Any
 
-_FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "vocab.json")
-_FILES += ("sentencepiece.bpe.model", "spiece.model")
+_CONFIG = "tokenizer_config.json"
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", _CONFIG)
+_SENTENCEPIECE = ("sentencepiece.bpe.model", "spiece.model", "tokenizer.model")
+# What may change without another vocabulary, and then changes in the file too.
+_SETTINGS = ("model_max_length", "padding_side", "truncation_side")
 
 
 def read_tokenizer(folder: pathlib.Path) -> Tokenizer | None:
-    """The tokenizer in `folder`, None if there are no tokenizer files."""
-    if not any((folder / name).exists() for name in _FILES):
+    """The tokenizer in `folder`, None if there are no tokenizer files.
+
+    Raises:
+        ImportError: if only sentencepiece can read it, and is not installed.
+        ValueError: for damaged files, or if some are missing.
+    """
+    there = [name for name in (*_VOCABULARIES, *_SENTENCEPIECE) if (folder / name).exists()]
+    if not there:
         return None
+    models = [name for name in there if name in _SENTENCEPIECE]
+    packages = [name for name in ("sentencepiece", "google.protobuf") if not _is_installed(name)]
+    if models and packages and "tokenizer.json" not in there:
+        raise ImportError(
+            f"{folder / models[0]} is a sentencepiece model without a tokenizer.json; reading it "
+            f"needs {' and '.join(packages)}: pip install 'lsg-flax[sentencepiece]'."
+        )
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(folder))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    except BaseException as error:  # of any kind; a panic in Rust is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(
+            f"{folder} has {', '.join(there)}, of which transformers can make no tokenizer "
+            f"({error or type(error).__name__}); copy or download them again."
+        ) from error
+    # Without them transformers 5 makes one that knows no words, or does not join them.
+    needed = [tokenizer.vocab_files_names.get(name) for name in ("vocab_file", "merges_file")]
+    lacking = [name for name in needed if name and not (folder / name).exists()]
+    if lacking and "tokenizer.json" not in there:
+        raise ValueError(
+            f"{folder} has {', '.join(there)}, but {type(tokenizer).__name__} needs "
+            f"{' and '.join(lacking)} too, or tokenizer.json; copy or download them again."
+        )
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, target: pathlib.Path) -> None:
+    """Writes a tokenizer's files: those of the folder or repository that it was read from, byte for
+    byte but for the settings that may change, above all `model_max_length`. Other versions of
+    transformers then read them as before.
+
+    Of a tokenizer with other tokens or another way of reading than those files have, transformers
+    writes new ones.
+    """
+    source = origin(tokenizer)
+    fresh = None if source is None else _read_again(source)
+    if source is None or fresh is None or _identity(fresh) != _identity(tokenizer):
+        tokenizer.save_pretrained(target)
+        return
+    names = (*TOKENIZER_FILES, *tokenizer.vocab_files_names.values())
+    for file in sorted(source.iterdir()):
+        if file.is_file() and (matches(file.name, names) or file.name in _code_of(source)):
+            shutil.copyfile(file, target / file.name)
+    changed = {
+        name: getattr(tokenizer, name)
+        for name in _SETTINGS
+        if getattr(tokenizer, name) != getattr(fresh, name)
+    }
+    if changed:
+        file = target / _CONFIG
+        text = file.read_bytes().decode() if file.exists() else "{}\n"
+        for name, value in changed.items():
+            text = with_field(text, name, value)
+        file.write_bytes(text.encode())
+
+
+def origin(tokenizer: Tokenizer) -> pathlib.Path | None:
+    """The folder that a tokenizer was read from; None if it is not on this machine."""
+    name = str(getattr(tokenizer, "name_or_path", None) or "")
+    if name and os.path.isdir(name):
+        return pathlib.Path(name)
+    return cached_folder(name) if name else None
+
+
+def portable_class(tokenizer: Tokenizer) -> str:
+    """The class by a name that every version of transformers knows."""
+    name = type(tokenizer).__name__
+    generic = "PreTrainedTokenizerFast"
+    return generic if name in (generic, "TokenizersBackend") else name.removesuffix("Fast")
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False
+
+
+def _read_again(folder: pathlib.Path) -> Tokenizer | None:
+    """None where the files are gone or damaged by now."""
+    try:
+        return read_tokenizer(folder)
+    except (ImportError, ValueError):
+        return None
+
+
+def _identity(tokenizer: Tokenizer) -> list[Any]:
+    """All that decides which ids it gives for a text."""
+    known = [type(tokenizer), str(tokenizer.special_tokens_map), tokenizer.chat_template]
+    if not tokenizer.is_fast:
+        ignored = {"name_or_path", *_SETTINGS}
+        options = {k: str(v) for k, v in tokenizer.init_kwargs.items() if k not in ignored}
+        return [*known, options, tokenizer.get_vocab()]
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    return [*known, backend | {"truncation": None, "padding": None}]  # left by the last call
+
+
+def _code_of(folder: pathlib.Path) -> set[str]:
+    """The modules that tokenizer_config.json names for a tokenizer of its own."""
+    file = folder / _CONFIG
+    values = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    named = values.get("auto_map")
+    named = named.get("AutoTokenizer") if isinstance(named, dict) else named
+    references = named if isinstance(named, list) else [named]
+    plain = (r for r in references if isinstance(r, str) and re.fullmatch(r"\w+\.\w+", r))
+    return {f"{reference.split('.')[0]}.py" for reference in plain}

@@ -54,9 +54,11 @@ def _check_rows(place: str, name: str, rows, lengths: list[int], field: str, lim
         )
     low, high = min(map(min, rows)), max(map(max, rows))
     if low < 0 or high >= limit:
+        one_segment = name == "token_type_ids" and limit < 2
+        advice = f"leave {name} out" if one_segment else "do tokenizer and checkpoint fit together?"
         raise ValueError(
-            f"{place} has {name} in {low}..{high}, but {field}={limit} allows 0..{limit - 1}; do "
-            "tokenizer and checkpoint belong together?"
+            f"{place} has {name} in {low}..{high}, but {field}={limit} allows "
+            f"{f'0..{limit - 1}' if limit else 'none'}; {advice}"
         )
 
 

@@ -98,6 +98,7 @@ class Embedder:
         pooling, normalize: see `pool`.
         max_length: tokens after which a text is cut.
         do_lower_case: lower a text's case before the tokenizer sees it.
+        source: where it was loaded from; what else belongs to it is saved too.
     """
 
     model: Model
@@ -107,6 +108,7 @@ class Embedder:
     normalize: bool
     max_length: int
     do_lower_case: bool = False
+    source: hub.Checkpoint | None = None
 
     def __post_init__(self):
         """Raises ValueError for parts that do not fit together."""
@@ -166,6 +168,7 @@ class Embedder:
             stored.normalize if normalize is None else normalize,
             allowed if given is None else given,
             stored.do_lower_case,
+            checkpoint,
         )
 
     def embed(
@@ -238,7 +241,8 @@ class Embedder:
             OSError: if the files cannot be written.
         """
         with written_aside(pathlib.Path(path)) as aside:
-            hub.save_pretrained(aside, self.model, self.params, self.tokenizer)
+            parts = self.model, self.params, self.tokenizer
+            hub.save_pretrained(aside, *parts, source=self.source)
             settings = SentenceSettings(
                 self.pooling, self.normalize, self.max_length, self.do_lower_case
             )

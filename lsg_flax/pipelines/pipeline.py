@@ -171,7 +171,8 @@ def pipeline(
         network, params = _load(task, checkpoint, jnp.float32 if dtype is None else dtype)
         tokenizer = checkpoint.folder if tokenizer is None else tokenizer
     if isinstance(tokenizer, str | os.PathLike):
-        folder, tokenizer = tokenizer, hub.read_tokenizer(hub.resolve(tokenizer))
+        folder = hub.resolve(tokenizer, hub.TOKENIZER_ALONE)
+        tokenizer = hub.read_tokenizer(folder)
         if tokenizer is None:
             raise ValueError(f"{folder} has no tokenizer; pass tokenizer=, an object or a folder.")
     if tokenizer is None:

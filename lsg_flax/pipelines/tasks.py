@@ -47,7 +47,7 @@ class Reader:
         encoded = self.tokenizer(*texts, verbose=False, **(cut | options))
         several = encoded["input_ids"] and isinstance(encoded["input_ids"][0], list)
         names = ["input_ids", "attention_mask"]
-        names += ["token_type_ids"] if self.config.type_vocab_size else []
+        names += ["token_type_ids"] if self.config.type_vocab_size > 1 else []
         columns = {name: encoded[name] for name in names if name in encoded}
         columns = columns if several else {name: [column] for name, column in columns.items()}
         length = max(map(len, columns["input_ids"]))

@@ -154,8 +154,8 @@ def _run(
     batches.close()
 
     # ------------------------------------------------------------- results
-    best = _save_best(output / "best", saving, model, state, source.tokenizer)
-    _save(output, model, state.params, source.tokenizer)
+    best = _save_best(output / "best", saving, model, state, source)
+    _save(output, model, state.params, source)
     last = history[-1] if history else {}
     if evaluation is not None and not history:  # the run had ended before
         last = evaluation.function(state)
@@ -292,24 +292,24 @@ def _check_output(
 
 
 def _save_best(
-    folder: pathlib.Path, saving: Saving, model: Model, state: TrainState, tokenizer: Any
+    folder: pathlib.Path, saving: Saving, model: Model, state: TrainState, source: SourceModel
 ) -> int | None:
     """Writes the best model; the step that it is of, None where nothing judges."""
     if saving.best is None:
         return None
     step = best_step(saving.folder, saving.best, mode=saving.mode)
     chosen = restore_state(saving.folder, state, step=step)
-    _save(folder, model, chosen.params, tokenizer)
+    _save(folder, model, chosen.params, source)
     return step
 
 
-def _save(folder: pathlib.Path, model: Model, params: Params, tokenizer: Any) -> None:
+def _save(folder: pathlib.Path, model: Model, params: Params, source: SourceModel) -> None:
     """Writes a checkpoint, by the first process; all of them give their shards."""
     first = jax.process_index() == 0
     if jax.process_count() > 1:  # one after the other, and the others keep nothing
         params = jax.tree.map(functools.partial(_gathered, kept=first), params)
     if first:
-        hub.save_pretrained(folder, model, params, tokenizer)
+        hub.save_pretrained(folder, model, params, source.tokenizer, source=source.checkpoint)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"saved {folder}")
 

@@ -1,8 +1,10 @@
 """Checkpoints that lsg_flax writes, and what the reference shall do with them."""
 
+import contextlib
 import json
 import pathlib
-import shutil
+import sys
+from collections.abc import Iterator
 
 import flax.traverse_util
 import jax.numpy as jnp
@@ -46,11 +48,22 @@ def random_params(model: lsg_flax.Model, generator) -> dict:
     )
 
 
+@contextlib.contextmanager
+def installed_converter(folder: pathlib.Path) -> Iterator[None]:
+    """The reference's package, whose code is copied and not run, as if it were installed here."""
+    package = ask("from importlib.util import find_spec; print(find_spec('lsg_converter').origin)")
+    folder.mkdir()
+    (folder / "lsg_converter").symlink_to(pathlib.Path(package).parent, target_is_directory=True)
+    sys.path.append(str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+
+
 def write_checkpoints(folder: pathlib.Path, reference: Results) -> dict[str, Case]:
     """Saves models of every head, LSG and plain, and conversions; returns the cases for them."""
     cases: dict[str, Case] = {}
-    package = ask("from importlib.util import find_spec; print(find_spec('lsg_converter').origin)")
-    remote_code = pathlib.Path(package).parent / "bert" / "modeling_lsg_bert.py"
     for i, (family, task) in enumerate(HEADS):
         kind = SPARSITY_TYPES[(i + SEED + 3) % 7]
         write(cases, folder, f"lsg_{family}_{task}", family, task, kind)
@@ -70,8 +83,8 @@ def write_checkpoints(folder: pathlib.Path, reference: Results) -> dict[str, Cas
     cases[cross] = cases[cross]._replace(inputs=inputs)
     for name, options in CONVERTED.items():
         source = reference.folder / "convert_512"
-        lsg_flax.convert_checkpoint(source, folder / f"converted_{name}", **options, **BLOCKS)
-        shutil.copy(remote_code, folder / f"converted_{name}")  # what our auto_map points to
+        with installed_converter(folder / f"installed_{name}"):
+            lsg_flax.convert_checkpoint(source, folder / f"converted_{name}", **options, **BLOCKS)
         inputs = random_inputs(generator_of(name), "masked_lm", BLOCKS)
         run = {"class": "LSGBertForMaskedLM", "checkpoint": f"converted_{name}"}
         cases[f"converted_{name}"] = Case({"kind": "model", **run}, inputs)

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from cases import CONVERSIONS
 from jobs import DIFFERENCES, HERE, TABLE, ask, close
-from saved import BLOCKS, CONVERTED
+from saved import BLOCKS, CONVERTED, installed_converter
+from tiny_tokenizers import FAMILIES as TOKENIZERS
+from tiny_tokenizers import write_source
 
 import lsg_flax
 from lsg_flax import LSGConfig
@@ -103,6 +105,52 @@ def test_auto_classes_find_the_remote_code_beside_our_conversion(saved, name):
     _, result = saved[f"auto_{name}"]
     expected = {"class": "LSGBertForMaskedLM", "missing_keys": [], "unexpected_keys": []}
     assert result.report == expected
+
+
+TOKENIZE = """
+import json, sys, transformers
+trust = transformers.__version__ < "5"  # the code needs PyTorch, and does not run with newer ones
+for folder in sys.argv[1:]:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+    ids = tokenizer("the quick naïve fox 東京", "some words")["input_ids"]
+    long = tokenizer("words " * 300, truncation=True)["input_ids"]
+    print(json.dumps([type(tokenizer).__name__, ids, tokenizer.model_max_length, len(long)]))
+"""
+
+
+@pytest.mark.parametrize("model_type", TOKENIZERS)
+def test_both_versions_of_transformers_read_a_converted_tokenizer(model_type, tmp_path):
+    """Those that run LSG in PyTorch, and today's: the ids of the source, and its class."""
+    source, target = write_source(tmp_path / "source", model_type), tmp_path / "long"
+    with installed_converter(tmp_path / "installed"):
+        lsg_flax.convert_checkpoint(source, target, max_sequence_length=200)
+    assert len(list(target.glob("modeling_lsg_*.py"))) == 1
+    found, environment = [], os.environ | {"HF_MODULES_CACHE": str(tmp_path / "code")}
+    for python in (os.environ["LSG_REFERENCE_PYTHON"], sys.executable):
+        command = [python, "-c", TOKENIZE, source, target]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        before, after = map(json.loads, done.stdout.splitlines())
+        assert after[:2] == before[:2] and after[2:] == [200, 200]
+        found.append(after[1])
+    assert found[0] == found[1]
+
+
+def test_a_length_in_tokenizer_json_cuts_nothing(tmp_path):
+    """It is carried as it is, since no version of transformers goes by it."""
+    source, target = tmp_path / "source", tmp_path / "long"
+    write_source(source, "roberta")
+    ask(
+        f"import transformers; t = transformers.AutoTokenizer.from_pretrained({str(source)!r}); "
+        f"t.backend_tokenizer.enable_truncation(8); t.save_pretrained({str(source)!r})"
+    )
+    assert json.loads((source / "tokenizer.json").read_text())["truncation"]["max_length"] == 8
+    lsg_flax.convert_checkpoint(source, target, max_sequence_length=200)
+    assert (source / "tokenizer.json").read_bytes() == (target / "tokenizer.json").read_bytes()
+    for python in (os.environ["LSG_REFERENCE_PYTHON"], sys.executable):
+        command = [python, "-c", TOKENIZE, target]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert json.loads(done.stdout)[2:] == [200, 200]
 
 
 def test_shards_written_by_torch_hold_the_same_model(reference):

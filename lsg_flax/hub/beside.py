@@ -1,0 +1,60 @@
+"""What lies in a checkpoint's folder beside config.json and the weights: which of it belongs to the
+model, is downloaded with it, carried to another folder, or would be read there by mistake."""
+
+import fnmatch
+import pathlib
+import shutil
+from collections.abc import Iterable
+
+from lsg_flax.hub.sentence_files import MODULES, PROMPTS, SENTENCE_CONFIGS
+from lsg_flax.hub.weights import CONFIG
+
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.txt", "vocab.json", "merges.txt", "bpe.codes", "*.model", "chat_template.*"),
+)
+_WEIGHT_FILES = (
+    *("*.safetensors", "*.index.json", "pytorch_model*.bin", "flax_model*", "tf_model*"),
+    *("model.ckpt*", "adapter_*"),
+)
+_DOCUMENTS = ("*.json", "*.txt", "*.md", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
+_SENTENCE_FILES = (MODULES, PROMPTS, SENTENCE_CONFIGS)
+# Of training, or written anew: config.json by us, those of sentence-transformers by carry_modules.
+_NOT_CARRIED = (CONFIG, "trainer_state.json", *_WEIGHT_FILES, MODULES, SENTENCE_CONFIGS)
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a file's name is one of the patterns."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def is_document(name: str) -> bool:
+    """Whether a file belongs to the model, as its card, licence and settings do; weights, tokenizer
+    and code are none of these."""
+    others = matches(name, (".*", *_NOT_CARRIED, *TOKENIZER_FILES))
+    return matches(name, _DOCUMENTS) and not others
+
+
+def carry_documents(source: pathlib.Path, target: pathlib.Path, *, readme: bool) -> None:
+    """Copies these files as they are; the README only if it is still true."""
+    for file in sorted(source.iterdir()):
+        tells_of_model = file.name.lower().startswith("readme")
+        if file.is_file() and is_document(file.name) and (readme or not tells_of_model):
+            shutil.copyfile(file, target / file.name)
+
+
+def stale_files(folder: pathlib.Path, new: pathlib.Path, *, settings: bool) -> list[str]:
+    """Files of an earlier model in `folder` that stay when those in `new` are moved there, and that
+    somebody would read beside them.
+
+    Args:
+        settings: also those that have settings, not weights and tokenizers alone.
+    """
+    written = {file.name for file in new.iterdir()}
+    patterns = list(_WEIGHT_FILES)
+    if any(matches(name, TOKENIZER_FILES) for name in written):
+        patterns += TOKENIZER_FILES
+    if settings:
+        patterns += [*TOKENIZER_FILES, *_SENTENCE_FILES, "generation_config.json"]
+    there = sorted(file.name for file in folder.iterdir() if file.is_file())
+    return [name for name in there if matches(name, patterns) and name not in written]

@@ -1,0 +1,149 @@
+"""Checkpoints saved: config.json and weights, and what else belongs to them."""
+
+import json
+import os
+import pathlib
+import warnings
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from lsg_flax.convert_from_torch import params_to_torch
+from lsg_flax.files import read_json, written_aside
+from lsg_flax.hub import beside
+from lsg_flax.hub.checkpoint import Checkpoint
+from lsg_flax.hub.pytorch_code import auto_map_of, carry_code, installed_code
+from lsg_flax.hub.sentence_files import carry_modules
+from lsg_flax.hub.tokenizer_files import Tokenizer, origin, portable_class, save_tokenizer
+from lsg_flax.hub.weights import CONFIG, WEIGHTS
+from lsg_flax.models import Model, Params, family_of
+
+
+def save_pretrained(
+    path: str | os.PathLike,
+    model: Model,
+    params: Params,
+    tokenizer: Tokenizer | None = None,
+    *,
+    source: Checkpoint | None = None,
+) -> None:
+    """Writes config.json and model.safetensors (and the tokenizer's files) so that PyTorch's class
+    of the same name loads them.
+
+    The tokenizer's files are those that it was read from, with its `model_max_length`, unless it
+    was given other tokens since. An LSG model gets the PyTorch code of its classes and an
+    `auto_map` that names it, if that code is beside the tokenizer or `source`, or lsg-converter is
+    installed. The folder is written aside and renamed file by file at the end: an interrupted save
+    leaves old files as they were.
+
+    Args:
+        source: the checkpoint that the model was made of; what else belongs to it comes along
+            (licence, generation_config.json; not README.md, which tells of another model).
+
+    Raises:
+        ValueError: if `params` are not those of `model`.
+        OSError: if the files cannot be written.
+    """
+    path = pathlib.Path(path)
+    with written_aside(path) as aside:
+        _write(aside, model, params, tokenizer, source)
+        stale = beside.stale_files(path, aside, settings=False)
+    if stale:
+        warnings.warn(
+            f"{path} still holds {', '.join(stale)} of another model, which other programs may "
+            f"read beside the new {WEIGHTS}; remove what you do not need.",
+            stacklevel=2,
+        )
+
+
+def _write(
+    folder: pathlib.Path,
+    model: Model,
+    params: Params,
+    tokenizer: Tokenizer | None,
+    source: Checkpoint | None,
+    *,
+    readme: bool = False,
+) -> None:
+    tensors = params_to_torch(params, model)
+    safetensors.numpy.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    places = [source.root, source.folder] if source else []
+    for place in dict.fromkeys(places):
+        beside.carry_documents(place, folder, readme=readme)
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, folder)
+        places += filter(None, [origin(tokenizer)])
+    code = carry_code(auto_map_of(model), places + installed_code(model), folder)
+    values = config_values(model, tensors, code)
+    if code and tokenizer is not None:
+        # AutoTokenizer does not know the config's class in that code.
+        values["tokenizer_class"] = portable_class(tokenizer)
+    (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def check_target(target: str | os.PathLike, checkpoint: Checkpoint) -> None:
+    """Raises ValueError for a folder that is the source or lies in it, also through links, and for
+    one with a model that is no conversion, as after a mix-up of source and target."""
+    place = pathlib.Path(target).resolve()
+    for source in (checkpoint.root, checkpoint.folder):
+        if any(p.exists() and p.samefile(source) for p in (place, *place.parents)):
+            raise ValueError(
+                f"the target {target} is or lies in the source {source}, where nothing is "
+                "written; give another folder."
+            )
+
+    if (place / CONFIG).exists() and not _is_conversion(place / CONFIG):
+        raise ValueError(
+            f"the target {target} holds a config.json that no conversion has written; "
+            "give another folder, or remove that model first."
+        )
+
+
+def _is_conversion(config: pathlib.Path) -> bool:
+    try:
+        return read_json(config).get("base_model_prefix") == "lsg"
+    except ValueError:
+        return False
+
+
+def write_converted(
+    target: pathlib.Path,
+    checkpoint: Checkpoint,
+    model: Model,
+    params: Params,
+    tokenizer: Tokenizer | None,
+) -> None:
+    """Saves a conversion with all that belongs to its source.
+
+    Raises:
+        ValueError: if files of another model would stay beside it.
+    """
+    with written_aside(target) as aside:
+        _write(aside, model, params, tokenizer, checkpoint, readme=True)
+        if checkpoint.modules and model.task == "base":
+            carry_modules(checkpoint.root, checkpoint.modules, aside, model.max_length)
+        if stale := beside.stale_files(target, aside, settings=True):
+            raise ValueError(
+                f"{target} holds {', '.join(stale)} of another model, which would be read beside "
+                "the new files; remove them, or give another folder."
+            )
+
+
+def config_values(
+    model: Model,
+    tensors: dict[str, np.ndarray] | None = None,
+    auto_map: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """The fields of config.json for `model`, with the class that PyTorch should make of it, and the
+    `auto_map` of the code beside it."""
+    config, family = model.config, family_of(model.config.model_type)
+    values = config.to_dict()
+    values["architectures"] = [family.class_name(model.task, lsg=config.lsg is not None)]
+    values.pop("auto_map", None)
+    if auto_map:
+        values["auto_map"] = auto_map
+    if tensors:
+        values.pop("dtype", None)  # the same, as transformers 5 calls it
+        values["torch_dtype"] = str(next(iter(tensors.values())).dtype)
+    return values
