@@ -5,6 +5,7 @@ This file knows names and shapes; files are those of hub/, and turning full atte
 to_lsg.py's.
 """
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Mapping
@@ -22,14 +23,15 @@ from lsg_flax.models import (
     Model,
     Params,
     family_of,
-    modern_name,
 )
+from lsg_flax.tensor_names import NamedTensors, name_tensors
 
 HEAD_SEED = 0  # of head weights that a checkpoint does not have
 _LISTED = 12
 
 
-Place = Callable[[str, Callable[[tuple[slice, ...]], np.ndarray], jax.ShapeDtypeStruct], jax.Array]
+Read = Callable[[tuple[slice, ...]], np.ndarray]  # a part of an array, by its index
+Place = Callable[[str, Read, jax.ShapeDtypeStruct], jax.Array]
 
 
 def params_from_torch(
@@ -37,41 +39,52 @@ def params_from_torch(
 ) -> Params:
     """Our parameters from the tensors of a PyTorch state dict.
 
-    Weights of the head or pooler that are missing are drawn from a fixed seed and named in one
-    warning, as are those of another head that are left over.
+    Weights of the head or pooler that are missing, and those of a head of another size, are drawn
+    from a fixed seed. One warning names them, the tensors outside the body that the task does not
+    read, and what was left out of names.
 
     Args:
         tensors: by name, as stored, of a plain or LSG checkpoint with or without a head; arrays, or
-            what has their shape and gives parts of itself by slices.
+            what has their shape and dtype and gives parts of itself by slices.
         model: whose config, task and parameter dtype are wanted.
         place: makes the array of a path from a function that reads a part of it, and its shape;
             a whole array on the default device by default.
 
     Raises:
-        ValueError: for any other missing or unexpected tensor (both are listed), or one of another
-            shape.
+        ValueError: for any other missing tensor or one of the body that is not expected (both are
+            listed), for one of another shape or dtype, and for tied ones that differ.
     """
     config, family = model.config, family_of(model.config.model_type)
-    tensors = {modern_name(name): tensor for name, tensor in tensors.items()}
     keys, shapes = family.keys(model.task, config), _leaf_shapes(model)
     _check_rows(keys, shapes, family)
-    tensors = _with_prefix(tensors, family, model.task)
-    found = {key.torch for key in keys} & tensors.keys()
-    missing = [key for key in keys if key.torch not in found]
-    strictly_missing = [key.torch for key in missing if key.path.startswith("encoder/")]
-    other_heads, unexpected = _sort_unused(tensors, found, family, model.task, config)
-    if strictly_missing or unexpected:
-        raise ValueError(_mismatch(strictly_missing, unexpected, family, config))
-    readers: dict[str, Callable[[tuple[slice, ...]], np.ndarray]] = {
-        path: _reader(tensors, of_leaf, shapes[path])
-        for path, of_leaf in _by_path(keys).items()
-        if all(key.torch in found for key in of_leaf)
-    }
-    absent = sorted(shapes.keys() - readers.keys())
-    if absent or other_heads:
-        _warn_heads(absent, other_heads, model)
+    named = name_tensors(tensors, family, config, model.task)
+    if model.task == "base":  # whose class has no prefix
+        keys = [dataclasses.replace(key, torch=named.prefix + key.torch) for key in keys]
+    unused = _check_body(keys, named, family, config)
+    readers: dict[str, Read] = {}
+    absent, resized = [], []
+    for path, of_leaf in sorted(_by_path(keys).items()):
+        if not all(key.torch in named.tensors for key in of_leaf):
+            absent.append(path)
+        elif sizes := _other_size(named, of_leaf[0], shapes[path]):
+            absent.append(path)
+            resized.append(sizes)
+        else:
+            readers[path] = _reader(named, of_leaf, shapes[path])
+    if absent or unused or named.left_out:
+        _warn(model, absent, resized, unused, named.left_out)
     for path, value in initial_leaves(model, absent, HEAD_SEED).items():
         readers[path] = np.asarray(value).__getitem__
+    return _placed(readers, shapes, model, place)
+
+
+def _placed(
+    readers: Mapping[str, Read],
+    shapes: dict[str, tuple[int, ...]],
+    model: Model,
+    place: Place | None,
+) -> Params:
+    """The tree of arrays, in the dtype of the parameters."""
     leaves, dtype = {}, model.param_dtype
     for path, read in readers.items():
 
@@ -164,75 +177,57 @@ def _by_path(keys: list[Key]) -> dict[str, list[Key]]:
     return grouped
 
 
-def _with_prefix(tensors: dict[str, Any], family: Family, task: str) -> dict[str, Any]:
-    """Names as a model of `task` has them: encoder tensors carry the prefix, except in the base
-    model."""
-    prefix = f"{family.prefix}."
-    stored_with = any(name.startswith(prefix) for name in tensors)
-    if stored_with and task == "base":
-        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    if not stored_with and task != "base":
-        parts = {row.torch.split(".")[0] for row in (*family.encoder, *family.pooler)}
-        return {
-            prefix + name if name.split(".")[0] in parts else name: tensor
-            for name, tensor in tensors.items()
-        }
-    return tensors
+def _check_body(
+    keys: list[Key], named: NamedTensors, family: Family, config: EncoderConfig
+) -> list[str]:
+    """The tensors outside the body that are not read; raises ValueError if the body lacks any or
+    has others."""
+    unused = named.tensors.keys() - {key.torch for key in keys}
+    unused -= {named.prefix + buffer for buffer in family.ignored}
+    pooler = tuple(f"{named.prefix}{row.torch}." for row in family.pooler)
+    unexpected = {
+        name for name in unused if name.startswith(named.prefix) and not name.startswith(pooler)
+    }
+    missing = [
+        key.torch
+        for key in keys
+        if key.path.startswith("encoder/") and key.torch not in named.tensors
+    ]
+    if missing or unexpected:
+        rest = unused - unexpected if missing else set()  # may be the missing ones, misnamed
+        there = [*sorted(unexpected), *sorted(rest)]
+        sides = [[*map(named.shown, names)] for names in (missing, there)]
+        raise ValueError(_mismatch(sides[0], sides[1], family, config))
+    return sorted(map(named.shown, unused - unexpected))
 
 
-def _sort_unused(
-    tensors, found: set[str], family: Family, task: str, config: EncoderConfig
-) -> tuple[list[str], list[str]]:
-    """Unused names: those of another head of the family, and those that nothing explains. Ties are
-    checked on the way."""
-    unused = (
-        tensors.keys()
-        - found
-        - {name for buffer in family.ignored for name in (buffer, f"{family.prefix}.{buffer}")}
-    )
-    for other in family.heads:
-        for name, source in family.tied_names(other, tied=config.tie_word_embeddings).items():
-            place = source if source in tensors else source.removeprefix(f"{family.prefix}.")
-            if name in unused and place in tensors:
-                if not np.array_equal(tensors[name], tensors[place]):
-                    raise ValueError(
-                        f"{name} differs from {source}, but tie_word_embeddings is true; "
-                        "set tie_word_embeddings to false in config.json if the model has its own "
-                        "output weights."
-                    )
-                unused = unused - {name}
-    others = set(_names_of_heads(family, config))
-    if task == "base":
-        others |= {name.removeprefix(f"{family.prefix}.") for name in others}
-    return sorted(unused & others), sorted(unused - others)
+def _other_size(named: NamedTensors, key: Key, shape: tuple[int, ...]) -> str | None:
+    """Says how a tensor of a head is larger or smaller than wanted; None if it is not."""
+    if not key.path.startswith("head/"):
+        return None
+    given, wanted = tuple(named.tensors[key.torch].shape), key.torch_shape(shape)
+    if given == wanted or len(given) != len(wanted) or 0 in given:
+        return None
+    return f"{named.shown(key.torch)} {list(given)}, wanted {list(wanted)}"
 
 
-def _names_of_heads(family: Family, config: EncoderConfig):
-    for task in family.heads:
-        yield from (
-            key.torch for key in family.keys(task, config) if not key.path.startswith("encoder/")
-        )
-        yield from family.head(task).tied
-
-
-def _reader(
-    tensors: Mapping[str, Any], keys: list[Key], shape: tuple[int, ...]
-) -> Callable[[tuple[slice, ...]], np.ndarray]:
+def _reader(named: NamedTensors, keys: list[Key], shape: tuple[int, ...]) -> Read:
     """Reads a part of a leaf, from the tensors of its layers if it is stacked; only that part of a
     file is touched."""
     lead = shape[: len(keys[0].layer)] if keys[0].layer is not None else ()
     expected = shape[len(lead) :]
     for key in keys:
-        given, wanted = tuple(tensors[key.torch].shape), key.torch_shape(expected)
+        named.check_dtype(key.torch)
+        given, wanted = tuple(named.tensors[key.torch].shape), key.torch_shape(expected)
         if given != wanted:
             raise ValueError(
-                f"{key.torch} has shape {given}, but config.json asks for {wanted}; the file "
-                "belongs to another config.json, or the config was overridden "
+                f"{named.shown(key.torch)} has shape {given}, but config.json asks for "
+                f"{wanted}; the file belongs to another config.json, or the config was overridden "
                 "(num_labels, vocab_size, ...)."
             )
 
     def part(key: Key, index: tuple[slice, ...]) -> np.ndarray:
-        return key.storage.read(tensors[key.torch], index, expected)
+        return key.storage.read(named.tensors[key.torch], index, expected)
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         if not lead:
@@ -262,13 +257,23 @@ def _mismatch(
     return "\n".join(lines)
 
 
-def _warn_heads(absent: list[str], other_heads: list[str], model: Model) -> None:
+def _warn(
+    model: Model,
+    absent: list[str],
+    resized: list[str],
+    unused: list[str],
+    left_out: tuple[str, ...],
+) -> None:
     parts = []
     if absent:
+        sizes = f"; in the file they are {'; '.join(resized)}" if resized else ""
         parts.append(
             f"not in the checkpoint and drawn from seed {HEAD_SEED}: {', '.join(absent)} "
-            "(fine-tune before use)"
+            f"(fine-tune before use{sizes})"
         )
-    if other_heads:
-        parts.append(f"of another head and not used: {', '.join(other_heads[:_LISTED])}")
+    if unused:
+        more = f" and {len(unused) - _LISTED} more" if len(unused) > _LISTED else ""
+        parts.append(f"of another head and not used: {', '.join(unused[:_LISTED])}{more}")
+    if left_out:
+        parts.append(f"read without the beginning {', '.join(map(repr, left_out))} of their names")
     warnings.warn(f"weights for task={model.task!r} " + "; ".join(parts) + ".", stacklevel=5)

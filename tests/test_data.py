@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lsg_flax.data import Columns, DataOptions, load_examples, train_batches
+from lsg_flax.data import Columns, DataOptions, labels_for, load_examples, train_batches
 from lsg_flax.data.values import label_number, names_of_labels
 from lsg_flax.models import TASKS, Target, Task
 
@@ -142,6 +142,9 @@ def test_a_dataset_of_the_library_brings_names_of_labels(load, monkeypatch):
     data = load("someone/numbers")
     assert asked == [(("someone/numbers", None), {"split": "train"})]
     assert data.labels == ("odd", "even")
+    options = DataOptions("sequence_classification", max_length=8)
+    for head in (("even", "odd"), ("a", "b", "c")):  # whose order the numbers do not have
+        assert labels_for("someone/numbers", options, head) == ("odd", "even")
     assert [row["labels"] for row in rows_of(data)] == [1, 0] * 4 + [1]
 
 
@@ -377,7 +380,9 @@ def test_several_labels_and_regression(load):
     data = load(rows, problem_type="regression")
     assert [r["labels"] for r in rows_of(data)] == [[0.5], [2.0], [-1.0]]
     assert (data.labels, data.num_labels) == (None, 1)
-    for wrong, message in (("x", "a number"), (float("nan"), "finite"), ([1, 2], "2 numbers, but")):
+    broken = [("x", "a number"), (NAN, "finite"), (1e39, "finite"), (10**400, "a number")]
+    broken += [(None, "is empty"), ("", "a number"), ([], "finite"), ([1, 2], "2 numbers, but")]
+    for wrong, message in broken:
         with pytest.raises(ValueError, match=f"rows.jsonl:2: .*{message}"):
             load([rows[0], {"text": "w1", "label": wrong}], problem_type="regression")
 

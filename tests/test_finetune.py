@@ -15,8 +15,9 @@ import lsg_flax
 from lsg_flax import hub
 from lsg_flax.locks import PlaceTaken, locked
 from lsg_flax.models import PROBLEM_SCORERS, SCORES, TASKS
-from lsg_flax.training.finetune import finetune
+from lsg_flax.training.finetune import finetune, options_for
 from lsg_flax.training.settings import Settings, read_settings, trained_tasks
+from lsg_flax.training.source import open_source
 
 pytestmark = pytest.mark.filterwarnings("ignore:weights for task")  # heads that are drawn
 
@@ -105,6 +106,65 @@ def test_a_classifier_learns_and_is_trained_further(tiny, tmp_path):
         second = run(dataclasses.replace(settings, **further, evaluate_every=None))
     assert second.model.config.labels == names and second.best is None and second.scores == {}
     jax.tree.map(np.testing.assert_array_equal, second.params, result.params)
+
+
+def labelled(folder, names) -> str:
+    """A file in which each of the names is a label."""
+    rows = ({"text": "w7 w8", "label": name} for name in names * 4)
+    (folder / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / "labelled.jsonl")
+
+
+@pytest.fixture(scope="module")
+def with_a_head(tiny, tmp_path_factory):
+    """The tiny model with a head for three labels."""
+    folder = tmp_path_factory.mktemp("with_a_head")
+    labels = ("bad", "fair", "good")
+    model, params = lsg_flax.from_pretrained(tiny, "sequence_classification", labels=labels)
+    lsg_flax.save_pretrained(folder, model, params, hub.read_tokenizer(tiny))
+    return folder
+
+
+@pytest.mark.slow
+def test_a_head_for_other_labels_is_a_start(with_a_head, tmp_path):
+    names, further = ["v", "w", "x", "y", "z"], {"eval_data": None, "evaluate_every": None}
+    further |= {"steps": 1, "train_data": labelled(tmp_path, names)}
+    with pytest.warns(UserWarning, match=r"classifier.weight \[3, 16\], wanted \[5, 16\]"):
+        result = run(settings_of(with_a_head, tmp_path, **further))
+    written = json.loads((result.output / hub.CONFIG).read_text())
+    assert written["id2label"] == {str(i): name for i, name in enumerate(names)}
+    assert written["label2id"] == {name: i for i, name in enumerate(names)}
+    classify = lsg_flax.pipeline("text-classification", model=str(result.output), top_k=None)
+    assert sorted(answer["label"] for answer in classify("w7 w8")) == names
+
+
+def source_of(settings: Settings):
+    return open_source(settings.model, settings.task, None, convert=False)
+
+
+@pytest.mark.parametrize(
+    ("found", "given", "labels"),
+    [
+        (["good", "bad"], None, ("bad", "fair", "good")),  # all of them are the head's
+        ([0, 2], None, ("bad", "fair", "good")),
+        (["bad", "new"], None, ("bad", "new")),
+        ([0, 3], None, ("0", "1", "2", "3")),
+        (["good", "bad"], ["good", "bad"], ("good", "bad")),
+    ],
+)
+def test_labels_of_the_data_win_over_those_of_a_head(with_a_head, tmp_path, found, given, labels):
+    settings = settings_of(
+        with_a_head, tmp_path, train_data=labelled(tmp_path, found), labels=given
+    )
+    assert options_for(settings, source_of(settings)).labels == labels
+
+
+def test_weights_of_as_many_other_labels_are_said_to_be_kept(with_a_head, tmp_path):
+    data = labelled(tmp_path, ["poor", "so so", "superb"])
+    settings = settings_of(with_a_head, tmp_path, train_data=data)
+    with pytest.warns(UserWarning, match="bad, fair, good; training goes on.*poor, so so, superb"):
+        options = options_for(settings, source_of(settings))
+    assert options.labels == ("poor", "so so", "superb")
 
 
 def without_the_end(folder):

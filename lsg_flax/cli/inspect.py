@@ -4,10 +4,8 @@ import argparse
 import json
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import fields
 
-import numpy as np
 from rich.table import Table
 
 from lsg_flax import hub
@@ -70,7 +68,7 @@ def _shown(value: object) -> str:
     return json.dumps(value) if isinstance(value, bool | None) else str(value)
 
 
-def _tensor_table(tensors: Mapping[str, hub.StoredTensor | np.ndarray]) -> Table:
+def _tensor_table(tensors: hub.Tensors) -> Table:
     """One row for the tensors that differ by the layer's number only."""
     rows: dict[tuple[str, tuple[int, ...], str], list[str]] = {}
     for name, stored in tensors.items():

@@ -18,7 +18,7 @@ from lsg_flax.data.cache import ArrayFiles, DamagedCacheError, RowWriter, Tokeni
 from lsg_flax.data.files import DataSource, Paths, Problems, open_source
 from lsg_flax.data.options import DataOptions
 from lsg_flax.data.tasks import ExampleEncoder, make_encoder
-from lsg_flax.data.values import names_of_labels
+from lsg_flax.data.values import label_number, labels_in, names_of_labels
 from lsg_flax.files import check_folder, written_aside
 
 _FORMAT = 2  # of the files in the cache; a higher number makes older ones unknown
@@ -75,6 +75,32 @@ def load_examples(
             stacklevel=2,
         )
     return dataset
+
+
+def labels_for(
+    paths: Paths,
+    options: DataOptions,
+    known: tuple[str, ...],
+    *,
+    subset: str | None = None,
+    split: str = "train",
+) -> tuple[str, ...]:
+    """The labels to read data with for a head that has `known` ones: these, if each label in the
+    data is one of them by name or number; else the data's own.
+
+    Takes a pass over the rows; arguments and errors are those of `load_examples`.
+    """
+    source = open_source(paths, subset=subset, split=split, text_unit=options.text_unit)
+    column = options.label_column or ""
+    if names := source.label_names(column):  # its numbers are places among these
+        return tuple(names)
+    found = labels_in(row.values.get(column) for row in source.rows(Problems("skip")))
+    try:
+        for label in found:
+            label_number(label, known)
+    except ValueError:
+        return names_of_labels(found)
+    return known
 
 
 def _default_cache() -> pathlib.Path:

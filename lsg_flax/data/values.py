@@ -5,7 +5,6 @@ Axes: Y labels.
 
 import contextlib
 import functools
-import math
 import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from lsg_flax.data.files import DataRow
 from lsg_flax.files import valid_text
 
 _QUANTITY = r"[+-]?(\d+\.?\d*|\.\d+)"
+_LARGEST_FLOAT = float(np.finfo(np.float32).max)
 _MOST_LABELS = 1 << 20  # that are believed without a list of names
 
 
@@ -125,18 +125,23 @@ def _number_of(value: str | int) -> int | None:
     return int(value.split(".")[0]) if re.fullmatch(r"[+-]?\d{1,18}(\.0*)?", value) else None
 
 
-def names_of_labels(values: Iterable[object]) -> tuple[str, ...]:
-    """The labels found in a column: the names sorted, or the numbers from 0 to the largest. What is
-    no label is left for the row that has it.
-
-    Raises:
-        ValueError: for names and numbers together, or numbers that cannot count labels.
-    """
+def labels_in(values: Iterable[object]) -> set[str | int]:
+    """The labels of a column, of lists too; what is no label is left for the row that has it."""
     found: set[str | int] = set()
     for value in values:
         for label in value if isinstance(value, list) else [value]:
             with contextlib.suppress(ValueError):
                 found.add(label_value(label))
+    return found
+
+
+def names_of_labels(values: Iterable[object]) -> tuple[str, ...]:
+    """The labels found in a column: the names sorted, or the numbers from 0 to the largest.
+
+    Raises:
+        ValueError: for names and numbers together, or numbers that cannot count labels.
+    """
+    found = labels_in(values)
     names = {label for label in found if isinstance(label, str)}
     numbers = {label for label in found if isinstance(label, int)}
     if names and all(re.fullmatch(_QUANTITY, name) for name in names):  # as in a .csv
@@ -164,10 +169,12 @@ def numbers_in(value: Any) -> Float[np.ndarray, "Y"]:
     """A number or a list of them, [Y] in float32, or a ValueError."""
     try:
         numbers = [float(v) for v in (value if isinstance(value, list) else [value])]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"a number (or a list of them) is wanted, got {value!r}") from error
-    if not numbers or not all(map(math.isfinite, numbers)):
-        raise ValueError(f"a finite number (or a list of them) is wanted, got {value!r}")
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"a number (or a list of them) is wanted, got {value!r:.60}") from error
+    if not numbers or not all(abs(number) <= _LARGEST_FLOAT for number in numbers):
+        raise ValueError(
+            f"a finite number (or a list of them) is wanted, as float32 holds it, got {value!r:.60}"
+        )
     return np.array(numbers, np.float32)
 
 

@@ -23,3 +23,4 @@ from lsg_flax.hub.weights import CONFIG as CONFIG
 from lsg_flax.hub.weights import INDEX as INDEX
 from lsg_flax.hub.weights import WEIGHTS as WEIGHTS
 from lsg_flax.hub.weights import StoredTensor as StoredTensor
+from lsg_flax.hub.weights import Tensors as Tensors

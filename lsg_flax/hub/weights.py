@@ -1,23 +1,29 @@
 """The tensors of a checkpoint's folder by their PyTorch names: safetensors, whole or sharded, read
-in slices, and pytorch_model.bin."""
+in slices; pytorch_model.bin and flax_model.msgpack."""
 
-import errno
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
 
 from lsg_flax.files import read_json
+from lsg_flax.hub.weight_trees import UnreadTensor, damaged, read_bin, read_msgpack
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+MSGPACK, MSGPACK_INDEX = "flax_model.msgpack", "flax_model.msgpack.index.json"
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
 
 # safetensors' names of dtypes
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_DTYPES = {
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"},
+    **{f"{kind[0].upper()}{n}": f"{kind}{n}" for kind in ("int", "uint") for n in (8, 16, 32, 64)},
+    **{"C64": "complex64", "F8_E4M3": "float8_e4m3", "F8_E5M2": "float8_e5m2"},
+}
 
 
 class StoredTensor:
@@ -36,50 +42,79 @@ class StoredTensor:
         return np.asarray(self._stored[...], dtype)
 
 
-Tensors = dict[str, StoredTensor | np.ndarray]
+Tensors = Mapping[str, StoredTensor | UnreadTensor | np.ndarray]
 
 
 def open_tensors(folder: pathlib.Path) -> Tensors:
-    """Every tensor of a checkpoint by its PyTorch name: stored ones, or arrays of a pickle.
+    """Every tensor of a checkpoint by its PyTorch name: stored ones, or arrays of a file that is
+    read whole. Of several formats, safetensors are taken first, then pickles.
 
     Raises:
         FileNotFoundError: if there are no weights or a shard is missing.
-        ValueError: if a file is damaged, or a pickle holds anything but weights.
+        ValueError: if a file is damaged or a pointer to one, or a pickle holds anything but
+            weights.
     """
-    if (folder / WEIGHTS).exists():
-        return _open_safetensors(folder / WEIGHTS)
-    if (folder / INDEX).exists():
-        return _read_shards(folder, INDEX, _open_safetensors)
-    if (folder / BIN).exists():
-        return _read_bin(folder / BIN)
-    if (folder / BIN_INDEX).exists():
-        return _read_shards(folder, BIN_INDEX, _read_bin)
+    readers: dict[str, Callable[[pathlib.Path], Tensors]] = {
+        WEIGHTS: _open_safetensors,
+        INDEX: lambda index: _read_shards(index, _open_safetensors),
+        BIN: read_bin,
+        BIN_INDEX: lambda index: _read_shards(index, read_bin),
+        MSGPACK: read_msgpack,
+        MSGPACK_INDEX: _refuse_flax_shards,
+    }
+    for name, read in readers.items():
+        if (folder / name).is_file():
+            check_pointer(folder / name)
+            return read(folder / name)
     raise FileNotFoundError(
-        f"{folder} has no weights: none of {WEIGHTS}, {INDEX}, {BIN}, {BIN_INDEX}."
+        f"{folder} has no weights: none of {', '.join(readers)}; it holds {_listing(folder)}."
     )
 
 
-def _read_shards(
-    folder: pathlib.Path, index: str, read: Callable[[pathlib.Path], Tensors]
-) -> Tensors:
-    places = read_json(folder / index).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise ValueError(f"{folder / index} has no weight_map; download the checkpoint again.")
-    shards = sorted(set(places.values()))
-    for shard in shards:
-        if not (folder / shard).exists():
-            raise FileNotFoundError(
-                f"{folder / index} names the shard {shard}, which is not there; download the "
-                "checkpoint again."
+def check_pointer(file: pathlib.Path) -> None:
+    """Raises ValueError for what git has left in place of a large file."""
+    with file.open("rb") as opened:
+        if opened.read(len(_POINTER)) == _POINTER:
+            raise ValueError(
+                f"{file} is a git-lfs pointer, not the file itself; run `git lfs pull` in "
+                f"{file.parent}, or give the hub id to download the checkpoint."
             )
-    tensors: Tensors = {}
+
+
+def _listing(folder: pathlib.Path) -> list[str]:
+    files = sorted(folder.iterdir())
+    names = [p.name if p.exists() else f"{p.name} (a link to nothing)" for p in files]
+    return names[:20] + (["..."] if len(names) > 20 else [])
+
+
+def _refuse_flax_shards(index: pathlib.Path) -> Tensors:
+    raise ValueError(
+        f"{index} is of a Flax checkpoint in several files, which is not read; load it with "
+        "transformers 4 and save it as one safetensors file."
+    )
+
+
+def _read_shards(index: pathlib.Path, read: Callable[[pathlib.Path], Tensors]) -> Tensors:
+    """The tensors of the files that an index names, which lie beside it."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ValueError(f"{index} has no weight_map; download the checkpoint again.")
+    kind = pathlib.Path(index.name.removesuffix(".index.json")).suffix
+    files = {file.name: file for file in index.parent.glob(f"*{kind}") if file.is_file()}
+    shards = sorted({str(name) for name in places.values()})
     for shard in shards:
-        tensors |= read(folder / shard)
+        if shard not in files:
+            raise FileNotFoundError(
+                f"{index} names the shard {shard:.200}, which is not there: shards are {kind} "
+                "files of the index's own folder; download the checkpoint again."
+            )
+        check_pointer(files[shard])
+    tensors: dict[str, StoredTensor | UnreadTensor | np.ndarray] = {}
+    for shard in shards:
+        tensors |= {n: t for n, t in read(files[shard]).items() if places.get(n, shard) == shard}
     lost = sorted(places.keys() - tensors.keys())
     if lost:
-        raise ValueError(
-            f"{folder / index} names tensors that its shards do not hold: {lost[:10]}."
-        )
+        raise ValueError(f"{index} names tensors that its shards do not hold: {lost[:10]}.")
     return tensors
 
 
@@ -88,44 +123,4 @@ def _open_safetensors(file: pathlib.Path) -> Tensors:
         opened = safetensors.safe_open(file, framework="numpy")
         return {name: StoredTensor(opened.get_slice(name)) for name in opened.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
-        raise _damaged(file, error) from error
-
-
-def _read_bin(file: pathlib.Path) -> Tensors:
-    try:
-        import torch  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ImportError(
-            f"{file} is a PyTorch pickle; reading it needs torch: pip install 'lsg-flax[torch]'."
-        ) from error
-    import pickle
-
-    try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{file} holds more than weights and was not opened, since unpickling it could run "
-            f"code: {error}"
-        ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a zip cut short
-            raise
-        raise _damaged(file, error) from error
-    if not isinstance(tensors, dict) or not all(
-        isinstance(t, torch.Tensor) for t in tensors.values()
-    ):
-        raise ValueError(f"{file} is not a state dict: it should hold tensors by name.")
-    return {name: _to_numpy(tensor) for name, tensor in tensors.items()}
-
-
-def _damaged(file: pathlib.Path, error: Exception) -> ValueError:
-    return ValueError(f"{file} is damaged or cut short ({error}); copy or download it again.")
-
-
-def _to_numpy(tensor: Any) -> np.ndarray:
-    """numpy has no bfloat16 of its own; its bits travel as int16."""
-    import torch  # pyright: ignore[reportMissingImports]
-
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
-    return tensor.numpy()
+        raise damaged(file, error) from error

@@ -9,6 +9,7 @@ training.fit writes. The same settings again continue a run that was interrupted
 import dataclasses
 import functools
 import pathlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ from lsg_flax.data import (
     DataOptions,
     TokenizedDataset,
     eval_batches,
+    labels_for,
     load_examples,
     train_batches,
 )
@@ -113,9 +115,7 @@ def _run(
     """The run, in a folder that is its own."""
     # ------------------------------------------------------------- what there is to work with
     output = pathlib.Path(settings.output)
-    options = settings.data_options(
-        source.length, source.labels, token_type_ids=source.config.type_vocab_size > 1
-    )
+    options = options_for(settings, source)
     load = functools.partial(
         load_examples,
         tokenizer=source.tokenizer,
@@ -180,6 +180,24 @@ def _source(settings: Settings) -> SourceModel:
             f"{settings.model} reads."
         )
     return source
+
+
+def options_for(settings: Settings, source: SourceModel) -> DataOptions:
+    """How rows are read. A head that is trained further keeps its labels, if the data has no
+    others; else the data's own count."""
+    segments, head = source.config.type_vocab_size > 1, source.labels
+    options = settings.data_options(source.length, head, token_type_ids=segments)
+    if head is None or settings.labels or options.labels is None:
+        return options
+    part = {"subset": settings.subset, "split": settings.train_split}
+    labels = labels_for(settings.train_data, options, head, **part)
+    if labels != head and len(labels) == len(head):
+        warnings.warn(
+            f"{source.name} has a head for the labels {', '.join(head)}; training goes on from its "
+            f"weights, with those of the data in their place: {', '.join(labels)}.",
+            stacklevel=3,
+        )
+    return dataclasses.replace(options, labels=labels)
 
 
 def _data(

@@ -201,6 +201,23 @@ def test_bfloat16_pickles_keep_their_bits(torch_facts):
     assert torch_facts[0]["bfloat16"] == {"a": ["bfloat16", True], "b": ["bfloat16", True]}
 
 
+def test_what_pytorch_users_write_is_the_same_model(torch_facts):
+    """Named parameters, views, wrapped models; `safetensors.torch.save_model`, which keeps one of
+    two tied tensors."""
+    found = torch_facts[0]["stored_otherwise"]
+    assert len(found) == 8 + len(FAMILIES)
+    assert set(found.values()) == {True}, found
+
+
+@pytest.mark.parametrize("kind", ["float8", "quantized", "sparse", "meta", "int8"])
+def test_tensors_that_are_no_weights_are_named(torch_facts, kind):
+    assert "lm_head.dense.weight has dtype" in torch_facts[0]["odd_kinds"][kind]
+
+
+def test_damaged_pickles_give_our_errors(torch_facts):
+    assert torch_facts[0]["broken_bins"] == []
+
+
 @pytest.mark.parametrize(
     ("file", "says"),
     [
@@ -214,6 +231,7 @@ def test_bfloat16_pickles_keep_their_bits(torch_facts):
 )
 def test_a_pickle_that_is_not_weights_is_refused(torch_facts, file, says):
     assert says in torch_facts[0]["errors"][file]
+    assert "weights_only" not in torch_facts[0]["errors"][file]
 
 
 def test_the_classes_of_current_transformers_load_plain_models(torch_facts):

@@ -1,0 +1,156 @@
+"""Names of tensors as files have them -> those of a family's PyTorch class: what training code put
+around a model is left out, old names are made new, and a tensor that is stored under a tied name is
+found there."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lsg_flax.models import EncoderConfig, Family, modern_name
+
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+
+# Attributes and keys that hold a whole model, and what torch itself puts into names.
+_AROUND = re.compile(r"((0\.)?(auto_)?model|module|state_dict|model_state_dict|params)\.")
+_WITHIN = re.compile(r"(?<![^.])_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
+_QUANTISED = {
+    r"\.(SCB|weight_format)$": "bitsandbytes (8 bit)",
+    r"\.(absmax|quant_map|quant_state\..*)$": "bitsandbytes (4 bit)",
+    r"\.(qweight|qzeros|g_idx)$": "GPTQ or AWQ",
+    r"\._packed_params": "PyTorch",
+}
+
+
+class NamedTensors(NamedTuple):
+    """The tensors of a checkpoint by the names of the family's class with a head.
+
+    Attributes:
+        tensors: by these names.
+        stored: the same names -> those in the file.
+        left_out: beginnings of the file's names that hold the model.
+        prefix: of the body's tensors here.
+        prefixed: whether the file has the prefix too.
+    """
+
+    tensors: dict[str, Any]
+    stored: dict[str, str]
+    left_out: tuple[str, ...]
+    prefix: str
+    prefixed: bool
+
+    def shown(self, name: str) -> str:
+        """A name as the file has it, or would have it."""
+        bare = name if self.prefixed else name.removeprefix(self.prefix)
+        return self.stored.get(name, bare)
+
+    def check_dtype(self, name: str) -> None:
+        """Raises ValueError for a tensor that holds no floats."""
+        dtype = str(self.tensors[name].dtype)
+        if dtype not in FLOATS:
+            raise ValueError(
+                f"{self.shown(name)} has dtype {dtype}, and weights must be plain tensors of "
+                f"{', '.join(FLOATS)}; save the model anew in one of these, dequantised if it was "
+                "quantised."
+            )
+
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two tensors are the same."""
+        self.check_dtype(name)
+        self.check_dtype(other)
+        return _equal(self.tensors[name], self.tensors[other])
+
+
+def name_tensors(
+    tensors: Mapping[str, Any], family: Family, config: EncoderConfig, task: str
+) -> NamedTensors:
+    """The tensors by the names of the family's class with a head, tied ones once.
+
+    Raises:
+        ValueError: if two tensors that differ have one name or are tied, and for quantised ones.
+    """
+    _refuse_quantised(tensors)
+    parts = {row.torch.split(".")[0] for row in (*family.encoder, *family.pooler)}
+    known = parts | {family.prefix} | _beginnings_of_heads(family)
+    bare = {name: _without_wrappers(name, known) for name in tensors}
+    left_out = {around for name, inner in bare.items() for around in _difference(name, inner)}
+    prefix = f"{family.prefix}."
+    beginnings = {inner.split(".")[0] for inner in bare.values()}
+    prefixed = family.prefix in beginnings or not beginnings & parts
+    named = NamedTensors({}, {}, tuple(sorted(left_out)), prefix, prefixed)
+    for name, inner in bare.items():
+        in_body = not prefixed and inner.split(".")[0] in parts
+        modern = modern_name(prefix + inner if in_body else inner)
+        if modern in named.tensors and not _equal(named.tensors[modern], tensors[name]):
+            raise ValueError(
+                f"{named.stored[modern]} and {name} in the file are both {modern}, and differ; "
+                "keep the one that is meant."
+            )
+        named.tensors[modern], named.stored[modern] = tensors[name], name
+    _resolve_ties(named, family, config, task)
+    return named
+
+
+def _resolve_ties(named: NamedTensors, family: Family, config: EncoderConfig, task: str) -> None:
+    """Gives a tensor that is stored only under a tied name its own; of equal twins of the task's
+    head, takes out the one that repeats the other."""
+    tied, tensors = config.tie_word_embeddings, named.tensors
+    own = family.tied_names(task, tied=tied)
+    pairs = {pair for head in family.heads for pair in family.tied_names(head, tied=tied).items()}
+    for name, source in pairs:
+        if name not in tensors or (source in tensors and name not in own):
+            continue
+        if source not in tensors:
+            tensors[source], named.stored[source] = tensors[name], named.stored[name]
+        elif not named.equal(name, source):
+            raise ValueError(
+                f"{named.shown(name)} differs from {named.shown(source)}, but tie_word_embeddings "
+                "is true; set tie_word_embeddings to false in config.json if the model has its "
+                "own output weights."
+            )
+        del tensors[name]
+
+
+def _beginnings_of_heads(family: Family) -> set[str]:
+    tables = family.heads.values()
+    rows = [row.torch for table in tables for row in (*table.rows, *table.untied_rows)]
+    return {name.split(".")[0] for name in rows}
+
+
+def _without_wrappers(name: str, known: set[str]) -> str:
+    """The name inside what holds the model; as it is if that leads to none of the model's."""
+    inner = _WITHIN.sub("", name)
+    while inner.split(".")[0] not in known and (around := _AROUND.match(inner)):
+        inner = inner[around.end() :]
+    return inner if inner.split(".")[0] in known else name
+
+
+def _difference(name: str, inner: str) -> list[str]:
+    if name == inner:
+        return []
+    around = _WITHIN.sub("", name).removesuffix(inner)
+    return [*_WITHIN.findall(name), *([around] if around else [])]
+
+
+def _refuse_quantised(tensors: Mapping[str, Any]) -> None:
+    for name in tensors:
+        for ending, tool in _QUANTISED.items():
+            if re.search(ending, name):
+                raise ValueError(
+                    f"{name} belongs to weights that {tool} has quantised, which lsg_flax does not "
+                    "read; take the model that was quantised, or undo it in PyTorch "
+                    "(model.dequantize()) and save the model anew."
+                )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """NaN equals itself here; what numpy cannot read equals nothing."""
+    if not {str(one.dtype), str(other.dtype)} <= {*FLOATS, "int64"}:
+        return False
+    if tuple(one.shape) != tuple(other.shape):
+        return False
+    one, other = np.asarray(one), np.asarray(other)
+    return np.array_equal(one, other) or bool(
+        np.all((one == other) | ((one != one) & (other != other)))
+    )
