@@ -46,7 +46,7 @@ class Commands:
         if command == "train":
             files = ["--train-data", self.data, "--eval-data", self.data, "--output", output]
             files += ["--cache", self.folder / "cache", "--task", "sequence_classification"]
-            steps = ["--steps", 12, "--save-every", 2, "--evaluate-every", 4, "--max-length", 64]
+            steps = ["--steps", 40, "--save-every", 2, "--evaluate-every", 4, "--max-length", 64]
             given = ["--model", MODEL, *files, *steps, "--batch-size", 4, "--devices", 1]
         else:
             given = [MODEL, self.data, output, "--max-length", 128]
@@ -70,6 +70,23 @@ def place_of(command: str, folder: pathlib.Path) -> pathlib.Path:
     return folder / {"train": "model", "predict": "out.jsonl", "embed": "vectors.npy"}[command]
 
 
+def signs(command: str, output: pathlib.Path) -> list[pathlib.Path]:
+    """Files that say how far the command is: it has begun, and it has something to write."""
+    lock = output / ".lock" if command == "train" else output.with_name(f"{output.name}.lock")
+    writes = {
+        "train": output / "log" / "metrics.jsonl",
+        "predict": output.with_suffix(".jsonl.partial"),
+    }
+    return [lock, writes.get(command, lock)]
+
+
+def wait_for(sign: pathlib.Path, process: subprocess.Popen) -> float:
+    """When the sign was there, or the process at its end."""
+    while process.poll() is None and not (sign.exists() and sign.stat().st_size):
+        time.sleep(0.002)
+    return time.monotonic()
+
+
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
     """All files but those with times in them; of the log the losses."""
     found = {}
@@ -84,14 +101,14 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
     return found
 
 
-def disturb(commands: Commands, command: str, folder: pathlib.Path, moment: float) -> str:
-    """Kills the command `moment` seconds after it has begun to work, unless it has ended, and gives
-    it again; says what happened."""
+def disturb(
+    commands: Commands, command: str, folder: pathlib.Path, *, sign: int, moment: float
+) -> str:
+    """Kills the command `moment` seconds behind a sign, unless it has ended, and gives it again;
+    says what happened."""
     output = place_of(command, folder)
-    lock = output / ".lock" if command == "train" else output.with_name(f"{output.name}.lock")
     with commands.start(command, output) as process:
-        while process.poll() is None and not lock.exists():
-            time.sleep(0.005)
+        wait_for(signs(command, output)[sign], process)
         try:
             process.wait(moment)
         except subprocess.TimeoutExpired:
@@ -108,19 +125,19 @@ def run(folder: pathlib.Path, command: str, *, times: int, generator: random.Ran
     """How often the command wrote something else after a kill than undisturbed."""
     commands, wrong = Commands(folder / "input"), 0
     given = commands.data.read_bytes()
-    durations = []
     for name in ("first", "calm"):  # the first compiles
         calm = folder / name
-        began = time.monotonic()
         with commands.start(command, place_of(command, calm)) as process:
+            began = [wait_for(sign, process) for sign in signs(command, place_of(command, calm))]
             assert process.wait(PATIENCE) == 0, (calm / "said.txt").read_text()[-1500:]
-        durations.append(time.monotonic() - began)
+        lasts = [time.monotonic() - moment for moment in began]
     whole = contents(calm)
     for number in range(1, times + 1):
         again = folder / str(number)
         try:
-            moment = generator.uniform(0, 0.8 * durations[-1])
-            story = disturb(commands, command, again, moment)
+            sign = number % 2
+            moment = generator.uniform(0, lasts[sign])
+            story = disturb(commands, command, again, sign=sign, moment=moment)
             assert contents(again) == whole, f"other files: {sorted(contents(again))}"
             assert commands.data.read_bytes() == given, "the input is another"
             print(f"{command} {number}: {story}, same bytes", flush=True)

@@ -27,9 +27,11 @@ from tiny_tokenizers import (
 
 import lsg_flax
 from lsg_flax import cli, hub
+from lsg_flax.hub import Checkpoint
 from lsg_flax.hub.beside import is_document
 from lsg_flax.hub.json_text import with_field
 from lsg_flax.hub.sentence_files import read_modules
+from lsg_flax.locks import PlaceTaken, locked
 from lsg_flax.pipelines import Embedder
 
 BERT, LSG = GOLDEN / "bert_to_convert_512", GOLDEN / "bert_to_convert_lsg"
@@ -367,6 +369,13 @@ def test_modules_outside_the_folder_are_never_opened(tmp_path, path, place):
         read_modules(tmp_path)
 
 
+def test_one_process_converts_to_a_folder(bert, tmp_path, monkeypatch):
+    """The second one says so before it reads weights."""
+    monkeypatch.setattr(Checkpoint, "load", lambda *_, **__: pytest.fail("weights are read"))
+    with locked(tmp_path), pytest.raises(PlaceTaken, match=f"another process writes {tmp_path}"):
+        lsg_flax.convert_checkpoint(bert, tmp_path)
+
+
 @pytest.mark.slow
 def test_a_killed_conversion_run_again_writes_the_same_bytes(bert, tmp_path):
     """Killed anywhere, and where files are written."""
@@ -376,17 +385,17 @@ def test_a_killed_conversion_run_again_writes_the_same_bytes(bert, tmp_path):
     begin = time.monotonic()
     subprocess.run([*command, tmp_path / "calm"], env=environment, check=True, stdout=-3)
     took, before = time.monotonic() - begin, contents(bert)
-    generator, target, left = random.Random(0), tmp_path / "killed", set()
+    generator, target = random.Random(0), tmp_path / "killed"
     for kill in range(kills):
         running = subprocess.Popen([*command, target], env=environment, stdout=-3)
-        while kill % 3 and running.poll() is None and not {*target.glob(".unfinished-*")} - left:
+        while kill % 3 and running.poll() is None and not {*target.glob(".unfinished-*")}:
             time.sleep(0.001)
         time.sleep(generator.uniform(0, 0.05 if kill % 3 else took))
         running.kill()
         running.wait()
         subprocess.run([*command, target], env=environment, check=True, stdout=-3)
         assert contents(target) == contents(tmp_path / "calm")
-        left = {*target.glob(".unfinished-*")}
+        assert not {*target.glob(".unfinished-*"), *target.glob(".lock")}
         if generator.random() < 0.5:
             shutil.rmtree(target)
     assert contents(bert) == before

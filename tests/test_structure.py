@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "models": "kernels patterns sharding",
     "tensor_names": "models",
     "convert_from_torch": "models tensor_names",
-    "hub": "convert_from_torch files models patterns sharding",
+    "hub": "convert_from_torch files locks models patterns sharding",
     "generation": "",
     "data": "buckets files models",
     "inference": "buckets files locks models sharding",
@@ -59,6 +59,13 @@ def imports_of(file: pathlib.Path) -> set[tuple[str, str]]:
             if node.module and node.module.split(".")[0] == "lsg_flax":
                 found |= {(node.module, a.name) for a in node.names}
     return found
+
+
+FACES = {
+    (f"lsg_flax.{folder.parent.name}", name)
+    for folder in PACKAGE.glob("*/__init__.py")
+    for _, name in imports_of(folder)
+}
 
 
 def part_of(module: str, name: str = "") -> str:
@@ -95,6 +102,9 @@ def test_a_folder_is_imported_by_its_face(module):
     for source, name in imports_of(PACKAGE / f"{module}.py"):
         inside = part_of(source, name) == own
         assert inside or source.count(".") < 2, f"{module} reaches into {source}"
+        submodule = f"{source.removeprefix('lsg_flax.')}/{name}" in MODULES
+        listed = (source, name) in FACES  # plan is a function, and a file too
+        assert inside or listed or not submodule, f"{module} takes {name}.py of {source}"
         assert not name.startswith("_"), f"{module} takes the private {name} of {source}"
 
 

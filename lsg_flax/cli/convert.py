@@ -60,8 +60,6 @@ def _add_global_options(group: shared.Options) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
     target = pathlib.Path(arguments.target)
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"TARGET {target} is a file; give a folder, or a new name for one.")
     replaces = (target / hub.CONFIG).exists()
     out = shared.console()
     with out.status(f"converting {arguments.source}"):

@@ -10,7 +10,16 @@ from lsg_flax.cli.shared import add_choice, add_number
 from lsg_flax.files import check_output
 from lsg_flax.hub import Pooling
 from lsg_flax.locks import locked_file
-from lsg_flax.pipelines import BrokenLines, embeddings
+from lsg_flax.pipelines import (
+    TEXTS,
+    VECTORS,
+    BrokenLines,
+    Embedder,
+    TextLines,
+    check_suffix,
+    read_texts,
+    write_vectors,
+)
 
 _DESCRIPTION = """Write one vector for each text of INPUT.
 
@@ -24,8 +33,8 @@ def add(commands: shared.Commands) -> None:
     """Declares the command and its options."""
     command = shared.add_command(commands, "embed", _DESCRIPTION, run)
     command.add_argument("model", metavar="MODEL", help="folder, or id on the Hugging Face hub")
-    command.add_argument("input", metavar="INPUT", help=" or ".join(embeddings.TEXTS))
-    command.add_argument("output", metavar="OUTPUT", help=" or ".join(embeddings.VECTORS))
+    command.add_argument("input", metavar="INPUT", help=" or ".join(TEXTS))
+    command.add_argument("output", metavar="OUTPUT", help=" or ".join(VECTORS))
     add_choice(command, "--pooling", "instead of MODEL's own", get_args(Pooling))
     command.add_argument(
         "--normalize",
@@ -40,15 +49,15 @@ def add(commands: shared.Commands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
     shared.check_positive(arguments, "batch_size", "max_length")
-    embeddings.check_suffix(arguments.output, embeddings.VECTORS)  # before the work, not after
+    check_suffix(arguments.output, VECTORS)  # before the work, not after
     check_output(arguments.output, arguments.input)
-    lines = embeddings.read_texts(arguments.input, broken_lines=arguments.broken_lines)
+    lines = read_texts(arguments.input, broken_lines=arguments.broken_lines)
     with locked_file(pathlib.Path(arguments.output)):
         _embed(lines, arguments)
 
 
-def _embed(lines: embeddings.TextLines, arguments: argparse.Namespace) -> None:
-    embedder = embeddings.Embedder.from_pretrained(
+def _embed(lines: TextLines, arguments: argparse.Namespace) -> None:
+    embedder = Embedder.from_pretrained(
         arguments.model,
         pooling=arguments.pooling,
         normalize=arguments.normalize,
@@ -57,7 +66,7 @@ def _embed(lines: embeddings.TextLines, arguments: argparse.Namespace) -> None:
     vectors = embedder.embed(
         lines.texts, batch_size=arguments.batch_size, progress=sys.stderr.isatty()
     )
-    embeddings.write_vectors(arguments.output, lines.names, vectors)
+    write_vectors(arguments.output, lines.names, vectors)
     shared.console().print(
         f"wrote {arguments.output}: {vectors.shape[0]:,} vectors of {vectors.shape[1]}, texts cut "
         f"at {embedder.max_length:,} tokens"

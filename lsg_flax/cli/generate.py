@@ -23,7 +23,7 @@ from lsg_flax.files import check_output, valid_text, write_aside
 from lsg_flax.generation import Sample
 from lsg_flax.locks import locked_file
 from lsg_flax.models import TASKS, Model, Params
-from lsg_flax.pipelines import BrokenLines, embeddings
+from lsg_flax.pipelines import TEXTS, BrokenLines, TextLines, read_texts
 from lsg_flax.training import LARGEST_SEED, Precision
 
 _DESCRIPTION = """Continue texts with a decoder.
@@ -42,7 +42,7 @@ def add(commands: Any) -> None:
     """Declares the command and its options."""
     command = add_command(commands, "generate", _DESCRIPTION, run)
     command.add_argument("model", metavar="MODEL", help="folder, or id on the Hugging Face hub")
-    command.add_argument("input", metavar="INPUT", nargs="?", help=" or ".join(embeddings.TEXTS))
+    command.add_argument("input", metavar="INPUT", nargs="?", help=" or ".join(TEXTS))
     command.add_argument("output", metavar="OUTPUT", nargs="?", help="lines of JSON")
     command.add_argument(
         "--prompt", metavar="TEXT", action="append", help="in place of files; may be given again"
@@ -104,7 +104,7 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
         )
 
 
-def _continued(lines: embeddings.TextLines, arguments: argparse.Namespace) -> list[str]:
+def _continued(lines: TextLines, arguments: argparse.Namespace) -> list[str]:
     """The text behind each prompt."""
     checkpoint = hub.open_checkpoint(arguments.model)
     tokenizer, task = checkpoint.tokenizer, checkpoint.task
@@ -126,7 +126,7 @@ def _continued(lines: embeddings.TextLines, arguments: argparse.Namespace) -> li
     ]
 
 
-def _read(arguments: argparse.Namespace) -> embeddings.TextLines:
+def _read(arguments: argparse.Namespace) -> TextLines:
     """The prompts; raises ValueError for anything but one source of them."""
     files = [file for file in (arguments.input, arguments.output) if file is not None]
     if arguments.prompt is not None and not files:
@@ -136,7 +136,7 @@ def _read(arguments: argparse.Namespace) -> embeddings.TextLines:
                 valid_text(text)
             except ValueError as error:
                 raise ValueError(f"{place}: {error}.") from error
-        return embeddings.TextLines(places, arguments.prompt, places)
+        return TextLines(places, arguments.prompt, places)
     if arguments.prompt is not None or len(files) < 2:
         raise ValueError(
             "give either --prompt TEXT, or INPUT and OUTPUT; got "
@@ -144,7 +144,7 @@ def _read(arguments: argparse.Namespace) -> embeddings.TextLines:
             + (" and --prompt." if arguments.prompt else ".")
         )
     check_output(arguments.output, arguments.input)
-    return embeddings.read_texts(arguments.input, broken_lines=arguments.broken_lines)
+    return read_texts(arguments.input, broken_lines=arguments.broken_lines)
 
 
 def _ends(model: Model, tokenizer: Any) -> list[int]:

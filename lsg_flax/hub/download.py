@@ -6,7 +6,15 @@ from collections.abc import Iterable, Sequence
 
 from lsg_flax.hub.beside import TOKENIZER_FILES, is_document, matches
 from lsg_flax.hub.sentence_files import MODULES, PROMPTS, SENTENCE_CONFIGS, read_modules
-from lsg_flax.hub.weights import BIN, BIN_INDEX, CONFIG, INDEX, WEIGHTS
+from lsg_flax.hub.weights import (
+    BIN,
+    BIN_INDEX,
+    CONFIG,
+    INDEX,
+    MSGPACK,
+    MSGPACK_INDEX,
+    WEIGHTS,
+)
 
 CONFIG_FILES = (f"*{CONFIG}", MODULES)
 TOKENIZER_ALONE = (CONFIG, *TOKENIZER_FILES)
@@ -18,8 +26,8 @@ _WEIGHTS = (
     (INDEX, (INDEX, "*.safetensors")),
     (BIN, (BIN,)),
     (BIN_INDEX, (BIN_INDEX, "pytorch_model-*.bin")),
-    ("flax_model.msgpack", ("flax_model.msgpack",)),
-    ("flax_model.msgpack.index.json", ("flax_model.msgpack.index.json", "flax_model-*.msgpack")),
+    (MSGPACK, (MSGPACK,)),
+    (MSGPACK_INDEX, (MSGPACK_INDEX,)),  # which is refused by name
 )
 
 

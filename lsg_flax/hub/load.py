@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 from jax.sharding import Mesh
 
-from lsg_flax.hub.checkpoint import open_checkpoint
+from lsg_flax.hub.checkpoint import Checkpoint, open_checkpoint
 from lsg_flax.hub.save import check_target, write_converted
 from lsg_flax.hub.sentence_files import MODULES
 from lsg_flax.hub.to_lsg import LSGOptions, to_lsg
 from lsg_flax.hub.tokenizer_files import Tokenizer
+from lsg_flax.locks import locked
 from lsg_flax.models import Model, Params
 from lsg_flax.patterns import LSGConfig
 
@@ -91,20 +92,9 @@ def convert_checkpoint(
 
     Raises:
         ValueError: for options that do not fit the source, and as `from_pretrained`.
+        OSError: if another process writes to `target`, or it cannot be written.
     """
     checkpoint = open_checkpoint(source, model_type=lsg_overrides.pop("model_type", None))
-    if target is not None:
-        check_target(target, checkpoint)
-    names = {f.name for f in fields(LSGConfig)}
-    chosen = {name: lsg_overrides.pop(name) for name in names & lsg_overrides.keys()}
-    model, params = checkpoint.load(task, check=check, **lsg_overrides)
-    if checkpoint.modules and task is None and model.task != "base":
-        warnings.warn(
-            f"the {model.task} model is saved without the {MODULES} of {checkpoint.root}; pass "
-            "task='base' for an embedding model.",
-            stacklevel=2,
-        )
-    tokenizer = checkpoint.tokenizer
     options = LSGOptions(
         max_sequence_length,
         random_global_init,
@@ -114,10 +104,36 @@ def convert_checkpoint(
         use_token_ids,
         seed,
     )
-    model, params = make_lsg(model, params, tokenizer, options=options, pattern=chosen)
-    if target is not None:
-        write_converted(pathlib.Path(target), checkpoint, model, params, tokenizer)
-    return model, params
+    if target is None:
+        return _converted(checkpoint, task, options, lsg_overrides, check=check)[:2]
+    check_target(target, checkpoint)
+    with locked(pathlib.Path(target)):
+        converted = _converted(checkpoint, task, options, lsg_overrides, check=check)
+        write_converted(pathlib.Path(target), checkpoint, *converted)
+    return converted[:2]
+
+
+def _converted(
+    checkpoint: Checkpoint,
+    task: str | None,
+    options: LSGOptions,
+    overrides: dict[str, Any],
+    *,
+    check: bool,
+) -> tuple[Model, Params, Tokenizer | None]:
+    """Model, parameters and tokenizer of a conversion."""
+    names = {f.name for f in fields(LSGConfig)}
+    pattern = {name: value for name, value in overrides.items() if name in names}
+    others = {name: value for name, value in overrides.items() if name not in names}
+    model, params = checkpoint.load(task, check=check, **others)
+    if checkpoint.modules and task is None and model.task != "base":
+        warnings.warn(
+            f"the {model.task} model is saved without the {MODULES} of {checkpoint.root}; pass "
+            "task='base' for an embedding model.",
+            stacklevel=3,
+        )
+    tokenizer = checkpoint.tokenizer
+    return *make_lsg(model, params, tokenizer, options=options, pattern=pattern), tokenizer
 
 
 def make_lsg(

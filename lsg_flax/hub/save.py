@@ -10,7 +10,7 @@ import numpy as np
 import safetensors.numpy
 
 from lsg_flax.convert_from_torch import params_to_torch
-from lsg_flax.files import read_json, written_aside
+from lsg_flax.files import check_folder, read_json, written_aside
 from lsg_flax.hub import beside
 from lsg_flax.hub.checkpoint import Checkpoint
 from lsg_flax.hub.pytorch_code import auto_map_of, carry_code, installed_code
@@ -85,6 +85,7 @@ def _write(
 def check_target(target: str | os.PathLike, checkpoint: Checkpoint) -> None:
     """Raises ValueError for a folder that is the source or lies in it, also through links, and for
     one with a model that is no conversion, as after a mix-up of source and target."""
+    check_folder("target", target)
     place = pathlib.Path(target).resolve()
     for source in (checkpoint.root, checkpoint.folder):
         if any(p.exists() and p.samefile(source) for p in (place, *place.parents)):
@@ -92,7 +93,6 @@ def check_target(target: str | os.PathLike, checkpoint: Checkpoint) -> None:
                 f"the target {target} is or lies in the source {source}, where nothing is "
                 "written; give another folder."
             )
-
     if (place / CONFIG).exists() and not _is_conversion(place / CONFIG):
         raise ValueError(
             f"the target {target} holds a config.json that no conversion has written; "

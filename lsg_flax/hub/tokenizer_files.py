@@ -22,13 +22,14 @@ _SENTENCEPIECE = ("sentencepiece.bpe.model", "spiece.model", "tokenizer.model")
 _SETTINGS = ("model_max_length", "padding_side", "truncation_side")
 
 
-def read_tokenizer(folder: pathlib.Path) -> Tokenizer | None:
+def read_tokenizer(folder: str | os.PathLike) -> Tokenizer | None:
     """The tokenizer in `folder`, None if there are no tokenizer files.
 
     Raises:
         ImportError: if only sentencepiece can read it, and is not installed.
         ValueError: for damaged files, or if some are missing.
     """
+    folder = pathlib.Path(folder)
     there = [name for name in (*_VOCABULARIES, *_SENTENCEPIECE) if (folder / name).exists()]
     if not there:
         return None

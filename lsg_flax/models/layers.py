@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from lsg_flax.kernels import Implementation, drop
 from lsg_flax.models.architecture import Architecture
 from lsg_flax.models.config import EncoderConfig
-from lsg_flax.patterns import halo
+from lsg_flax.patterns import shard_key
 from lsg_flax.sharding import constrain
 
 AxisOrder = Literal["btd", "bdt"]
@@ -83,7 +83,7 @@ class Part(nn.Module):
         if axis is None or self.config.lsg is None:
             return drop(x, key, rate)
         split = self.config.lsg.num_global_tokens  # the globals stay the same in every shard
-        own: PRNGKeyArray | None = halo.shard_key(key, axis)
+        own: PRNGKeyArray | None = shard_key(key, axis)
         return jnp.concatenate(
             [drop(x[:, :split], key, rate), drop(x[:, split:], own, rate)], axis=1
         )

@@ -13,6 +13,7 @@ from lsg_flax.patterns.config import MAX_GLOBAL_TOKENS as MAX_GLOBAL_TOKENS
 from lsg_flax.patterns.config import SPARSITY_TYPES as SPARSITY_TYPES
 from lsg_flax.patterns.config import LSGConfig as LSGConfig
 from lsg_flax.patterns.config import SparsityType as SparsityType
+from lsg_flax.patterns.halo import shard_key as shard_key
 from lsg_flax.patterns.operations import attention as attention
 from lsg_flax.patterns.operations import extend as extend
 from lsg_flax.patterns.operations import prefill as prefill

@@ -1,7 +1,13 @@
 """Text in, answers out, with Hugging Face's habits."""
 
+from lsg_flax.pipelines.embeddings import TEXTS as TEXTS
+from lsg_flax.pipelines.embeddings import VECTORS as VECTORS
 from lsg_flax.pipelines.embeddings import Embedder as Embedder
+from lsg_flax.pipelines.embeddings import TextLines as TextLines
+from lsg_flax.pipelines.embeddings import check_suffix as check_suffix
 from lsg_flax.pipelines.embeddings import pool as pool
+from lsg_flax.pipelines.embeddings import read_texts as read_texts
+from lsg_flax.pipelines.embeddings import write_vectors as write_vectors
 from lsg_flax.pipelines.files import ANSWERS as ANSWERS
 from lsg_flax.pipelines.files import BrokenLines as BrokenLines
 from lsg_flax.pipelines.files import DocumentFile as DocumentFile
