@@ -1,5 +1,6 @@
 """Embeddings: pooling, sentence-transformers folders read, converted and written, files."""
 
+import functools
 import json
 import pathlib
 import shutil
@@ -339,26 +340,28 @@ def test_the_state_of_the_first_global_token_is_that_of_the_first_token():
 
 
 def test_a_failed_save_leaves_the_old_files(tmp_path, monkeypatch):
-    embedder = Embedder.from_pretrained(PLAIN, pooling="mean")
-    embedder.save_pretrained(tmp_path / "saved")
+    source, embedder = tmp_path / "source", Embedder.from_pretrained(PLAIN, pooling="mean")
+    embedder.save_pretrained(source)
+    convert = functools.partial(
+        lsg_flax.convert_checkpoint, source, tmp_path / "saved", max_sequence_length=512
+    )
+    convert()
     before = contents(tmp_path / "saved")
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    for owner, name in ((embeddings, "write_sentence_settings"), (hub.save, "carry_modules")):
+    def save():
+        Embedder.from_pretrained(PLAIN, pooling="cls").save_pretrained(tmp_path / "saved")
+
+    for owner, name, write in (
+        (embeddings, "write_sentence_settings", save),
+        (hub.save, "carry_modules", convert),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, full)
             with pytest.raises(OSError, match="No space"):
-                if owner is embeddings:
-                    Embedder.from_pretrained(PLAIN, pooling="cls").save_pretrained(
-                        tmp_path / "saved"
-                    )
-                else:
-                    embedder.save_pretrained(tmp_path / "source")
-                    lsg_flax.convert_checkpoint(
-                        tmp_path / "source", tmp_path / "saved", max_sequence_length=512
-                    )
+                write()
         assert contents(tmp_path / "saved") == before
 
 

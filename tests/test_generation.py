@@ -17,7 +17,8 @@ import pytest
 import lsg_flax
 from lsg_flax import LSGConfig
 from lsg_flax.convert_from_torch import params_from_torch, params_to_torch
-from lsg_flax.generation import Decoder, Greedy, ModelDecoder, Sample, generate, loop
+from lsg_flax.generation import Decoder, Greedy, ModelDecoder, Rules, Sample, Text, generate, loop
+from lsg_flax.generation.loop import Decoding
 from lsg_flax.generation.sampling import pick
 from lsg_flax.models import EncoderConfig
 
@@ -315,40 +316,52 @@ class Sums:
 
     table: jax.Array  # [V, V]
 
-    def start(self, prompt, room):
+    def start(self, prompt, room, beams):
         state = prompt["input_ids"].sum(axis=1) % len(self.table)
-        return self.table[state], state
+        return self.table[state], jnp.tile(state[:, None], beams)
 
     def step(self, state, tokens):
         state = (state + tokens) % len(self.table)
         return self.table[state], state
 
-    def take(self, state, rows):
-        return state[rows]
+    def take(self, state, parents):
+        return jnp.take_along_axis(state, parents, axis=1)
+
+
+def text_of(ids, steps, beams=1):
+    """A text that begins with these rows and has room for so many more tokens."""
+    tokens = np.pad(ids, ((0, 0), (0, steps)))[:, None].repeat(beams, axis=1)
+    length, limit = jnp.asarray(ids.shape[1]), jnp.asarray(ids.shape[1] + steps)
+    return Text(jnp.asarray(tokens), length, length, limit)
 
 
 def test_the_loop_runs_any_decoder_of_the_protocol():
     drawn = np.random.default_rng(0).standard_normal((VOCABULARY, VOCABULARY)).astype("f4")
     ids, sums = batch(4)[0], Sums(jnp.asarray(drawn))
     assert isinstance(sums, Decoder)
-    options = {"steps": 9, "picker": Greedy(), "ends": (int(drawn[ids[1].sum() % 23].argmax()),)}
-    tokens, count = loop.decode(sums, {"input_ids": ids}, jax.random.key(0), **options, pad=22)
+    ends = (int(drawn[ids[1].sum() % 23].argmax()),)
+    call = (sums, {"input_ids": ids}, text_of(ids, 9), jax.random.key(0))
+    how = Decoding(Greedy(), Rules(ends), pad=22)
+    found = loop.decode(*call, how=how)
     row, wanted = ids[0].tolist(), []
-    while len(wanted) < 9 and not {*wanted} & {*options["ends"]}:
+    while len(wanted) < 9 and not {*wanted} & {*ends}:
         wanted.append(int(drawn[sum(row + wanted) % VOCABULARY].argmax()))
-    assert tokens[0, :count].tolist() == wanted and count == len(wanted) > 1
-    assert tokens[1, :count].tolist() == [*options["ends"], *[22] * (len(wanted) - 1)]
-    again = loop.decode.lower(sums, {"input_ids": ids}, jax.random.key(0), **options, pad=22)
+    count = int(found.lengths[0, 0])
+    tokens = found.tokens[:, 0, 4:count]
+    assert tokens[0].tolist() == wanted and count - 4 == len(wanted) > 1
+    assert tokens[1].tolist() == [*ends, *[22] * (len(wanted) - 1)]
+    again = loop.decode.lower(*call, how=how)
     assert "while" in again.as_text()  # one program with the loop in it
 
 
 def test_a_decoder_gives_the_state_of_chosen_rows():
-    rows = jnp.asarray([1, 1, 0])
+    parents = jnp.asarray([[1, 1, 0], [0, 2, 1]])
     sums = Sums(jnp.eye(VOCABULARY))
-    _, state = sums.start({"input_ids": batch(4)[0]}, 8)
-    logits, _ = sums.step(sums.take(state, rows), jnp.asarray([1, 2, 3]))
-    wanted = (np.asarray(state)[[1, 1, 0]] + [1, 2, 3]) % VOCABULARY
-    np.testing.assert_array_equal(np.argmax(logits, axis=1), wanted)
+    _, state = sums.start({"input_ids": batch(4)[0]}, 8, 3)
+    _, state = sums.step(state, jnp.arange(6).reshape(2, 3))
+    logits, _ = sums.step(sums.take(state, parents), jnp.asarray([[1, 2, 3], [4, 5, 6]]))
+    wanted = batch(4)[0].sum(axis=1)[:, None] + [[1 + 1, 1 + 2, 0 + 3], [3 + 4, 5 + 5, 4 + 6]]
+    np.testing.assert_array_equal(np.argmax(logits, axis=-1), wanted % VOCABULARY)
 
     class State:
         def take(self, rows):
@@ -356,7 +369,7 @@ def test_a_decoder_gives_the_state_of_chosen_rows():
 
     model, params = decoder()
     ours = ModelDecoder(params, model)
-    assert isinstance(ours, Decoder) and ours.take(State(), rows) == [1, 1, 0]
+    assert isinstance(ours, Decoder) and ours.take(State(), parents) == [1, 1, 0, 3, 5, 4]
 
 
 # -------------------------------------------------------------------------------------- bad input

@@ -118,11 +118,10 @@ def test_a_list_gives_what_each_document_gives_alone_in_order(pipe, task):
 @pytest.mark.parametrize("segments", [0, 1, 2])
 def test_a_model_is_given_the_segments_that_it_tells_apart(tokenizer, segments):
     """RoBERTa has one, whatever the tokenizer beside it says of pairs."""
-    reader = Reader(tokenizer, EncoderConfig(type_vocab_size=segments), LIMIT, False)
-    (row,) = reader.rows("A town", "Small roads")
+    family = {"type_vocab_size": segments} if segments else {"model_type": "distilbert"}
+    model = lsg_flax.Model(EncoderConfig(**{"type_vocab_size": 0} | family), "masked_lm")
+    (row,) = Reader(tokenizer, model.config, LIMIT, False).rows("A town", "Small roads")
     assert ("token_type_ids" in row.inputs) == (segments == 2)
-    config = make("sequence_classification")[0].config.with_overrides(type_vocab_size=segments)
-    model = lsg_flax.Model(config, "sequence_classification")
     check_encoding("one", row.inputs, row.inputs, model=model, longest=LIMIT)
     if segments < 2:
         given = row.inputs | {"token_type_ids": tokenizer("A town", "Small roads").token_type_ids}

@@ -174,7 +174,7 @@ def test_labels_that_do_not_count_and_labels_that_cannot_be():
 @pytest.mark.usefixtures("given_logits")
 def test_an_answer_that_is_neither_yes_nor_no_gives_nan():
     """ELECTRA's question per token: replaced or not."""
-    model = Model(config(model_type="electra"), "pretraining")
+    model = Model(config(model_type="electra", embedding_size=8), "pretraining")
     for answer, finite in ((1, True), (-100, True), (2, False), (-1, False)):
         batch = random_batch(labels=np.full((4, 13), answer))
         loss, _ = losses.loss_fn(model, {"logits": random_logits(4, 13)}, batch)

@@ -1,8 +1,11 @@
 """Text generation with a cache."""
 
-from lsg_flax.generation.loop import generate as generate
+from lsg_flax.generation.beam import Beams as Beams
+from lsg_flax.generation.generate import generate as generate
+from lsg_flax.generation.options import GenerateOptions as GenerateOptions
+from lsg_flax.generation.rules import Rules as Rules
+from lsg_flax.generation.rules import Text as Text
 from lsg_flax.generation.sampling import Greedy as Greedy
-from lsg_flax.generation.sampling import Picker as Picker
 from lsg_flax.generation.sampling import Sample as Sample
 from lsg_flax.generation.steps import Decoder as Decoder
 from lsg_flax.generation.steps import ModelDecoder as ModelDecoder

@@ -3,63 +3,140 @@
 Axes: B batch, T tokens of the prompt.
 """
 
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
 import numpy as np
 from jaxtyping import Bool, Integer
 from numpy.typing import ArrayLike
 
-from lsg_flax.generation.steps import CausalModel
+from lsg_flax.generation.rules import check_whole, require
+from lsg_flax.generation.steps import CausalModel, two_stacks
 
 
-def check_prompt(
-    model: CausalModel, input_ids: ArrayLike, attention_mask: ArrayLike | None
-) -> tuple[Integer[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
-    """Ids and mask as arrays; raises ValueError for such as cannot be continued."""
-    ids = np.asarray(input_ids)
+def check_ids(name: str, given: ArrayLike, vocabulary: int) -> Integer[np.ndarray, "B T"]:
+    """Token ids as an array; raises ValueError for such as are none."""
+    ids = np.asarray(given)
     if ids.ndim != 2 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(
-            f"input_ids must be integers [batch, tokens], at least one of each, got {ids.dtype} "
+            f"{name} must be integers [batch, tokens], at least one of each, got {ids.dtype} "
             f"{ids.shape}."
         )
-    if ids.min() < 0 or ids.max() >= model.config.vocab_size:
+    if ids.min() < 0 or ids.max() >= vocabulary:
         raise ValueError(
-            f"input_ids lie in {ids.min()}..{ids.max()}, but vocab_size="
-            f"{model.config.vocab_size} allows 0..{model.config.vocab_size - 1}."
+            f"{name} lie in {ids.min()}..{ids.max()}, but vocab_size={vocabulary} allows "
+            f"0..{vocabulary - 1}."
         )
+    return ids
+
+
+def check_mask(
+    ids: Integer[np.ndarray, "B T"], attention_mask: ArrayLike | None
+) -> Bool[np.ndarray, "B T"]:
+    """The mask as an array, all real by default; raises ValueError for one that does not fit."""
     given = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask)
     if given.shape != ids.shape or not np.isin(given, (0, 1)).all():
         raise ValueError(
             f"attention_mask {given.shape} must have the shape of input_ids {ids.shape}, and hold "
             "1 for real tokens and 0 for padding."
         )
-    mask = given.astype(bool)
+    return given.astype(bool)
+
+
+def check_ends(mask: Bool[np.ndarray, "B T"]) -> None:
+    """Raises ValueError for a prompt that is padded where it is to be continued."""
     if not mask[:, -1].all():
         raise ValueError(
             f"rows {np.flatnonzero(~mask[:, -1]).tolist()} of the prompt end in padding; pad on "
             "the left (tokenizer.padding_side = 'left')."
         )
-    return ids, mask
 
 
-def slots_to_fill(
+def decoder_prompt(
+    batch: int, chosen: Mapping[str, Any], given: Mapping[str, Any], vocabulary: int
+) -> Integer[np.ndarray, "B T"]:
+    """What an encoder-decoder begins with: the start token, and what is given behind it unless a
+    row has the start token already."""
+    start, prompt = chosen.get("decoder_start_token_id"), given.get("decoder_input_ids")
+    require(
+        start is not None or (prompt is not None and "decoder_start_token_id" in given),
+        "the model has no decoder_start_token_id to begin with: give one (transformers takes "
+        "bos_token_id), or decoder_input_ids and decoder_start_token_id=None to begin with these.",
+    )
+    first = None if start is None else np.full((batch, 1), start)
+    if prompt is None:
+        assert first is not None
+        return first
+    ids = check_ids("decoder_input_ids", prompt, vocabulary)
+    require(
+        len(ids) == batch,
+        f"decoder_input_ids {ids.shape} must have the {batch} rows of input_ids.",
+    )
+    if first is not None and (ids[:, 0] != start).all():
+        ids = np.concatenate([first, ids], axis=1)
+    return ids
+
+
+class Space(NamedTuple):
+    """How long texts become: places to fill behind a prompt, tokens at most, and places in all,
+    which are the same for all prompts of a bucket."""
+
+    fill: int
+    limit: int
+    width: int
+
+
+def space_for(
     model: CausalModel,
     length: int,
-    max_new_tokens: int,
+    chosen: Mapping[str, Any],
     bucket: int,
-    position_ids: ArrayLike | None,
-) -> int:
-    """Slots to append to a prompt of `length` tokens for its bucket, as far as there are positions;
-    raises ValueError if they do not reach."""
-    if max_new_tokens < 1 or bucket < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} and bucket={bucket} must be at least 1.")
+    position_ids: ArrayLike | None = None,
+) -> Space:
+    """The space behind a prompt of `length` tokens; raises ValueError where it does not fit the
+    options, or the positions that there are."""
+    check_whole("bucket", bucket, 1)
+    name = "max_new_tokens" if "max_new_tokens" in chosen else "max_length"
+    value = chosen.get(name, 20)
+    check_whole(name, value, 1)
+    new = value if name == "max_new_tokens" else value - length
+    seq2seq = two_stacks(model)
     given = position_ids is not None
     last = int(np.asarray(position_ids)[:, -1].max()) if given else length - 1
     limit = model.config.max_position_embeddings if given else model.max_length
-    if last + max_new_tokens > limit:  # the last token needs no position
+    if last + max(new, 1) > limit:  # the last token needs no position
         raise ValueError(
-            f"max_new_tokens={max_new_tokens} behind a prompt of {length} tokens needs "
-            f"{last + max_new_tokens} positions, and this checkpoint has {limit}: at most "
+            f"{name}={value} behind a prompt of {length} tokens needs "
+            f"{last + max(new, 1)} positions, and this checkpoint has {limit}: at most "
             f"{max(limit - last, 0)} fit. Shorten the prompt, or convert the checkpoint with a "
             "larger max_sequence_length."
         )
-    fill = -length % bucket
-    return fill if given else min(fill, limit - (length + max_new_tokens - 1))
+    require(
+        new > 0,
+        f"max_length={value} leaves no room behind a prompt of {length} tokens: give a larger one, "
+        "or max_new_tokens.",
+    )
+    for least, most in (("min_length", length + new), ("min_new_tokens", new)):
+        require(
+            chosen.get(least, 0) <= most,
+            f"{least}={chosen.get(least)} is more than the {most} tokens that {name}={value} "
+            f"allows: give a smaller {least} (None is none) or a larger {name}.",
+        )
+    bucket = min(bucket, 8) if seq2seq else bucket  # a decoder's prompts are short
+    fill = 0 if seq2seq and length == 1 else -length % bucket
+    room = length if name == "max_length" else length + new - 1
+    fill = fill if given else min(fill, limit - room)
+    filled = length + fill
+    return Space(fill, length + new, filled + new if name != "max_length" else max(filled, value))
+
+
+def fill_for_encoder(model: CausalModel, length: int, bucket: int) -> int:
+    """Slots to append to an encoder's input for its bucket, as far as there are positions. LSG
+    attention is full attention up to two blocks, and a bucket does not reach beyond these."""
+    pattern, limit = model.config.lsg, model.max_length
+    if pattern is not None:
+        short = length <= 2 * pattern.block_size
+        limit = min(limit, 2 * pattern.block_size) if short else limit
+        bucket = bucket if short else math.lcm(bucket, pattern.block_size)
+    return max(min(-length % bucket, limit - length), 0)

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from lsg_flax.generation.rules import check_number, check_whole, require
+
 
 @dataclass(frozen=True)
 class Greedy:
@@ -25,53 +27,45 @@ class Sample:
     top_p: float | None = None  # keeps, of these, the fewest that together have this probability
 
     def __post_init__(self):
-        if self.temperature <= 0:
-            raise ValueError(
-                f"temperature={self.temperature} must be positive; do_sample=False is greedy."
-            )
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k} must be at least 1, or None for all.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must lie in (0, 1], or None for all.")
+        check_number("temperature (do_sample=False is greedy): temperature", self.temperature)
+        if self.top_k is not None:
+            check_whole("top_k (None keeps all): top_k", self.top_k, 1)
+        if self.top_p is not None:
+            check_number("top_p", self.top_p, positive=False)
+            require(0 < self.top_p <= 1, f"top_p={self.top_p} must lie in (0, 1], or None for all.")
 
 
-Picker = Greedy | Sample
-
-
-def picker_of(sample: Sample, *, do_sample: bool) -> Picker:
-    """The way of `generate`'s options; raises ValueError for some that need do_sample."""
-    if not do_sample and sample != Sample():
-        raise ValueError(
-            f"temperature, top_k and top_p need do_sample=True, got {sample}; without it the "
-            "likeliest token is taken."
-        )
-    return sample if do_sample else Greedy()
-
-
-def pick(logits: Float[Array, "B V"], picker: Picker, key: PRNGKeyArray) -> Int[Array, "B"]:
+def pick(
+    logits: Float[Array, "*B V"], picker: Greedy | Sample, key: PRNGKeyArray
+) -> Int[Array, "*B"]:
     """The next token of every row; `key` is not used by `Greedy`."""
     match picker:
         case Greedy():
             return jnp.argmax(logits, axis=-1)
-        case Sample(temperature, top_k, top_p):
-            logits = logits.astype(jnp.float32) / temperature
-            if top_k is not None:
-                logits = _likeliest(logits, top_k)
-            if top_p is not None:
-                logits = _nucleus(logits, top_p)
-            return jax.random.categorical(key, logits, axis=-1)
+        case Sample():
+            return jax.random.categorical(key, warp(logits, picker), axis=-1)
 
 
-def _likeliest(logits: Float[Array, "B V"], count: int) -> Float[Array, "B V"]:
+def warp(logits: Float[Array, "*B V"], sample: Sample, keep: int = 1) -> Float[Array, "*B V"]:
+    """The logits that are drawn by: temperature, top_k, top_p in this order, of which the last two
+    leave at least `keep` tokens."""
+    logits = logits.astype(jnp.float32) / sample.temperature
+    if sample.top_k is not None:
+        logits = _likeliest(logits, max(sample.top_k, keep))
+    return logits if sample.top_p is None else _nucleus(logits, sample.top_p, keep)
+
+
+def _likeliest(logits: Float[Array, "*B V"], count: int) -> Float[Array, "*B V"]:
     """-inf for all but the likeliest `count`."""
-    lowest = lax.top_k(logits, min(count, logits.shape[-1]))[0][:, -1:]
+    lowest = lax.top_k(logits, min(count, logits.shape[-1]))[0][..., -1:]
     return jnp.where(logits < lowest, -jnp.inf, logits)
 
 
-def _nucleus(logits: Float[Array, "B V"], probability: float) -> Float[Array, "B V"]:
+def _nucleus(logits: Float[Array, "*B V"], probability: float, keep: int) -> Float[Array, "*B V"]:
     """-inf for all but the fewest that together have this probability."""
     falling = jnp.sort(logits, axis=-1, descending=True)
-    before = jnp.cumsum(jax.nn.softmax(falling, axis=-1), axis=-1)
-    kept = jnp.roll(before, 1, axis=-1).at[:, 0].set(0.0) < probability  # [B, V]
+    reached = jnp.cumsum(jax.nn.softmax(falling, axis=-1), axis=-1)
+    kept = jnp.roll(reached, 1, axis=-1) < probability
+    kept = kept.at[..., :keep].set(True)  # [*B, V]
     lowest = jnp.where(kept, falling, jnp.inf).min(axis=-1, keepdims=True)
     return jnp.where(logits < lowest, -jnp.inf, logits)

@@ -1,4 +1,4 @@
-"""What the loop needs of a decoder, as a protocol, and a causal model that fulfils it.
+"""What the loop needs of a decoder, as a protocol, and a model that fulfils it.
 
 Axes: B batch, T tokens of the prompt, V vocabulary.
 """
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import flax.struct
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 State = TypeVar("State")
@@ -16,25 +17,41 @@ Prompt = Mapping[str, Any]  # arrays by the model's names, `input_ids` [B, T] am
 @runtime_checkable
 class Decoder(Protocol[State]):
     """A model as the loop sees it: a pytree whose leaves are parameters, and whose static part
-    decides the program. Its state is a pytree of fixed shapes."""
+    decides the program. Its state is a pytree of fixed shapes.
 
-    def start(self, prompt: Prompt, room: int) -> tuple[Float[Array, "B V"], State]:
-        """Reads prompts; gives the logits of the token behind them, and a state with room for this
-        many tokens, those of the prompts included."""
+    Each row of a batch is written on by a number of beams, which share its prompt. What differs
+    between the beams (the keys and values of their own tokens) is in the state once per beam; what
+    does not (those of an encoder's states) is there once per row, the decoder folds the beams into
+    its queries, and `take` does not touch it.
+    """
+
+    def start(self, prompt: Prompt, room: int, beams: int) -> tuple[Float[Array, "B V"], State]:
+        """Reads prompts; gives the logits of the token behind them, and a state of this many equal
+        beams for each, with room for this many tokens, those of the prompts included."""
         ...
 
-    def step(self, state: State, tokens: Int[Array, "B"]) -> tuple[Float[Array, "B V"], State]:
-        """Reads one more token of every row; gives the logits of the next, and the state."""
+    def step(
+        self, state: State, tokens: Int[Array, "B Beams"]
+    ) -> tuple[Float[Array, "B Beams V"], State]:
+        """Reads one more token of every beam; gives the logits of the next, and the state."""
         ...
 
-    def take(self, state: State, rows: Int[Array, "Rows"]) -> State:
-        """The state of these rows, in this order and as often as they are named."""
+    def take(self, state: State, parents: Int[Array, "B Beams"]) -> State:
+        """The state in which each beam goes on from the given one of its own row, 0 for the first;
+        some are taken more than once perhaps, and others not at all."""
         ...
 
 
 @runtime_checkable
 class CausalModel(Protocol):
-    """What `generate` needs of a model, as `lsg_flax.Model` has it for the task causal_lm."""
+    """What `generate` needs of a model, as `lsg_flax.Model` has it for the task causal_lm.
+
+    An encoder-decoder has `has_two_stacks = True` besides. Its `apply` takes the encoder's inputs
+    with `decoder_input_ids`, `decoder_attention_mask` and `cache_length`, and then
+    `decoder_input_ids` with `cache`. It gives the logits of the last real token, [rows, 1, V], and
+    a cache. `cache.take(rows, memory=False)` leaves the encoder's keys and values in it once per
+    row of the batch; each is then seen by equally many rows of the decoder, one behind the other.
+    """
 
     @property
     def config(self) -> Any: ...
@@ -43,22 +60,43 @@ class CausalModel(Protocol):
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any: ...
 
 
+def two_stacks(model: CausalModel) -> bool:
+    """Whether the model writes with a decoder behind what it reads with an encoder."""
+    return getattr(model, "has_two_stacks", False)
+
+
 @flax.struct.dataclass
 class ModelDecoder:
-    """A causal model as a decoder, whose state is the model's cache."""
+    """A model as a decoder, whose state is the model's cache: a causal one, or an encoder-decoder,
+    which reads the encoder's inputs when it starts."""
 
     params: Mapping[str, Any]
     model: CausalModel = flax.struct.field(pytree_node=False)
 
-    def start(self, prompt: Prompt, room: int) -> tuple[Float[Array, "B V"], Any]:
-        return self._read(prompt, cache_length=room)
+    @property
+    def tokens_name(self) -> str:
+        """The model's name of what is written."""
+        return "decoder_input_ids" if two_stacks(self.model) else "input_ids"
 
-    def step(self, state: Any, tokens: Int[Array, "B"]) -> tuple[Float[Array, "B V"], Any]:
-        return self._read({"input_ids": tokens[:, None]}, cache=state)
+    def start(self, prompt: Prompt, room: int, beams: int) -> tuple[Float[Array, "B V"], Any]:
+        logits, cache = self._read(prompt, cache_length=room)
+        if beams > 1:
+            cache = self._take(cache, jnp.repeat(jnp.arange(len(logits)), beams))
+        return logits, cache
 
-    def take(self, state: Any, rows: Int[Array, "Rows"]) -> Any:
-        return state.take(rows)
+    def step(
+        self, state: Any, tokens: Int[Array, "B Beams"]
+    ) -> tuple[Float[Array, "B Beams V"], Any]:
+        logits, state = self._read({self.tokens_name: tokens.reshape(-1, 1)}, cache=state)
+        return logits.reshape(*tokens.shape, -1), state
 
-    def _read(self, inputs: Prompt, **cache: Any) -> tuple[Float[Array, "B V"], Any]:
+    def take(self, state: Any, parents: Int[Array, "B Beams"]) -> Any:
+        batch, beams = parents.shape
+        return self._take(state, (jnp.arange(batch)[:, None] * beams + parents).ravel())
+
+    def _take(self, cache: Any, rows: Int[Array, "Rows"]) -> Any:
+        return cache.take(rows, memory=False) if two_stacks(self.model) else cache.take(rows)
+
+    def _read(self, inputs: Prompt, **cache: Any) -> tuple[Float[Array, "Rows V"], Any]:
         output = self.model.apply({"params": self.params}, **inputs, **cache)
         return output.logits[:, 0], output.cache

@@ -107,6 +107,13 @@ def convert_checkpoint(
     if target is None:
         return _converted(checkpoint, task, options, lsg_overrides, check=check)[:2]
     check_target(target, checkpoint)
+    reads = Model(checkpoint.config).max_length
+    if max_sequence_length < reads:
+        warnings.warn(
+            f"max_sequence_length={max_sequence_length} is less than the {reads} tokens that "
+            f"{source} reads: {target} reads no more.",
+            stacklevel=2,
+        )
     with locked(pathlib.Path(target)):
         converted = _converted(checkpoint, task, options, lsg_overrides, check=check)
         write_converted(pathlib.Path(target), checkpoint, *converted)
@@ -163,10 +170,4 @@ def make_lsg(
         tokenizer.model_max_length = options.max_sequence_length
     ids = {"bos_token_id": bos, "mask_token_id": mask}
     params, config = to_lsg(params, model.config, options, lsg=lsg, **ids)
-    if options.max_sequence_length < model.max_length:
-        warnings.warn(
-            f"max_sequence_length={options.max_sequence_length} is less than the "
-            f"{model.max_length} tokens that the source reads: the result reads no more.",
-            stacklevel=3,
-        )
     return model.clone(config=config), params

@@ -1,0 +1,206 @@
+"""Text generation: `generate`.
+
+Axes: B batch, T tokens of the prompt.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, Unpack, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Integer
+from numpy.typing import ArrayLike
+
+from lsg_flax.generation.beam import Beams
+from lsg_flax.generation.loop import Decoding, Texts, decode, decode_shown
+from lsg_flax.generation.options import GenerateCall, choose_options, decoding_of, token_ids
+from lsg_flax.generation.prompt import (
+    Space,
+    check_ends,
+    check_ids,
+    check_mask,
+    decoder_prompt,
+    fill_for_encoder,
+    space_for,
+)
+from lsg_flax.generation.rules import Text, require
+from lsg_flax.generation.steps import CausalModel, ModelDecoder, Prompt, two_stacks
+
+Generated = Integer[np.ndarray, "Rows Length"]
+
+
+@overload
+def generate(
+    model: CausalModel,
+    params: Mapping[str, Any],
+    input_ids: ArrayLike,
+    attention_mask: ArrayLike | None = None,
+    *,
+    return_scores: Literal[False] = False,
+    **call: Unpack[GenerateCall],
+) -> Generated: ...
+
+
+@overload
+def generate(
+    model: CausalModel,
+    params: Mapping[str, Any],
+    input_ids: ArrayLike,
+    attention_mask: ArrayLike | None = None,
+    *,
+    return_scores: Literal[True],
+    **call: Unpack[GenerateCall],
+) -> tuple[Generated, Float[np.ndarray, "Rows"]]: ...
+
+
+def generate(
+    model: CausalModel,
+    params: Mapping[str, Any],
+    input_ids: ArrayLike,
+    attention_mask: ArrayLike | None = None,
+    *,
+    return_scores: bool = False,
+    **call: Unpack[GenerateCall],
+) -> Generated | tuple[Generated, Float[np.ndarray, "Rows"]]:
+    """Continues prompts, or answers them with an encoder-decoder: the tokens of transformers'
+    `generate`, laid out as there.
+
+    Prompts are filled up to a bucket, which does not change the result: one compilation serves all
+    prompts of a bucket, for the same options.
+
+    Args:
+        model, params: a causal_lm, or an encoder-decoder.
+        input_ids, attention_mask: [B, T]; prompts that are continued are padded on the left. An
+            encoder-decoder's mask is by default where no pad_token_id is.
+        return_scores: give also the score of each text, with beam search: its log-probability by
+            its length (see `Beams`).
+        call: see `GenerateCall` and `GenerateOptions`.
+
+    Returns:
+        The prompts (of an encoder-decoder those of the decoder), and behind them the new tokens.
+
+    Raises:
+        ValueError: for input that the model has no place for, or options that do not fit together.
+    """
+    chosen = choose_options(model.config, call)
+    how = decoding_of(chosen, model.config.vocab_size)
+    if chosen["do_sample"]:
+        require(
+            call.get("key") is not None,
+            "do_sample=True draws with a key: give key=jax.random.key(seed).",
+        )
+    searches = isinstance(how.picker, Beams)
+    require(searches or not return_scores, "return_scores=True needs num_beams > 1.")
+    ids = check_ids("input_ids", input_ids, model.config.vocab_size)
+    mask = check_mask(ids, attention_mask)
+    if two_stacks(model):
+        if attention_mask is None and how.pad not in how.rules.eos_token_id:
+            mask = ids != chosen.get("pad_token_id", -1)
+        prompt, written, space = _answered(model, ids, mask, chosen, call)
+    else:
+        prompt, written, space = _continued(model, ids, mask, chosen, call)
+    text = _text_of(written, space, how, chosen, prompt, ids.shape[1])
+    key = call.get("key")
+    key = jax.random.key(0) if key is None else key  # not used without sampling
+    show = call.get("stream")
+    if show is None:
+        found = decode(ModelDecoder(params, model), prompt, text, key, how=how)
+    else:
+        require(
+            not searches and text.tokens.shape[:2] == (1, 1),
+            f"stream shows the tokens of one text as they come, not of {len(ids)} rows with "
+            f"num_beams={chosen['num_beams']}, num_return_sequences={how.returned}: give one row, "
+            "and num_beams=1, num_return_sequences=1.",
+        )
+        found = decode_shown(ModelDecoder(params, model), prompt, text, key, how=how, show=show)
+    tokens = _laid_out(found, space.limit, how).astype(ids.dtype)
+    return (tokens, np.asarray(found.scores).ravel()) if return_scores else tokens
+
+
+def _continued(
+    model: CausalModel,
+    ids: np.ndarray,
+    mask: np.ndarray,
+    chosen: Mapping[str, Any],
+    call: GenerateCall,
+) -> tuple[Prompt, np.ndarray, Space]:
+    """The model's inputs, what is written on, and the space for it, for a causal model."""
+    require(
+        call.get("decoder_input_ids") is None,
+        "decoder_input_ids are for an encoder-decoder; this model continues input_ids.",
+    )
+    check_ends(mask)
+    positions = call.get("position_ids")
+    space = space_for(model, ids.shape[1], chosen, call.get("bucket", 64), positions)
+    rows = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    prompt = {name: _filled(x, space.fill) for name, x in rows.items() if x is not None}
+    memory = ("encoder_hidden_states", "encoder_attention_mask")
+    return prompt | {name: call.get(name) for name in memory}, ids, space
+
+
+def _answered(
+    model: CausalModel,
+    ids: np.ndarray,
+    mask: np.ndarray,
+    chosen: Mapping[str, Any],
+    call: GenerateCall,
+) -> tuple[Prompt, np.ndarray, Space]:
+    """The same for an encoder-decoder."""
+    names = ("position_ids", "encoder_hidden_states", "encoder_attention_mask")
+    used = [name for name in names if call.get(name) is not None]
+    require(not used, f"{used} are for a decoder alone; this model has an encoder.")
+    bucket = call.get("bucket", 64)
+    begun = decoder_prompt(len(ids), chosen, call, model.config.vocab_size)
+    space = space_for(model, begun.shape[1], chosen, bucket)
+    fill = fill_for_encoder(model, ids.shape[1], bucket)
+    pad = chosen.get("pad_token_id", 0)
+    prompt = {"input_ids": _filled(ids, fill, pad), "attention_mask": _filled(mask, fill)}
+    prompt["decoder_input_ids"] = _filled(begun, space.fill, pad)
+    if begun.shape[1] > 1:
+        prompt["decoder_attention_mask"] = _filled(np.ones(begun.shape, bool), space.fill)
+    return prompt, begun, space
+
+
+def _filled(rows: ArrayLike, fill: int, value: int = 0) -> np.ndarray:
+    return np.pad(np.asarray(rows), ((0, 0), (0, fill)), constant_values=value)
+
+
+def _text_of(
+    written: np.ndarray,
+    space: Space,
+    how: Decoding,
+    chosen: Mapping[str, Any],
+    prompt: Prompt,
+    source_length: int,
+) -> Text:
+    batch, length = written.shape
+    tokens = np.repeat(_filled(written, space.width - length)[:, None], how.beams, axis=1)
+    numbers = (jnp.asarray(n, jnp.int32) for n in (length, length, space.limit))
+    text = Text(jnp.asarray(tokens, jnp.int32), *numbers)
+    if how.rules.encoder_no_repeat_ngram_size:
+        source = jnp.asarray(prompt["input_ids"], jnp.int32)
+        text = text._replace(source=source, source_length=jnp.asarray(source_length, jnp.int32))
+    forced = token_ids("forced_bos_token_id", chosen.get("forced_bos_token_id", ()))
+    if forced:
+        require(
+            len(forced) in (1, batch),
+            f"forced_bos_token_id has {len(forced)} ids: give one, or one for each of the {batch} "
+            "rows.",
+        )
+        text = text._replace(first=jnp.broadcast_to(jnp.asarray(forced, jnp.int32), (batch,)))
+    return text
+
+
+def _laid_out(found: Texts, limit: int, how: Decoding) -> Generated:
+    """The texts as rows of one width. With beam search, whose texts come without their end, the
+    first of the end tokens follows where it fits."""
+    tokens, lengths = np.asarray(found.tokens), np.asarray(found.lengths)[..., None]
+    width = int(lengths.max())
+    if isinstance(how.picker, Beams):
+        width = min(width + 1, limit)
+        end = (*how.rules.eos_token_id, how.pad)[0]
+        places = np.arange(tokens.shape[-1])
+        behind = np.where(places == lengths, end, how.pad)
+        tokens = np.where(places < lengths, tokens, behind)
+    return tokens[..., :width].reshape(-1, width)
