@@ -11,6 +11,7 @@ from lsg_flax.hub import convert_checkpoint as convert_checkpoint
 from lsg_flax.hub import from_pretrained as from_pretrained
 from lsg_flax.hub import save_pretrained as save_pretrained
 from lsg_flax.models import EncoderConfig as EncoderConfig
+from lsg_flax.models import EncoderDecoderConfig as EncoderDecoderConfig
 from lsg_flax.models import Model as Model
 from lsg_flax.models import ModelOutput as ModelOutput
 from lsg_flax.patterns import LSGConfig as LSGConfig

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lsg_flax.models import (
-    EncoderConfig,
     Family,
     Key,
     Model,
+    ModelConfig,
     Params,
     family_of,
 )
@@ -28,6 +28,7 @@ from lsg_flax.tensor_names import NamedTensors, name_tensors
 
 HEAD_SEED = 0  # of head weights that a checkpoint does not have
 _LISTED = 12
+_FIXED = "/buffer"  # an array that is never trained: where a file lacks it, it is the initial one
 
 
 Read = Callable[[tuple[slice, ...]], np.ndarray]  # a part of an array, by its index
@@ -71,8 +72,9 @@ def params_from_torch(
             resized.append(sizes)
         else:
             readers[path] = _reader(named, of_leaf, shapes[path])
-    if absent or unused or named.left_out:
-        _warn(model, absent, resized, unused, named.left_out)
+    drawn = [path for path in absent if not path.endswith(_FIXED)]
+    if drawn or unused or named.left_out:
+        _warn(model, drawn, resized, unused, named.left_out)
     for path, value in initial_leaves(model, absent, HEAD_SEED).items():
         readers[path] = np.asarray(value).__getitem__
     return _placed(readers, shapes, model, place)
@@ -177,22 +179,24 @@ def _by_path(keys: list[Key]) -> dict[str, list[Key]]:
     return grouped
 
 
+def _is_of_body(key: Key) -> bool:
+    """Whether a checkpoint without it is not one of the family."""
+    return not key.path.startswith(("head/", "pooler/")) and not key.path.endswith(_FIXED)
+
+
 def _check_body(
-    keys: list[Key], named: NamedTensors, family: Family, config: EncoderConfig
+    keys: list[Key], named: NamedTensors, family: Family, config: ModelConfig
 ) -> list[str]:
     """The tensors outside the body that are not read; raises ValueError if the body lacks any or
     has others."""
     unused = named.tensors.keys() - {key.torch for key in keys}
     unused -= {named.prefix + buffer for buffer in family.ignored}
     pooler = tuple(f"{named.prefix}{row.torch}." for row in family.pooler)
-    unexpected = {
-        name for name in unused if name.startswith(named.prefix) and not name.startswith(pooler)
-    }
-    missing = [
-        key.torch
-        for key in keys
-        if key.path.startswith("encoder/") and key.torch not in named.tensors
-    ]
+    # A model may have a part of the body only.
+    known = {named.prefix + key.torch for key in family.keys("base", config)}
+    unexpected = {name for name in unused - known if name.startswith(named.prefix)}
+    unexpected = {name for name in unexpected if not name.startswith(pooler)}
+    missing = [key.torch for key in keys if _is_of_body(key) and key.torch not in named.tensors]
     if missing or unexpected:
         rest = unused - unexpected if missing else set()  # may be the missing ones, misnamed
         there = [*sorted(unexpected), *sorted(rest)]
@@ -240,7 +244,7 @@ def _reader(named: NamedTensors, keys: list[Key], shape: tuple[int, ...]) -> Rea
 
 
 def _mismatch(
-    missing: list[str], unexpected: list[str], family: Family, config: EncoderConfig
+    missing: list[str], unexpected: list[str], family: Family, config: ModelConfig
 ) -> str:
     def listing(sign, names):
         rest = [f"  {sign} ... and {len(names) - _LISTED} more"] if len(names) > _LISTED else []

@@ -30,7 +30,7 @@ AXES = ("data", "fsdp", "tensor", SEQUENCE)
 # The ends of parameter paths, and the logical axes of the last dimensions there; leading ones, of
 # stacked layers, are whole. Optimizer states have the paths of their parameters.
 PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"embeddings/word_embeddings/embedding", ("vocab", "width")),
+    (r"(embeddings/word_embeddings|shared)/embedding", ("vocab", "width")),
     (r"embeddings/\w+_embeddings/embedding", (None, "width")),
     (r"embeddings_project/kernel", (None, "width")),
     (r"attention/(query|key|value)/kernel", ("width", "heads")),
@@ -46,6 +46,7 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"layers/(\w+/output|mlp_down)/bias", (None,)),
     (r"embeddings_project/bias", (None,)),
     (r"\w*norm/(scale|bias)", (None,)),
+    (r"buffer", (None,)),
 )
 MESH_AXES: dict[str, tuple[str, ...]] = {
     "width": ("fsdp", "sequence"),

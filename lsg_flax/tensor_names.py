@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lsg_flax.models import EncoderConfig, Family, modern_name
+from lsg_flax.models import Family, ModelConfig, modern_name
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 
@@ -63,7 +63,7 @@ class NamedTensors(NamedTuple):
 
 
 def name_tensors(
-    tensors: Mapping[str, Any], family: Family, config: EncoderConfig, task: str
+    tensors: Mapping[str, Any], family: Family, config: ModelConfig, task: str
 ) -> NamedTensors:
     """The tensors by the names of the family's class with a head, tied ones once.
 
@@ -92,12 +92,15 @@ def name_tensors(
     return named
 
 
-def _resolve_ties(named: NamedTensors, family: Family, config: EncoderConfig, task: str) -> None:
+def _resolve_ties(named: NamedTensors, family: Family, config: ModelConfig, task: str) -> None:
     """Gives a tensor that is stored only under a tied name its own; of equal twins of the task's
     head, takes out the one that repeats the other."""
     tied, tensors = config.tie_word_embeddings, named.tensors
-    own = family.tied_names(task, tied=tied)
-    pairs = {pair for head in family.heads for pair in family.tied_names(head, tied=tied).items()}
+    own, wanted = family.tied_names(task, tied=tied), family.keys(task, config)
+    if task == "base":  # whose class has no prefix
+        own = {named.prefix + name: named.prefix + source for name, source in own.items()}
+    others = {pair for head in family.heads for pair in family.tied_names(head, tied=tied).items()}
+    pairs = [*own.items(), *sorted(others)]
     for name, source in pairs:
         if name not in tensors or (source in tensors and name not in own):
             continue
@@ -110,6 +113,9 @@ def _resolve_ties(named: NamedTensors, family: Family, config: EncoderConfig, ta
                 "own output weights."
             )
         del tensors[name]
+    for name, source in pairs:  # what one head repeats is another one's own
+        if source in tensors and name not in tensors and name in {key.torch for key in wanted}:
+            tensors[name], named.stored[name] = tensors.pop(source), named.stored[source]
 
 
 def _beginnings_of_heads(family: Family) -> set[str]:

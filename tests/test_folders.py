@@ -355,9 +355,7 @@ def test_a_save_warns_of_another_models_files_and_loses_nothing(bert, tmp_path):
 
 
 def test_a_shorter_conversion_says_so(bert, tmp_path):
-    with pytest.warns(
-        UserWarning, match="length=100 is less than the 512 tokens that .*bert"
-    ):
+    with pytest.warns(UserWarning, match="length=100 is less than the 512 tokens that .*bert"):
         lsg_flax.convert_checkpoint(bert, tmp_path / "short", max_sequence_length=100)
 
 

@@ -9,9 +9,18 @@ import warnings
 import hypothesis
 import hypothesis.strategies as st
 import pytest
+from tiny_config import spelled
 
 from lsg_flax import LSGConfig, hub
-from lsg_flax.models import FAMILIES, EncoderConfig, Model
+from lsg_flax.models import (
+    FAMILIES,
+    EncoderConfig,
+    EncoderDecoderConfig,
+    Model,
+    ModelConfig,
+    model_type_of,
+    read_config,
+)
 from lsg_flax.models.config_json import DIALECTS, LSG_FIELDS
 
 SIZES = {
@@ -56,10 +65,7 @@ SETTINGS = hypothesis.settings(
 def base_of(family: str, lsg: bool) -> dict:
     """A whole tiny config.json, as PyTorch writes it."""
     narrow = {"embedding_size": 8} if family in ("electra", "albert") else {}
-    names = DIALECTS[family].names
-    config = EncoderConfig.from_dict(
-        {names.get(n, n): v for n, v in (SIZES | narrow).items()} | {"model_type": family}
-    )
+    config = read_config(spelled(family, SIZES | narrow))
     named = {"architectures": [FAMILIES[family].class_name("base", lsg=lsg)]}
     return config.to_dict() | named | (PATTERN if lsg else {})
 
@@ -85,7 +91,7 @@ def same(read, written) -> bool:
     return read == written or (read != read and written != written)
 
 
-def assert_as_written(config: EncoderConfig, values: dict) -> None:
+def assert_as_written(config: ModelConfig, values: dict) -> None:
     """Nothing was changed without a word, but what PyTorch's classes do not let count."""
     again = config.to_dict()
     dialect = config.dialect
@@ -154,7 +160,7 @@ def test_a_damaged_config_json_is_refused_by_name_or_read_as_written(unchecked, 
     if opened is not None:
         expected = json.loads(file.read_text()) | {"model_type": opened.config.model_type}
         assert_as_written(opened.config, expected)
-        assert EncoderConfig.from_dict(opened.config.to_dict()).to_dict() == opened.config.to_dict()
+        assert read_config(opened.config.to_dict()).to_dict() == opened.config.to_dict()
 
 
 @hypothesis.settings(SETTINGS, max_examples=300)
@@ -166,16 +172,16 @@ def test_damaged_bytes_are_refused_by_the_name_of_the_file_or_read(unchecked, fi
     file.write_bytes(whole[:begin] + put + whole[begin + length :])
     opened = outcome(lambda: hub.open_checkpoint(file), {str(file): put})
     if opened is not None:
-        assert EncoderConfig.from_dict(opened.config.to_dict()).to_dict() == opened.config.to_dict()
+        assert read_config(opened.config.to_dict()).to_dict() == opened.config.to_dict()
 
 
 @hypothesis.settings(SETTINGS, max_examples=300)
 @hypothesis.given(st.sampled_from(sorted(BASES)), st.data())
 def test_a_damaged_override_is_refused_by_name_or_taken(unchecked, key, data):
-    fields = sorted(names_in(EncoderConfig) - {"labels"})
+    config = read_config(BASES[key])
+    fields = sorted(names_in(type(config)) - {"labels"})
     names = [*fields, *(LSG_FIELDS if key[1] else ()), "num_labels", "id2label"]
     given = data.draw(st.dictionaries(st.sampled_from(names), ODD, min_size=1, max_size=3))
-    config = EncoderConfig.from_dict(BASES[key])
     changed = outcome(lambda: config.with_overrides(**given), given)
     if changed is not None:
         for name in given.keys() & {*fields} - {"lsg"}:
@@ -183,7 +189,7 @@ def test_a_damaged_override_is_refused_by_name_or_taken(unchecked, key, data):
 
 
 @hypothesis.settings(SETTINGS, max_examples=300)
-@hypothesis.given(st.sampled_from((EncoderConfig, LSGConfig)), st.data())
+@hypothesis.given(st.sampled_from((EncoderConfig, EncoderDecoderConfig, LSGConfig)), st.data())
 def test_a_damaged_argument_is_refused_by_name_or_taken(unchecked, record, data):
     names = st.sampled_from(sorted(names_in(record)))
     given = data.draw(st.dictionaries(names, ODD, min_size=1, max_size=3))
@@ -199,9 +205,11 @@ def test_a_damaged_argument_is_refused_by_name_or_taken(unchecked, record, data)
 def test_a_config_that_is_read_makes_a_model_or_is_refused_by_name(unchecked, drawn):
     """Shapes only: nothing is computed."""
     values, changed = drawn
-    config = outcome(lambda: EncoderConfig.from_dict(values), changed)
-    if config is not None and config.num_hidden_layers < 100:
-        outcome(lambda: Model(config, "token_classification").abstract_params(), changed)
+    config = outcome(lambda: read_config(values | {"model_type": model_type_of(values)}), changed)
+    if config is None or sum(s.num_hidden_layers for s in config.stacks.values()) > 100:
+        return
+    task = "conditional_generation" if len(config.stacks) > 1 else "token_classification"
+    outcome(lambda: Model(config, task).abstract_params(), changed)
 
 
 def test_memory_stays_small(unchecked):

@@ -28,9 +28,13 @@ class AttentionCache(NamedTuple):
     memory: tuple[jax.Array, ...]  # [B, S, WIDTH] and a mask, once per row
     length: jax.Array
 
-    def take(self, rows, *, memory):
-        assert not memory
-        return self._replace(kept=tuple(x[rows] for x in self.kept))
+    def take(self, parents):
+        def of_beams(x):
+            texts = x.reshape(len(parents), -1, *x.shape[1:])
+            picked = jax.vmap(lambda beams, places: beams[places])(texts, parents)
+            return picked.reshape(-1, *x.shape[1:])
+
+        return self._replace(kept=tuple(map(of_beams, self.kept)))
 
 
 class AttentionOutput(NamedTuple):

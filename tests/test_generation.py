@@ -364,12 +364,12 @@ def test_a_decoder_gives_the_state_of_chosen_rows():
     np.testing.assert_array_equal(np.argmax(logits, axis=-1), wanted % VOCABULARY)
 
     class State:
-        def take(self, rows):
-            return rows.tolist()
+        def take(self, parents):
+            return parents.tolist()
 
     model, params = decoder()
     ours = ModelDecoder(params, model)
-    assert isinstance(ours, Decoder) and ours.take(State(), parents) == [1, 1, 0, 3, 5, 4]
+    assert isinstance(ours, Decoder) and ours.take(State(), parents) == [[1, 1, 0], [0, 2, 1]]
 
 
 # -------------------------------------------------------------------------------------- bad input

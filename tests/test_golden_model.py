@@ -14,9 +14,16 @@ import lsg_flax
 from lsg_flax.convert_from_torch import params_to_torch
 from lsg_flax.hub import config_values
 from lsg_flax.patterns import sparsity
+from lsg_flax.training import loss_fn
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
-INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+INPUTS = (
+    *("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"),
+    *("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "encoder_outputs"),
+    *("encoder_hidden_states", "encoder_attention_mask"),
+)
+# Outputs of rows, not of tokens; of these a mask of the inputs says nothing.
+OF_ROWS = ("pooler_output", "seq_relationship_logits")
 
 pytestmark = pytest.mark.slow
 
@@ -68,6 +75,9 @@ def test_model(name):
         overrides["strict_reference"] = True
     model, params = checkpoint(case["checkpoint"], **overrides)
     arrays = {name: inputs[name] for name in INPUTS if name in inputs}
+    made = model.task == "conditional_generation" and "labels" in inputs
+    if made and "decoder_input_ids" not in inputs:
+        arrays["decoder_input_ids"] = model.shift_right(jnp.asarray(inputs["labels"]))
     hidden = bool(case.get("output_hidden_states"))
     if gradients := starting("grad.", outputs):
         weights = starting("weight_", inputs)
@@ -81,31 +91,45 @@ def test_model(name):
             np.testing.assert_allclose(tensors[n] / scale, expected / scale, err_msg=n, **TOLERANCE)
     else:
         result = apply(model, params, arrays, hidden=hidden)
-    compare_outputs(result, outputs, inputs.get("attention_mask"))
+    if "loss" in outputs and case["file"] == "model_seq2seq.npz":
+        names = [*arrays, *(t.labels for t in model.task_record.targets)]
+        batch = {name: inputs[name] for name in names if name in inputs}
+        loss, _ = jax.jit(loss_fn, static_argnums=0)(model, params, batch)
+        np.testing.assert_allclose(loss, outputs["loss"], rtol=1e-5)
+    mask = inputs.get("attention_mask")
+    answered = inputs.get("decoder_attention_mask") if model.has_two_stacks else mask
+    compare_outputs(result, outputs, answered)
+    if mask is not None and (states := result.encoder_last_hidden_state) is not None:
+        split = states.shape[1] - mask.shape[1]
+        seen = np.pad(mask, ((0, 0), (split, 0)), constant_values=1).astype(bool)
+        expected = outputs["encoder_last_hidden_state"]
+        np.testing.assert_allclose(states[seen], expected[seen], **TOLERANCE)
 
 
 def compare_outputs(result, outputs, mask):
     compared = 0
     for field, expected in outputs.items():
-        if field in ("weighted_loss", "loss") or field.startswith(("grad.", "hidden_states.")):
+        skipped = ("weighted_loss", "loss", "encoder_last_hidden_state")
+        if field in skipped or field.startswith("grad.") or "hidden_states." in field:
             continue
         value = np.asarray(getattr(result, field))
-        if (
-            mask is not None
-            and field not in ("pooler_output", "seq_relationship_logits")
-            and value.shape[:2] == mask.shape
-        ):
+        if mask is not None and field not in OF_ROWS and value.shape[:2] == mask.shape:
             real = mask.astype(bool).reshape(*mask.shape, *[1] * (value.ndim - 2))
             value, expected = np.where(real, value, 0), np.where(real, expected, 0)
         np.testing.assert_allclose(value, expected, err_msg=field, **TOLERANCE)
         compared += 1
     assert compared
-    states = starting("hidden_states.", outputs)
-    assert len(states) == len(result.hidden_states or ())
-    for i, expected in states.items():
-        np.testing.assert_allclose(
-            result.hidden_states[int(i)], expected, err_msg=f"hidden state {i}", **TOLERANCE
-        )
+    for of in ("", "encoder_", "decoder_"):
+        states = starting(f"{of}hidden_states.", outputs)
+        ours = getattr(result, f"{of}hidden_states") or ()
+        assert len(states) == len(ours)
+        for i, expected in states.items():
+            value = ours[int(i)]
+            if mask is not None and value.shape[:2] == mask.shape and of:
+                value, expected = value[mask == 1], expected[mask == 1]
+            np.testing.assert_allclose(
+                value, expected, err_msg=f"{of}hidden state {i}", **TOLERANCE
+            )
 
 
 def test_hidden_states_and_gradients_are_recorded():

@@ -66,11 +66,14 @@ def test_a_mesh_of_some_devices():
 def test_every_parameter_of_every_model_has_a_place(name):
     mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2, sequence=2)
     placed = specs(sharding.shardings_for(tree(name), mesh))
-    assert placed["encoder/layers/mlp_norm/scale"] == P()
-    layers = len(tree(name)["encoder"]["layers"]["mlp_up"]["kernel"].shape) - 2
-    assert placed["encoder/layers/mlp_up/kernel"] == P(
-        *[None] * layers, ("fsdp", "sequence"), "tensor"
-    )
+    stacks = [part for part in ("encoder", "decoder") if part in tree(name)]
+    assert stacks
+    for stack in stacks:
+        assert placed[f"{stack}/layers/mlp_norm/scale"] == P()
+        layers = len(tree(name)[stack]["layers"]["mlp_up"]["kernel"].shape) - 2
+        assert placed[f"{stack}/layers/mlp_up/kernel"] == P(
+            *[None] * layers, ("fsdp", "sequence"), "tensor"
+        )
 
 
 def test_where_parameters_lie():

@@ -13,10 +13,11 @@ import sys
 
 import flax.traverse_util
 import pytest
+from tiny_config import spelled
 
 import lsg_flax
 from lsg_flax import LSGConfig
-from lsg_flax.models import FAMILIES, EncoderConfig
+from lsg_flax.models import FAMILIES, ModelConfig, read_config
 
 PACKAGE = pathlib.Path(lsg_flax.__file__).parent
 DESIGN = pathlib.Path(__file__).parent.parent / "docs" / "design.md"
@@ -207,8 +208,8 @@ SIZES = {
 }
 
 
-def config_of(model_type: str, lsg: LSGConfig | None) -> EncoderConfig:
-    return EncoderConfig.from_dict({"model_type": model_type}).with_overrides(**SIZES, lsg=lsg)
+def config_of(model_type: str, lsg: LSGConfig | None) -> ModelConfig:
+    return read_config(spelled(model_type, SIZES)).with_overrides(lsg=lsg)
 
 
 def parameter_trees() -> dict[str, dict[str, list[int]]]:

@@ -44,13 +44,13 @@ class Decoder(Protocol[State]):
 
 @runtime_checkable
 class CausalModel(Protocol):
-    """What `generate` needs of a model, as `lsg_flax.Model` has it for the task causal_lm.
+    """What `generate` needs of a model, as `lsg_flax.Model` has it for the task causal_lm: `apply`
+    gives a cache, and `cache.take(parents)` what `Decoder.take` says.
 
     An encoder-decoder has `has_two_stacks = True` besides. Its `apply` takes the encoder's inputs
     with `decoder_input_ids`, `decoder_attention_mask` and `cache_length`, and then
     `decoder_input_ids` with `cache`. It gives the logits of the last real token, [rows, 1, V], and
-    a cache. `cache.take(rows, memory=False)` leaves the encoder's keys and values in it once per
-    row of the batch; each is then seen by equally many rows of the decoder, one behind the other.
+    a cache.
     """
 
     @property
@@ -81,7 +81,7 @@ class ModelDecoder:
     def start(self, prompt: Prompt, room: int, beams: int) -> tuple[Float[Array, "B V"], Any]:
         logits, cache = self._read(prompt, cache_length=room)
         if beams > 1:
-            cache = self._take(cache, jnp.repeat(jnp.arange(len(logits)), beams))
+            cache = cache.take(jnp.zeros((len(logits), beams), jnp.int32))
         return logits, cache
 
     def step(
@@ -91,11 +91,7 @@ class ModelDecoder:
         return logits.reshape(*tokens.shape, -1), state
 
     def take(self, state: Any, parents: Int[Array, "B Beams"]) -> Any:
-        batch, beams = parents.shape
-        return self._take(state, (jnp.arange(batch)[:, None] * beams + parents).ravel())
-
-    def _take(self, cache: Any, rows: Int[Array, "Rows"]) -> Any:
-        return cache.take(rows, memory=False) if two_stacks(self.model) else cache.take(rows)
+        return state.take(parents)
 
     def _read(self, inputs: Prompt, **cache: Any) -> tuple[Float[Array, "Rows V"], Any]:
         output = self.model.apply({"params": self.params}, **inputs, **cache)

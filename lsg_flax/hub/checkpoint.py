@@ -21,12 +21,13 @@ from lsg_flax.hub.sentence_files import Modules, read_modules
 from lsg_flax.hub.tokenizer_files import Tokenizer, read_tokenizer
 from lsg_flax.hub.weights import CONFIG, Tensors, open_tensors
 from lsg_flax.models import (
-    EncoderConfig,
     Model,
+    ModelConfig,
     Params,
     class_names,
     family_of,
     model_type_of,
+    read_config,
 )
 from lsg_flax.sharding import shardings_for
 
@@ -46,7 +47,7 @@ class Checkpoint:
     root: pathlib.Path
     folder: pathlib.Path
     values: dict[str, Any]
-    config: EncoderConfig
+    config: ModelConfig
     modules: Modules
 
     @property
@@ -77,7 +78,7 @@ class Checkpoint:
             )
         return self.head
 
-    def config_for(self, task: str, **overrides: Any) -> EncoderConfig:
+    def config_for(self, task: str, **overrides: Any) -> ModelConfig:
         """The config as a model of the task has it, with other values for some fields.
 
         Raises:
@@ -146,8 +147,7 @@ def open_checkpoint(
     values = read_json(file)
     try:
         values["model_type"] = model_type or model_type_of(values)
-        family_of(values["model_type"])  # raises before other fields are looked at
-        config = EncoderConfig.from_dict(values)
+        config = read_config(values)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     return Checkpoint(root, file.parent, values, config, modules)

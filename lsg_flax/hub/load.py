@@ -1,6 +1,5 @@
 """Checkpoints loaded, and made to read long documents: functions of the public API."""
 
-import json
 import os
 import pathlib
 import warnings
@@ -161,8 +160,8 @@ def make_lsg(
         ValueError: for options that do not fit the model.
     """
     lsg = replace(model.config.lsg, **pattern) if model.config.lsg else LSGConfig(**pattern)
-    extra = json.loads(model.config.extra)
-    bos, mask = extra.get("bos_token_id"), extra.get("mask_token_id")
+    values = model.config.to_dict()
+    bos, mask = values.get("bos_token_id"), values.get("mask_token_id")
     if tokenizer is not None:
         known = (tokenizer.bos_token_id, tokenizer.cls_token_id, bos)
         bos = next((token for token in known if token is not None), None)

@@ -9,7 +9,7 @@ injected. Written once for all families.
 Axes: P positions of a table, V vocabulary, E embedding width, G global tokens, 512 in the table.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import flax.traverse_util
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from lsg_flax.models import EncoderConfig, ToLSG, family_of
+from lsg_flax.models import ModelConfig, ToLSG, family_of, sinusoids
 from lsg_flax.patterns import MAX_GLOBAL_TOKENS, LSGConfig
 
 
@@ -57,14 +57,14 @@ class Draws:
 
 def to_lsg(
     params: dict[str, Any],
-    config: EncoderConfig,
+    config: ModelConfig,
     options: LSGOptions,
     *,
     lsg: LSGConfig,
     bos_token_id: int | None,
     mask_token_id: int | None,
     draws: Draws | None = None,
-) -> tuple[dict[str, Any], EncoderConfig]:
+) -> tuple[dict[str, Any], ModelConfig]:
     """Parameters and config of the LSG model made from `params`.
 
     Args:
@@ -87,7 +87,9 @@ def to_lsg(
         raise ValueError(f"max_sequence_length={options.max_sequence_length} must be at least 1.")
     leaves: dict[str, Any] = dict(flax.traverse_util.flatten_dict(params, sep="/"))
     rule, offset = family.to_lsg, family.architecture.position_offset
-    if not options.resize_lsg:
+    tables = [table for table in rule.positions if table.path in leaves]
+    has_globals = rule.positions[0].path in leaves  # not where a decoder stands alone
+    if not options.resize_lsg and has_globals:
         positions = np.asarray(leaves[rule.positions[0].path], np.float32)[offset:]
         made = _global_embeddings(
             leaves, rule, positions, options, bos_token_id, mask_token_id, draws or Draws()
@@ -96,11 +98,12 @@ def to_lsg(
             made[0] = np.asarray(leaves[rule.globals][0])
         leaves[rule.globals] = jnp.asarray(made, leaves[rule.words].dtype)
     rows = options.max_sequence_length
-    for table in rule.positions:
+    for table in tables:
         leaf = leaves[table.path]
         longer = _longer_table(np.asarray(leaf, np.float32), table.extended_by, offset, rows)
         leaves[table.path] = jnp.asarray(longer, leaf.dtype)
-    new_config = replace(config, max_position_embeddings=rows + offset, lsg=lsg)
+    positions = family.architecture.max_position_embeddings(rows)
+    new_config = config.with_overrides(max_position_embeddings=positions, lsg=lsg)
     return flax.traverse_util.unflatten_dict(leaves, sep="/"), new_config
 
 
@@ -113,15 +116,6 @@ def _longer_table(
     head, positions = table[:offset], table[offset:]
     tiled = np.tile(positions, (-(-rows // len(positions)), 1))[:rows]
     return np.concatenate([head, tiled])
-
-
-def sinusoids(rows: int, width: int) -> Float[np.ndarray, "P E"]:
-    """The fixed position table of Pegasus: sines in the first half of the columns, cosines in the
-    second."""
-    half = np.arange((width + 1) // 2)
-    angles = np.arange(rows)[:, None] / 10000 ** (2 * half / width)
-    table = np.concatenate([np.sin(angles), np.cos(angles[:, : width // 2])], axis=1)
-    return table.astype(np.float32)
 
 
 def spread_positions(

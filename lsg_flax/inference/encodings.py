@@ -22,7 +22,7 @@ def check_encoding(
     tables = {
         "input_ids": ("vocab_size", config.vocab_size),
         "attention_mask": ("what a mask may say", 2),
-        "token_type_ids": ("type_vocab_size", config.type_vocab_size),
+        "token_type_ids": ("type_vocab_size", config.segments),
     }
     unknown = sorted(encoding.keys() - tables.keys())
     if unknown or "input_ids" not in encoding or encoding.keys() != like.keys():

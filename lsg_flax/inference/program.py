@@ -20,7 +20,8 @@ def outputs_of(
     """The outputs of these names, or all; raises ValueError for one that the task does not have."""
     output = vars(model.apply({"params": params}, **batch))
     given = [name for name, value in output.items() if value is not None]
-    wanted = fields or tuple(given)
+    # An encoder's states, as wide as the bucket and its globals, are large and rarely the answer.
+    wanted = fields or tuple(name for name in given if name != "encoder_last_hidden_state")
     if not set(wanted) <= set(given):
         raise ValueError(
             f"fields={fields} are not all outputs of task={model.task!r}; it has "

@@ -1,7 +1,10 @@
-"""The models: one encoder, its heads, the families of checkpoints it reads."""
+"""The models: one stack of layers, its heads, the families of checkpoints it reads."""
 
 from lsg_flax.models.config import EncoderConfig as EncoderConfig
+from lsg_flax.models.config import ModelConfig as ModelConfig
 from lsg_flax.models.config_json import class_names as class_names
+from lsg_flax.models.config_seq2seq import EncoderDecoderConfig as EncoderDecoderConfig
+from lsg_flax.models.embeddings import sinusoids as sinusoids
 from lsg_flax.models.encoder import Remat as Remat
 from lsg_flax.models.families import FAMILIES as FAMILIES
 from lsg_flax.models.families import Family as Family
@@ -10,6 +13,7 @@ from lsg_flax.models.families import ToLSG as ToLSG
 from lsg_flax.models.families import family_of as family_of
 from lsg_flax.models.families import model_type_of as model_type_of
 from lsg_flax.models.families import modern_name as modern_name
+from lsg_flax.models.families import read_config as read_config
 from lsg_flax.models.model import Model as Model
 from lsg_flax.models.outputs import Batch as Batch
 from lsg_flax.models.outputs import ModelOutput as ModelOutput

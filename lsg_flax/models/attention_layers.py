@@ -98,15 +98,16 @@ class SelfAttention(HeadProjections):
 
 class CrossAttention(HeadProjections):
     """Full attention to the encoder's states, or to the keys and values kept of them; returns these
-    too."""
+    too. Several rows may see one row of them: then they lie together (see `Cache.take`)."""
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T D"], memory: EncoderStates | Source
     ) -> tuple[Float[Array, "B T D"], Source]:
-        query = self.heads(x, "query")
         if isinstance(memory, EncoderStates):
             states, mask = memory
             memory = Source(self.heads(states, "key"), self.heads(states, "value"), mask[:, None])
+        folded = x.reshape(memory.key.shape[0], -1, x.shape[-1])  # such rows as more queries
+        query = self.heads(folded, "query")
         context = patterns.attention(patterns.Full(), query, memory, self.runtime())
-        return self.merged(context), memory
+        return self.merged(context).reshape(x.shape), memory

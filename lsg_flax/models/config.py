@@ -89,6 +89,16 @@ class ModelConfig:
         return json.loads(self.extra).get(name, default)
 
     @property
+    def stacks(self) -> "dict[str, EncoderConfig]":
+        """The stacks of layers by the first part of their parameters' paths."""
+        raise NotImplementedError
+
+    @property
+    def segments(self) -> int:
+        """How many segments `token_type_ids` tells apart; 0 where the model has none."""
+        return next(iter(self.stacks.values())).type_vocab_size
+
+    @property
     def filler(self) -> int:
         """The row of the word table that stands where a mask hides what it is."""
         return (self.pad_token_id or 0) % self.vocab_size
@@ -121,7 +131,9 @@ class ModelConfig:
         Raises:
             ValueError: for an unknown name, or an LSG field where the attention is full.
         """
-        given = heed_keywords(overrides)
+        known = {f.name for f in fields(self)} - {"extra", "model_type"}
+        own = {name: overrides.pop(name) for name in known & overrides.keys()}
+        given = own | heed_keywords(overrides)
         ours = {theirs: name for name, theirs in self.dialect.names.items()}
         values = {ours.get(name, name): value for name, value in given.items()}
         require(
@@ -129,7 +141,6 @@ class ModelConfig:
             f"{sorted(given.keys() & ours)} are given under both of their names; give one of them.",
         )
         values |= self._labels_of(values)
-        known = {f.name for f in fields(self)} - {"extra", "model_type"}
         lsg = {name: values.pop(name) for name in LSG_FIELDS if name in values}
         others = {name: values.pop(name) for name in self.dialect.others if name in values}
         unknown = sorted(values.keys() - known)
@@ -263,6 +274,11 @@ class EncoderConfig(ModelConfig):
     def embedding_width(self) -> int:
         """Width of the embedding tables."""
         return self.embedding_size or self.hidden_size
+
+    @property
+    def stacks(self) -> dict[str, "EncoderConfig"]:
+        """The stacks of layers by the first part of their parameters' paths."""
+        return {"encoder": self}
 
     @property
     def stack(self) -> tuple[int, ...]:

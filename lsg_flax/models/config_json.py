@@ -117,6 +117,13 @@ def read_fields(values: dict[str, Any], types: Mapping[str, Any]) -> dict[str, A
             if theirs in values:
                 ours[name] = values.pop(theirs)
     ours |= {name: value for name, value in dialect.absent.items() if name in types}
+    if (count := ours.pop("num_labels", None)) is not None and values.get("id2label") is None:
+        values.setdefault("num_labels", count)
+    require(
+        ours.keys() <= types.keys(),
+        f"model_type={ours.get('model_type')!r} has {sorted({*ours} - {*types})}, which "
+        "this config does not; lsg_flax.models.read_config picks the one of the family.",
+    )
     for name, value in ours.items():  # JSON knows numbers only: 0 may stand for 0.0
         if type(value) is int and types[name] in (float, float | None):
             ours[name] = checked_value(dialect.spelled(name), value, float)

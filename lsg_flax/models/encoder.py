@@ -1,5 +1,5 @@
-"""The one encoder: embeddings, a scanned stack of layers. Families and attention kinds are values
-of its context.
+"""The one stack: embeddings and scanned layers, which encoders and decoders run. Families and
+attention kinds are values of its context.
 
 Axes: B batch, T tokens, U tokens with an output (T, or 1 with a cache), G global tokens, D model
 width, V vocabulary, E embedding width, L layers.
@@ -31,7 +31,8 @@ class BodyOutput(NamedTuple):
     """What a body gives its head.
 
     Attributes:
-        last: the last states, without globals and padding; of the last token alone with a cache.
+        last: the last states, without padding, and without globals unless they are kept; of the
+            last token alone with a cache.
         states: those of the embeddings and all layers, with globals and padding, if kept.
         words: the word table.
         cache: what the next call takes.
@@ -72,9 +73,11 @@ class EncoderLayer(Part):
             new = new._replace(memory=source) if context.slots and new else new
         before, behind = self._around("mlp_norm")
         up = Projection(context, config.intermediate_size, name="mlp_up")
-        act = activation(config.hidden_act)
-        down = Projection(context, config.hidden_size, act=act, name="mlp_down")
+        act: Any = activation(config.hidden_act)
         wide = constrain(up(before(x)), "batch", "length", "mlp")
+        if context.train and (rate := context.activation_dropout):
+            wide, act = self.dropout(act(wide), rate), None
+        down = Projection(context, config.hidden_size, act=act, name="mlp_down")
         x = behind(x + self.dropout(down(wide)))
         return constrain(x, "batch", "length", None), new
 
@@ -99,36 +102,44 @@ class Encoder(Part):
             "dots" (keeps its projections).
         unroll: layers per iteration of the scan; more compiles longer and may run faster.
         keep_states: also return every layer's output.
+        keep_globals: their states are returned in front of the tokens', and are not pooled.
     """
 
     causal: bool = False
     remat: Remat = "none"
     unroll: int = 1
     keep_states: bool = False
+    keep_globals: bool = False
 
     @nn.compact
     def __call__(
-        self, inputs: Inputs, memory: EncoderStates | None = None, cache: Cache | None = None
+        self,
+        inputs: Inputs,
+        memory: EncoderStates | None = None,
+        cache: Cache | None = None,
+        words: Float[Array, "V E"] | None = None,
     ) -> BodyOutput:
-        """Given a cache, the input is the next token."""
+        """Given a cache, the input is the next token; `words` is a table that stacks share."""
         config, architecture = self.config, self.context.architecture
         lsg = config.lsg if cache is None else None
+        length, shards = inputs.lead[1], self._shards() if lsg else 1
+        extra = lsg.needs_padding(length, shards) if lsg else 0  # once here, not in each layer
         inputs = self._with_positions(inputs, cache)
-        first, x, words = Embeddings(self.context, name="embeddings")(inputs)
-        length, shards = x.shape[1], self._shards() if lsg else 1
+        if architecture.embeds_padding:
+            inputs = inputs.padded(extra, config.filler)
+        first, x, words = Embeddings(self.context, name="embeddings")(inputs, words)
         project = lambda x: x  # noqa: E731
         if architecture.projects(config):
             project = self.dense(config.hidden_size, "embeddings_project")
         if not architecture.always_projects:
             x = project(x)
         mask = inputs.attention_mask
-        mask = jnp.ones(x.shape[:2], bool) if mask is None else mask.astype(bool)
+        mask = jnp.ones((x.shape[0], length), bool) if mask is None else mask.astype(bool)
         if lsg:
             if lsg.mask_first_token:
                 mask = mask.at[:, 0].set(False)
-            extra = lsg.needs_padding(length, shards)  # once here, not in each layer
             mask = jnp.pad(mask, ((0, 0), (0, extra)))
-            x = jnp.pad(x, ((0, 0), (0, extra), (0, 0)))
+            x = jnp.pad(x, ((0, 0), (0, mask.shape[1] - x.shape[1]), (0, 0)))
         if architecture.always_projects:  # padding too, which strict_reference may see
             x = project(x)
         first = project(first) if lsg else x[:, :0]  # with a cache they are there already
@@ -137,13 +148,15 @@ class Encoder(Part):
         if architecture.final_norm:
             norm = self.layer_norm("final_norm")
             after, last = norm(after), norm(last)
-        if lsg and lsg.pool_with_global:
+        if lsg and lsg.pool_with_global and not self.keep_globals:
             at_first = jnp.arange(last.shape[1])[None, :, None] == 0
             last = jnp.where(at_first, after[:, :1], last)
         if states is not None:  # the reference pools in place, so its last entry shows it
             begin, end = (jnp.concatenate(pair, axis=1) for pair in ((first, x), (after, last)))
             states = (begin, *states[:-1], end)
-        return self._output(last[:, :length], states, words, call, new, inputs.position_ids)
+        last = last[:, :length]
+        last = jnp.concatenate([after, last], axis=1) if self.keep_globals else last
+        return self._output(last, states, words, call, new, inputs.position_ids)
 
     def _with_positions(self, inputs: Inputs, cache: Cache | None) -> Inputs:
         """Positions where none are given and they do not simply count from 0."""

@@ -4,6 +4,7 @@ Axes: B batch, C choices, T tokens, D model width, E embedding width, V vocabula
 global tokens.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lsg_flax.models.activations import activation
-from lsg_flax.models.layers import Part
+from lsg_flax.models.layers import Buffer, Part
 from lsg_flax.models.outputs import ModelOutput
 from lsg_flax.patterns import require, short
 
@@ -67,6 +68,29 @@ class LanguageModelHead(Head):
             kernel = self.param("kernel", init, (width, config.vocab_size), context.param_dtype)
         logits = x @ kernel.astype(context.dtype) + bias.astype(context.dtype)[None, None]
         return ModelOutput(logits=logits)  # [B, T, V]
+
+
+class WordScoresHead(Head):
+    """Scores over the vocabulary by the word table (by an own kernel where the embeddings are not
+    tied).
+
+    `biased`: with a bias that is stored and never trained.
+    """
+
+    biased: bool = False
+
+    @nn.compact
+    def __call__(self, last, pooled, words):
+        config, context, kernel = self.config, self.context, words.T
+        shape, init = kernel.shape, nn.initializers.normal(config.initializer_range)
+        if not config.tie_word_embeddings:
+            kernel = self.param("kernel", init, shape, context.param_dtype)
+        logits = last @ kernel.astype(context.dtype)  # [B, T, V]
+        if self.biased:
+            first = functools.partial(jnp.zeros, (1, shape[1]))
+            bias = Buffer(first, context.param_dtype, name="final_logits_bias")()
+            logits += bias[None].astype(context.dtype)
+        return ModelOutput(logits=logits)
 
 
 class PretrainingHead(Head):

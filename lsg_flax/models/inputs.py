@@ -32,6 +32,16 @@ class Inputs(NamedTuple):
             self.inputs_embeds.shape[:-1] if self.input_ids is None else self.input_ids.shape
         )
 
+    def padded(self, extra: int, filler: int) -> "Inputs":
+        """With padding behind the ids or embeddings; masks stay as they are."""
+        if not extra:
+            return self
+        if self.input_ids is None:
+            embeds = jnp.pad(self.inputs_embeds, ((0, 0), (0, extra), (0, 0)))
+            return self._replace(inputs_embeds=embeds)
+        ids = jnp.pad(self.input_ids, ((0, 0), (0, extra)), constant_values=filler)
+        return self._replace(input_ids=ids)
+
     def flattened(self) -> "Inputs":
         """As JAX arrays with choices merged into the batch, checked inputs. A row whose mask turns
         out to be none under jit gets ids that no table has, or NaN for embeddings."""
@@ -46,12 +56,15 @@ class Inputs(NamedTuple):
         return flat._replace(inputs_embeds=embeds)
 
 
-def check_inputs(inputs: Inputs, config: EncoderConfig, limit: int, *, rank: int) -> None:
+def check_inputs(
+    inputs: Inputs, config: EncoderConfig, limit: int, *, rank: int, of: str = ""
+) -> None:
     """Raises early, with what was given, what is allowed and what to do.
 
     Args:
         limit: positions that the model has.
         rank: axes of `input_ids`.
+        of: what stands in front of the arrays' names: "decoder_" for a decoder's.
 
     Raises:
         ValueError: for arrays that do not fit the model or each other.
@@ -59,15 +72,15 @@ def check_inputs(inputs: Inputs, config: EncoderConfig, limit: int, *, rank: int
     for name, array in inputs._asdict().items():
         if array is not None and not hasattr(array, "shape"):
             raise ValueError(
-                f"{name} is a {type(array).__name__}; give a numpy or JAX array "
+                f"{of}{name} is a {type(array).__name__}; give a numpy or JAX array "
                 '(tokenizer(..., return_tensors="np")).'
             )
     given = sum(array is not None for array in (inputs.input_ids, inputs.inputs_embeds))
     if given != 1:
-        raise ValueError(f"give either input_ids or inputs_embeds, got {given} of them.")
-    _check_shapes(inputs, config, limit, rank)
+        raise ValueError(f"give either {of}input_ids or {of}inputs_embeds, got {given} of them.")
+    _check_shapes(inputs, config, limit, rank, of)
     if inputs.attention_mask is not None:
-        _check_mask(inputs.attention_mask, "attention_mask")
+        _check_mask(inputs.attention_mask, f"{of}attention_mask")
     if config.type_vocab_size == 0 and inputs.token_type_ids is not None:
         raise ValueError(
             f"{config.model_type} has no segments (type_vocab_size=0): leave token_type_ids out."
@@ -77,21 +90,21 @@ def check_inputs(inputs: Inputs, config: EncoderConfig, limit: int, *, rank: int
         ("token_type_ids", "type_vocab_size"),
         ("position_ids", "max_position_embeddings"),
     ):
-        _check_ids(getattr(inputs, name), name, field, getattr(config, field))
+        _check_ids(getattr(inputs, name), of + name, field, getattr(config, field))
 
 
-def _check_shapes(inputs: Inputs, config: EncoderConfig, limit: int, rank: int) -> None:
+def _check_shapes(inputs: Inputs, config: EncoderConfig, limit: int, rank: int, of: str) -> None:
     lead = inputs.lead
     layout = "[batch, choices, tokens]" if rank == 3 else "[batch, tokens]"
     if len(lead) != rank:
         raise ValueError(
-            f"the inputs must be {layout}, got a leading shape {lead}; add the missing axis with "
-            "x[None]."
+            f"the {of}inputs must be {layout}, got a leading shape {lead}; add the missing axis "
+            "with x[None]."
         )
     length, embeds = lead[-1], inputs.inputs_embeds
     if length > limit and inputs.position_ids is None:
         raise ValueError(
-            f"{length} tokens are more than the {limit} positions of this checkpoint "
+            f"{length} {of}tokens are more than the {limit} positions of this checkpoint "
             f"(max_position_embeddings={config.max_position_embeddings}); truncate them, or make "
             "the checkpoint longer: lsg_flax.convert_checkpoint(source, target, "
             f"max_sequence_length={length})."
@@ -102,15 +115,15 @@ def _check_shapes(inputs: Inputs, config: EncoderConfig, limit: int, rank: int) 
     if embeds is not None and embeds.shape[-1] != config.embedding_width:
         name = "embedding_size" if config.embedding_size else "hidden_size"
         raise ValueError(
-            f"inputs_embeds {embeds.shape} must end in {name}={config.embedding_width}."
+            f"{of}inputs_embeds {embeds.shape} must end in {name}={config.embedding_width}."
         )
     for name in ("attention_mask", "token_type_ids", "position_ids"):
         array = getattr(inputs, name)
         allowed = [lead, *[(1, *lead[1:])] * (name == "position_ids")]
         if array is not None and tuple(array.shape) not in allowed:
             raise ValueError(
-                f"{name} has shape {tuple(array.shape)}, but the inputs are {layout} = {lead}; "
-                "they must be equal."
+                f"{of}{name} has shape {tuple(array.shape)}, but the {of}inputs are {layout} = "
+                f"{lead}; they must be equal."
             )
 
 
@@ -171,12 +184,14 @@ def encoder_states(
     *,
     cache: Cache | None,
     dtype: Dtype,
+    required: bool = True,
 ) -> EncoderStates | None:
     """What cross-attention sees, checked; None where there is none, or a cache has it.
 
     Args:
         states: [B, S, D].
         mask: [B, S], all real by default.
+        required: whether a model with cross-attention cannot do without.
 
     Raises:
         ValueError: for states that do not fit the model, or are missing.
@@ -192,7 +207,7 @@ def encoder_states(
                 else "the cache has their keys and values: leave them out."
             )
         )
-    if not config.add_cross_attention or cache is not None:
+    if not config.add_cross_attention or cache is not None or (states is None and not required):
         return None
     width = config.hidden_size
     if states is None:

@@ -36,6 +36,7 @@ class Context:
         sequence_axis: inside `jax.shard_map`, the mesh axis that tokens are spread over.
         implementation: of attention, see `lsg_attention`.
         slots: how many slots of a new cache the layers fill; 0 for no cache.
+        activation_dropout: rate behind the activation of a layer's wide projection.
     """
 
     config: EncoderConfig
@@ -46,6 +47,7 @@ class Context:
     sequence_axis: str | None = None
     implementation: Implementation | None = None
     slots: int = 0
+    activation_dropout: float = 0.0
 
 
 class Part(nn.Module):
@@ -170,6 +172,19 @@ class Embedding(nn.Module):
             (self.rows, self.features),
             self.param_dtype,
         )
+
+
+class Buffer(nn.Module):
+    """An array that is stored with the parameters and never trained: one leaf, `buffer`. A file
+    may lack it: then its first value is the right one."""
+
+    first: Callable[[], Array]
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self) -> Array:
+        value = self.param("buffer", lambda key: self.first().astype(self.param_dtype))
+        return jax.lax.stop_gradient(value)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -4,16 +4,18 @@ Axes: B batch, C choices, T tokens, S keys (an encoder's states), D model width,
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
+from jaxtyping import Array
 
-from lsg_flax.models.config import EncoderConfig
-from lsg_flax.models.encoder import Encoder, Remat
+from lsg_flax.models.config import EncoderConfig, ModelConfig
+from lsg_flax.models.config_seq2seq import EncoderDecoderConfig
+from lsg_flax.models.encoder import BodyOutput, Encoder, Remat
 from lsg_flax.models.families import Family, HeadTable, family_of
 from lsg_flax.models.heads import Pooler
 from lsg_flax.models.inputs import (
@@ -25,14 +27,31 @@ from lsg_flax.models.inputs import (
 )
 from lsg_flax.models.layers import Context, Implementation
 from lsg_flax.models.outputs import ModelOutput, Params
+from lsg_flax.models.seq2seq import EncoderDecoder, last_eos, shift_right
 from lsg_flax.models.task import Task
 from lsg_flax.patterns import Cache, checked_value, require, whole
 from lsg_flax.sharding import check_heads
 
 
+class Call(NamedTuple):
+    """What a call asks for beside the answer."""
+
+    cache: Cache | None
+    cache_length: int | None
+    train: bool
+    keep_states: bool
+
+
+def _refuse(why: str, **given: Any) -> None:
+    """Raises ValueError for arrays that are given."""
+    names = [name for name, array in given.items() if array is not None]
+    if names:
+        raise ValueError(f"leave {', '.join(names)} out: {why}.")
+
+
 class Model(nn.Module):
-    """A body with the head of one task; parameters are {"encoder": ..., "pooler": ..., "head":
-    ...}, as far as the task has them.
+    """A body with the head of one task; parameters are {"shared": ..., "encoder": ..., "decoder":
+    ..., "pooler": ..., "head": ...}, as far as the family and the task have them.
 
     Attributes:
         config: sizes, family, kind of attention; its type says which body.
@@ -43,7 +62,7 @@ class Model(nn.Module):
             and attention (see `lsg_attention`); change them by `model.clone(remat="full")`.
     """
 
-    config: EncoderConfig
+    config: ModelConfig
     task: str = "base"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
@@ -60,6 +79,10 @@ class Model(nn.Module):
         position_ids=None,
         inputs_embeds=None,
         *,
+        decoder_input_ids=None,
+        decoder_attention_mask=None,
+        decoder_inputs_embeds=None,
+        encoder_outputs=None,
         encoder_hidden_states=None,
         encoder_attention_mask=None,
         cache: Cache | None = None,
@@ -75,15 +98,20 @@ class Model(nn.Module):
                 `inputs_embeds` [B, T, D].
             attention_mask: [B, T], 1 or True for real tokens.
             token_type_ids, position_ids: [B, T]; segment 0 and 0..T-1 by default.
+            decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds: of an encoder-decoder;
+                by default BART and mBART shift `input_ids` to the right, as PyTorch does.
+            encoder_outputs: of an encoder-decoder, `encoder_last_hidden_state` of an earlier call,
+                in place of `input_ids`; `attention_mask` is still that of the encoder's tokens.
             encoder_hidden_states, encoder_attention_mask: [B, S, D] and [B, S] (all real by
-                default), what a model with `add_cross_attention` attends to. A cache keeps them.
-            cache_length: for a causal_lm, also return `cache` with room for at least this many
-                tokens, `input_ids` included. Rows must end with their last real token (pad on the
-                left); slots behind the last real token of all rows are free again, so padding all
-                rows to a bucket changes nothing.
-            cache: of the last call. The input is then one more token, [B, 1], of the same lengths
-                of arrays for every step, and `position_ids` counts on by default. An "lsh" rng must
-                be that of the first call. With a cache, logits are [B, 1, V], of the last token.
+                default), what a decoder with cross-attention attends to. A cache keeps them.
+            cache_length: for a causal_lm or conditional_generation, also return `cache` with room
+                for at least this many tokens, those given to the decoder included. Rows must end
+                with their last real token (pad on the left); slots behind the last real token of
+                all rows are free again, so padding all rows to a bucket changes nothing.
+            cache: of the last call. The (decoder's) input is then one more token, [B, 1], of the
+                same lengths of arrays for every step, and `position_ids` counts on by default. An
+                "lsh" rng must be that of the first call. With a cache, logits are [B, 1, V], of the
+                last token.
             train: dropout on; needs rngs={"dropout": key}.
             output_hidden_states: also return the embeddings' and every layer's output.
 
@@ -100,30 +128,50 @@ class Model(nn.Module):
             )
         self._check_run()
         inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        rank = self.task_record.input_rank
-        check_inputs(inputs, self.config, self.max_length, rank=rank)
-        check_heads(self.config.num_attention_heads)
-        slots = self._slots(inputs, cache, cache_length, train=train)
-        batch, width = inputs.lead[0], self.config.hidden_size
-        if self.is_initializing() and self.config.add_cross_attention and cache is None:
-            encoder_hidden_states = jnp.zeros((batch, 1, width), self.dtype)
-        memory = encoder_states(
-            encoder_hidden_states,
-            encoder_attention_mask,
-            self.config,
-            batch,
-            cache=cache,
-            dtype=self.dtype,
+        targets = Inputs(
+            decoder_input_ids, decoder_attention_mask, inputs_embeds=decoder_inputs_embeds
         )
-        context = self._context(slots, train=train)
-        body = self._body(context, keep_states=output_hidden_states)
-        last, states, words, cache = body(inputs.flattened(), memory, cache)
-        pooled = Pooler(context, name="pooler")(last) if self.head_table.pooled else None
-        output = self.head_table.module(context, name="head")(last, pooled, words)
+        call = Call(cache, cache_length, train, output_hidden_states)
+        states = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "encoder_attention_mask": encoder_attention_mask,
+        }
+        if isinstance(self.config, EncoderDecoderConfig):
+            _refuse("the family counts positions itself", position_ids=position_ids)
+        for stack in self.config.stacks.values():
+            check_heads(stack.num_attention_heads)
+        if self.has_two_stacks:
+            _refuse("an encoder-decoder takes encoder_outputs", **states)
+            return self._run_both(inputs, targets, encoder_outputs, call)
+        others = {f"decoder_{name}": array for name, array in targets._asdict().items()}
+        _refuse("they are for encoder-decoders", encoder_outputs=encoder_outputs, **others)
+        return self._run_one(inputs, states, call)
+
+    def _run_one(self, inputs: Inputs, states: dict[str, Any], call: Call) -> ModelOutput:
+        """An encoder, or a decoder alone."""
+        stack, rank = self.answering_stack, self.task_record.input_rank
+        check_inputs(inputs, stack, self.max_length, rank=rank)
+        context = self._context(stack, call, self._slots(inputs, call))
+        batch, width = inputs.lead[0], stack.hidden_size
+        hidden, mask = states.values()
+        if self.is_initializing() and stack.add_cross_attention and call.cache is None:
+            hidden = jnp.zeros((batch, 1, width), self.dtype)
+        required = isinstance(self.config, EncoderConfig)
+        options = {"cache": call.cache, "dtype": self.dtype, "required": required}
+        memory = encoder_states(hidden, mask, stack, batch, **options)
+        flat, run = inputs.flattened(), self._run(call)
+        match self.config:
+            case EncoderDecoderConfig():
+                stacks = EncoderDecoder(self.config, context, context, *run)
+                body = stacks.decode(flat, memory, call.cache, stacks.words())
+            case _:
+                encoder = Encoder(context, stack.is_decoder, *run, name="encoder")
+                body = encoder(flat, memory, call.cache)
+        output = self._answer(context, body, body.last)
         if rank == 3 and output.logits is not None:
             logits = output.logits.reshape(-1, inputs.lead[1])  # [B, C]
             output = dataclasses.replace(output, logits=logits)
-        return dataclasses.replace(output, hidden_states=states, cache=cache)
+        return dataclasses.replace(output, hidden_states=body.states, cache=body.cache)
 
     def _check_run(self) -> None:
         """Raises ValueError for run-time fields that no computation can have."""
@@ -140,46 +188,122 @@ class Model(nn.Module):
             )
         checked_value("unroll", self.unroll, int, whole(1, 2**16))
 
-    def _context(self, slots: int, *, train: bool) -> Context:
+    def _run_both(
+        self, inputs: Inputs, targets: Inputs, encoder_outputs: Any, call: Call
+    ) -> ModelOutput:
+        """An encoder and a decoder; with a cache the decoder alone."""
+        config = self.config
+        assert isinstance(config, EncoderDecoderConfig)
+        targets = self._targets(inputs, targets)
+        check_inputs(targets, config.decoder, self.max_length, rank=2, of="decoder_")
+        context = self._context(config.decoder, call, self._slots(targets, call))
+        encoder = self._context(config.encoder, call)
+        stacks = EncoderDecoder(config, encoder, context, *self._run(call))
+        words, encoded, memory = stacks.words(), None, None
+        if call.cache is not None:
+            given = inputs._asdict() | {"encoder_outputs": encoder_outputs}
+            _refuse("the cache has what the decoder sees of the encoder", **given)
+        else:
+            if encoder_outputs is None:
+                check_inputs(inputs, config.encoder, self.max_length, rank=2)
+                encoded = stacks.encode(inputs.flattened(), words)
+                encoder_outputs = encoded.last
+            else:
+                given = {"input_ids": inputs.input_ids, "inputs_embeds": inputs.inputs_embeds}
+                _refuse("encoder_outputs stand in their place", **given)
+            memory = stacks.memory(encoder_outputs, inputs.attention_mask, targets.lead[0])
+        body = stacks.decode(targets.flattened(), memory, call.cache, words)
+        last = body.last
+        if self.head_table.at_last_eos:
+            if inputs.input_ids is None:
+                raise ValueError("rows are classified by an end token of input_ids: give them.")
+            last = last_eos(last, inputs.input_ids, config.eos_token_id)
+        return dataclasses.replace(
+            self._answer(context, body, last),
+            encoder_last_hidden_state=None if memory is None else memory.states,
+            encoder_hidden_states=encoded and encoded.states,
+            decoder_hidden_states=body.states,
+            cache=body.cache,
+        )
+
+    def _run(self, call: Call) -> tuple[Remat, int, bool]:
+        return self.remat, self.unroll, call.keep_states
+
+    def _answer(self, context: Context, body: BodyOutput, last: Array) -> ModelOutput:
+        pooled = Pooler(context, name="pooler")(last) if self.head_table.pooled else None
+        return self.head_table.module(context, name="head")(last, pooled, body.words)
+
+    def _targets(self, inputs: Inputs, targets: Inputs) -> Inputs:
+        """The decoder's inputs, made of the encoder's where the family does so."""
+        if targets.input_ids is not None or targets.inputs_embeds is not None:
+            return targets
+        if inputs.input_ids is None or not self.family.architecture.shifts_inputs:
+            raise ValueError(
+                "give decoder_input_ids or decoder_inputs_embeds: this "
+                f"{self.config.model_type} model makes them of "
+                + ("input_ids, and there are none." if inputs.input_ids is None else "labels only.")
+            )
+        return targets._replace(input_ids=self.shift_right(jnp.asarray(inputs.input_ids)))
+
+    def shift_right(self, ids: Array) -> Array:
+        """The decoder's inputs from its labels, [B, T], as the family's class in PyTorch makes
+        them; raises ValueError if the config lacks a token that is needed."""
+        assert isinstance(self.config, EncoderDecoderConfig)
+        return shift_right(ids, self.config, self.family.architecture.shift)
+
+    def _context(self, stack: EncoderConfig, call: Call, slots: int = 0) -> Context:
+        architecture, rate, config = self.family.architecture, 0.0, self.config
+        if isinstance(config, EncoderDecoderConfig):
+            architecture = dataclasses.replace(architecture, embedding_scale=config.scale_embedding)
+            rate = config.activation_dropout
         return Context(
-            self.config,
-            self.family.architecture,
+            stack,
+            architecture,
             self.dtype,
             self.param_dtype,
-            train,
+            call.train,
             implementation=self.implementation,
             slots=slots,
+            activation_dropout=rate,
         )
 
-    def _body(self, context: Context, *, keep_states: bool) -> nn.Module:
-        """What runs between the inputs and the head."""
-        match self.config:
-            case EncoderConfig(is_decoder=causal):
-                run = (self.remat, self.unroll, keep_states)
-                return Encoder(context, causal, *run, name="encoder")
-
-    def _slots(
-        self, inputs: Inputs, cache: Cache | None, cache_length: int | None, *, train: bool
-    ) -> int:
+    def _slots(self, inputs: Inputs, call: Call) -> int:
         """How many slots a new cache has, 0 for none; raises for what a cache cannot do."""
-        if cache is None and cache_length is None:
+        cache, length, stack = call.cache, call.cache_length, self.answering_stack
+        if cache is None and length is None:
             return 0
-        config = self.config
-        if not self.task_record.fixed.get("is_decoder") or not config.is_decoder or train:
+        if not self.task_record.generates or not stack.is_decoder or call.train:
+            tasks = [name for name, head in self.family.heads.items() if head.task.generates]
             raise ValueError(
-                "a cache is for decoding: it needs task='causal_lm' with is_decoder=True and "
-                f"train=False, not task={self.task!r}, is_decoder={config.is_decoder}, "
-                f"train={train}."
+                f"a cache is for decoding: it needs a task of {tasks} with is_decoder=True and "
+                f"train=False, not task={self.task!r}, is_decoder={stack.is_decoder}, "
+                f"train={call.train}."
             )
-        if cache is not None and cache_length is not None:
+        if cache is not None and length is not None:
             raise ValueError("give either a cache, or cache_length for a new one.")
         if cache is not None:
-            check_step(inputs, cache, config)
-        return (
-            0
-            if cache_length is None
-            else slots_of_cache(inputs, config, self.max_length, cache_length)
-        )
+            check_step(inputs, cache, stack)
+        return 0 if length is None else slots_of_cache(inputs, stack, self.max_length, length)
+
+    @property
+    def has_two_stacks(self) -> bool:
+        """Whether the model is an encoder and a decoder."""
+        return isinstance(self.config, EncoderDecoderConfig) and not self._is_causal
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The stacks that the model has, that of the head last: names in `config.stacks`."""
+        names = tuple(self.config.stacks)
+        return names if self.has_two_stacks else names[-1:]
+
+    @property
+    def answering_stack(self) -> EncoderConfig:
+        """The stack that the head stands on."""
+        return self.config.stacks[self.parts[-1]]
+
+    @property
+    def _is_causal(self) -> bool:
+        return bool(self.task_record.fixed.get("is_decoder"))
 
     @property
     def family(self) -> Family:
@@ -199,11 +323,15 @@ class Model(nn.Module):
     @property
     def max_length(self) -> int:
         """How many tokens the model reads at most: those that the position table has rows for."""
-        return self.config.max_position_embeddings - self.family.architecture.first_row(self.config)
+        stack = self.answering_stack
+        return stack.max_position_embeddings - self.family.architecture.first_row(stack)
 
     def example_inputs(self) -> dict[str, Any]:
         """The smallest input that the model takes: what shapes are inferred from."""
-        return {"input_ids": np.zeros((1,) * (self.task_record.input_rank - 1) + (2,), np.int32)}
+        ids = np.zeros((1,) * (self.task_record.input_rank - 1) + (2,), np.int32)
+        if isinstance(self.config, EncoderDecoderConfig):  # a row is classified by its end token
+            ids += self.config.eos_token_id or 0
+        return {"input_ids": ids} | ({"decoder_input_ids": ids} if self.has_two_stacks else {})
 
     def abstract_params(self) -> Params:
         """Shapes and dtypes of the parameters; nothing is computed."""

@@ -17,7 +17,9 @@ class ModelOutput:
 
     `hidden_states` are the embeddings and each layer's output. As in the reference they keep the
     globals in front and the padding to whole blocks behind: `num_hidden_layers + 1` arrays of [B, G
-    + T padded, D]. `cache` is what the next call of a causal model takes.
+    + T padded, D]; an encoder-decoder has `encoder_hidden_states` and `decoder_hidden_states`. Its
+    `encoder_last_hidden_state` has the globals in front if they are passed on. `cache` is what the
+    next call of a decoder takes.
     """
 
     last_hidden_state: Array | None = None
@@ -29,4 +31,7 @@ class ModelOutput:
     seq_relationship_logits: Array | None = None
     sop_logits: Array | None = None
     hidden_states: tuple[Array, ...] | None = None
+    encoder_last_hidden_state: Array | None = None
+    encoder_hidden_states: tuple[Array, ...] | None = None
+    decoder_hidden_states: tuple[Array, ...] | None = None
     cache: Cache | None = None

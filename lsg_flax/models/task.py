@@ -64,6 +64,7 @@ class Task:
         fixed: values of the config that every model of the task has.
         named_labels: whether the labels are the config's, which have names.
         examples: what a row of training data holds; None where there is no reader.
+        generates: whether the outputs are scores of the next token, so that text is made of them.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Task:
     fixed: Mapping[str, Any] = field(default_factory=dict, hash=False)
     named_labels: bool = False
     examples: Examples | None = None
+    generates: bool = False
 
     def __post_init__(self):
         known: dict[str, tuple[Any, ...]] = {
@@ -113,6 +115,7 @@ CAUSAL_LM = Task(
     scorer="perplexity",
     fixed={"is_decoder": True},
     examples="running_text",
+    generates=True,
 )
 PRETRAINING = Task(
     "pretraining",
@@ -165,11 +168,20 @@ MULTIPLE_CHOICE = Task(
     scorer="classes",
     examples="choices",
 )
+CONDITIONAL_GENERATION = Task(
+    "conditional_generation",
+    "AutoModelForSeq2SeqLM",
+    (Target("logits", "labels", "class"),),
+    per_token=("logits",),
+    scorer="perplexity",
+    generates=True,
+)
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         *(BASE, MASKED_LM, CAUSAL_LM, PRETRAINING, NEXT_SENTENCE_PREDICTION),
         *(SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, QUESTION_ANSWERING, MULTIPLE_CHOICE),
+        CONDITIONAL_GENERATION,
     )
 }
 

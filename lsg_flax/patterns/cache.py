@@ -8,6 +8,7 @@ slots for whole blocks, and slots without a token are masked.
 Axes: L layers, B batch, N heads, H head width, T tokens, S keys.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -67,14 +68,39 @@ class Cache(NamedTuple):
         position = length[None] if position_ids is None else position_ids[:, length - 1] + 1
         return cls(layers, length, jnp.broadcast_to(position, mask.shape[:1]).astype(jnp.int32))
 
-    def take(self, rows: Int[Array, "_"]) -> "Cache":
+    def take(self, rows: Int[Array, "*B _"]) -> "Cache":
         """The cache of these rows of the batch, in this order, some of them more than once
-        perhaps. Raises ValueError for anything but a list of whole numbers."""
+        perhaps; or of beams.
+
+        Args:
+            rows: [rows]; or [B, beams], for the beams of each text, which lie together, the ones
+                that they go on from, counted from 0 in each text. Texts then do not meet, so that
+                no device needs another's, and cross-attention's keys and values stay as they are,
+                once per text.
+
+        Raises:
+            ValueError: for anything but whole numbers of these shapes.
+        """
         rows = jnp.asarray(rows)
-        if rows.ndim != 1 or not jnp.issubdtype(rows.dtype, jnp.integer):
-            raise ValueError(f"rows must be whole numbers [rows], got {rows.dtype} {rows.shape}.")
-        layers = jax.tree.map(lambda x: jnp.take(x, rows, axis=1), self.layers)
-        return self._replace(layers=layers, position=jnp.take(self.position, rows))
+        if rows.ndim not in (1, 2) or not jnp.issubdtype(rows.dtype, jnp.integer):
+            raise ValueError(
+                f"rows must be whole numbers, [rows] or [texts, beams], got {rows.dtype} "
+                f"{rows.shape}."
+            )
+        if rows.ndim == 1:
+            layers = jax.tree.map(lambda x: jnp.take(x, rows, axis=1), self.layers)
+            return self._replace(layers=layers, position=jnp.take(self.position, rows))
+        own = self.layers._replace(memory=None)
+        layers = jax.tree.map(lambda x: _of_beams(x, rows, 1), own)
+        layers = layers._replace(memory=self.layers.memory)
+        return self._replace(layers=layers, position=_of_beams(self.position, rows, 0))
+
+
+def _of_beams(x: Array, parents: Int[Array, "B _"], axis: int) -> Array:
+    """The axis of texts and their beams, each beam taken from one of its own text."""
+    texts = x.reshape(*x.shape[:axis], len(parents), -1, *x.shape[axis + 1 :])
+    pick = jax.vmap(partial(jnp.take, axis=axis), in_axes=(axis, 0), out_axes=axis)
+    return pick(texts, parents).reshape(*x.shape[:axis], parents.size, *x.shape[axis + 1 :])
 
 
 def cut(source: Source, layer: Int[Array, ""], start: Int[Array, ""] | int, width: int) -> Source:

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from lsg_flax.files import valid_text
 from lsg_flax.hub import Tokenizer
 from lsg_flax.inference import Encoding, Result, Select
-from lsg_flax.models import EncoderConfig
+from lsg_flax.models import ModelConfig
 
 Function = Literal["sigmoid", "softmax", "none"]
 
@@ -37,7 +37,7 @@ class Reader:
     """The tokenizer, and what the model takes of it."""
 
     tokenizer: Tokenizer
-    config: EncoderConfig
+    config: ModelConfig
     max_length: int
     truncation: bool
 
@@ -47,7 +47,7 @@ class Reader:
         encoded = self.tokenizer(*texts, verbose=False, **(cut | options))
         several = encoded["input_ids"] and isinstance(encoded["input_ids"][0], list)
         names = ["input_ids", "attention_mask"]
-        names += ["token_type_ids"] if self.config.type_vocab_size > 1 else []
+        names += ["token_type_ids"] if self.config.segments > 1 else []
         columns = {name: encoded[name] for name in names if name in encoded}
         columns = columns if several else {name: [column] for name, column in columns.items()}
         length = max(map(len, columns["input_ids"]))
@@ -236,7 +236,7 @@ class TextClassification(PipelineTask):
     def alone(self, item, answer):
         return [answer] if self.top_k == "best" and isinstance(item, str) else answer
 
-    def _scores(self, config: EncoderConfig, logits: np.ndarray) -> np.ndarray:
+    def _scores(self, config: ModelConfig, logits: np.ndarray) -> np.ndarray:
         function = self.function_to_apply
         if function is None:
             several = config.problem_type == "multi_label_classification" or config.num_labels == 1

@@ -45,8 +45,8 @@ def planned_model(settings: PlanSettings) -> tuple[Model, PlanSettings, tuple[st
         config = dataclasses.replace(config, lsg=dataclasses.replace(pattern, **settings.lsg))
     if length > reads:
         notes.append(f"as converted to {length:,} tokens; the checkpoint reads {reads:,}")
-        positions = length + family_of(config.model_type).architecture.position_offset
-        config = dataclasses.replace(config, max_position_embeddings=positions)
+        positions = family_of(config.model_type).architecture.max_position_embeddings(length)
+        config = config.with_overrides(max_position_embeddings=positions)
     model = Model(
         config,
         task,
@@ -95,7 +95,7 @@ def abstract_batch(model: Model, settings: PlanSettings) -> dict[str, jax.ShapeD
     choices = (_CHOICES,) * (model.task_record.input_rank - 2)
     tokens = (*rows, *choices, settings.max_length)
     names = ["input_ids", "attention_mask"]
-    names += ["token_type_ids"] if model.config.type_vocab_size > 1 else []
+    names += ["token_type_ids"] if model.config.segments > 1 else []
     batch = dict.fromkeys(names, jax.ShapeDtypeStruct(tokens, np.int32))
     if settings.mode == "train":
         for target in training.targets_of(model):

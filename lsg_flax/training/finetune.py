@@ -185,7 +185,7 @@ def _source(settings: Settings) -> SourceModel:
 def options_for(settings: Settings, source: SourceModel) -> DataOptions:
     """How rows are read. A head that is trained further keeps its labels, if the data has no
     others; else the data's own count."""
-    segments, head = source.config.type_vocab_size > 1, source.labels
+    segments, head = source.config.segments > 1, source.labels
     options = settings.data_options(source.length, head, token_type_ids=segments)
     if head is None or settings.labels or options.labels is None:
         return options

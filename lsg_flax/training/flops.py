@@ -5,13 +5,14 @@ Axes: M microbatches, B batch, T tokens.
 
 import functools
 import math
+import re
 from typing import Any
 
 import flax.traverse_util
 import numpy as np
 
 from lsg_flax.chips import CHIPS
-from lsg_flax.models import Batch, EncoderConfig, Model
+from lsg_flax.models import IGNORED, Batch, EncoderConfig, Model
 
 # Peak dense bfloat16 FLOP/s of one chip by what `device_kind` contains; NVIDIA's from its data
 # sheets (SXM). A device of JAX is one chip (two cores of v4 and v5p together).
@@ -36,18 +37,28 @@ def train_flops(model: Model, batch: Batch) -> float:
     vocabulary's included) and 4 D for each of S keys seen (scores and values, L layers, width D),
     three times for forward and backward. S is T with full attention; with LSG attention
     the globals, three local blocks and two sparse ones, and g more for the g rows that see all;
-    never more than T. Padding, recomputation (remat), dropout and gradients that
-    freezing spares are left out, so the utilisation computed from it compares like with like.
+    never more than T. A decoder's tokens, as many as labels, see each other and the encoder's,
+    which the keys and values of cross-attention are made of. Padding, recomputation (remat),
+    dropout and gradients that freezing spares are left out, so the utilisation computed from it
+    compares like with like.
 
     Args:
         batch: [B, T] or [M, B, T] by Hugging Face's names.
     """
     ids = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"][..., 0]
-    mask = batch.get("attention_mask")
-    tokens = math.prod(ids.shape) if mask is None else int(np.count_nonzero(np.asarray(mask)))
-    config, length = model.config, ids.shape[-1]
-    attention = 12 * config.num_hidden_layers * config.hidden_size * _keys_seen(config, length)
-    return float(tokens) * (6 * _matmul_parameters(model) + attention)
+    mask, total, seen = batch.get("attention_mask"), 0.0, 0
+    read = [(ids.shape, mask)]
+    if model.has_two_stacks:
+        labels = batch.get("labels") if model.task_record.generates else None
+        read += read if labels is None else [(labels.shape, np.asarray(labels) != IGNORED)]
+    for part, (shape, real) in zip(model.parts, read, strict=True):
+        stack, length = model.config.stacks[part], shape[-1]
+        tokens = math.prod(shape) if real is None else int(np.count_nonzero(np.asarray(real)))
+        keys = _keys_seen(stack, length) + seen
+        attention = 12 * stack.num_hidden_layers * stack.hidden_size * keys
+        total += float(tokens) * (6 * _matmul_parameters(model, part) + attention)
+        seen = length
+    return total
 
 
 def _keys_seen(config: EncoderConfig, length: int) -> int:
@@ -58,19 +69,30 @@ def _keys_seen(config: EncoderConfig, length: int) -> int:
     return min(length, 2 * lsg.num_global_tokens + 3 * lsg.block_size + sparse)
 
 
-def _count_matmul_parameters(model: Model) -> int:
-    """Parameters that each token is multiplied with."""
+def _count_matmul_parameters(model: Model, part: str) -> int:
+    """Parameters that each token of a stack is multiplied with."""
     leaves: dict[str, Any] = flax.traverse_util.flatten_dict(model.abstract_params(), sep="/")
-    config = model.config
+    config = model.config.stacks[part]
     uses = config.num_hidden_layers // (config.num_hidden_groups or config.num_hidden_layers)
-    parts = ("encoder/", "head/") if model.task_record.per_token else ("encoder/",)
-    kernels = [p for p in leaves if p.endswith("/kernel") and p.startswith(parts)]
+    answers = bool(model.task_record.per_token) and part == model.parts[-1]
+    kernels = [p for p in leaves if p.endswith("/kernel") and _reader(p, model) == part]
+    kernels += [p for p in leaves if re.match("head/.*kernel$", p)] if answers else []
     count = sum(leaves[p].size * (uses if "/layers/" in p else 1) for p in kernels)
+    if not answers:
+        return count
     head = {path: leaf.shape for path, leaf in leaves.items() if path.startswith("head/")}
-    own = any(config.vocab_size in shape for shape in head.values() if len(shape) == 2)
-    if (config.vocab_size,) in head.values() and not own:  # a bias over words: the tied table
-        count += leaves["encoder/embeddings/word_embeddings/embedding"].size
+    own = any(config.vocab_size in shape for path, shape in head.items() if "kernel" in path)
+    scores = model.task_record.generates or (config.vocab_size,) in head.values()
+    if scores and not own:  # by the tied table
+        count += config.vocab_size * config.embedding_width
     return count
+
+
+def _reader(path: str, model: Model) -> str:
+    """The stack whose tokens are multiplied with a parameter."""
+    if model.has_two_stacks and re.search("/cross_attention/(key|value)/", path):
+        return "encoder"
+    return path.split("/")[0]
 
 
 # Any, since type checkers take Linen modules for unhashable.

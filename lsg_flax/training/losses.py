@@ -19,16 +19,20 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from lsg_flax.models import (
     IGNORED,
     Batch,
-    EncoderConfig,
     Loss,
     Model,
+    ModelConfig,
     Params,
     ProblemType,
     Target,
     family_of,
 )
 
-INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+INPUTS = (
+    *("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"),
+    *("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds"),
+    *("encoder_hidden_states", "encoder_attention_mask"),
+)
 
 Metrics = dict[str, Any]
 
@@ -70,7 +74,7 @@ def cross_entropy_sum(logits: Float[Array, "*N Y"], labels: Int[Array, "*N"]) ->
     return jnp.sum(jnp.where(invalid, jnp.nan, jnp.where(counted, losses, 0.0)))
 
 
-def problem_type(config: EncoderConfig, dtype: DTypeLike) -> ProblemType:
+def problem_type(config: ModelConfig, dtype: DTypeLike) -> ProblemType:
     """What `sequence_classification` is trained on: the config's `problem_type`; where that is
     None, as Hugging Face infers it: "regression" for one label, else
     "single_label_classification" for integer labels and "multi_label_classification" for floats."""
@@ -121,11 +125,15 @@ def loss_sums(model: Model, params: Params, batch: Batch, key) -> list[Float[Arr
 
 def apply_model(model: Model, params: Params, batch: Batch, key) -> Any:
     """The model's output for the inputs of a batch, which may hold targets beside them; trains
-    with the dropout and LSH rotations of `key`, None evaluates."""
+    with the dropout and LSH rotations of `key`, None evaluates. A decoder that generates gets its
+    inputs from the labels, where there are no others."""
     rngs: Any = None
     if key is not None:
         rngs = dict(zip(("dropout", "lsh"), jax.random.split(key), strict=True))
     inputs = {name: batch[name] for name in INPUTS if name in batch}
+    given = {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys()
+    if model.has_two_stacks and model.task_record.generates and not given:
+        inputs["decoder_input_ids"] = model.shift_right(jnp.asarray(batch["labels"]))
     return model.apply({"params": params}, **inputs, train=key is not None, rngs=rngs)
 
 
@@ -134,7 +142,10 @@ def target_sums(model: Model, output: Any, batch: Batch) -> list[Float[Array, ""
     sums = []
     for target, labels in zip(targets_of(model), _labels(model, batch), strict=True):
         logits = getattr(output, target.output).astype(jnp.float32)
-        expected = label_shape(model, target, _lead_shape(batch), labels.dtype).shape
+        tokens = _lead_shape(batch)
+        if model.has_two_stacks and target.output in model.task_record.per_token:
+            tokens = logits.shape[:2]  # the decoder's
+        expected = label_shape(model, target, tokens, labels.dtype).shape
         if labels.shape != expected:
             raise ValueError(
                 f"{target.labels} for task={model.task!r} have shape {labels.shape}, but the "
@@ -186,7 +197,8 @@ def _prepared(model: Model, loss: Loss, batch: Batch, labels: Array) -> Array:
     if loss == "yes_or_no" and "attention_mask" in batch:
         return jnp.where(jnp.asarray(batch["attention_mask"]) != 0, labels, IGNORED)
     if loss == "position":
-        length = _lead_shape(batch)[-1]
+        decoded = batch.get("decoder_input_ids", batch.get("decoder_inputs_embeds"))
+        length = _lead_shape(batch)[-1] if decoded is None else decoded.shape[1]
         return jnp.where(labels >= length, IGNORED, jnp.maximum(labels, 0))
     return labels
 

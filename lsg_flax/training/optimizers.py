@@ -56,8 +56,8 @@ def make_optimizer(
     eps: float = 1e-8,
     frozen: str | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW after clipping by the global norm, with the learning rates of `make_schedule`. Biases
-    and LayerNorm's parameters do not decay.
+    """AdamW after clipping by the global norm, with the learning rates of `make_schedule`. Biases,
+    LayerNorm's parameters and what is never trained do not decay.
 
     Args:
         frozen: regular expression, searched in paths such as "encoder/layers/mlp_up/kernel";
@@ -92,7 +92,7 @@ def _by_path(params: Params, value: Callable[[str], Any]) -> Params:
 
 
 def _decays(params: Params) -> Params:
-    return _by_path(params, lambda path: path.split("/")[-1] not in ("bias", "scale"))
+    return _by_path(params, lambda path: path.split("/")[-1] not in ("bias", "scale", "buffer"))
 
 
 def _label_frozen(params: Params, pattern: str) -> Params:

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from lsg_flax.hub import Checkpoint, LSGOptions, Tokenizer, make_lsg, open_checkpoint
-from lsg_flax.models import TASKS, EncoderConfig, Model, Params
+from lsg_flax.models import TASKS, Model, ModelConfig, Params
 from lsg_flax.sharding import shard
 
 
@@ -32,7 +32,7 @@ class SourceModel:
     converts: bool
 
     @property
-    def config(self) -> EncoderConfig:
+    def config(self) -> ModelConfig:
         """The checkpoint's, as it is."""
         return self.checkpoint.config
 

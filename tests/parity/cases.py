@@ -4,9 +4,10 @@ import os
 
 import numpy as np
 from jobs import Case
+from tiny_config import has_two_stacks, spelled
 
-from lsg_flax.models import FAMILIES, EncoderConfig
-from lsg_flax.models.config_json import DIALECTS, Dialect
+from lsg_flax.models import FAMILIES, read_config
+from lsg_flax.models.config_json import DIALECTS
 from lsg_flax.patterns.config import SPARSITY_TYPES, LSGConfig
 from lsg_flax.patterns.sparsity import effective_type
 
@@ -14,9 +15,13 @@ SEED = int(os.environ.get("LSG_PARITY_SEED", "0"))
 VOCABULARY = 37
 HEADS = [(family, task) for family in FAMILIES for task in FAMILIES[family].heads]
 PATTERNS_PER_HEAD = {"bert": 2}  # of the others one
-GRADIENTS_OF = {"bert": "masked_lm", "electra": "pretraining", "albert": "pretraining"}  # or
+SEQ2SEQ = [family for family in FAMILIES if has_two_stacks(family)]
+GRADIENTS_OF = {"bert": "masked_lm", "electra": "pretraining", "albert": "pretraining"}
+GRADIENTS_OF |= dict.fromkeys(SEQ2SEQ, "conditional_generation")  # or
 GRADIENT_TASK = "sequence_classification"
 CONVERSIONS = 6
+CONVERTED_TASK = dict.fromkeys(FAMILIES, "masked_lm")
+CONVERTED_TASK |= dict.fromkeys(SEQ2SEQ, "conditional_generation")
 TRUE_OR_FALSE = (True, False)
 
 
@@ -81,10 +86,10 @@ def random_sizes(generator, family: str = "bert") -> dict:
         "num_hidden_layers": int(generator.integers(1, 4)),
         "num_attention_heads": heads,
         "intermediate_size": pick(generator, (16, 24)),
-        "max_position_embeddings": 64 + FAMILIES[family].architecture.position_offset,
+        "max_position_embeddings": FAMILIES[family].architecture.max_position_embeddings(64),
         "hidden_act": pick(generator, ("gelu", "gelu", "gelu_new", "relu")),
     }
-    dialect = DIALECTS.get(family, Dialect())
+    dialect = DIALECTS[family]
     if "embedding_size" in dialect.defaults:
         sizes["embedding_size"] = pick(generator, (10, hidden))
     if "num_hidden_groups" in dialect.defaults:
@@ -92,8 +97,17 @@ def random_sizes(generator, family: str = "bert") -> dict:
         times = max(inner, pick(generator, (1, 2)))  # with fewer, the reference's indexing fails
         sizes |= {"num_hidden_groups": groups, "inner_group_num": inner}
         sizes["num_hidden_layers"] = groups * times
-    sizes = {dialect.names.get(name, name): value for name, value in sizes.items()}
-    return sizes | {"model_type": family, "num_labels": int(generator.integers(2, 6))}
+    sizes = spelled(family, sizes) | {"num_labels": int(generator.integers(2, 6))}
+    if has_two_stacks(family):
+        sizes |= {
+            "decoder_layers": int(generator.integers(1, 4)),
+            "decoder_attention_heads": pick(generator, (1, 2, heads)),
+            "decoder_ffn_dim": pick(generator, (12, 20)),
+            "scale_embedding": pick(generator, TRUE_OR_FALSE),
+        }
+        if hidden % sizes["decoder_attention_heads"]:
+            sizes["decoder_attention_heads"] = heads
+    return sizes
 
 
 def random_model(generator, family: str, task: str, kind: str) -> dict:
@@ -103,6 +117,8 @@ def random_model(generator, family: str, task: str, kind: str) -> dict:
     pattern["mask_first_token"] = pattern["pool_with_global"] and pick(generator, TRUE_OR_FALSE)
     extra = {"is_decoder": True} if task == "causal_lm" else {}
     extra |= {"num_labels": 2} if task == "question_answering" else {}  # start and end
+    if has_two_stacks(family):
+        extra["pass_global_tokens_to_decoder"] = pick(generator, TRUE_OR_FALSE)
     return random_sizes(generator, family) | pattern | extra
 
 
@@ -115,14 +131,33 @@ def random_inputs(generator, task: str, config: dict) -> dict[str, np.ndarray]:
     lead = (2, 3, length) if task == "multiple_choice" else (2, length)
     mask = random_mask(generator, int(np.prod(lead[:-1])), length).reshape(lead)
     ids = generator.integers(5, VOCABULARY, lead).astype(np.int32)
-    read = EncoderConfig.from_dict(config)
+    read = read_config({"model_type": "bert"} | config)
     inputs = {
         "input_ids": np.where(mask, ids, read.pad_token_id).astype(np.int32),
         "attention_mask": mask.astype(np.int32),
     }
-    if read.type_vocab_size:
+    if read.segments:
         inputs["token_type_ids"] = generator.integers(0, 2, lead).astype(np.int32)
+    if has_two_stacks(read.model_type):
+        inputs |= decoder_inputs(generator, task, read, inputs, plain="block_size" not in config)
     return inputs
+
+
+def decoder_inputs(generator, task: str, config, inputs, *, plain: bool) -> dict[str, np.ndarray]:
+    """What an encoder-decoder is given beside the encoder's; a decoder alone gets states or not."""
+    if task == "causal_lm":
+        states = generator.standard_normal((2, 11, config.hidden_size)).astype(np.float32)
+        return {"encoder_hidden_states": states} if plain else {}
+    mask = inputs["attention_mask"]
+    if task == "sequence_classification":  # its inputs are shifted; one end token a row
+        ids, last = inputs["input_ids"].copy(), mask.shape[1] - 1 - mask[:, ::-1].argmax(1)
+        ids[np.arange(2), last] = config.eos_token_id
+        return {"input_ids": ids}
+    length = int(generator.integers(3, 20))
+    real = random_mask(generator, 2, length)
+    ids = np.where(real, generator.integers(5, VOCABULARY, (2, length)), config.pad_token_id)
+    masks = {"decoder_attention_mask": real.astype(np.int32)}
+    return masks | {"decoder_input_ids": ids.astype(np.int32)}
 
 
 def attention_case(name: str, kind: str, *, causal: bool) -> Case:
@@ -221,8 +256,9 @@ def add_model(cases, name, family: str, task, config: dict, generator, *, lsg: b
         generator = generator_of(f"{name} weights")
         for output, shape in gradient_outputs(family, task, config, inputs).items():
             weight = generator.standard_normal(shape) / 8
-            if shape[:2] == inputs["input_ids"].shape:  # no loss on padding, as in training
-                real = inputs["attention_mask"].reshape(*shape[:2], *[1] * (len(shape) - 2))
+            mask = inputs.get("decoder_attention_mask", inputs["attention_mask"])
+            if shape[:2] == mask.shape:  # no loss on padding, as in training
+                real = mask.reshape(*shape[:2], *[1] * (len(shape) - 2))
                 weight = weight * real
             inputs[f"weight_{output}"] = weight.astype(np.float32)
     cases[f"make_{name}"] = Case(made)
@@ -234,6 +270,8 @@ def gradient_outputs(family: str, task: str, config: dict, inputs) -> dict[str, 
     lead = inputs["input_ids"].shape
     if task == "sequence_classification":
         return {"logits": (lead[0], config["num_labels"])}
+    if task == "conditional_generation":
+        return {"logits": (*inputs["decoder_input_ids"].shape, VOCABULARY)}
     if family == "albert":
         return {
             "prediction_logits": (*lead, VOCABULARY),
@@ -313,12 +351,12 @@ def conversion_cases() -> dict[str, Case]:
 def add_family_conversion(cases, family: str) -> None:
     """A plain checkpoint and its conversion at a length where the reference's tables are whole."""
     generator = generator_of(f"convert {family}")
-    positions = 512 + FAMILIES[family].architecture.position_offset
+    positions = FAMILIES[family].architecture.max_position_embeddings(512)
     config = random_sizes(generator, family) | {"max_position_embeddings": positions}
     cases[f"make_convert_{family}"] = Case(
         {
             "kind": "make_model",
-            "class": FAMILIES[family].class_name("masked_lm", lsg=False),
+            "class": FAMILIES[family].class_name(CONVERTED_TASK[family], lsg=False),
             "config": config,
             "out": f"convert_{family}",
             "tokenizer": True,

@@ -18,7 +18,9 @@ HERE = pathlib.Path(__file__).parent
 DIFFERENCES: dict[str, float] = {}  # the largest seen, by group
 TABLE: dict[tuple[str, str], dict[str, float]] = {}  # (family, task) -> column -> the largest
 TOKEN_OUTPUTS = ("last_hidden_state", "prediction_logits", "start_logits", "end_logits")
-TOKEN_LOGITS = ("masked_lm", "causal_lm", "token_classification", "pretraining")
+TOKEN_LOGITS = (
+    *("masked_lm", "causal_lm", "token_classification", "pretraining", "conditional_generation"),
+)
 
 
 class Case(NamedTuple):
@@ -104,11 +106,16 @@ def close(group: str, ours, expected, *, tolerance: float, label: str):
 
 def close_outputs(group: str, task: str, ours, case: Case, result: Result, label: str):
     """Every output of a model, tokens where they are real."""
-    mask = case.inputs["attention_mask"].astype(bool)
+    seen = case.inputs["attention_mask"].astype(bool)
+    mask = case.inputs.get("decoder_attention_mask", seen).astype(bool)
     names = [n for n in result.outputs if not n.startswith(("grad.", "hidden_", "weighted_"))]
     assert names
     for name in names:
         value, expected = np.asarray(getattr(ours, name)), result.outputs[name]
-        if name in TOKEN_OUTPUTS or (name == "logits" and task in TOKEN_LOGITS):
+        if name == "encoder_last_hidden_state":  # globals in front are real
+            globals_ = value.shape[1] - seen.shape[1]
+            real = np.pad(seen, ((0, 0), (globals_, 0)), constant_values=True)
+            value, expected = value[real], expected[real]
+        elif name in TOKEN_OUTPUTS or (name == "logits" and task in TOKEN_LOGITS):
             value, expected = value[mask], expected[mask]
         close(group, value, expected, tolerance=1e-4, label=f"{name} of {label}")

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 import flax.traverse_util
 import jax.numpy as jnp
 import numpy as np
-from cases import HEADS, SEED, generator_of, random_inputs, random_model, random_sizes
+from cases import GRADIENTS_OF, HEADS, SEED, generator_of, random_inputs, random_model, random_sizes
 from jobs import Case, Results, ask
+from tiny_config import has_two_stacks
 from unread import unread_by
 
 import lsg_flax
-from lsg_flax.models import FAMILIES, EncoderConfig
+from lsg_flax.models import FAMILIES, read_config
 from lsg_flax.models.config_json import DIALECTS
 from lsg_flax.patterns.config import SPARSITY_TYPES
 
@@ -71,7 +72,8 @@ def write_checkpoints(folder: pathlib.Path, reference: Results) -> dict[str, Cas
     for i, family in enumerate(FAMILIES):
         for kind, sparsity in (("lsg", SPARSITY_TYPES[(i + SEED) % 7]), ("plain", None)):
             name = f"{kind}_{family}_unread"
-            write(cases, folder, name, family, "token_classification", sparsity)
+            task = GRADIENTS_OF[family] if has_two_stacks(family) else "token_classification"
+            write(cases, folder, name, family, task, sparsity)
             add_unread(folder / name / "config.json", family, lsg=sparsity is not None)
     untied = {"tie_word_embeddings": False}
     write(cases, folder, "lsg_bert_masked_lm_untied", "bert", "masked_lm", "norm", **untied)
@@ -111,7 +113,10 @@ def write(cases, folder: pathlib.Path, name: str, family, task, kind, **fields) 
     if task == "question_answering":
         values["num_labels"] = 2
     lsg = {"base_model_prefix": "lsg"} if kind else {"is_decoder": task == "causal_lm"}
-    model = lsg_flax.Model(EncoderConfig.from_dict(values | lsg | fields), task)
+    config = read_config(values | lsg | fields)
+    if has_two_stacks(family):
+        config = config.with_overrides(**FAMILIES[family].head(task).task.fixed)
+    model = lsg_flax.Model(config, task)
     lsg_flax.save_pretrained(folder / name, model, random_params(model, generator))
     common = {"class": FAMILIES[family].class_name(task, lsg=bool(kind)), "checkpoint": name}
     cases[f"strict_{name}"] = Case({"kind": "strict_load", **common})

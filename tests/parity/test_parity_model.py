@@ -15,6 +15,7 @@ from lsg_flax.models import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("fixed_rotations")
 ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids")
+ARGUMENTS += ("decoder_input_ids", "decoder_attention_mask")
 MEMORY = ("encoder_hidden_states", "encoder_attention_mask")
 LISTS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 

@@ -108,9 +108,11 @@ def stored_otherwise():
         torch.save(tree, folder / "pytorch_model.bin")
         found[name] = same(folder, expected)
     for family in FAMILIES.values():
-        source = SAVED / f"plain_{family.model_type}_masked_lm"
+        task = "masked_lm" if "masked_lm" in family.heads else "conditional_generation"
+        source = SAVED / f"plain_{family.model_type}_{task}"
         expected = flax.traverse_util.flatten_dict(lsg_flax.from_pretrained(source)[1], sep="/")
-        model = getattr(transformers, f"{family.class_prefix}ForMaskedLM").from_pretrained(source)
+        name = family.class_name(task, lsg=False)
+        model = getattr(transformers, name).from_pretrained(source)
         folder = copied(source, f"save_model_{family.model_type}")
         safetensors.torch.save_model(model, str(folder / "model.safetensors"))
         found[folder.name] = same(folder, expected)

@@ -14,6 +14,7 @@ Axes: n batch, h heads, t tokens without globals, d head size.
 import functools
 
 import numpy as np
+import record_seq2seq
 import worker
 from recorder import (
     GOLDEN,
@@ -460,6 +461,7 @@ def main():
     record_models(recorder)
     record_families(recorder)
     record_conversions(recorder)
+    record_seq2seq.record(recorder)
     recorder.write()
 
 

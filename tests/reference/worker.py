@@ -238,6 +238,8 @@ def run_model(case, inputs, folder):
             f"{unknown} are not arguments of {case['class']}.forward: {list(accepted)}"
         )
     arguments = {k: to_torch(v, model.dtype) for k, v in inputs.items() if k in accepted}
+    if "encoder_outputs" in arguments:
+        arguments["encoder_outputs"] = (arguments["encoder_outputs"],)
     grad_of = case.get("grad_of", [])
     if grad_of == "all":
         grad_of = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -283,12 +285,16 @@ def run_model(case, inputs, folder):
 
 
 def randomise(model, scale):
-    """Draw every trainable parameter: layer norm weights around 1, all others around 0."""
+    """Draw every trainable parameter: layer norm weights around 1, all others around 0; and the
+    bias of logits that is a buffer."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 centre = float("norm" in name.lower() and name.endswith("weight"))
                 parameter.copy_(centre + scale * torch.randn(parameter.shape))
+        for name, buffer in model.named_buffers():
+            if name == "final_logits_bias":
+                buffer.copy_(scale * torch.randn(buffer.shape))
 
 
 def run_make_model(case, inputs, folder):

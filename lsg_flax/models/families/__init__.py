@@ -10,4 +10,5 @@ from lsg_flax.models.families.family import modern_name as modern_name
 from lsg_flax.models.families.registry import FAMILIES as FAMILIES
 from lsg_flax.models.families.registry import family_of as family_of
 from lsg_flax.models.families.registry import model_type_of as model_type_of
+from lsg_flax.models.families.registry import read_config as read_config
 from lsg_flax.models.families.registry import register as register

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from lsg_flax.models.architecture import Architecture
-from lsg_flax.models.config import EncoderConfig
+from lsg_flax.models.config import EncoderConfig, ModelConfig
 from lsg_flax.models.config_json import Dialect
 from lsg_flax.models.heads import Head
 from lsg_flax.models.layout import Layout, Storage
@@ -66,6 +66,8 @@ class HeadTable:
         pooled: whether the model has the pooler.
         tied: names that repeat another tensor -> that tensor's name.
         untied_rows: in their place if config.tie_word_embeddings is false.
+        body: rows of the body in place of the family's, where the model has a part of it only.
+        at_last_eos: the head is given one state, that at the last end token of the inputs.
     """
 
     task: Task
@@ -75,6 +77,8 @@ class HeadTable:
     pooled: bool = False
     tied: dict[str, str] = field(default_factory=dict)
     untied_rows: Rows = ()
+    body: Rows | None = None
+    at_last_eos: bool = False
 
 
 class PositionTable(NamedTuple):
@@ -107,8 +111,10 @@ class Family:
     Attributes:
         class_prefix: first part of the class names.
         prefix: of the body's tensors in a model with a head.
-        encoder, pooler: rows of these parts.
+        encoder, pooler: rows of these parts; `encoder` has all stacks.
+        config_type: what its config.json is read as.
         ignored: tensors that are not parameters, by name behind the prefix.
+        other_names, other_types: further beginnings of its class names, and model_types.
     """
 
     model_type: str
@@ -120,7 +126,10 @@ class Family:
     to_lsg: ToLSG
     dialect: Dialect = Dialect()  # noqa: RUF009 (never changed)
     architecture: Architecture = Architecture()  # noqa: RUF009 (never changed)
+    config_type: type[ModelConfig] = EncoderConfig
     ignored: tuple[str, ...] = ("embeddings.position_ids", "embeddings.token_type_ids")
+    other_names: tuple[str, ...] = ()
+    other_types: tuple[str, ...] = ()
 
     @property
     def heads(self) -> dict[str, HeadTable]:
@@ -155,30 +164,37 @@ class Family:
 
     def task_of(self, class_name: str) -> str | None:
         """The task of a PyTorch class by its name, None if it is not of this family."""
-        names = {self.class_name(task, lsg=False): task for task in self.heads}
+        names = {
+            prefix + table.class_suffix: task
+            for task, table in self.heads.items()
+            for prefix in (self.class_prefix, *self.other_names)
+        }
         return names.get(class_name.removeprefix("LSG"))
 
-    def keys(self, task: str, config: EncoderConfig) -> list[Key]:
+    def keys(self, task: str, config: ModelConfig) -> list[Key]:
         """Every tensor of a model, with its prefix."""
-        head = self.head(task)
+        head, keys = self.head(task), []
         prefix = "" if task == "base" else f"{self.prefix}."
-        without = [] if config.lsg else ["global_embeddings"]
-        without += [] if config.type_vocab_size else ["token_type_embeddings"]
-        without += [] if self.architecture.projects(config) else ["embeddings_project"]
-        without += [] if config.add_cross_attention else ["cross_attention"]
-        encoder = [row for row in self.encoder if not any(part in row.path for part in without)]
-        encoder += self.pooler if head.pooled else ()
+        for row in self.encoder if head.body is None else head.body:
+            stack = config.stacks.get(row.path.split("/")[0])
+            if stack is None or self._has(stack, row):
+                keys += _expand(row, () if stack is None else stack.stack, prefix)
         own = (*head.rows, *(() if config.tie_word_embeddings else head.untied_rows))
-        return [
-            *(key for row in encoder for key in _expand(row, config.stack, prefix)),
-            *(key for row in own for key in _expand(row, config.stack, "")),
-        ]
+        keys += [key for row in self.pooler if head.pooled for key in _expand(row, (), prefix)]
+        return keys + [key for row in own for key in _expand(row, (), "")]
+
+    def _has(self, stack: EncoderConfig, row: Row) -> bool:
+        without = [] if stack.lsg else ["global_embeddings"]
+        without += [] if stack.type_vocab_size else ["token_type_embeddings"]
+        without += [] if self.architecture.projects(stack) else ["embeddings_project"]
+        without += [] if stack.add_cross_attention else ["cross_attention"]
+        return not any(part in row.path for part in without)
 
     def tied_names(self, task: str, *, tied: bool) -> dict[str, str]:
         """Tensors that repeat another one, name to name; those of an own decoder kernel do not."""
         head = self.head(task)
-        own = () if tied else (key.torch for r in head.untied_rows for key in _expand(r, (), ""))
-        return {name: source for name, source in head.tied.items() if name not in {*own}}
+        own = set() if tied else {k.torch for row in head.untied_rows for k in _expand(row, (), "")}
+        return {name: source for name, source in head.tied.items() if name not in own}
 
 
 def _expand(row: Row, stack: tuple[int, ...], prefix: str) -> Iterator[Key]:

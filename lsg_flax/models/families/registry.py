@@ -3,13 +3,17 @@
 import re
 from typing import Any
 
+from lsg_flax.models.config import ModelConfig
 from lsg_flax.models.config_json import DIALECTS, class_names
 from lsg_flax.models.families.albert import ALBERT
+from lsg_flax.models.families.bart import BART
 from lsg_flax.models.families.bert import BERT
 from lsg_flax.models.families.camembert import CAMEMBERT
 from lsg_flax.models.families.distilbert import DISTILBERT
 from lsg_flax.models.families.electra import ELECTRA
 from lsg_flax.models.families.family import Family
+from lsg_flax.models.families.mbart import MBART
+from lsg_flax.models.families.pegasus import PEGASUS
 from lsg_flax.models.families.roberta import ROBERTA
 from lsg_flax.models.families.xlm_roberta import XLM_ROBERTA
 from lsg_flax.models.outputs import ModelOutput
@@ -44,7 +48,18 @@ def register(family: Family) -> None:
         TASKS.setdefault(each.name, each)
 
 
-for _family in (BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, ELECTRA, DISTILBERT, ALBERT):
+for _family in (
+    BERT,
+    ROBERTA,
+    XLM_ROBERTA,
+    CAMEMBERT,
+    ELECTRA,
+    DISTILBERT,
+    ALBERT,
+    BART,
+    MBART,
+    PEGASUS,
+):
     register(_family)
 
 
@@ -61,18 +76,31 @@ def family_of(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
+def read_config(values: dict[str, Any]) -> ModelConfig:
+    """The config of a config.json's fields, plain or LSG.
+
+    Raises:
+        ValueError: for a model_type or a setting that is not supported, or an invalid value.
+    """
+    family = family_of(model_type_of(values))
+    return family.config_type.from_dict(values | {"model_type": family.model_type})
+
+
 def model_type_of(values: dict[str, Any]) -> str:
     """The model_type of a config.json: what it says, or else what its classes are called.
 
     Raises:
         ValueError: if it has neither.
     """
-    if values.get("model_type") is not None:
-        return values["model_type"]
+    model_type = values.get("model_type")
+    if model_type is not None:
+        same = [name for name, family in FAMILIES.items() if model_type in family.other_types]
+        return same[0] if same else model_type
     classes = class_names(values)
     for name in classes:
         for family in FAMILIES.values():
-            if re.fullmatch(f"(LSG)?{family.class_prefix}(Model|LMHeadModel|For[A-Z].*)", name):
+            names = "|".join((family.class_prefix, *family.other_names))
+            if re.fullmatch(f"(LSG)?({names})(Model|LMHeadModel|For[A-Z].*)", name):
                 return family.model_type
     raise ValueError(
         f"no model_type, and architectures={short(classes)} names no class of a supported family; "

@@ -1,0 +1,149 @@
+"""The configuration of an encoder-decoder: one record for both stacks, each of which is described
+by an `EncoderConfig`."""
+
+import functools
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from lsg_flax.models.activations import activation
+from lsg_flax.models.config import EncoderConfig, ModelConfig
+from lsg_flax.models.config_json import RATE
+from lsg_flax.patterns import Range, require
+
+_TOKENS = ("bos_token_id", "eos_token_id", "decoder_start_token_id")
+_FORCED = ("forced_bos_token_id", "forced_eos_token_id")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderDecoderConfig(ModelConfig):
+    """An encoder and a decoder over one word table; attributes follow Hugging Face's BartConfig.
+
+    Attributes:
+        lsg: the pattern of the encoder; the decoder's attention is full.
+        max_position_embeddings: tokens that either stack reads at most.
+        pass_global_tokens_to_decoder: with LSG, the decoder sees the states of the globals too, and
+            `pool_with_global` means nothing.
+        is_encoder_decoder, is_decoder: written for PyTorch; a causal_lm is the decoder alone.
+    """
+
+    RANGES: ClassVar[dict[str, Range]] = ModelConfig.RANGES | {
+        **{
+            name.format(side): EncoderConfig.RANGES[of]
+            for name, of in (
+                ("{}_layers", "num_hidden_layers"),
+                ("{}_attention_heads", "num_attention_heads"),
+                ("{}_ffn_dim", "intermediate_size"),
+            )
+            for side in ("encoder", "decoder")
+        },
+        **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), RATE),
+        "classifier_dropout": RATE,
+        "max_position_embeddings": EncoderConfig.RANGES["max_position_embeddings"],
+    }
+
+    model_type: str = "bart"
+    vocab_size: int = 50265
+    hidden_size: int = 1024
+    pad_token_id: int | None = 1
+    encoder_layers: int = 12
+    decoder_layers: int = 12
+    encoder_attention_heads: int = 16
+    decoder_attention_heads: int = 16
+    encoder_ffn_dim: int = 4096
+    decoder_ffn_dim: int = 4096
+    activation_function: str = "gelu"
+    dropout: float = 0.1
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    classifier_dropout: float = 0.0
+    scale_embedding: bool = False
+    max_position_embeddings: int = 1024
+    bos_token_id: int | None = 0
+    eos_token_id: int | None = 2
+    decoder_start_token_id: int | None = None
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | None = 2
+    pass_global_tokens_to_decoder: bool = True
+    is_encoder_decoder: bool = True
+    is_decoder: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        activation(self.activation_function, "activation_function")
+        for name in ("encoder_attention_heads", "decoder_attention_heads"):
+            heads, size = getattr(self, name), self.hidden_size
+            require(
+                size % heads == 0,
+                f"{self.dialect.spelled('hidden_size')}={size} is not divisible by {name}={heads}.",
+            )
+        for name in (*_TOKENS, *_FORCED):
+            token = getattr(self, name)
+            require(
+                token is None or 0 <= token < self.vocab_size,
+                f"{name}={token} is outside 0..{self.vocab_size - 1}, the rows that vocab_size="
+                f"{self.vocab_size} gives.",
+            )
+        assert self.encoder.lsg is self.lsg  # made here, so that a warning points to the caller
+
+    @functools.cached_property
+    def encoder(self) -> EncoderConfig:
+        """The encoder's stack."""
+        return self._stack(
+            num_hidden_layers=self.encoder_layers,
+            num_attention_heads=self.encoder_attention_heads,
+            intermediate_size=self.encoder_ffn_dim,
+            lsg=self.lsg,
+        )
+
+    @functools.cached_property
+    def decoder(self) -> EncoderConfig:
+        """The decoder's stack."""
+        return self._stack(
+            num_hidden_layers=self.decoder_layers,
+            num_attention_heads=self.decoder_attention_heads,
+            intermediate_size=self.decoder_ffn_dim,
+            is_decoder=True,
+            add_cross_attention=True,
+        )
+
+    def _stack(self, **own: Any) -> EncoderConfig:
+        return EncoderConfig(
+            model_type=self.model_type,
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            initializer_range=self.initializer_range,
+            pad_token_id=self.pad_token_id,
+            tie_word_embeddings=self.tie_word_embeddings,
+            labels=self.labels,
+            hidden_act=self.activation_function,
+            hidden_dropout_prob=self.dropout,
+            attention_probs_dropout_prob=self.attention_dropout,
+            classifier_dropout=self.classifier_dropout,
+            max_position_embeddings=self.max_position_embeddings,
+            **{name: self.dialect.absent[name] for name in ("type_vocab_size", "layer_norm_eps")},
+            **own,
+        )
+
+    @property
+    def stacks(self) -> dict[str, EncoderConfig]:
+        """By the first part of their parameters' paths."""
+        return {"encoder": self.encoder, "decoder": self.decoder}
+
+    @property
+    def passed_globals(self) -> int:
+        """How many globals the decoder sees in front of the encoder's tokens."""
+        lsg = self.lsg
+        return lsg.num_global_tokens if lsg and self.pass_global_tokens_to_decoder else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields for config.json: those of LSG with LSG only, and no null where the family's
+        default is none."""
+        values = super().to_dict()
+        if self.lsg is None:
+            del values["pass_global_tokens_to_decoder"]
+        usual = {f.name: f.default for f in fields(self)}
+        usual |= self.dialect.defaults
+        for name in (*_TOKENS, *_FORCED):
+            if values[name] is None and usual[name] is None:
+                del values[name]
+        return values

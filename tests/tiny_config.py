@@ -1,0 +1,31 @@
+"""Sizes of tiny models by EncoderConfig's names, as each family's config.json has them."""
+
+from lsg_flax.models import FAMILIES, EncoderDecoderConfig
+from lsg_flax.models.config_json import DIALECTS
+
+OF_STACKS = {
+    "num_hidden_layers": "{}_layers",
+    "num_attention_heads": "{}_attention_heads",
+    "intermediate_size": "{}_ffn_dim",
+}
+OF_BOTH = {
+    "hidden_act": "activation_function",
+    "hidden_dropout_prob": "dropout",
+    "attention_probs_dropout_prob": "attention_dropout",
+}
+
+
+def has_two_stacks(family: str) -> bool:
+    return FAMILIES[family].config_type is EncoderDecoderConfig
+
+
+def spelled(family: str, values: dict) -> dict:
+    """Fields of config.json with the model_type; of an encoder-decoder both stacks get them."""
+    spelled = {"model_type": family}
+    for name, value in values.items():
+        names = [name]
+        if has_two_stacks(family):
+            sides = OF_STACKS.get(name, OF_BOTH.get(name, name))
+            names = sorted({sides.format(side) for side in ("encoder", "decoder")})
+        spelled |= {DIALECTS[family].names.get(n, n): value for n in names}
+    return spelled
