@@ -3,6 +3,7 @@ tokens, shifted inputs, files of other shapes, conversion, and what is refused."
 
 import dataclasses
 import functools
+import json
 
 import flax.traverse_util
 import jax
@@ -439,3 +440,21 @@ def test_predictions_are_the_answers_alone():
     for ids, result in zip(documents, results, strict=True):
         alone = model.apply({"params": params}, np.array([ids])).logits[0]
         np.testing.assert_allclose(result["logits"], alone, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------- generation
+
+
+def test_generation_config_is_read_kept_and_written(tmp_path):
+    first, second, name = tmp_path / "first", tmp_path / "second", "generation_config.json"
+    model, params = made("bart", GENERATION)
+    lsg_flax.save_pretrained(first, model, params)
+    assert not (first / name).exists()
+    options = {"num_beams": 2, "max_new_tokens": 4, "decoder_start_token_id": 2, "eos_token_id": 2}
+    (first / name).write_text(json.dumps(options))
+    loaded, params = lsg_flax.from_pretrained(first)
+    chosen = lsg_flax.generate(loaded, params, IDS, MASK)
+    np.testing.assert_array_equal(chosen, lsg_flax.generate(model, params, IDS, MASK, **options))
+    lsg_flax.save_pretrained(second, loaded, params)
+    assert json.loads((second / name).read_text()) == options
+    assert "generation_config" not in json.loads((second / "config.json").read_text())

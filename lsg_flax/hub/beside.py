@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable
 
 from lsg_flax.hub.sentence_files import MODULES, PROMPTS, SENTENCE_CONFIGS
-from lsg_flax.hub.weights import CONFIG
+from lsg_flax.hub.weights import CONFIG, GENERATION
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -55,6 +55,6 @@ def stale_files(folder: pathlib.Path, new: pathlib.Path, *, settings: bool) -> l
     if any(matches(name, TOKENIZER_FILES) for name in written):
         patterns += TOKENIZER_FILES
     if settings:
-        patterns += [*TOKENIZER_FILES, *_SENTENCE_FILES, "generation_config.json"]
+        patterns += [*TOKENIZER_FILES, *_SENTENCE_FILES, GENERATION]
     there = sorted(file.name for file in folder.iterdir() if file.is_file())
     return [name for name in there if matches(name, patterns) and name not in written]

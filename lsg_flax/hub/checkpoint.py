@@ -19,7 +19,7 @@ from lsg_flax.files import read_json
 from lsg_flax.hub.download import resolve
 from lsg_flax.hub.sentence_files import Modules, read_modules
 from lsg_flax.hub.tokenizer_files import Tokenizer, read_tokenizer
-from lsg_flax.hub.weights import CONFIG, Tensors, open_tensors
+from lsg_flax.hub.weights import CONFIG, GENERATION, Tensors, open_tensors
 from lsg_flax.models import (
     Model,
     ModelConfig,
@@ -39,7 +39,7 @@ class Checkpoint:
     Attributes:
         root: the folder that was asked for.
         folder: that of config.json and the weights; sentence-transformers may have it inside root.
-        values: the fields of config.json.
+        values: the fields of config.json, and those of generation_config.json as one of them.
         config: the same, checked.
         modules: class name and folder of each module of sentence-transformers; else empty.
     """
@@ -145,6 +145,8 @@ def open_checkpoint(
         there = sorted(p.name for p in file.parent.glob("*"))[:10]
         raise FileNotFoundError(f"{file.parent} has no {CONFIG}; it holds {there}.")
     values = read_json(file)
+    if (file.parent / GENERATION).is_file():
+        values["generation_config"] = read_json(file.parent / GENERATION)
     try:
         values["model_type"] = model_type or model_type_of(values)
         config = read_config(values)

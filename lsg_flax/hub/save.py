@@ -10,13 +10,13 @@ import numpy as np
 import safetensors.numpy
 
 from lsg_flax.convert_from_torch import params_to_torch
-from lsg_flax.files import check_folder, read_json, written_aside
+from lsg_flax.files import check_folder, read_json, write_json, written_aside
 from lsg_flax.hub import beside
 from lsg_flax.hub.checkpoint import Checkpoint
 from lsg_flax.hub.pytorch_code import auto_map_of, carry_code, installed_code
 from lsg_flax.hub.sentence_files import carry_modules
 from lsg_flax.hub.tokenizer_files import Tokenizer, origin, portable_class, save_tokenizer
-from lsg_flax.hub.weights import CONFIG, WEIGHTS
+from lsg_flax.hub.weights import CONFIG, GENERATION, WEIGHTS
 from lsg_flax.models import Model, Params, family_of
 
 
@@ -71,6 +71,9 @@ def _write(
     places = [source.root, source.folder] if source else []
     for place in dict.fromkeys(places):
         beside.carry_documents(place, folder, readme=readme)
+    generation = model.config.other("generation_config", None)
+    if generation and not (folder / GENERATION).exists():
+        write_json(folder, {GENERATION: generation})
     if tokenizer is not None:
         save_tokenizer(tokenizer, folder)
         places += filter(None, [origin(tokenizer)])
@@ -140,7 +143,8 @@ def config_values(
     config, family = model.config, family_of(model.config.model_type)
     values = config.to_dict()
     values["architectures"] = [family.class_name(model.task, lsg=config.lsg is not None)]
-    values.pop("auto_map", None)
+    for name in ("auto_map", "generation_config"):  # which has a file of its own
+        values.pop(name, None)
     if auto_map:
         values["auto_map"] = auto_map
     if tensors:
