@@ -48,6 +48,7 @@ CHIPS: dict[str, Chip] = {
         int(31.25 * GIB), 918e12, 1640e9, 448e9, 1.75e9, ("TPU v6 lite", "TPU v6e"), "v6e-8"
     ),
 }
+_MOST_CHIPS, _MOST_DEVICES = 1 << 14, 512
 _EXAMPLES = {"v4": "v4:2x2x1", "v5e": "v5e:2x4", "v5p": "v5p:2x2x1", "v6e": "v6e:2x4"}
 
 
@@ -74,11 +75,12 @@ def parse_topology(name: str) -> Topology:
     kind, sizes = (found[1], [int(n) for n in found[2].split("x")]) if found else ("", [])
     known = kind in CHIPS and len(sizes) == _EXAMPLES[kind].count("x") + 1
     count = math.prod(sizes)
-    if not (known or (kind == "cpu" and len(sizes) == 1)) or count < 1:
+    most = _MOST_DEVICES if kind == "cpu" else _MOST_CHIPS
+    if not (known or (kind == "cpu" and len(sizes) == 1)) or not 1 <= count <= most:
         raise ValueError(
             f"topology={name!r} is unknown; give chip:shape as in "
             f"{', '.join(repr(e) for e in _EXAMPLES.values())}, or 'cpu:8' for eight devices on "
-            "this machine."
+            f"this machine; at most {_MOST_CHIPS:,} chips, or {_MOST_DEVICES} such devices."
         )
     return Topology(name, kind, count)
 

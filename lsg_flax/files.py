@@ -5,6 +5,7 @@ What all readers of lines agree on: lines end in \\n or \\r\\n, a byte order mar
 text, a place is called FILE:NUMBER, and what is wrong with a line has the same words everywhere.
 """
 
+import collections
 import contextlib
 import json
 import os
@@ -18,6 +19,7 @@ from lsg_flax.locks import holds, locked, refusals
 
 Json = dict[str, Any]  # an object as JSON holds it
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _MOST_LEVELS = 100  # of a JSON file; deeper ones could be read here and not be written again
 _UNFINISHED = ".unfinished-"
@@ -55,9 +57,8 @@ class RepeatedName(ValueError):
 def _named_once(pairs: list[tuple[str, Any]]) -> Json:
     values = dict(pairs)
     if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise RepeatedName(f"the name {twice!r} is there twice; leave one")
+        counts = collections.Counter(name for name, _ in pairs)
+        raise RepeatedName(f"the name {counts.most_common(1)[0][0]!r} is there twice; leave one")
     return values
 
 
@@ -97,12 +98,23 @@ def valid_text(text: str) -> str:
     return text
 
 
+def check_pointer(file: pathlib.Path) -> None:
+    """Raises ValueError for what git has left in place of a large file."""
+    with file.open("rb") as opened:
+        if opened.read(len(_POINTER)) == _POINTER:
+            raise ValueError(
+                f"{file} is a git-lfs pointer, not the file itself; run `git lfs pull` in "
+                f"{file.parent}, or give the hub id to download the checkpoint."
+            )
+
+
 def read_json(file: pathlib.Path, kind: type = dict) -> Any:
     """The object (or, by `kind`, the list) in a JSON file.
 
     Raises:
         ValueError: if the file is damaged, ambiguous, or holds something else.
     """
+    check_pointer(file)
     try:
         values = json.loads(file.read_text("utf-8-sig"), object_pairs_hook=_named_once)
     except (ValueError, RecursionError) as error:  # recursion: ten thousand brackets

@@ -15,6 +15,7 @@ FLOATS = ("float64", "float32", "float16", "bfloat16")
 # Attributes and keys that hold a whole model, and what torch itself puts into names.
 _AROUND = re.compile(r"((0\.)?(auto_)?model|module|state_dict|model_state_dict|params)\.")
 _WITHIN = re.compile(r"(?<![^.])_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
+_MOST_AROUND = 8  # more of them are damage
 _QUANTISED = {
     r"\.(SCB|weight_format)$": "bitsandbytes (8 bit)",
     r"\.(absmax|quant_map|quant_state\..*)$": "bitsandbytes (4 bit)",
@@ -127,7 +128,10 @@ def _beginnings_of_heads(family: Family) -> set[str]:
 def _without_wrappers(name: str, known: set[str]) -> str:
     """The name inside what holds the model; as it is if that leads to none of the model's."""
     inner = _WITHIN.sub("", name)
-    while inner.split(".")[0] not in known and (around := _AROUND.match(inner)):
+    for _ in range(_MOST_AROUND):
+        around = None if inner.partition(".")[0] in known else _AROUND.match(inner)
+        if around is None:
+            break
         inner = inner[around.end() :]
     return inner if inner.split(".")[0] in known else name
 

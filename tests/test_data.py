@@ -307,6 +307,8 @@ def test_the_labels_that_are_found(values, names):
         (["1.5", "2"], "such as 1.5 that are not whole; give problem_type='regression'"),
         ([1, "x"], "names such as 'x' and numbers such as 1"),
         ([True, "true"], "names such as 'true' and numbers such as 1"),
+        ([0, 1, 1300], "3 different numbers up to 1300, too large to be"),
+        ([1 << 20, *range(20_000)], "20001 different numbers up to 1048576, too large to be"),
     ],
 )
 def test_labels_that_are_no_table(values, message):

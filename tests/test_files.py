@@ -298,6 +298,11 @@ def test_a_writer_killed_at_any_touch_of_the_disk(tmp_path):
         (b"[" * 100_000, "not valid JSON: maximum recursion depth"),
         (b'{"a": ' * 101 + b"1" + b"}" * 101, "is nested more than 100 levels deep"),
         (b'{"a": "\xff"}', "not valid JSON: 'utf-8' codec can't decode byte 0xff in position 7"),
+        (
+            b"{" + b",".join(b'"%d": 1' % n for n in [*range(50_000), 7]) + b"}",
+            "'7' is there twice",
+        ),
+        (b"version https://git-lfs.github.com/spec/v1", "config.json is a git-lfs pointer, not"),
         (b"[1]", "must hold an object, but holds a list"),
         (b"7" * 5000, "not valid JSON: Exceeds the limit"),
     ],

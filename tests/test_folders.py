@@ -186,6 +186,23 @@ DAMAGED = {
 }
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 5\n"
+WITHOUT_WORDS = {
+    "pointer": (POINTER, "vocab.txt is a git-lfs pointer, not the file itself"),
+    "unknown": ("a\nb\n", "can make no tokenizer .*UNK.* token"),
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT_WORDS)
+def test_a_vocabulary_that_makes_up_its_special_tokens_is_refused(bert, kind):
+    """Their ids would be rows of the word table that stand for something else."""
+    text, says = WITHOUT_WORDS[kind]
+    (bert / "tokenizer.json").unlink()
+    (bert / "vocab.txt").write_text(text)
+    with pytest.raises(ValueError, match=says):
+        hub.read_tokenizer(bert)
+
+
 @pytest.mark.parametrize("name", DAMAGED)
 def test_a_damaged_tokenizer_names_its_files(bert, name):
     text, says = DAMAGED[name]

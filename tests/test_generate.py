@@ -381,6 +381,10 @@ BAD = [
     ({"do_sample": True}, "draws with a key: give key="),
     ({"do_sample": "yes"}, "do_sample='yes' must be True or False"),
     (
+        {"do_sample": True, "key": 0, "temperature": 1e-38},
+        "temperature=1e-38 must be at least 1e-20",
+    ),
+    (
         {"do_sample": True, "key": 0, "temperature": float("nan")},
         "temperature=nan must be positive",
     ),

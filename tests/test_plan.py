@@ -278,6 +278,7 @@ def test_batches_are_what_the_losses_take(tmp_path, task, values, accumulate):
         ({"topology": "v9:2x2"}, "'v9:2x2' is unknown"),
         ({"topology": "v5e:2x2x2"}, "'v5e:2x2x2' is unknown"),
         ({"topology": "cpu:64"}, "needs 64 CPU devices"),
+        ({"topology": "cpu:513"}, "'cpu:513' is unknown; .* at most 16,384 chips, or 512 such"),
         ({"mesh": {"data": 3}}, "does not fit 8 devices"),
         ({"batch_size": 12}, "12 rows, which data=8 cannot cut evenly"),
         ({"task": "base"}, "task='base' has no loss"),

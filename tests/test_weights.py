@@ -295,7 +295,9 @@ def test_links_of_the_hubs_cache_are_followed(folder, tmp_path, classifier):
     assert_same(lsg_flax.from_pretrained(cache / "snapshots" / "1")[1], classifier[1])
 
 
-@pytest.mark.parametrize("name", [hub.WEIGHTS, hub.INDEX, hub.BIN, "flax_model.msgpack"])
+@pytest.mark.parametrize(
+    "name", [hub.CONFIG, hub.WEIGHTS, hub.INDEX, hub.BIN, "flax_model.msgpack"]
+)
 def test_a_pointer_of_git_lfs_is_called_one(folder, name):
     path = folder()
     (path / hub.WEIGHTS).unlink()

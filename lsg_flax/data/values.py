@@ -17,7 +17,8 @@ from lsg_flax.files import valid_text
 
 _QUANTITY = r"[+-]?(\d+\.?\d*|\.\d+)"
 _LARGEST_FLOAT = float(np.finfo(np.float32).max)
-_MOST_LABELS = 1 << 20  # that are believed without a list of names
+# How many labels are believed without a list of names: in all, and beside 100 for each one seen.
+_MOST_LABELS, _UNSEEN = 1 << 20, 1000
 
 
 def value_in(row: DataRow, column: str) -> Any:
@@ -157,10 +158,11 @@ def names_of_labels(values: Iterable[object]) -> tuple[str, ...]:
             f"labels are names such as {min(names)!r} and numbers such as {min(numbers)}; give "
             "labels=, the names in the order of their numbers."
         )
-    if numbers and max(numbers) >= _MOST_LABELS:
+    most = min(_MOST_LABELS, _UNSEEN + 100 * len(numbers))
+    if numbers and max(numbers) >= most:
         raise ValueError(
-            f"labels are numbers up to {max(numbers)}, too many to be those of labels from 0; give "
-            "labels=, or problem_type='regression' for quantities."
+            f"labels are {len(numbers)} different numbers up to {max(numbers)}, too large to be "
+            "those of labels from 0; give labels=, or problem_type='regression' for quantities."
         )
     return tuple(map(str, range(max(numbers) + 1))) if numbers else tuple(sorted(names))
 

@@ -28,6 +28,10 @@ class Sample:
 
     def __post_init__(self):
         check_number("temperature (do_sample=False is greedy): temperature", self.temperature)
+        require(
+            self.temperature >= 1e-20,  # logits divided by less are no numbers any more
+            f"temperature={self.temperature} must be at least 1e-20; do_sample=False is greedy.",
+        )
         if self.top_k is not None:
             check_whole("top_k (None keeps all): top_k", self.top_k, 1)
         if self.top_p is not None:

@@ -8,6 +8,7 @@ import re
 import shutil
 from typing import Any
 
+from lsg_flax.files import check_pointer
 from lsg_flax.hub.beside import TOKENIZER_FILES, matches
 from lsg_flax.hub.download import cached_folder
 from lsg_flax.hub.json_text import with_field
@@ -33,6 +34,8 @@ def read_tokenizer(folder: str | os.PathLike) -> Tokenizer | None:
     there = [name for name in (*_VOCABULARIES, *_SENTENCEPIECE) if (folder / name).exists()]
     if not there:
         return None
+    for name in there:
+        check_pointer(folder / name)
     models = [name for name in there if name in _SENTENCEPIECE]
     packages = [name for name in ("sentencepiece", "google.protobuf") if not _is_installed(name)]
     if models and packages and "tokenizer.json" not in there:
@@ -44,6 +47,7 @@ def read_tokenizer(folder: str | os.PathLike) -> Tokenizer | None:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        tokenizer("\u2603")  # a vocabulary without a token for what it does not know cannot
     except BaseException as error:  # of any kind; a panic in Rust is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise

@@ -9,15 +9,13 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from lsg_flax.files import read_json
+from lsg_flax.files import check_pointer, read_json
 from lsg_flax.hub.weight_trees import UnreadTensor, damaged, read_bin, read_msgpack
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 MSGPACK, MSGPACK_INDEX = "flax_model.msgpack", "flax_model.msgpack.index.json"
-
-_POINTER = b"version https://git-lfs.github.com/spec/"
 
 # safetensors' names of dtypes
 _DTYPES = {
@@ -70,16 +68,6 @@ def open_tensors(folder: pathlib.Path) -> Tensors:
     raise FileNotFoundError(
         f"{folder} has no weights: none of {', '.join(readers)}; it holds {_listing(folder)}."
     )
-
-
-def check_pointer(file: pathlib.Path) -> None:
-    """Raises ValueError for what git has left in place of a large file."""
-    with file.open("rb") as opened:
-        if opened.read(len(_POINTER)) == _POINTER:
-            raise ValueError(
-                f"{file} is a git-lfs pointer, not the file itself; run `git lfs pull` in "
-                f"{file.parent}, or give the hub id to download the checkpoint."
-            )
 
 
 def _listing(folder: pathlib.Path) -> list[str]:

@@ -50,8 +50,9 @@ class Inputs(NamedTuple):
         flat = Inputs(*(a if a is None else a.reshape(-1, *a.shape[drop:]) for a in arrays))
         if not isinstance(self.attention_mask, jax.core.Tracer):
             return flat
-        if flat.input_ids is not None:
-            return flat._replace(input_ids=_where_masked(flat.input_ids, flat.attention_mask, -1))
+        if flat.input_ids is not None:  # as numbers that can be negative
+            ids = flat.input_ids.astype(jnp.int32)
+            return flat._replace(input_ids=_where_masked(ids, flat.attention_mask, -1))
         embeds = _where_masked(flat.inputs_embeds, flat.attention_mask, jnp.nan)
         return flat._replace(inputs_embeds=embeds)
 
