@@ -12,6 +12,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -106,6 +107,12 @@ def check_pointer(file: pathlib.Path) -> None:
                 f"{file} is a git-lfs pointer, not the file itself; run `git lfs pull` in "
                 f"{file.parent}, or give the hub id to download the checkpoint."
             )
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text is seen: it has only spaces and characters of control and format,
+    such as U+200B."""
+    return all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text)
 
 
 def read_json(file: pathlib.Path, kind: type = dict) -> Any:

@@ -215,6 +215,16 @@ def check_batches(
             needs_padding(bucket, shards)
 
 
+def check_devices(mesh: Mesh) -> None:
+    """Raises ValueError for a mesh that reaches into other processes, where each process is to do
+    its own work."""
+    if {device.process_index for device in mesh.devices.flat} != {jax.process_index()}:
+        raise ValueError(
+            "the mesh has devices of other processes; give each process its own documents and a "
+            "mesh of its own devices: make_mesh(..., devices=jax.local_devices())."
+        )
+
+
 def shard_batch(
     batch: Mapping[str, np.ndarray], mesh: Mesh, *, microbatches: bool = False
 ) -> dict[str, jax.Array]:

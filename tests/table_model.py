@@ -39,9 +39,9 @@ class TableCache(NamedTuple):
     group: jax.Array  # [B]: the encoder's, once per row
     before: jax.Array  # [rows of beams]: the token before the last
 
-    def take(self, rows, *, memory):
-        assert not memory
-        return self._replace(before=self.before[rows])
+    def take(self, parents):
+        texts = self.before.reshape(len(parents), -1)
+        return self._replace(before=jnp.take_along_axis(texts, parents, axis=1).ravel())
 
 
 class Output(NamedTuple):

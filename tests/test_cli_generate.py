@@ -131,6 +131,7 @@ def test_an_error_is_one_line_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.filterwarnings("default:1 broken lines")  # the command shows it
 def test_bad_lines_and_a_failed_write_leave_the_old_file(capsys, writers, tmp_path, monkeypatch):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     target.write_text("old")
@@ -140,6 +141,15 @@ def test_bad_lines_and_a_failed_write_leave_the_old_file(capsys, writers, tmp_pa
     source.write_text('{"id": "long", "text": "' + "w5 " * 70 + '"}\n')
     code, _, err = run(capsys, writers["lsg"], source, target)
     assert code == 2 and "in.jsonl:1 has 71 tokens" in err
+    assert err.rstrip().endswith("Mend it, or pass --broken-lines skip.")
+    long, skip = source.read_text(), ["--broken-lines", "skip", "--max-new-tokens", 4]
+    code, _, err = run(capsys, writers["lsg"], source, target, *skip[:2], "--max-new-tokens", 900)
+    assert code == 2 and "a prompt must have 1 to 0" in err and target.read_text() == "old"
+    source.write_text('{"text": "w5"}\n' + long)
+    code, _, err = run(capsys, writers["lsg"], source, tmp_path / "new.jsonl", *skip)
+    assert code == 0 and f"1 broken lines of {source} were skipped: 2." in err
+    assert [json.loads(x)["id"] for x in (tmp_path / "new.jsonl").open()] == [0]
+    (tmp_path / "new.jsonl").unlink()
     source.write_text('{"text": "w5"}\n')
     monkeypatch.setattr("pathlib.Path.write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28)))
     code, _, err = run(capsys, writers["lsg"], source, target, "--max-new-tokens", 4)

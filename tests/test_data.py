@@ -189,6 +189,7 @@ BROKEN = {
     ),
     "several labels": (b'{"text": "w1", "label": ["odd"]}', "multi_label_classification"),
     "text empty": (b'{"text": "", "label": "odd"}', "'text' is empty"),
+    "text without a sign": (rb'{"text": " \u200b", "label": "odd"}', "'text' is empty"),
     "text blank": (b'{"text": " \\n", "label": "odd"}', "'text' is empty"),
     "label empty": (b'{"text": "w1", "label": ""}', "the label '' is empty"),
     "label with space": (b'{"text": "w1", "label": " odd"}', "' odd' has spaces around it"),
@@ -387,6 +388,10 @@ def test_several_labels_and_regression(load):
     for wrong, message in broken:
         with pytest.raises(ValueError, match=f"rows.jsonl:2: .*{message}"):
             load([rows[0], {"text": "w1", "label": wrong}], problem_type="regression")
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: 1 numbers, but 2 in the training data"):
+        load(rows, problem_type="regression", width=2)
+    with pytest.raises(ValueError, match="width=2 must be at least 1, and is for regression"):
+        load(rows, width=2)
 
 
 def test_the_first_token_of_a_word_carries_its_tag(load, tokenizer):

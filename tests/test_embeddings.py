@@ -438,6 +438,8 @@ def test_the_command_embeds_lines_and_objects(make, tmp_path, capsys):
         ("in.txt", "a", "out.csv", "out.csv must end in .npy or .jsonl"),
         ("in.csv", "a", "out.npy", "in.csv must end in .txt or .jsonl"),
         ("in.jsonl", '{"text": "a"}\n{', "out.npy", "in.jsonl:2: not valid JSON"),
+        ("in.jsonl", '{"text": ""}', "out.npy", "in.jsonl:1: its text is empty. Mend it, or pass"),
+        ("in.jsonl", '{"text": "\\u200b "}', "out.npy", "in.jsonl:1: its text is empty. Mend it"),
         (
             "in.jsonl",
             '{"words": "a"}',

@@ -51,6 +51,23 @@ def run(settings: Settings):
     return finetune(settings, progress=False)
 
 
+@pytest.mark.parametrize(
+    ("kind", "label", "message"),
+    [
+        ("regression", [1, 2], r"2 numbers, but 1 in the training data"),
+        ("multi_label_classification", ["other"], r"label 'other' is none of the"),
+    ],
+)
+def test_held_out_rows_of_another_width_stop_a_run_before_it_begins(
+    tiny, tmp_path, kind, label, message
+):
+    settings = settings_of(tiny, tmp_path, kind)
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"text": "a", "label": label}) + "\n")
+    with pytest.raises(ValueError, match=rf"eval.jsonl:1: {message}"):
+        run(settings)
+    assert not list((tmp_path / "out").rglob("*.json*"))
+
+
 KINDS = PROBLEM_SCORERS | {name: TASKS[name].scorer for name in trained_tasks()}
 del KINDS["sequence_classification"]  # is one of the three by its problem type
 

@@ -388,6 +388,7 @@ def test_a_checkpoint_without_the_head_says_what_it_is(folder, tokenizer, tmp_pa
         ("question-answering", None, {"question": "a"}, "give question= and context="),
         ("question-answering", None, {"question": ["a"], "context": ["b", "c"]}, "different len"),
         ("question-answering", None, {"question": "a", "context": " "}, "' ' has no tokens"),
+        ("question-answering", None, {"question": " ", "context": "a"}, "the question is empty"),
         (
             "question-answering",
             None,

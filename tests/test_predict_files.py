@@ -17,6 +17,7 @@ import transformers
 
 import lsg_flax
 from lsg_flax import LSGConfig, inference
+from lsg_flax.inference import ResumableLines
 from lsg_flax.models import EncoderConfig, Model
 from lsg_flax.pipelines.files import ANSWERS, DocumentFile, Written, predict_file
 from lsg_flax.pipelines.tasks import FillMask, TextClassification
@@ -65,11 +66,12 @@ def ids(count):
 @pytest.mark.parametrize("kind", [".txt", ".jsonl"])
 def test_texts_in_answers_out(kind, tmp_path, tokenizer):
     source, target = tmp_path / f"in{kind}", tmp_path / "out.jsonl"
+    texts = [*TEXTS[:3], "" if kind == ".txt" else "?", TEXTS[4]]  # no row of .jsonl is empty
     names = list(range(5)) if kind == ".txt" else ["a", 7, "c", None, "e"]
     if kind == ".txt":
-        source.write_text("".join(f"{text}\n" for text in TEXTS))
+        source.write_text("".join(f"{text}\n" for text in texts))
     else:
-        write(source, [{"id": n, "text": t} for n, t in zip(names, TEXTS, strict=True)])
+        write(source, [{"id": n, "text": t} for n, t in zip(names, texts, strict=True)])
     options = OPTIONS | {"tokenizer": tokenizer, "window": 2}
     for task in ("sequence_classification", "token_classification"):
         pair = make(task)
@@ -82,14 +84,14 @@ def test_texts_in_answers_out(kind, tmp_path, tokenizer):
         )
         run = lsg_flax.pipeline(name, pair, tokenizer, buckets=BUCKETS, batch_size=4, **choice)
         assert [line["id"] for line in lines(target)] == names
-        for line, expected in zip(lines(target), run(TEXTS), strict=True):
+        for line, expected in zip(lines(target), run(texts), strict=True):
             assert len(line["answer"]) == len(expected)
             for ours, theirs in zip(line["answer"], expected, strict=True):
                 score, other = ours.pop("score"), theirs.pop("score")
                 assert ours == theirs and score == pytest.approx(other, abs=1e-5)
     # TEXTS[4] has 42 tokens
     done = predict_file(source, target, *make(), **options, max_length=8, truncation=True)
-    cut = [{"input_ids": tokenizer(t, truncation=True, max_length=8)["input_ids"]} for t in TEXTS]
+    cut = [{"input_ids": tokenizer(t, truncation=True, max_length=8)["input_ids"]} for t in texts]
     for line, expected in zip(
         lines(target), inference.predict(*make(), cut, **OPTIONS), strict=True
     ):
@@ -182,6 +184,12 @@ def test_broken_lines_are_named_and_skipped_on_request(tmp_path, tokenizer):
         7: (b'{"text": 3}', "its text is no text but a int"),
         8: (b'{"input_ids": [1, "2"]}', "its input_ids are no list of whole numbers"),
         9: (rb'{"text": "\ud800"}', "a lone surrogate"),
+        12: (rb'{"text": " \u200b\ufeff\n"}', "its text is empty"),
+        13: (b'{"text": "a", "text_pair": " "}', "its text_pair is empty"),
+        14: (b'{"question": "", "context": "a"}', "its question is empty"),
+        15: (b'{"question": "a", "context": ""}', "its context is empty"),
+        16: (b'{"input_ids": [1], "attention_mask": [0]}', "its attention_mask is 0 everywhere"),
+        17: (b'{"input_ids": [[1], [2]], "attention_mask": [[1], [0]]}', "its attention_mask is 0"),
     }
     good = {
         1: b'{"text": "Paris"}',
@@ -191,17 +199,80 @@ def test_broken_lines_are_named_and_skipped_on_request(tmp_path, tokenizer):
     }
     for number, (line, message) in broken.items():
         every = good | {number: line}
-        source.write_bytes(b"\n".join(every.get(i, good[1]) for i in range(1, 12)) + b"\n")
+        source.write_bytes(b"\n".join(every.get(i, good[1]) for i in range(1, 18)) + b"\n")
         with pytest.raises(ValueError, match=rf"in.jsonl:{number}: {message}.*skip"):
             list(DocumentFile(source))
     every = good | {number: line for number, (line, _) in broken.items()}
-    source.write_bytes(b"\n".join(every[i] for i in range(1, 12)))
-    with pytest.warns(UserWarning, match=r"7 broken lines of .* were skipped: 2, 3, 5, 6"):
+    source.write_bytes(b"\n".join(every[i] for i in range(1, 18)))
+    with pytest.warns(UserWarning, match=r"13 broken lines of .* were skipped: 2, 3, 5, 6"):
         done = predict_file(
             source, target, *make(), tokenizer=tokenizer, broken_lines="skip", **OPTIONS
         )
     assert done == Written(3, 3, tuple(broken))
     assert [line["id"] for line in lines(target)] == [0, 3, 10]
+
+
+@pytest.mark.parametrize("pair", ["", None])
+def test_an_empty_pair_is_none_as_in_training(tmp_path, pair):
+    source = write(tmp_path / "in.jsonl", [{"text": "a", "text_pair": pair}])
+    assert [d.content for d in DocumentFile(source)] == [{"text": "a"}]
+
+
+UNFIT = [
+    ({"input_ids": [2, 99, 3]}, r"in.jsonl:2 has input_ids in 2\.\.99, but vocab_size=23 allows"),
+    ({"input_ids": [2, 5, 3], "attention_mask": [1]}, r"in.jsonl:2 has \[1\] attention_mask"),
+    ({"input_ids": [[2, 3]]}, "in.jsonl:2: input_ids are one list of numbers"),
+    ({"question": "a", "context": "b"}, r"in.jsonl:2: a document has \['context', 'question'\]"),
+    ({"text": "town " * 99}, r"in.jsonl:2: the text 'town .* has 101 tokens, more than 64"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), UNFIT)
+def test_a_row_that_the_model_cannot_take_is_a_broken_line(
+    row, message, tmp_path, tokenizer, monkeypatch
+):
+    """Also behind documents that a run has finished before."""
+    texts = "input_ids" not in row
+    good = (
+        {"text": "Paris"}
+        if texts
+        else {"input_ids": [2, 5, 3]} | {key: [1, 1, 1] for key in row.keys() - {"input_ids"}}
+    )
+    source, target = write(tmp_path / "in.jsonl", [good, row, good]), tmp_path / "out.jsonl"
+    options = OPTIONS | {"tokenizer": tokenizer, "answers": TextClassification()}
+    run = functools.partial(predict_file, source, target, *make(), **options)
+    with pytest.raises(ValueError, match=message + '.*Mend it, or pass broken_lines="skip"'):
+        run()
+    with pytest.warns(UserWarning, match=r"1 broken lines of .*in.jsonl were skipped: 2\."):
+        assert run(broken_lines="skip") == Written(2, 2, (2,))
+    whole = target.read_bytes()
+    assert [line["id"] for line in lines(target)] == [0, 2]
+    with monkeypatch.context() as patch:  # the run dies behind its first window
+        patch.setattr(ResumableLines, "write", dies_behind(1))
+        with pytest.raises(KeyboardInterrupt):
+            run(broken_lines="skip", window=1)
+    with pytest.warns(UserWarning, match="were skipped: 2"):
+        assert run(broken_lines="skip", window=1) == Written(2, 1, (2,))
+    assert [line["id"] for line in lines(target)] == [0, 2] and len(whole) == target.stat().st_size
+
+
+def dies_behind(windows: int):
+    """`ResumableLines.write` that is interrupted after so many windows."""
+    write, written = ResumableLines.write, []
+
+    def dying(self, *given):
+        if len(written) == windows:
+            raise KeyboardInterrupt
+        written.append(given)
+        write(self, *given)
+
+    return dying
+
+
+def test_what_is_wrong_for_every_row_is_not_skipped(tmp_path):
+    source = write(tmp_path / "in.jsonl", [{"text": "Paris"}])
+    with pytest.raises(ValueError, match=r"in.jsonl:1: a text needs tokenizer="):
+        predict_file(source, tmp_path / "out", *make(), broken_lines="skip", **OPTIONS)
 
 
 @pytest.mark.parametrize(

@@ -208,3 +208,16 @@ def test_targets_that_cannot_be_written(tmp_path):
     with files_of_at_most(0), pytest.raises(OSError, match="nothing is written"):
         run(tmp_path / "out.jsonl", documents())
     assert run(tmp_path / "out.jsonl", documents()) == 10
+
+
+def test_a_run_that_has_finished_nothing_holds_nobody_to_its_settings(tmp_path):
+    """As a kill in the first window leaves it."""
+    path = tmp_path / "out.jsonl"
+    journal = tmp_path / "out.jsonl.partial.journal"
+    journal.write_text(json.dumps({"max_length": 8}) + "\n" + '{"documents": 3, "byt')
+    (tmp_path / "out.jsonl.partial").write_text('{"id": 0, "is": "TE')
+    with ResumableLines(path, SETTINGS) as file:
+        assert file.finished == 0 and json.loads(journal.read_text()) == SETTINGS
+        file.write(documents(1), ['{"id": 0}'])
+    assert path.read_text() == '{"id": 0}\n'
+    assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]

@@ -21,6 +21,7 @@ from lsg_flax.convert_from_torch import params_from_torch, params_to_torch
 from lsg_flax.hub.to_lsg import LSGOptions, to_lsg
 from lsg_flax.models import FAMILIES, read_config, sinusoids
 from lsg_flax.training import loss_fn, make_optimizer, train_flops
+from lsg_flax.training.source import open_source
 
 SEQ2SEQ = [family for family in FAMILIES if has_two_stacks(family)]
 SIZES = {
@@ -183,6 +184,12 @@ def test_the_loss_is_that_of_shifted_labels():
         loss_fn(model, params, batch | {"decoder_input_ids": TARGETS})
     trained = jax.jit(loss_fn, static_argnums=0)(model, params, batch, jax.random.key(0))[0]
     assert trained != loss  # dropout
+
+
+def test_a_decoder_alone_is_not_trained_on_its_own_inputs():
+    """As PyTorch's its loss takes labels that are shifted already, and rows of text have none."""
+    with pytest.raises(ValueError, match="no rows of data are made for causal_lm of bart, whose"):
+        open_source(str(GOLDEN / "bart_causal_lm"), "causal_lm", None, convert=False)
 
 
 @pytest.mark.slow

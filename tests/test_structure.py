@@ -26,7 +26,7 @@ TREES = pathlib.Path(__file__).parent / "golden" / "parameter_trees.json"
 # What each file or folder may import of lsg_flax, lowest first: a part imports only those above its
 # own line, so there is no cycle. (docs/design.md: import direction)
 MAY_IMPORT = {
-    **dict.fromkeys(("buckets", "chips", "kernels", "locks", "sharding"), ""),
+    **dict.fromkeys(("buckets", "chips", "kernels", "locks", "progress", "sharding"), ""),
     "files": "locks",
     "patterns": "kernels",
     "attention": "kernels patterns sharding",
@@ -34,16 +34,16 @@ MAY_IMPORT = {
     "models": "kernels patterns sharding",
     "tensor_names": "models",
     "convert_from_torch": "models tensor_names",
-    "hub": "convert_from_torch files locks models patterns sharding",
-    "generation": "",
-    "data": "buckets files models",
-    "inference": "buckets files locks models sharding",
-    "training": "buckets chips data files hub locks models patterns sharding",
-    "pipelines": "buckets files hub inference locks models",
+    "hub": "convert_from_torch files locks models patterns progress sharding",
+    "generation": "sharding",
+    "data": "buckets files models progress",
+    "inference": "buckets files locks models progress sharding",
+    "training": "buckets chips data files hub locks models patterns progress sharding",
+    "pipelines": "buckets files hub inference locks models progress",
     "planning": "chips hub inference models patterns sharding training",
     "__init__": "attention generation hub models patterns pipelines",
-    "cli": "__init__ chips files generation hub locks models patterns pipelines planning sharding "
-    "training",
+    "cli": "__init__ chips files generation hub locks models patterns pipelines planning progress "
+    "sharding training",
 }
 PARTS = list(MAY_IMPORT)
 MODULES = sorted(str(p.relative_to(PACKAGE).with_suffix("")) for p in PACKAGE.rglob("*.py"))

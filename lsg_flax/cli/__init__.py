@@ -12,6 +12,7 @@ import lsg_flax
 from lsg_flax.cli import convert, embed, generate, inspect, plan, predict, train
 from lsg_flax.cli.flags import in_flags
 from lsg_flax.cli.shared import plain_warnings, say
+from lsg_flax.progress import told
 from lsg_flax.training import SaveError
 
 ERROR, INTERRUPTED = 2, 130
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # transformers, asked for a tokenizer, would advise to install PyTorch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
-        with plain_warnings(arguments):
+        with plain_warnings(arguments), told(arguments.command.prog.split()[-1]):
             arguments.run(arguments)
     except KeyboardInterrupt:
         say("interrupted")

@@ -2,7 +2,6 @@
 
 import argparse
 import pathlib
-import sys
 from typing import get_args
 
 from lsg_flax.cli import shared
@@ -63,9 +62,7 @@ def _embed(lines: TextLines, arguments: argparse.Namespace) -> None:
         normalize=arguments.normalize,
         max_length=arguments.max_length,
     )
-    vectors = embedder.embed(
-        lines.texts, batch_size=arguments.batch_size, progress=sys.stderr.isatty()
-    )
+    vectors = embedder.embed(lines.texts, batch_size=arguments.batch_size)
     write_vectors(arguments.output, lines.names, vectors)
     shared.console().print(
         f"wrote {arguments.output}: {vectors.shape[0]:,} vectors of {vectors.shape[1]}, texts cut "

@@ -14,7 +14,6 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 import lsg_flax
 from lsg_flax import hub
@@ -23,7 +22,16 @@ from lsg_flax.files import check_output, valid_text, write_aside
 from lsg_flax.generation import Sample
 from lsg_flax.locks import locked_file
 from lsg_flax.models import TASKS, Model, Params
-from lsg_flax.pipelines import TEXTS, BrokenLines, TextLines, read_texts
+from lsg_flax.pipelines import (
+    TEXTS,
+    BrokenLines,
+    TextLines,
+    line_number,
+    read_texts,
+    unskipped,
+    warn_of_skipped,
+)
+from lsg_flax.progress import Bar
 from lsg_flax.training import LARGEST_SEED, Precision
 
 _DESCRIPTION = """Continue texts with a decoder.
@@ -79,11 +87,11 @@ def run(arguments: argparse.Namespace) -> None:
     _check_numbers(arguments)
     lines = _read(arguments)
     if arguments.output is None:
-        print("\n".join(_continued(lines, arguments)))  # as it is: a console breaks long lines
+        print("\n".join(_continued(lines, arguments)[1]))  # as it is: a console breaks long lines
         return
     target = pathlib.Path(arguments.output)
     with locked_file(target):
-        written = zip(lines.names, _continued(lines, arguments), strict=True)
+        written = zip(*_continued(lines, arguments), strict=True)
         rows = [json.dumps({"id": name, "text": text}) for name, text in written]
         write_aside(target, "".join(f"{row}\n" for row in rows).encode())
     console().print(f"wrote {target}: {len(rows):,} continuations")
@@ -104,8 +112,8 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
         )
 
 
-def _continued(lines: TextLines, arguments: argparse.Namespace) -> list[str]:
-    """The text behind each prompt."""
+def _continued(lines: TextLines, arguments: argparse.Namespace) -> tuple[list[Any], list[str]]:
+    """The names of the prompts that are continued, and the text behind each."""
     checkpoint = hub.open_checkpoint(arguments.model)
     tokenizer, task = checkpoint.tokenizer, checkpoint.task
     if tokenizer is None:
@@ -118,12 +126,10 @@ def _continued(lines: TextLines, arguments: argparse.Namespace) -> list[str]:
     model, params = checkpoint.load(dtype=jnp.dtype(arguments.dtype).type)
     ends = _ends(model, tokenizer)
     prompts = _encode(tokenizer, lines.texts, ends)
-    for place, ids in zip(lines.places, prompts, strict=True):
-        _check_length(place, len(ids), arguments.max_new_tokens, model.max_length)
-    return [
-        tokenizer.decode(ids, skip_special_tokens=True)
-        for ids in _continue(model, params, prompts, ends, arguments)
-    ]
+    fitting = _fitting(lines.places, prompts, model.max_length, arguments)
+    written = _continue(model, params, [prompts[i] for i in fitting], ends, arguments)
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
+    return [lines.names[i] for i in fitting], texts
 
 
 def _read(arguments: argparse.Namespace) -> TextLines:
@@ -166,6 +172,30 @@ def _encode(tokenizer: Any, texts: Sequence[str], ends: list[int]) -> list[list[
     return [ids[:-1] if ids and ids[-1] in closing else ids for ids in encoded]
 
 
+def _fitting(
+    places: Sequence[str],
+    prompts: Sequence[Sequence[int]],
+    limit: int,
+    arguments: argparse.Namespace,
+) -> list[int]:
+    """Which prompts fit; raises ValueError for one that does not, unless it is a line to skip."""
+    fitting, skipped = [], []
+    for number, (place, ids) in enumerate(zip(places, prompts, strict=True)):
+        try:
+            _check_length(place, len(ids), arguments.max_new_tokens, limit)
+        except ValueError as error:
+            if arguments.input is None or arguments.max_new_tokens > limit:  # no prompt's fault
+                raise
+            if arguments.broken_lines == "raise":
+                raise unskipped(place, error) from error
+            skipped.append(line_number(place))
+        else:
+            fitting.append(number)
+    if skipped:
+        warn_of_skipped(skipped, arguments.input)
+    return fitting
+
+
 def _check_length(place: str, length: int, new: int, limit: int) -> None:
     fits = limit - new + 1  # the last token is not read again
     if not 1 <= length <= fits:
@@ -191,19 +221,21 @@ def _continue(
     options |= {"eos_token_id": ends or None, "pad_token_id": pad}
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     found: list[list[int]] = [[] for _ in prompts]
-    for start in tqdm(range(0, len(order), size), unit="batch", disable=None):
-        places = order[start : start + size]
-        width = len(prompts[places[0]])
-        ids = np.full((len(places), width), pad)
-        mask = np.zeros(ids.shape, bool)
-        for row, place in enumerate(places):
-            ids[row, width - len(prompts[place]) :] = prompts[place]
-            mask[row, width - len(prompts[place]) :] = True
-        key = jax.random.key(arguments.seed + start // size)
-        inputs = {"attention_mask": mask, "position_ids": _positions(model, mask), "key": key}
-        tokens = lsg_flax.generate(model, params, ids, **inputs, **options)[:, width:]
-        for place, row in zip(places, tokens.tolist(), strict=True):
-            found[place] = list(itertools.takewhile(lambda token: token not in ends, row))
+    with Bar("texts", total=len(order), shown=True) as bar:
+        for start in range(0, len(order), size):
+            places = order[start : start + size]
+            width = len(prompts[places[0]])
+            ids = np.full((len(places), width), pad)
+            mask = np.zeros(ids.shape, bool)
+            for row, place in enumerate(places):
+                ids[row, width - len(prompts[place]) :] = prompts[place]
+                mask[row, width - len(prompts[place]) :] = True
+            key = jax.random.key(arguments.seed + start // size)
+            inputs = {"attention_mask": mask, "position_ids": _positions(model, mask), "key": key}
+            tokens = lsg_flax.generate(model, params, ids, **inputs, **options)[:, width:]
+            for place, row in zip(places, tokens.tolist(), strict=True):
+                found[place] = list(itertools.takewhile(lambda token: token not in ends, row))
+            bar.update(len(places))
     return found
 
 

@@ -23,6 +23,7 @@ from lsg_flax.planning import (
     nearest_that_fits,
     plan,
 )
+from lsg_flax.progress import doing
 from lsg_flax.sharding import AXES
 from lsg_flax.training import Precision
 
@@ -153,7 +154,8 @@ def run(arguments: argparse.Namespace) -> None:
 
         def planner(settings: PlanSettings) -> Plan:
             status.update(f"compiling {_in_words(settings)}")
-            tried.append(plan(settings))
+            with doing(f"compiling {_in_words(settings)}"):
+                tried.append(plan(settings))
             say(f"{_in_words(tried[-1].settings)}: {_verdict(tried[-1])}")
             return tried[-1]
 

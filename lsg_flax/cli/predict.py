@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import sys
 from typing import get_args
 
 import jax.numpy as jnp
@@ -114,7 +113,6 @@ def run(arguments: argparse.Namespace) -> None:
         mesh=mesh,
         **{name: getattr(arguments, name) for name in _PASSED_ON},
         unfinished="replace" if arguments.restart else "continue",
-        progress=sys.stderr.isatty(),
     )
     before = written.documents - written.computed
     known = f", {before:,} of them before" if before else ""

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import sys
 import types
 import typing
 from typing import Any, Literal, get_args
@@ -109,7 +108,7 @@ def run(arguments: argparse.Namespace) -> None:
         if first:
             say(f"metrics go to {settings.output}/log/metrics.jsonl")
 
-    result = finetune(settings, progress=sys.stderr.isatty(), begins=begins)
+    result = finetune(settings, begins=begins)
     if first:
         _show(result)
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import filelock
-from tqdm import tqdm
 
 from lsg_flax.data.cache import ArrayFiles, DamagedCacheError, RowWriter, TokenizedDataset
 from lsg_flax.data.files import DataSource, Paths, Problems, open_source
@@ -20,6 +19,7 @@ from lsg_flax.data.options import DataOptions
 from lsg_flax.data.tasks import ExampleEncoder, make_encoder
 from lsg_flax.data.values import label_number, labels_in, names_of_labels
 from lsg_flax.files import check_folder, written_aside
+from lsg_flax.progress import Bar
 
 _FORMAT = 2  # of the files in the cache; a higher number makes older ones unknown
 _CHUNK = 256  # examples that are tokenised together and held in memory
@@ -149,7 +149,7 @@ def _tokenize(
     encoder = make_encoder(options, tokenizer, _labels(source, options), problems)
     with written_aside(folder) as aside, ArrayFiles(aside) as files:
         writer = RowWriter(files)
-        with tqdm(unit="example", disable=not progress) as bar:
+        with Bar("examples", about="tokenising", shown=progress) as bar:
             for groups in _encoded(encoder, source, problems, bar):
                 writer.add(groups)
         source.check_unchanged()
@@ -174,7 +174,7 @@ def _tokenize(
 
 
 def _encoded(
-    encoder: ExampleEncoder, source: DataSource, problems: Problems, bar: tqdm
+    encoder: ExampleEncoder, source: DataSource, problems: Problems, bar: Bar
 ) -> Iterator[list]:
     """Chunks of records with their rows."""
     examples = encoder.examples(source.rows(problems))

@@ -51,6 +51,8 @@ class DataOptions:
         labels: names of the labels in the order of their numbers; by default the names found in
             the data, sorted, or the numbers 0 to the largest. For evaluation data give those of
             the training data.
+        width: regression: how many numbers a row has, by default as many as the first one. For
+            evaluation data give that of the training data.
         with_labels: False reads data without labels, to predict them.
         pack: language models: join the texts and cut them into pieces of `max_length`. False
             makes a row of each text.
@@ -68,6 +70,7 @@ class DataOptions:
     max_length: int
     problem_type: ProblemType = DEFAULT_PROBLEM
     labels: tuple[str, ...] | None = None
+    width: int | None = None
     with_labels: bool = True
     pack: bool = True
     stride: int = 128
@@ -93,6 +96,8 @@ class DataOptions:
                 f"max_length={self.max_length} must be at least 1 and stride={self.stride} at "
                 "least 0."
             )
+        if self.width is not None and (self.problem_type != "regression" or self.width < 1):
+            raise ValueError(f"width={self.width} must be at least 1, and is for regression.")
         named = [name for name, task in TASKS.items() if task.named_labels and task.examples]
         regression = self.problem_type == "regression"
         if self.labels is not None and (self.task not in named or regression):

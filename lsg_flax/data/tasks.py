@@ -129,7 +129,9 @@ class ExampleEncoder:
 class TextExampleEncoder(ExampleEncoder):
     """A text or a pair of them, with one label, several, or numbers; or none."""
 
-    width: int | None = None  # how many numbers
+    def __init__(self, options, tokenizer, labels, problems):
+        super().__init__(options, tokenizer, labels, problems)
+        self.width: int | None = options.width  # how many numbers
 
     def example(self, row):
         names = self.options.columns
@@ -150,7 +152,8 @@ class TextExampleEncoder(ExampleEncoder):
             numbers = numbers_in(value)
             self.width = self.width or len(numbers)
             if len(numbers) != self.width:
-                raise ValueError(f"{len(numbers)} numbers, but {self.width} in the rows before")
+                before = "the training data" if self.options.width else "the rows before"
+                raise ValueError(f"{len(numbers)} numbers, but {self.width} in {before}")
             return numbers
         if problem == DEFAULT_PROBLEM:
             if isinstance(value, list):

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from lsg_flax.data.files import DataRow
-from lsg_flax.files import valid_text
+from lsg_flax.files import is_blank, valid_text
 
 _QUANTITY = r"[+-]?(\d+\.?\d*|\.\d+)"
 _LARGEST_FLOAT = float(np.finfo(np.float32).max)
@@ -35,7 +35,7 @@ def text_in(row: DataRow, column: str) -> str:
     value = value_in(row, column)
     if not isinstance(value, str):
         raise ValueError(f"{column!r} must be a text, got {value!r:.60}")
-    if not value.strip():
+    if is_blank(value):
         raise ValueError(f"{column!r} is empty")
     return valid_text(value)
 
@@ -47,7 +47,7 @@ def texts_in(row: DataRow, column: str, what: str) -> list[str]:
         raise ValueError(f"{column!r} must be a list of {what}s, got {value!r:.60}")
     if not value:
         raise ValueError(f"{column!r} is empty")
-    blank = [place for place, text in enumerate(value) if not text.strip()]
+    blank = [place for place, text in enumerate(value) if is_blank(text)]
     if blank:
         raise ValueError(f"{column!r} has an empty {what} at {blank[0]} (from 0)")
     return [valid_text(text) for text in value]
@@ -72,7 +72,7 @@ def label_value(value: object) -> str | int:
     """
     value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, str):
-        if not value.strip():
+        if is_blank(value):
             raise ValueError(f"the label {value!r} is empty")
         if value != value.strip():
             raise ValueError(

@@ -3,6 +3,7 @@
 Axes: B batch, T tokens of the prompt.
 """
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any, Literal, Unpack, overload
 
@@ -20,8 +21,10 @@ from lsg_flax.generation.prompt import (
     check_ends,
     check_ids,
     check_mask,
+    check_mesh,
     decoder_prompt,
     fill_for_encoder,
+    placed,
     space_for,
 )
 from lsg_flax.generation.rules import Text, require
@@ -94,6 +97,8 @@ def generate(
     require(searches or not return_scores, "return_scores=True needs num_beams > 1.")
     ids = check_ids("input_ids", input_ids, model.config.vocab_size)
     mask = check_mask(ids, attention_mask)
+    if (mesh := call.get("mesh")) is not None:
+        check_mesh(mesh, params, len(ids))
     if two_stacks(model):
         if attention_mask is None and how.pad not in how.rules.eos_token_id:
             mask = ids != chosen.get("pad_token_id", -1)
@@ -101,21 +106,30 @@ def generate(
     else:
         prompt, written, space = _continued(model, ids, mask, chosen, call)
     text = _text_of(written, space, how, chosen, prompt, ids.shape[1])
-    key = call.get("key")
-    key = jax.random.key(0) if key is None else key  # not used without sampling
-    show = call.get("stream")
-    if show is None:
-        found = decode(ModelDecoder(params, model), prompt, text, key, how=how)
-    else:
-        require(
-            not searches and text.tokens.shape[:2] == (1, 1),
-            f"stream shows the tokens of one text as they come, not of {len(ids)} rows with "
-            f"num_beams={chosen['num_beams']}, num_return_sequences={how.returned}: give one row, "
-            "and num_beams=1, num_return_sequences=1.",
-        )
-        found = decode_shown(ModelDecoder(params, model), prompt, text, key, how=how, show=show)
+    require(
+        call.get("stream") is None or (not searches and text.tokens.shape[:2] == (1, 1)),
+        f"stream shows the tokens of one text as they come, not of {len(ids)} rows with num_beams="
+        f"{chosen['num_beams']}, num_return_sequences={how.returned}: give one row, and "
+        "num_beams=1, num_return_sequences=1.",
+    )
+    found = _written(ModelDecoder(params, model), prompt, text, how, call)
     tokens = _laid_out(found, space.limit, how).astype(ids.dtype)
     return (tokens, np.asarray(found.scores).ravel()) if return_scores else tokens
+
+
+def _written(
+    decoder: ModelDecoder, prompt: Prompt, text: Text, how: Decoding, call: GenerateCall
+) -> Texts:
+    """The texts, written on the mesh if there is one."""
+    key, show, mesh = call.get("key"), call.get("stream"), call.get("mesh")
+    key = jax.random.key(0) if key is None else key  # not used without sampling
+    with contextlib.ExitStack() as around:
+        if mesh is not None:
+            prompt, text = placed(mesh, prompt, text)
+            around.enter_context(jax.set_mesh(mesh))
+        if show is None:
+            return decode(decoder, prompt, text, key, how=how)
+        return decode_shown(decoder, prompt, text, key, how=how, show=show)
 
 
 def _continued(
@@ -136,7 +150,8 @@ def _continued(
     rows = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     prompt = {name: _filled(x, space.fill) for name, x in rows.items() if x is not None}
     memory = ("encoder_hidden_states", "encoder_attention_mask")
-    return prompt | {name: call.get(name) for name in memory}, ids, space
+    given = {name: call.get(name) for name in memory}
+    return prompt | {name: x for name, x in given.items() if x is not None}, ids, space
 
 
 def _answered(

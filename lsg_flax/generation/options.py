@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any, Literal, TypedDict
 
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 from numpy.typing import ArrayLike
 
@@ -69,6 +70,8 @@ class GenerateCall(GenerateOptions, total=False):
         key: what sampling draws with.
         stream: is called with each new token of a single row as soon as it is there.
         bucket: prompts are filled up to a multiple of so many tokens.
+        mesh: of `sharding.make_mesh`: rows lie over its axes data and fsdp, an encoder's tokens
+            over sequence. `params` must lie on it, as `from_pretrained(mesh=mesh)` loads them.
     """
 
     decoder_input_ids: ArrayLike | None
@@ -78,6 +81,7 @@ class GenerateCall(GenerateOptions, total=False):
     key: PRNGKeyArray | None
     stream: Callable[[int], object] | None
     bucket: int
+    mesh: Mesh | None
 
 
 NAMES = tuple(GenerateOptions.__annotations__)

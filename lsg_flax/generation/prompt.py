@@ -7,12 +7,15 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Bool, Integer
 from numpy.typing import ArrayLike
 
-from lsg_flax.generation.rules import check_whole, require
-from lsg_flax.generation.steps import CausalModel, two_stacks
+from lsg_flax.generation.rules import Text, check_whole, require
+from lsg_flax.generation.steps import CausalModel, Prompt, two_stacks
+from lsg_flax.sharding import batch_shardings, check_devices
 
 
 def check_ids(name: str, given: ArrayLike, vocabulary: int) -> Integer[np.ndarray, "B T"]:
@@ -140,3 +143,27 @@ def fill_for_encoder(model: CausalModel, length: int, bucket: int) -> int:
         limit = min(limit, 2 * pattern.block_size) if short else limit
         bucket = bucket if short else math.lcm(bucket, pattern.block_size)
     return max(min(-length % bucket, limit - length), 0)
+
+
+def check_mesh(mesh: Mesh, params: Mapping[str, Any], batch: int) -> None:
+    """Raises ValueError for a mesh that the parameters do not lie on, or that the rows do not
+    divide over."""
+    check_devices(mesh)
+    batch_shardings({"input_ids": jax.ShapeDtypeStruct((batch,), np.int32)}, mesh)
+    devices = set(mesh.devices.flat)
+    for leaf in jax.tree.leaves(params):
+        found = leaf.devices() if isinstance(leaf, jax.Array) else set()
+        require(
+            found == devices,
+            f"params lie on {len(found)} devices, but mesh has {len(devices)}: load them with "
+            "from_pretrained(..., mesh=mesh), or place them with sharding.shard(params, mesh).",
+        )
+
+
+def placed(mesh: Mesh, prompt: Prompt, text: Text) -> tuple[Prompt, Text]:
+    """Both on the mesh: rows over its axes for batches, an encoder's tokens over sequence."""
+    rows = {name: x for name in ("tokens", "first") if (x := getattr(text, name)) is not None}
+    prompt = jax.device_put(prompt, batch_shardings(prompt, mesh))
+    source = None if text.source is None else prompt["input_ids"]
+    rows = jax.device_put(rows, batch_shardings(rows, mesh))
+    return prompt, text._replace(**rows, source=source)

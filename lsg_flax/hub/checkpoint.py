@@ -29,6 +29,7 @@ from lsg_flax.models import (
     model_type_of,
     read_config,
 )
+from lsg_flax.progress import doing
 from lsg_flax.sharding import shardings_for
 
 
@@ -112,9 +113,10 @@ class Checkpoint:
         config = self.config_for(task, **config_overrides)
         model = Model(config, task, dtype=dtype, param_dtype=param_dtype)
         place = None if mesh is None else functools.partial(_place, mesh)
-        params = params_from_torch(self.tensors, model, place)
-        if check:
-            _check_finite(params)
+        with doing("reading the weights"):
+            params = params_from_torch(self.tensors, model, place)
+            if check:
+                _check_finite(params)
         return model, params
 
 

@@ -30,6 +30,7 @@ class Document(NamedTuple):
     raw: bytes  # all that it says
     place: str  # where it stands, for messages
     content: Any
+    rows: Any = None  # what the model reads of it, where that was found out before
 
 
 class ResumableLines:
@@ -156,7 +157,7 @@ class ResumableLines:
 
     def _find(self) -> dict[str, Any]:
         """The journal's last entry, with the partial file it speaks of; a new journal if there is
-        none."""
+        none, or none of its documents is finished."""
         start = {"documents": 0, "bytes": 0, "digest": self._digest.hexdigest()}
         if not self.journal.exists():
             if self.partial.exists():
@@ -168,6 +169,10 @@ class ResumableLines:
             return start
         settings, *entries = self._read_journal()
         last = {**start, **(entries[-1] if entries else {})}
+        if not last["documents"]:  # nothing to lose, so nothing holds a run to its first settings
+            self._remove()
+            self._begin()
+            return start
         changes = [
             f"{path}: it was {before!r} and is {now!r}"
             for path, before, now in differences(settings, self._settings)

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from lsg_flax.buckets import default_buckets
 from lsg_flax.inference.encodings import Encoding, batches_of, check_encoding, padded
 from lsg_flax.inference.program import Select, program_of
 from lsg_flax.models import Model, Params
-from lsg_flax.sharding import check_batches, shard
+from lsg_flax.progress import Bar
+from lsg_flax.sharding import check_batches, check_devices, shard
 
 IN_FLIGHT = 2  # batches that the device has been given while one before them is fetched
 
@@ -111,7 +111,7 @@ class Predictor:
             self.check(f"document {place}", encoding, like=encodings[0])
         size = window or max(len(encodings), 1)
         windows = (encodings[start : start + size] for start in range(0, len(encodings), size))
-        with tqdm(total=len(encodings), unit="document", disable=not progress) as bar:
+        with Bar("documents", total=len(encodings), shown=progress) as bar:
             for results in self._stream(windows, bar):
                 yield from results
 
@@ -125,7 +125,7 @@ class Predictor:
         Raises:
             ValueError: as the call; places are counted over all windows.
         """
-        yield from self._stream(self._checked(windows), tqdm(disable=True))
+        yield from self._stream(self._checked(windows), Bar("documents", shown=False))
 
     def _checked(self, windows: Iterable[Sequence[Encoding]]) -> Iterator[Sequence[Encoding]]:
         count = 0
@@ -153,7 +153,7 @@ class Predictor:
             "buckets": list(self.buckets),
         }
 
-    def _stream(self, windows: Iterable[Sequence[Encoding]], bar: tqdm) -> Iterator[list[Result]]:
+    def _stream(self, windows: Iterable[Sequence[Encoding]], bar: Bar) -> Iterator[list[Result]]:
         flying: collections.deque[_InFlight] = collections.deque()
         for batch in self._start(windows):
             flying.append(batch)
@@ -172,7 +172,7 @@ class Predictor:
                 outputs = self._program.start(self.params, arrays)
                 yield _InFlight(encodings, results, places, outputs, number == len(batches))
 
-    def _finish(self, batch: _InFlight, bar: tqdm) -> Iterator[list[Result]]:
+    def _finish(self, batch: _InFlight, bar: Bar) -> Iterator[list[Result]]:
         """Fetches a batch; yields the results of its window if it was the last one."""
         outputs, per_token = jax.device_get(batch.outputs), self.model.task_record.per_token
         for row, place in enumerate(batch.places):
@@ -221,10 +221,6 @@ def _digest(params: Params) -> str:
 
 def _check_mesh(mesh: Mesh, model: Model, batch_size: int, buckets: Sequence[int]) -> None:
     """Raises for what the mesh cannot cut, and for one over several processes."""
-    if {device.process_index for device in mesh.devices.flat} != {jax.process_index()}:
-        raise ValueError(
-            "the mesh has devices of other processes; give each process its own documents and a "
-            "mesh of its own devices: make_mesh(..., devices=jax.local_devices())."
-        )
+    check_devices(mesh)
     lsg = model.config.lsg
     check_batches(mesh, {"batch_size": batch_size}, buckets, lsg and lsg.needs_padding)

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lsg_flax.models import Batch, Model, Params
+from lsg_flax.progress import Compiled
 from lsg_flax.sharding import shard_batch
 
 Outputs = dict[str, jax.Array]
@@ -41,6 +42,7 @@ class Program:
         mesh: Mesh | None,
     ):
         self.compilations, self.mesh = 0, mesh
+        self._compiled = Compiled()
 
         def apply(params: Params, batch: Batch) -> Outputs:
             self.compilations += 1
@@ -51,11 +53,12 @@ class Program:
 
     def start(self, params: Params, batch: dict[str, np.ndarray]) -> Outputs:
         """Gives a batch to the device; the outputs come to the host as soon as they are there."""
-        if self.mesh is None:
-            outputs = self._apply(params, batch)
-        else:
-            with jax.set_mesh(self.mesh):
-                outputs = self._apply(params, shard_batch(batch, self.mesh))
+        with self._compiled.call(batch):
+            if self.mesh is None:
+                outputs = self._apply(params, batch)
+            else:
+                with jax.set_mesh(self.mesh):
+                    outputs = self._apply(params, shard_batch(batch, self.mesh))
         for value in outputs.values():
             value.copy_to_host_async()
         return outputs

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from lsg_flax.inference.encodings import Encoding
 from lsg_flax.inference.lines import Document, ResumableLines, Unfinished, json_line
 from lsg_flax.inference.predictor import Predictor, Result
 from lsg_flax.models import Model, Params
+from lsg_flax.progress import Bar
 
 
 def predict_to_jsonl(
@@ -60,7 +60,7 @@ def predict_to_jsonl(
     )
     with (
         ResumableLines(path, predictor.settings(), unfinished=unfinished) as file,
-        tqdm(total=len(names), initial=file.finished, unit="document", disable=not progress) as bar,
+        Bar("documents", total=len(names), initial=file.finished, shown=progress) as bar,
     ):
         predict_lines(
             file,
@@ -81,7 +81,7 @@ def predict_lines(
     rows_of: Callable[[Document], Sequence[tuple[Encoding, Any]]],
     line_of: Callable[[Document, Any, list[Result]], str],
     window: int,
-    bar: tqdm,
+    bar: Bar,
 ) -> None:
     """Writes the lines of the documents that are not finished, while the device works on what
     follows.

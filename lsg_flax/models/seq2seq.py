@@ -91,7 +91,7 @@ class EncoderDecoder:
             if self.config.lsg and self.config.lsg.mask_first_token:
                 # The reference's encoder does so to its caller's mask, in place, which the decoder
                 # then gets; without a mask its decoder sees the first token.
-                mask = mask.at[:, split].set(0)
+                mask = mask.at[:, split].set(jnp.zeros((), mask.dtype))
         context = self.decoder
         seen = encoder_states(states, mask, context.config, batch, cache=None, dtype=context.dtype)
         assert seen is not None

@@ -21,12 +21,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lsg_flax import hub
 from lsg_flax.buckets import default_buckets
-from lsg_flax.files import file_aside, read_lines, valid_text, written_aside
+from lsg_flax.files import file_aside, is_blank, read_lines, valid_text, written_aside
 from lsg_flax.hub import Pooling, SentenceSettings, Tokenizer, write_sentence_settings
 from lsg_flax.inference import Predictor
 from lsg_flax.locks import holds, locked_file
 from lsg_flax.models import Model, Params
-from lsg_flax.pipelines.files import BrokenLines, warn_of_skipped
+from lsg_flax.pipelines.broken import BrokenLines, unskipped, warn_of_skipped
 from lsg_flax.pipelines.tasks import check_choice
 
 TEXTS, VECTORS = (".txt", ".jsonl"), (".npy", ".jsonl")
@@ -259,7 +259,7 @@ class TextLines(NamedTuple):
 
 def read_texts(file: str | os.PathLike, *, broken_lines: BrokenLines = "raise") -> TextLines:
     """Names and texts: of .txt each line, empty ones too; of .jsonl each object's "id" (else the
-    line's place from 0) and "text", blank lines passed over.
+    line's place from 0) and "text", which is not empty, blank lines passed over.
 
     Args:
         broken_lines: raise for a line that is none of this, or skip it, with a warning.
@@ -275,10 +275,11 @@ def read_texts(file: str | os.PathLike, *, broken_lines: BrokenLines = "raise") 
             if not isinstance(content.get("text"), str):
                 raise ValueError(f'it has {sorted(content)} and must have a "text" that is a text')
             text = valid_text(content["text"])
+            if file.suffix != ".txt" and is_blank(text):
+                raise ValueError("its text is empty")
         except ValueError as error:
             if broken_lines == "raise":
-                advice = 'Mend it, or pass broken_lines="skip".'
-                raise ValueError(f"{line.place}: {error}. {advice}") from error
+                raise unskipped(line.place, error) from error
             skipped.append(line.number)
             continue
         found.names.append(content.get("id", line.number - 1))

@@ -7,16 +7,14 @@ import functools
 import hashlib
 import os
 import pathlib
-import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
-from lsg_flax.files import Line, check_output, read_lines, valid_text
+from lsg_flax.files import Line, check_output, is_blank, read_lines, valid_text
 from lsg_flax.hub import Tokenizer
 from lsg_flax.inference import (
     Document,
@@ -31,18 +29,20 @@ from lsg_flax.inference import (
     predict_lines,
 )
 from lsg_flax.models import Model, Params
+from lsg_flax.pipelines.broken import BrokenLines, line_number, unskipped, warn_of_skipped
 from lsg_flax.pipelines.spans import QuestionAnswering, TokenClassification
 from lsg_flax.pipelines.tasks import (
     FillMask,
     ModelRow,
+    PipelineError,
     PipelineTask,
     Reader,
     TextClassification,
     check_choice,
 )
+from lsg_flax.progress import Bar
 
 SOURCES = (".jsonl", ".txt")
-BrokenLines = Literal["raise", "skip"]
 # A model's task -> what its answers are without further options.
 ANSWERS: dict[str, PipelineTask] = {
     "sequence_classification": TextClassification(top_k=None),
@@ -65,6 +65,7 @@ class DocumentFile:
     """The documents of a .jsonl or .txt, read lazily.
 
     Attributes:
+        broken_lines: what is done with them.
         skipped: numbers of the broken lines that were passed over so far.
     """
 
@@ -75,7 +76,8 @@ class DocumentFile:
             source: .txt with one text per line, empty ones too, or .jsonl of objects with "text"
                 (and maybe "text_pair"), "question" and "context", or "input_ids" (and maybe
                 "attention_mask" and "token_type_ids"), and maybe "id", else the line's place from
-                0. Other entries, and blank lines of a .jsonl, are ignored.
+                0. Texts in it are not empty. Other entries, and blank lines of a .jsonl, are
+                ignored.
             broken_lines: raise for a line that is none of this, or skip it.
 
         Raises:
@@ -87,7 +89,7 @@ class DocumentFile:
             raise ValueError(f"{source} must end in {' or '.join(SOURCES)}.")
         if not self.source.is_file():
             raise FileNotFoundError(f"{source} is no file.")
-        self._broken_lines, self._of_texts = broken_lines, self.source.suffix == ".txt"
+        self.broken_lines, self._of_texts = broken_lines, self.source.suffix == ".txt"
 
     def __iter__(self) -> Iterator[Document]:
         """Raises ValueError for a broken line, by its place."""
@@ -95,14 +97,16 @@ class DocumentFile:
             try:
                 content = {"text": line.text()} if self._of_texts else _content(line.json_object())
             except ValueError as error:
-                if self._broken_lines == "raise":
-                    raise ValueError(
-                        f'{line.place}: {error}. Mend it, or pass broken_lines="skip".'
-                    ) from error
-                self.skipped.append(line.number)
+                self.leave_out(line.place, error)
             else:
                 name = content.get("id", line.number - 1)
                 yield Document(name, line.raw, line.place, content)
+
+    def leave_out(self, place: str, error: ValueError) -> None:
+        """Raises, unless broken lines are skipped, for the line at FILE:NUMBER."""
+        if self.broken_lines == "raise":
+            raise unskipped(place, error) from error
+        self.skipped.append(line_number(place))
 
     def count_lines(self) -> int:
         """Those with documents, broken ones too."""
@@ -150,7 +154,8 @@ def predict_file(
         truncation: cut longer texts; without it they raise.
         batch_size, buckets, mesh: of `Predictor`.
         window: documents sorted, held in memory and written together: what a kill may cost.
-        broken_lines: raise for a line that is no document, or skip it.
+        broken_lines: raise for a line that is no document or that the model cannot read, such as a
+            text that is too long, or skip it.
         unfinished: what to do with a partial file: continue it, or "replace" it.
 
     Returns:
@@ -182,11 +187,11 @@ def predict_file(
     with ResumableLines(target, settings, unfinished=unfinished) as file:
         before = file.finished
         total = documents.count_lines() if progress else None
-        with tqdm(total=total, initial=before, unit="document", disable=not progress) as bar:
+        with Bar("documents", total=total, initial=before, shown=progress) as bar:
             predict_lines(
                 file,
                 predictor,
-                iter(documents),
+                codec.fitting(documents),
                 rows_of=codec.rows,
                 line_of=codec.line,
                 window=window,
@@ -194,15 +199,6 @@ def predict_file(
             )
     warn_of_skipped(documents.skipped, source)
     return Written(file.finished, file.finished - before, tuple(documents.skipped))
-
-
-def warn_of_skipped(skipped: Sequence[int], source: str | os.PathLike) -> None:
-    """Names the lines, if there are any."""
-    if skipped:
-        numbers = ", ".join(map(str, skipped[:10])) + (", ..." if len(skipped) > 10 else "")
-        warnings.warn(
-            f"{len(skipped)} broken lines of {source} were skipped: {numbers}.", stacklevel=3
-        )
 
 
 class _DocumentCodec:
@@ -214,14 +210,34 @@ class _DocumentCodec:
 
     def rows(self, document: Document) -> list[ModelRow]:
         """Raises ValueError, with the document's place, for one that does not fit."""
+        if document.rows is not None:
+            return document.rows
         try:
             rows = self._rows(document.content)
+            like = self._first or rows[0].inputs
+            for row in rows:
+                self.predictor.check(document.place, row.inputs, like=like)
+        except PipelineError as error:
+            raise PipelineError(f"{document.place}: {error}") from error
         except ValueError as error:
-            raise ValueError(f"{document.place}: {error}") from error
-        self._first = self._first or rows[0].inputs
-        for row in rows:
-            self.predictor.check(document.place, row.inputs, like=self._first)
+            raise unskipped(document.place, error) from error
+        self._first = like
         return rows
+
+    def fitting(self, documents: DocumentFile) -> Iterator[Document]:
+        """Those that fit, with their rows, where others are skipped; else all of them."""
+        if documents.broken_lines == "raise":
+            yield from documents
+            return
+        for document in documents:
+            try:
+                rows = self.rows(document)
+            except PipelineError:
+                raise
+            except ValueError as error:
+                documents.leave_out(document.place, error)
+            else:
+                yield document._replace(rows=rows)
 
     def _rows(self, content: dict[str, Any]) -> list[ModelRow]:
         reader, answers = self.reader, self.answers
@@ -241,7 +257,7 @@ class _DocumentCodec:
                 )
             return [ModelRow({name: content[name] for name in names if name in content}, None)]
         if reader.tokenizer is None:
-            raise ValueError("a text needs tokenizer=; without one documents are input_ids.")
+            raise PipelineError("a text needs tokenizer=; without one documents are input_ids.")
         if choices:
             task = self.predictor.model.task
             raise ValueError(f"{task} reads input_ids, one list for each choice.")
@@ -301,13 +317,19 @@ def _content(content: dict[str, Any]) -> dict[str, Any]:
     if kind is None:
         kinds = "; or ".join(" and ".join(names) for names in _KINDS)
         raise ValueError(f"it has {sorted(content)} and must have {kinds}")
+    if content.get("text_pair", "") in (None, ""):  # no pair, as in training
+        content = {name: value for name, value in content.items() if name != "text_pair"}
     for name in ("text", "text_pair", "question", "context"):
         if not isinstance(content.get(name, ""), str):
             raise ValueError(f"its {name} is no text but a {type(content[name]).__name__}")
-        valid_text(content.get(name, ""))
+        if name in content and is_blank(valid_text(content[name])):
+            raise ValueError(f"its {name} is empty")
     for name in ("input_ids", "attention_mask", "token_type_ids"):
         if not _are_ids(content.get(name, [0])):
             raise ValueError(f"its {name} are no list of whole numbers")
+    masks = content.get("attention_mask", [1])
+    if not all(map(any, masks if isinstance(masks[0], list) else [masks])):
+        raise ValueError("its attention_mask is 0 everywhere, so there is nothing to read")
     return content
 
 

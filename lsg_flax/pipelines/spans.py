@@ -11,7 +11,9 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 import numpy as np
 from jaxtyping import Bool, Float
 
+from lsg_flax.files import is_blank
 from lsg_flax.pipelines.tasks import (
+    PipelineError,
     PipelineTask,
     Reader,
     a_text,
@@ -206,6 +208,8 @@ class QuestionAnswering(PipelineTask):
                 f"a document must be a dict of 'question' and 'context', got {item!r}."
             )
         question, context = (a_text(item[name]) for name in ("question", "context"))
+        if is_blank(question):
+            raise ValueError("the question is empty.")
         window, stride = self._window(reader, question)
         rows = reader.rows(
             question,
@@ -227,8 +231,10 @@ class QuestionAnswering(PipelineTask):
         stride = self.doc_stride
         if stride is None:
             stride = min(window // 2, 128, max(room - 1, 0))
-        if not 1 <= window <= reader.max_length or not 0 <= stride < room:
-            raise ValueError(
+        readable = 1 <= window <= reader.max_length
+        if not readable or not 0 <= stride < room:
+            kind = ValueError if readable else PipelineError
+            raise kind(
                 f"max_seq_len={window} (1..{reader.max_length} here) leaves {room} tokens for the "
                 f"context after a question of {len(tokens)}, and doc_stride={stride} must be less."
             )

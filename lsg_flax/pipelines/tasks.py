@@ -25,6 +25,10 @@ from lsg_flax.models import ModelConfig
 Function = Literal["sigmoid", "softmax", "none"]
 
 
+class PipelineError(ValueError):
+    """What is wrong is wrong for every document: none is skipped for it."""
+
+
 class ModelRow(NamedTuple):
     """One row for the model, and what a fast tokenizer knows of it (None from a slow one)."""
 
@@ -66,7 +70,7 @@ class Reader:
     def need_offsets(self, task: str) -> None:
         """Raises ValueError for a tokenizer that does not know where in the text a token lies."""
         if not getattr(self.tokenizer, "is_fast", False):
-            raise ValueError(
+            raise PipelineError(
                 f"{task} needs the places of tokens in the text, which "
                 f"{type(self.tokenizer).__name__} as a slow tokenizer does not know; give a fast "
                 "one (AutoTokenizer with use_fast=True, or a folder with tokenizer.json)."

@@ -213,6 +213,8 @@ def _data(
         return learned, None
     if options.label_column is not None:
         options = dataclasses.replace(options, labels=learned.labels)
+    if options.problem_type == "regression":
+        options = dataclasses.replace(options, width=learned.arrays["labels"].shape[1])
     return learned, load(held_out[0], options, split=held_out[1])
 
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import jax
 import jax.monitoring
-from tqdm import tqdm
 
 from lsg_flax.files import check_folder, write_aside
 from lsg_flax.models import Batch
+from lsg_flax.progress import Bar
 from lsg_flax.training.flops import peak_flops
 from lsg_flax.training.losses import Metrics
 
@@ -103,7 +103,7 @@ class RunLog:
         if logging.tensorboard and speaks:
             self._board = _summary_writer(logging.folder, first)
         bar_shown = logging.progress and speaks
-        self._bar = tqdm(total=steps, initial=first, unit="step", disable=not bar_shown)
+        self._bar = Bar("steps", total=steps, initial=first, shown=bar_shown)
 
     def write(self, record: Metrics) -> None:
         """Tells of a step: `step`, `loss`, and whatever else the record has."""
@@ -113,8 +113,7 @@ class RunLog:
             for name, value in record.items():
                 if name != "step":
                     self._board.add_scalar(name, value, record["step"])
-        self._bar.set_postfix_str(_summary(record), refresh=False)
-        self._bar.update(record["step"] - self._bar.n)
+        self._bar.update(record["step"] - self._bar.done, _summary(record))
 
     def __enter__(self) -> "RunLog":
         return self

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 import jax
 
 from lsg_flax.models import Batch
+from lsg_flax.progress import Compiled, doing
 from lsg_flax.sharding import shard, shard_batch
 from lsg_flax.training.log import CompilationCounter, Logging, RunLog, StepRecorder
 from lsg_flax.training.losses import Metrics
@@ -109,7 +110,7 @@ def fit(
             continued, and if the batches end too early.
     """
     _check_options(evaluation, saving, mesh)
-    iterator, logging = iter(batches), logging or Logging()
+    iterator, logging, compiled = iter(batches), logging or Logging(), Compiled()
     with contextlib.ExitStack() as stack:
         if mesh is not None:
             state = shard(state, mesh)
@@ -127,14 +128,15 @@ def fit(
             work = logging.flops(batch) if logging.flops else None
             if mesh is not None:
                 batch = shard_batch(batch, mesh, microbatches=microbatches)
-            state, metrics = step(state, batch)
+            with compiled.call(batch):
+                state, metrics = step(state, batch)
             told.add(number, metrics, work)
             stops, last = stop.reached(number), number == steps
             evaluates = evaluation and not stops and (last or _due(number, evaluation.every))
             saves = stops or last or (saving and _due(number, saving.every))
             if evaluates or saves:
                 told.read()  # raises at a loss that is not finite: nothing is saved of it
-                scores = evaluation.function(state) if evaluation and evaluates else {}
+                scores = _evaluated(evaluation, state) if evaluation and evaluates else {}
                 told.finish(scores)
                 if saver is not None and saves:
                     place = iterator.get_state()  # type: ignore[attr-defined]
@@ -180,6 +182,11 @@ def _resumed(state: TrainState, iterator: Iterator[Batch], saving: Saving) -> Tr
             "with restore_state, and give fit that state and batches that begin there."
         )
     return state
+
+
+def _evaluated(evaluation: Evaluation, state: TrainState) -> Metrics:
+    with doing("evaluating"):
+        return evaluation.function(state)
 
 
 def _due(number: int, every: int | None) -> bool:

@@ -97,7 +97,15 @@ def open_source(name: str, task: str, max_length: int | None, *, convert: bool) 
     """
     checkpoint = open_checkpoint(name)
     config = checkpoint.config
-    reads, plain = Model(checkpoint.config_for(task), task).max_length, config.lsg is None
+    model = Model(checkpoint.config_for(task), task)
+    reads, plain = model.max_length, config.lsg is None
+    if model.task_record.examples is None:
+        raise ValueError(
+            f"no rows of data are made for {task} of {config.model_type}, whose labels are not "
+            "those of other families; train it on batches of your own with "
+            "lsg_flax.training.loss_fn, or another task of "
+            f"{[n for n, head in model.family.heads.items() if head.task.examples]}."
+        )
     length = max_length or (LSGOptions.max_sequence_length if convert and plain else reads)
     if length > reads and not convert:
         raise ValueError(

@@ -273,7 +273,7 @@ def best_step(path: str | os.PathLike, metric: str, *, mode: BestMode = "max") -
 
 def check_settings(path: str | os.PathLike, settings: dict[str, Any]) -> None:
     """Compares the settings of a run with those in `path`/run.json, which is written if it is not
-    there.
+    there, or is that of a run that has saved nothing yet.
 
     Args:
         settings: what makes the run what it is, such as the model's config, the task, and the
@@ -282,9 +282,9 @@ def check_settings(path: str | os.PathLike, settings: dict[str, Any]) -> None:
     Raises:
         ValueError: if they differ, field by field; or if there are checkpoints without settings.
     """
-    file = pathlib.Path(path) / "run.json"
+    file, steps = pathlib.Path(path) / "run.json", saved_steps(path)
     wanted = json.loads(json.dumps(settings))  # tuples are lists in JSON
-    if file.exists():
+    if file.exists() and steps:
         missing = "(not set)"
         different = [
             "{}: {} there, {} here".format(
@@ -295,9 +295,9 @@ def check_settings(path: str | os.PathLike, settings: dict[str, Any]) -> None:
         if different:
             raise ValueError(
                 f"the run in {path} has other settings: {'; '.join(different)}. Continue it with "
-                "its own, or choose another folder."
+                "its own settings and data as they were, or choose another folder for a new run."
             )
-    elif steps := saved_steps(path):
+    elif steps:
         raise ValueError(
             f"{path} has checkpoints of steps {steps} but no run.json, so nothing says whether "
             "their settings are the same; continue without settings, or choose another folder."

@@ -35,13 +35,13 @@ CONVERTED = {
 BLOCKS = {"block_size": 8, "sparse_block_size": 8}
 
 
-def random_params(model: lsg_flax.Model, generator) -> dict:
+def random_params(model: lsg_flax.Model, generator, scale: float = 0.2) -> dict:
     """Parameters all of which matter: norms around 1, everything else around 0."""
     leaves = flax.traverse_util.flatten_dict(model.abstract_params(), sep="/")
     return flax.traverse_util.unflatten_dict(
         {
             path: jnp.asarray(
-                path.endswith("/scale") + 0.2 * generator.standard_normal(leaf.shape), jnp.float32
+                path.endswith("/scale") + scale * generator.standard_normal(leaf.shape), jnp.float32
             )
             for path, leaf in leaves.items()
         },

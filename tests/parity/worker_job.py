@@ -1,10 +1,14 @@
-"""tests/reference/worker.py with two more kinds, for `python worker_job.py JOB_DIR`. Runs in the
+"""tests/reference/worker.py with three more kinds, for `python worker_job.py JOB_DIR`. Runs in the
 reference environment.
 
 strict_load: class, checkpoint
     json keys (in the file), after load_state_dict(strict=True) raised nothing
 auto: class (AutoModel...), checkpoint (with the remote code in it)
     json class, missing_keys, unexpected_keys
+generate: class, checkpoint, calls (each {"inputs": [part, ...], "options": {...}})
+    in   <part>.<argument of generate>
+    out  tokens_<number of the call> and, with beams, scores_<number>
+    json missing_keys, unexpected_keys, mismatched_keys
 """
 
 import json
@@ -36,7 +40,29 @@ def run_auto(case, inputs, folder):
     return {}, {"class": type(model).__name__, **lists}
 
 
-worker.KINDS |= {"strict_load": run_strict_load, "auto": run_auto}
+def run_generate(case, inputs, folder):
+    model, info = worker.load_model(case, folder)
+    model.eval()
+    outputs = {}
+    for number, call in enumerate(case["calls"]):
+        named = {tuple(key.split(".")): array for key, array in inputs.items()}
+        arrays = {
+            name: worker.to_torch(array, model.dtype)
+            for (part, name), array in named.items()
+            if part in call["inputs"]
+        }
+        found = model.generate(
+            **arrays, **call["options"], return_dict_in_generate=True, output_scores=True
+        )
+        outputs[f"tokens_{number}"] = worker.to_numpy(found.sequences)
+        if "sequences_scores" in found:
+            outputs[f"scores_{number}"] = worker.to_numpy(found.sequences_scores)
+    lists = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    return outputs, {key: sorted(map(str, info[key])) for key in lists}
+
+
+worker.KINDS |= {"strict_load": run_strict_load, "auto": run_auto, "generate": run_generate}
 
 if __name__ == "__main__":
+    worker.torch.set_num_threads(1)  # several wait for each other longer than tiny models compute
     sys.exit(worker.main(Path(sys.argv[1]).resolve()))

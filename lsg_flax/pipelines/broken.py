@@ -1,0 +1,29 @@
+"""Broken lines of a file: raised by their place, or skipped and counted."""
+
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Literal
+
+BrokenLines = Literal["raise", "skip"]
+
+
+def unskipped(place: str, error: ValueError) -> ValueError:
+    """What to raise for a broken line at FILE:NUMBER where none is skipped."""
+    message = str(error) if str(error).startswith(place) else f"{place}: {error}"
+    end = "" if message.endswith((".", "?")) else "."
+    return ValueError(f'{message}{end} Mend it, or pass broken_lines="skip".')
+
+
+def line_number(place: str) -> int:
+    """The number in FILE:NUMBER."""
+    return int(place.rpartition(":")[2])
+
+
+def warn_of_skipped(skipped: Sequence[int], source: str | os.PathLike) -> None:
+    """Names the lines, if there are any."""
+    if skipped:
+        numbers = ", ".join(map(str, skipped[:10])) + (", ..." if len(skipped) > 10 else "")
+        warnings.warn(
+            f"{len(skipped)} broken lines of {source} were skipped: {numbers}.", stacklevel=3
+        )
