@@ -23,7 +23,7 @@ Json = dict[str, Any]  # an object as JSON holds it
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _MOST_LEVELS = 100  # of a JSON file; deeper ones could be read here and not be written again
-_UNFINISHED = ".unfinished-"
+_UNFINISHED = ".lsg-flax-unfinished-"  # starts names that are ours alone
 
 
 class Line(NamedTuple):
@@ -75,6 +75,22 @@ def read_lines(file: pathlib.Path, *, blank: bool = True) -> Iterator[Line]:
             if blank or raw.decode(errors="replace").strip():
                 raw = raw.removesuffix(b"\n").removesuffix(b"\r")
                 yield Line(f"{file}:{number}", number, raw)
+
+
+def whole_file(file: pathlib.Path, number: int) -> Line:
+    """A file as one line, which is called by the file's name."""
+    return Line(str(file), number, file.read_bytes().removeprefix(_BYTE_ORDER_MARK))
+
+
+def id_in(content: Json, place: int | str) -> Any:
+    """The id of an object, its place where it has none; raises ValueError for one that no line of
+    JSON can hold."""
+    name = content.get("id", place)
+    try:
+        json.dumps(name, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"its id {name!r:.60} has NaN or infinity, which JSON does not") from error
+    return name
 
 
 def utf8_text(text: str) -> str:
@@ -164,7 +180,7 @@ def differences(before: Any, now: Any, missing: Any = None) -> list[tuple[str, A
 
 def check_output(output: str | os.PathLike, *sources: str | os.PathLike) -> None:
     """Raises for a name that no file can get, and for the file that is read, also through a link or
-    as the place where the output is before it is complete.
+    as the place where the output is before it is complete; of a folder that is read, for a .txt.
 
     Raises:
         OSError: for a folder or a device.
@@ -172,17 +188,40 @@ def check_output(output: str | os.PathLike, *sources: str | os.PathLike) -> None
     """
     place = check_file(output)
     for source in map(pathlib.Path, sources):
-        for end in ("", ".new", ".partial", ".partial.journal"):
-            taken = place.with_name(f"{place.name}{end}")
+        within = source.is_dir() and place.parent.exists() and place.parent.samefile(source)
+        if within and place.suffix == ".txt":
+            raise ValueError(f"{place} would be one of the texts in {source}; give another file.")
+        ends = (
+            place.with_name(f"{place.name}{end}") for end in ("", ".partial", ".partial.journal")
+        )
+        for taken in (*ends, _aside(place)):
             if taken.exists() and source.exists() and taken.samefile(source):
                 raise ValueError(
                     f"{taken} is the input {source}; give another file for the output."
                 )
 
 
+def lies_in(file: str | os.PathLike, folder: str | os.PathLike) -> bool:
+    """Whether a file, or a link to it, lies somewhere in a folder."""
+    inside, place = pathlib.Path(folder).resolve(), pathlib.Path(file)
+    places = (place.resolve(), place.parent.resolve() / place.name)
+    return any(inside in found.parents for found in places)
+
+
+def check_apart(output: str | os.PathLike, model: str | os.PathLike) -> None:
+    """Raises ValueError for an output that is a file of a model's folder already."""
+    if os.path.lexists(output) and lies_in(output, model):
+        raise ValueError(
+            f"{output} is a file in the folder of the model, {model}; give another file for the "
+            "output."
+        )
+
+
 def check_file(file: str | os.PathLike) -> pathlib.Path:
     """The path, where a file can get this name; raises OSError for a folder or a device."""
     place = pathlib.Path(file)
+    if not os.fspath(file).strip():
+        raise FileNotFoundError(f"{os.fspath(file)!r} is no name; give the name of a file.")
     if place.is_dir():
         raise IsADirectoryError(f"{file} is a folder; give the name of a file.")
     stream = os.path.abspath(place).startswith(("/dev/std", "/dev/fd/", "/proc/"))
@@ -194,6 +233,8 @@ def check_file(file: str | os.PathLike) -> pathlib.Path:
 def check_folder(name: str, folder: str | os.PathLike) -> None:
     """Raises ValueError for a setting that is a file, or lies in one."""
     place = pathlib.Path(folder)
+    if not os.fspath(folder).strip():
+        raise ValueError(f"{name}={os.fspath(folder)!r} is no name; give a folder.")
     found = next(p for p in (place, *place.absolute().parents) if p.exists())
     if not found.is_dir():
         what = "is" if found == place else f"lies in {found}, which is"
@@ -208,12 +249,13 @@ def write_aside(file: pathlib.Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def file_aside(file: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A file to write, FILE.new, which gets its name if all goes well, on the disk when this
-    returns; its folder is made. For one writer at a time: what a kill leaves is replaced."""
-    aside = file.with_name(f"{file.name}.new")
+    """A file to write, which gets its name if all goes well, on the disk when this returns; its
+    folder is made. For one writer at a time: what a kill leaves is replaced."""
+    aside = _aside(file)
     try:
         with refusals(file):
             check_file(file).parent.mkdir(parents=True, exist_ok=True)
+            aside.unlink(missing_ok=True)  # a link would be followed
             yield aside
             with aside.open("rb+") as opened:
                 os.fsync(opened.fileno())
@@ -223,6 +265,10 @@ def file_aside(file: pathlib.Path) -> Iterator[pathlib.Path]:
             aside.unlink(missing_ok=True)
         raise
     sync_folder(file.parent)
+
+
+def _aside(file: pathlib.Path) -> pathlib.Path:
+    return file.with_name(f"{_UNFINISHED}{file.name}")
 
 
 def sync_folder(folder: pathlib.Path) -> None:

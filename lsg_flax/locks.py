@@ -13,6 +13,7 @@ import os
 import pathlib
 import re
 import socket
+import stat
 import time
 import warnings
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ _ADVICE = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give a place that may be written"),
 }
 _TAKEN = (errno.EWOULDBLOCK, errno.EACCES)  # EACCES on some file systems
+_WHO = {"process", "host", "since"}  # what a lock says
+_MOST = 1000  # bytes of it
 _held: set[str] = set()  # places, by this process
 
 
@@ -126,10 +129,11 @@ def _take(lock: pathlib.Path, place: pathlib.Path) -> int:
     """An open file that is locked, and is the one that has the name."""
     while True:
         with refusals(place):
-            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+            handle = _open(lock)
         try:
             _flock(handle, place)
             if _is(handle, lock):
+                _check_ours(handle, lock)
                 who = {"process": os.getpid(), "host": socket.gethostname(), "since": _now()}
                 os.ftruncate(handle, 0)
                 with contextlib.suppress(OSError):  # on a full disk it holds, but says nothing
@@ -139,6 +143,43 @@ def _take(lock: pathlib.Path, place: pathlib.Path) -> int:
             os.close(handle)
             raise
         os.close(handle)  # of a process that has ended in between and removed the name
+
+
+def _open(lock: pathlib.Path) -> int:
+    try:
+        return os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):  # a link, folder, socket
+            raise _foreign(lock) from error
+        raise
+
+
+def _check_ours(handle: int, lock: pathlib.Path) -> None:
+    """Raises FileExistsError for a file that is somebody's and no lock."""
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        raise _foreign(lock)
+    text = _read(handle)
+    try:
+        ours = not text or json.loads(text).keys() == _WHO
+    except (ValueError, AttributeError, RecursionError):
+        ours = False
+    if not ours:
+        raise _foreign(lock)
+
+
+def _read(handle: int) -> bytes:
+    """What a lock says; writing begins at its start again."""
+    os.lseek(handle, 0, os.SEEK_SET)
+    text = os.read(handle, _MOST)
+    os.lseek(handle, 0, os.SEEK_SET)
+    return text
+
+
+def _foreign(lock: pathlib.Path) -> FileExistsError:
+    return FileExistsError(
+        f"{lock} is needed as a lock, and is there as something else, which is left as it is; move "
+        "it away, or give another place."
+    )
 
 
 def _flock(handle: int, place: pathlib.Path) -> None:
@@ -168,7 +209,7 @@ def _is(handle: int, lock: pathlib.Path) -> bool:
 
 def _who(handle: int) -> str:
     try:
-        who = json.loads(os.read(handle, 1000))
+        who = json.loads(_read(handle))
         return f"process {who['process']} on {who['host']}, since {who['since']}"
     except (OSError, ValueError, KeyError, TypeError):  # it is about to write it
         return "it has just begun"

@@ -1,7 +1,7 @@
 """Commands are killed at random moments and given again: what they write has the bytes of a run
 that nobody disturbed, and their input is as it was.
 
-    python tests/kills.py [--times 10] [--commands train predict embed] [--seed 0]
+    python tests/kills.py [--times 10] [--commands train predict summarize embed] [--seed 0]
 
 Prints a line per time; the exit status says whether all went well.
 """
@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,10 +20,12 @@ import time
 import compiling
 import numpy as np
 from golden_data import GOLDEN
+from tiny_tokenizers import write_words
 
 ROOT = pathlib.Path(__file__).parent.parent
 MODEL = GOLDEN / "bert_to_convert_512"
-COMMANDS = ("train", "predict", "embed")
+WRITER = GOLDEN / "bart_plain_conditional_generation"
+COMMANDS = ("train", "predict", "summarize", "embed")
 PATIENCE = 300  # seconds for a command to end
 
 
@@ -32,7 +35,8 @@ class Commands:
     def __init__(self, folder: pathlib.Path):
         """Writes the data."""
         self.folder, self.data = folder, folder / "data.jsonl"
-        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(WRITER, folder / "writer")
+        write_words(folder / "writer")
         generator = np.random.default_rng(0)
         texts = [
             " ".join(f"w{i}" for i in generator.integers(5, 30, generator.integers(4, 200)))
@@ -48,6 +52,9 @@ class Commands:
             files += ["--cache", self.folder / "cache", "--task", "sequence_classification"]
             steps = ["--steps", 40, "--save-every", 2, "--evaluate-every", 4, "--max-length", 64]
             given = ["--model", MODEL, *files, *steps, "--batch-size", 4, "--devices", 1]
+        elif command == "summarize":
+            beams = ["--num-beams", 2, "--max-length", 40, "--min-length", 30]
+            given = [self.folder / "writer", self.data, output, "--truncation", *beams]
         else:
             given = [MODEL, self.data, output, "--max-length", 128]
             given += ["--pooling", "mean"] if command == "embed" else ["--truncation", "--outputs"]
@@ -67,7 +74,7 @@ class Commands:
 
 def place_of(command: str, folder: pathlib.Path) -> pathlib.Path:
     """Where the command writes."""
-    return folder / {"train": "model", "predict": "out.jsonl", "embed": "vectors.npy"}[command]
+    return folder / {"train": "model", "embed": "vectors.npy"}.get(command, "out.jsonl")
 
 
 def signs(command: str, output: pathlib.Path) -> list[pathlib.Path]:
@@ -76,6 +83,7 @@ def signs(command: str, output: pathlib.Path) -> list[pathlib.Path]:
     writes = {
         "train": output / "log" / "metrics.jsonl",
         "predict": output.with_suffix(".jsonl.partial"),
+        "summarize": output.with_suffix(".jsonl.partial"),
     }
     return [lock, writes.get(command, lock)]
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -300,6 +301,36 @@ def test_files_that_may_not_be_large_enough(tmp_path, command):
             assert "too large" in last and "run again" in last
             assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["inspect", ""], "the model is '', no name; give a folder ('.' is the current one)"),
+        (["convert", "", "new"], "the model is '', no name"),
+        (["convert", SOURCE, ""], "'' is no name; give a folder"),
+        (["predict", SOURCE, "in.txt", "", "--outputs"], "'' is no name; give the name of a file"),
+        (["predict", "", "in.txt", "o", "--outputs"], "the model is '', no name"),
+    ],
+)
+def test_a_name_that_is_empty(capsys, tmp_path, monkeypatch, arguments, says):
+    monkeypatch.chdir(shutil.copytree(SOURCE, tmp_path / "m"))
+    pathlib.Path("in.txt").write_text("w5")
+    code, _, err = run(capsys, *arguments)
+    assert code == 2 and says in err
+
+
+def test_a_name_that_is_no_text_is_printed(tmp_path):
+    """Of a file system that knows bytes alone."""
+    odd = os.fsencode(tmp_path / "m") + b"\xff"
+    try:
+        shutil.copytree(os.fsencode(SOURCE), odd)
+    except OSError:
+        pytest.skip("this file system has only names that are texts")
+    done = subprocess.run(
+        [sys.executable, "-m", "lsg_flax.cli", "inspect", odd], capture_output=True, check=False
+    )
+    assert done.returncode == 0 and b"udcff" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("error", [training.SaveError("no room"), FloatingPointError("no room")])

@@ -224,6 +224,13 @@ def test_padding_counted_from_the_end_is_a_row_of_the_table():
     assert {p: EncoderConfig(**TINY, pad_token_id=p).filler for p in pads} == pads
 
 
+@pytest.mark.parametrize("names", [["a", "a"], ["a", " "]])
+def test_names_of_labels_that_are_not_told_apart_are_kept_and_said(names):
+    with pytest.warns(UserWarning, match=rf"id2label has names that are empty or .*'{names[1]}'"):
+        config = EncoderConfig.from_dict(TINY | {"id2label": dict(enumerate(names))})
+    assert config.labels == tuple(names)
+
+
 def test_what_id2label_says_wins_and_is_said():
     with pytest.warns(UserWarning, match="num_labels=3 does not count, since id2label has 2 names"):
         config = EncoderConfig.from_dict(TINY | {"id2label": {"0": "a", "1": "b"}, "num_labels": 3})

@@ -8,6 +8,7 @@ import warnings
 
 import jaxtyping
 import numpy as np
+import pyarrow.parquet
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -227,6 +228,29 @@ def test_a_broken_line_of_csv(load, tmp_path, line, message):
     assert data.lengths.tolist() == [4, 3]
 
 
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b'"te"xt,label', "names of the columns cannot be read: ',' expected after '\"'; save"),
+        (b'"text,label', "names of the columns cannot be read: unexpected end of data; save"),
+        ("text,label".encode("utf-16"), "not valid UTF-8 at character 0; save the file as CSV in"),
+        (b"t\xe9xt,label", "not valid UTF-8 at character 1; save the file as CSV in UTF-8"),
+    ],
+)
+def test_a_broken_header_of_csv_is_never_skipped(load, tmp_path, header, message):
+    (tmp_path / "data.csv").write_bytes(header + b"\nw5,a\n")
+    with pytest.raises(ValueError, match=f"data.csv:1: .*{message}"):
+        load(tmp_path / "data.csv", labels=("a",), on_error="skip")
+
+
+@pytest.mark.parametrize("names", [[], ["text", "text"]])
+def test_columns_of_parquet_are_there_and_differ(load, tmp_path, names):
+    table = pyarrow.table([["w5"]] * len(names), names=names)
+    pyarrow.parquet.write_table(table, tmp_path / "data.parquet")
+    with pytest.raises(ValueError, match="parquet: columns must be there and differ by name, got"):
+        load(tmp_path / "data.parquet", on_error="skip")
+
+
 def test_a_quote_that_is_not_closed_is_never_skipped(load, tmp_path):
     (tmp_path / "data.csv").write_text('text,label\nw1,a\n"w2,b\nw3,a\n')
     with pytest.raises(ValueError, match=r"data.csv:3: a quoted field goes wrong by line 4"):
@@ -305,6 +329,7 @@ def test_the_labels_that_are_found(values, names):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ([1e300, 2], r"numbers up to 1\d{59}, too many"),
         (["1.5", "2"], "such as 1.5 that are not whole; give problem_type='regression'"),
         ([1, "x"], "names such as 'x' and numbers such as 1"),
         ([True, "true"], "names such as 'true' and numbers such as 1"),
@@ -657,7 +682,7 @@ def test_an_interrupted_run_leaves_nothing_that_is_used(load, tokenizer, tmp_pat
     expected = rows_of(data)
     # What a killed process leaves: files without their index, in a folder of their own.
     (place,) = (p for p in (tmp_path / "cache").iterdir() if p.is_dir())
-    unfinished = place / ".unfinished-by-someone"
+    unfinished = place / ".lsg-flax-unfinished-by-someone"
     shutil.move(place, place.with_name("new"))
     shutil.move(place.with_name("new"), unfinished / "new")
     (unfinished / "new" / "index.json").unlink()

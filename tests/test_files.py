@@ -5,9 +5,11 @@ import json
 import os
 import pathlib
 import resource
+import shutil
 import socket
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
 from golden_data import GOLDEN
@@ -15,7 +17,9 @@ from golden_data import GOLDEN
 from lsg_flax import cli
 from lsg_flax.data.files import Problems, open_source
 from lsg_flax.files import check_output, read_json, write_aside, written_aside
+from lsg_flax.hub import Checkpoint, open_checkpoint
 from lsg_flax.locks import PlaceTaken, holds, locked, locked_file
+from lsg_flax.pipelines import Embedder
 from lsg_flax.pipelines.embeddings import read_texts
 from lsg_flax.pipelines.files import DocumentFile
 
@@ -86,7 +90,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
         with pytest.raises(OSError, match="disk full"):
             write_aside(file, b"new")
     assert file.read_bytes() == b"old" and [*tmp_path.iterdir()] == [file]
-    (tmp_path / "settings.json.new").write_bytes(b"what a kill left")
+    (tmp_path / ".lsg-flax-unfinished-settings.json").write_bytes(b"what a kill left")
     write_aside(file, b"new")
     assert file.read_bytes() == b"new" and [*tmp_path.iterdir()] == [file]
 
@@ -94,15 +98,18 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
 def test_broken_lines_of_texts_are_skipped_on_request(tmp_path):
     file = tmp_path / "in.jsonl"
     file.write_bytes(rb"""{"text": "a", "id": "x"}
+{"text": "a", "id": -Infinity}
 {"text": "\ud83d"}
 {"text": "b", "text": "c"}
 
 {"text": "d"}""")
-    with pytest.raises(ValueError, match=r"in.jsonl:2: a lone surrogate.*Mend it, or pass broken_"):
+    with pytest.raises(
+        ValueError, match=r"in.jsonl:2: its id -inf has NaN or inf.*Mend it, or pass"
+    ):
         read_texts(file)
-    with pytest.warns(UserWarning, match=r"2 broken lines of .*in.jsonl were skipped: 2, 3"):
+    with pytest.warns(UserWarning, match=r"3 broken lines of .*in.jsonl were skipped: 2, 3, 4"):
         read = read_texts(file, broken_lines="skip")
-    assert read == (["x", 4], ["a", "d"], [f"{file}:1", f"{file}:5"])
+    assert read == (["x", 5], ["a", "d"], [f"{file}:1", f"{file}:6"])
 
 
 def test_a_plan_is_not_written_over_its_source(tmp_path, capsys):
@@ -134,6 +141,34 @@ def test_an_input_is_never_the_output(tmp_path, capsys, command, linked):
     assert sorted(p.name for p in tmp_path.iterdir() if not p.is_symlink()) == ["in.jsonl"]
 
 
+@pytest.mark.parametrize("command", ["predict", "embed", "generate", "plan"])
+def test_a_file_of_the_model_is_never_the_output(tmp_path, capsys, monkeypatch, command):
+    source, model = tmp_path / "in.txt", tmp_path / "m"
+    source.write_text("w5")
+    name = "bert_causal_lm" if command == "generate" else "bert_to_convert_512"
+    shutil.copytree(GOLDEN / name, model)
+    for file in (GOLDEN / "bert_to_convert_512").iterdir():
+        if not (model / file.name).exists():
+            shutil.copy(file, model)
+    target = model / ("scores.jsonl" if command == "embed" else "vocab.txt")
+    target.write_text((model / "vocab.txt").read_text())
+    before = {file: file.read_bytes() for file in model.iterdir()}
+    (tmp_path / "link").symlink_to(target)
+    monkeypatch.setattr(Checkpoint, "load", lambda *_, **__: (None, None))
+    monkeypatch.setattr(Embedder, "from_pretrained", lambda m, **_: Opened(open_checkpoint(m)))
+    for output in (target, tmp_path / "link") if command != "embed" else (target,):
+        line = [command, model, source, output, *{"predict": ["--outputs"]}.get(command, [])]
+        if command == "plan":
+            line = [command, model, "--json", output, "--topology", "cpu:8", "--batch-size", 8]
+        assert cli.main([*map(str, line)]) == 2
+        assert f"{output} is a file in the folder of the model, {model}" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in model.iterdir()} == before
+
+
+class Opened(NamedTuple):
+    source: Checkpoint
+
+
 HOLDER = """
 import pathlib, sys
 from lsg_flax.locks import locked, locked_file
@@ -151,10 +186,12 @@ def test_one_process_writes_and_a_dead_one_blocks_nobody(tmp_path, kind):
     with subprocess.Popen(command, stdin=-1, stdout=-1, env=environment) as holder:
         assert holder.stdout.readline() == b"held\n"
         said = rf"another process writes {place}: process {holder.pid} on {socket.gethostname()}, s"
+        lock_file = place / ".lock" if kind == "folder" else place.with_name("place.lock")
         for _ in range(2):  # the first has not wiped out who it is
             with pytest.raises(PlaceTaken, match=said), lock(place):
                 pass
         holder.kill()
+    assert lock_file.read_bytes()[:2] == b'{"'
     with lock(place), pytest.raises(PlaceTaken, match=f"process {os.getpid()} "), lock(place):
         pass
     assert not list(tmp_path.rglob("*lock")) and place.exists() == (kind == "folder")
@@ -170,6 +207,47 @@ def test_a_folder_that_was_made_for_nothing_goes_again(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("kind", ["link", "dangling", "folder", "pipe", "text", "json", "list"])
+def test_what_is_no_lock_of_ours_stays(tmp_path, kind):
+    lock, data = tmp_path / "out.jsonl.lock", tmp_path / "data"
+    data.write_text("precious")
+    if kind in ("link", "dangling"):
+        lock.symlink_to(data if kind == "link" else tmp_path / "none")
+    elif kind == "folder":
+        lock.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(lock)
+    else:
+        lock.write_text({"text": "precious", "json": '{"process": 1}', "list": "[]"}[kind])
+    before = os.lstat(lock)
+    says = pytest.raises(
+        FileExistsError, match=f"{lock} is needed as a lock.*move it away, or give"
+    )
+    with says, locked_file(tmp_path / "out.jsonl"):
+        pass
+    after = os.lstat(lock)
+    assert (after.st_ino, after.st_size) == (before.st_ino, before.st_size)
+    assert data.read_text() == "precious" and not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("name", ["out.txt.new", ".unfinished-x/a", "out.txt.unfinished"])
+def test_only_names_of_ours_are_taken_on_the_way(tmp_path, name):
+    place = tmp_path / name
+    place.parent.mkdir(exist_ok=True)
+    place.write_text("mine")
+    write_aside(tmp_path / "out.txt", b"new")
+    with written_aside(tmp_path) as aside:
+        (aside / "b").write_text("new")
+    assert place.read_text() == "mine"
+
+
+def test_a_link_in_the_place_of_an_unfinished_file_is_not_followed(tmp_path):
+    (tmp_path / "data").write_text("mine")
+    (tmp_path / ".lsg-flax-unfinished-out").symlink_to(tmp_path / "data")
+    write_aside(tmp_path / "out", b"new")
+    assert (tmp_path / "data").read_text() == "mine" and (tmp_path / "out").read_text() == "new"
+
+
 def test_a_place_without_locks_is_told_of(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
@@ -181,7 +259,7 @@ def test_a_place_without_locks_is_told_of(tmp_path, monkeypatch):
 
 
 def test_what_a_killed_writer_left_goes_with_the_next(tmp_path):
-    (tmp_path / ".unfinished-x" / "new").mkdir(parents=True)
+    (tmp_path / ".lsg-flax-unfinished-x" / "new").mkdir(parents=True)
     with written_aside(tmp_path) as aside:
         (aside / "a").write_text("whole")
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
@@ -215,7 +293,7 @@ def test_what_is_no_file_is_never_replaced(tmp_path, place):
 
 
 @pytest.mark.parametrize(
-    "name", ["in.txt", "in.txt.partial", "in.txt.partial.journal", "in.txt.new"]
+    "name", ["in.txt", "in.txt.partial", "in.txt.partial.journal", ".lsg-flax-unfinished-in.txt"]
 )
 @pytest.mark.parametrize("link", [None, os.symlink, os.link])
 def test_an_input_is_no_place_on_the_way_to_the_output(tmp_path, name, link):

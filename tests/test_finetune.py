@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -221,19 +222,26 @@ def test_one_run_at_a_time_and_away_from_its_data(tiny, tmp_path):
         run(settings)
     assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
     for changes, message in (
-        ({"output": str(tmp_path), "train_data": str(tmp_path)}, "lies in the data"),
+        ({"output": str(tmp_path), "train_data": str(tmp_path)}, "holds the data file"),
         ({"eval_data": str(tmp_path)}, "out lies in the data .*give another folder"),
         ({"output": settings.train_data}, "output=.*train.jsonl is a file; give a folder"),
         ({"output": f"{settings.train_data}/x"}, "lies in .*train.jsonl, which is a file"),
         ({"cache": settings.train_data}, "cache=.*train.jsonl is a file"),
+        ({"cache": str(tmp_path)}, "cache=.* holds the model or the data; give a folder of its"),
+        ({"cache": settings.model}, "cache=.* holds the model or the data; give a folder of its"),
+        ({"output": str(tmp_path)}, "output=.* holds the data file .*train.jsonl; give a folder"),
+        ({"output": str(tmp_path), "train_data": f"{tmp_path}/*n.jsonl"}, "holds the data file"),
+        ({"output": str(tmp_path.parent)}, "output=.* holds the data file"),
     ):
         with pytest.raises(ValueError, match=message):
             run(dataclasses.replace(settings, **changes))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["eval.jsonl", "train.jsonl"]
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "tokenizer.json").write_text("precious")
-    with pytest.raises(ValueError, match=r"has not made .tokenizer.json.; give another folder"):
-        run(settings)
+    for name in ("tokenizer.json", "vocab.txt"):
+        (tmp_path / "out" / name).write_text("precious")
+        with pytest.raises(ValueError, match=rf"has not made .{name}.; give another folder"):
+            run(settings)
+        (tmp_path / "out" / name).unlink()
 
 
 @pytest.mark.slow
@@ -339,6 +347,17 @@ YAML = {
     '{"columns": {"text": "a",\n"text": "b"}}': "run.yaml:2: 'text' is in line 1 already",
     "lsg:\n\tblock_size: 8": r"run.yaml:2 is not valid YAML: .*with spaces, not tabs",
     "1: 2": "run.yaml:1: the name 1 is no text; quote it",
+    "seed: 2020-13-45": "seed='2020-13-45' must be a whole number",
+    "steps: 1\nseed: !!int abc": "run.yaml:2: 'abc' cannot be read as int; give another value",
+    "pack: !!bool abc": "run.yaml:1: 'abc' cannot be read as bool",
+    "subset: !!timestamp abc": "run.yaml:1: 'abc' cannot be read as timestamp",
+    f"seed: {'7' * 5000}": r"run.yaml:1: '7{20,40}\.\.\.7{20,40}' cannot be read as int",
+    f"seed: {'7' * 4000}": r"seed=7{20,40}\.\.\.7{20,40} must lie in",
+    "labels: [no, yes]": "labels=False must be a text; quote it in a YAML file",
+    "subset: 2020": "subset=2020 must be a text; quote it",
+    "steps: 1:30": "steps='1:30' must be a whole number",
+    "steps: 010": "steps='010' must be a whole number",
+    "mesh: &m {data: 1}\nlsg: {<<: *m}": "run.yaml:2: '<<' is not read here; write the names out",
     "[" * 9999: "not valid YAML: maximum recursion",
 }
 
@@ -350,6 +369,20 @@ def test_wrong_settings_are_named(tmp_path, text):
     given = {"model": "m", "task": "masked_lm", "train_data": "a.txt", "output": "o"}
     with pytest.raises(ValueError, match=YAML[text]):
         read_settings(file, given)
+
+
+def test_a_setting_of_many_aliases_makes_a_short_message(tmp_path):
+    lists = ["&l0 [x]", *(f"&l{i} [{', '.join([f'*l{i - 1}'] * 10)}]" for i in range(1, 8))]
+    bomb = f"[{', '.join(lists)}]"
+    given = {"model": "m", "task": "masked_lm", "train_data": "a.txt", "output": "o"}
+    for name in ("cache", "labels", "seed", "mesh", "columns.text", "learning_rate", "remat"):
+        outer, _, inner = name.partition(".")
+        text = f"{outer}: {{{inner}: {bomb}}}" if inner else f"{outer}: {bomb}"
+        (tmp_path / "run.yaml").write_text(text)
+        begun = time.perf_counter()
+        with pytest.raises(ValueError, match=name) as error:
+            read_settings(tmp_path / "run.yaml", given)
+        assert len(str(error.value)) < 1000 and time.perf_counter() - begun < 2
 
 
 def test_yaml_may_name_a_value_and_use_it_again(tmp_path):

@@ -112,6 +112,7 @@ def test_a_field_changes_in_the_text(text, changed):
     ("name", "belongs"),
     [
         *((n, True) for n in ("README.md", "LICENSE", "LICENSE.txt", "NOTICE", "label_map.json")),
+        *((n, False) for n in ("corpus.txt", "notes.md", "train.json", "all_results.json")),
         *((n, True) for n in ("generation_config.json", "preprocessor_config.json")),
         *((n, False) for n in ("config.json", "modules.json", "sentence_bert_config.json")),
         *((n, False) for n in ("model.safetensors.index.json", "flax_model.msgpack.index.json")),
@@ -361,6 +362,37 @@ def test_a_target_that_no_conversion_has_made_is_refused(bert, tmp_path, text):
     assert contents(target) == before
 
 
+@pytest.mark.parametrize("name", ["README.md", "LICENSE", "vocab.txt", hub.WEIGHTS])
+def test_a_conversion_replaces_nobodys_files(bert, tmp_path, name):
+    for file in ("README.md", "LICENSE", "corpus.txt"):
+        (bert / file).write_text("of the source")
+    target = tmp_path / "long"
+    target.mkdir()
+    (target / name).write_text("mine")
+    (target / "corpus.txt").write_text("mine")
+    with pytest.raises(ValueError, match=f"long holds {name}, not written by a conversion of this"):
+        lsg_flax.convert_checkpoint(bert, target, max_sequence_length=600)
+    assert contents(target) == {name: b"mine", "corpus.txt": b"mine"}
+    (target / name).unlink()
+    for length in (600, 700):  # the second time what the first has written is replaced
+        lsg_flax.convert_checkpoint(bert, target, max_sequence_length=length)
+    assert contents(target)["corpus.txt"] == b"mine"
+
+
+def test_a_save_keeps_what_somebody_has_written(bert, tmp_path):
+    (bert / "LICENSE").write_text("of the source")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "LICENSE").write_text("mine")
+    opened = hub.open_checkpoint(bert)
+    says = pytest.warns(UserWarning, match="saved keeps its LICENSE, and the model that is saved")
+    with says:
+        lsg_flax.save_pretrained(tmp_path / "saved", *opened.load(), source=opened)
+    with says, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="weights for task")
+        Embedder.from_pretrained(bert, pooling="mean").save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "LICENSE").read_text() == "mine"
+
+
 def test_a_save_warns_of_another_models_files_and_loses_nothing(bert, tmp_path):
     saved, model = tmp_path / "saved", tiny_model("bert")
     lsg_flax.save_pretrained(saved, *model)
@@ -405,14 +437,14 @@ def test_a_killed_conversion_run_again_writes_the_same_bytes(bert, tmp_path):
     generator, target = random.Random(0), tmp_path / "killed"
     for kill in range(kills):
         running = subprocess.Popen([*command, target], env=environment, stdout=-3)
-        while kill % 3 and running.poll() is None and not {*target.glob(".unfinished-*")}:
+        while kill % 3 and running.poll() is None and not {*target.glob(".lsg-flax-*")}:
             time.sleep(0.001)
         time.sleep(generator.uniform(0, 0.05 if kill % 3 else took))
         running.kill()
         running.wait()
         subprocess.run([*command, target], env=environment, check=True, stdout=-3)
         assert contents(target) == contents(tmp_path / "calm")
-        assert not {*target.glob(".unfinished-*"), *target.glob(".lock")}
+        assert not {*target.glob(".lsg-flax-*"), *target.glob(".lock")}
         if generator.random() < 0.5:
             shutil.rmtree(target)
     assert contents(bert) == before

@@ -528,7 +528,7 @@ def test_a_failed_save_leaves_the_old_files(
         patch.setattr(owner, name, failing(getattr(owner, name), at, error))
         with pytest.raises(type(error)):
             lsg_flax.save_pretrained(folder, model.clone(task="masked_lm"), other)
-    assert contents(folder) == before and not list(folder.glob(".unfinished*"))
+    assert contents(folder) == before and not list(folder.glob(".lsg-flax*"))
     assert_same(lsg_flax.from_pretrained(folder)[1], params)
     lsg_flax.save_pretrained(folder, model, other)
     assert_same(lsg_flax.from_pretrained(folder)[1], other)

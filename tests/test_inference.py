@@ -137,6 +137,9 @@ def test_jsonl_is_in_order_and_appears_whole(tmp_path):
     with pytest.raises(ValueError, match=r"document 0: .*'logits'.* are not finite"):
         inference.predict_to_jsonl(path, model, broken, encodings, **options)
     assert path.read_text() == before and [p.name for p in path.parent.iterdir()] == ["out.jsonl"]
+    names[1] = np.float32("nan")
+    with pytest.raises(ValueError, match="its id nan has NaN or infinity"):
+        inference.predict_to_jsonl(path, model, params, encodings, ids=names, **options)
     with pytest.raises(ValueError, match="2 ids for 9 documents"):
         inference.predict_to_jsonl(path, model, params, encodings, ids=names[:2], **options)
 
@@ -150,6 +153,10 @@ def test_jsonl_is_in_order_and_appears_whole(tmp_path):
         ([{"input_ids": [1, -1]}], r"document 0 has input_ids in -1..1"),
         ([{"input_ids": [1], "token_type_ids": [2]}], r"token_type_ids in 2..2, but type_vocab"),
         ([{"input_ids": [1], "attention_mask": [1, 1]}], r"document 0 has \[2\] attention_mask"),
+        (
+            [{"input_ids": [1], "attention_mask": [2]}],
+            "document 0 .* 2..2; a mask has only 0 and 1",
+        ),
         ([{"input_ids": [1], "labels": [1]}], r"document 0 has the fields \['input_ids', 'labels'"),
         ([{"input_ids": [1]}, {"input_ids": [1], "attention_mask": [1]}], "document 1 has the fie"),
     ],

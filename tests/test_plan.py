@@ -426,7 +426,7 @@ def test_the_command_in_a_process_of_its_own(source, tmp_path, capsys):
     written = json.loads(file.read_text())
     assert written["shown"][0]["settings"]["mesh"]["tensor"] == 2
     assert written["shown"][0]["program"]["flops"] > 0
-    assert [p.name for p in tmp_path.iterdir() if p.suffix == ".new"] == []
+    assert [*tmp_path.glob(".lsg-flax*")] == []
 
 
 @pytest.mark.parametrize(

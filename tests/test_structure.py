@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "data": "buckets files models progress",
     "inference": "buckets files locks models progress sharding",
     "training": "buckets chips data files hub locks models patterns progress sharding",
-    "pipelines": "buckets files hub inference locks models progress",
+    "pipelines": "buckets files generation hub inference locks models progress",
     "planning": "chips hub inference models patterns sharding training",
     "__init__": "attention generation hub models patterns pipelines",
     "cli": "__init__ chips files generation hub locks models patterns pipelines planning progress "

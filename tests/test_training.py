@@ -3,6 +3,7 @@ checkpoints and the loop on a tiny model."""
 
 import contextlib
 import functools
+import gc
 import json
 import math
 import pathlib
@@ -557,6 +558,48 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
     bits_equal(training.restore_state(tmp_path, state).params, params)
     training.save_state(tmp_path, state.replace(step=jnp.int32(2)))  # with room again
     assert training.saved_steps(tmp_path) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("metrics/metrics", "best"),
+        ("metrics/metrics", "restore"),
+        ("metrics/metrics", "open"),
+        ("state/_METADATA", "restore"),
+        ("state/manifest.ocdbt", "restore"),
+        ("state/array_metadatas/process_0", "restore"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_damaged_checkpoint_is_named(two_saved, tmp_path, name, call):
+    state, folder = two_saved
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "2" / name).write_bytes(b"")
+    says = (
+        f"the checkpoint {tmp_path}/2 cannot be read .*delete this folder to continue from step 1"
+    )
+    with pytest.raises(ValueError, match=says):
+        if call == "best":
+            checkpoints.best_step(tmp_path, "f1")
+        elif call == "open":
+            checkpoints.Checkpoints(training.Saving(tmp_path, best="f1"))
+        else:
+            training.restore_state(tmp_path, state)
+    shutil.rmtree(tmp_path / "2")
+    assert int(training.restore_state(tmp_path, state).step) == 1
+    gc.collect()  # Orbax leaves loops of events open behind an error
+
+
+@pytest.fixture(scope="module")
+def two_saved(tmp_path_factory):
+    """A state, and a folder with its first two checkpoints."""
+    folder = tmp_path_factory.mktemp("saved")
+    state = training.init_state({"a": jnp.ones(3)}, SGD, jax.random.key(7))
+    with checkpoints.Checkpoints(training.Saving(folder, best="f1")) as saved:
+        for step in (1, 2):
+            saved.save(state.replace(step=jnp.int32(step)), scores={"f1": 0.5})
+    return state, folder
 
 
 def read_log(folder):

@@ -81,3 +81,22 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
 
 def config_of_tokenizer(folder: pathlib.Path) -> dict:
     return json.loads((folder / "tokenizer_config.json").read_text())
+
+
+def write_words(folder: pathlib.Path, *, size: int = 31) -> pathlib.Path:
+    """A tokenizer of the words w5, w6, ... with BART's special tokens, for the golden models."""
+    import tokenizers
+    import transformers
+
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    words = {word: i for i, word in enumerate([*special, *(f"w{i}" for i in range(5, size))])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    pieces = [("<s>", 0), ("</s>", 2)]
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=pieces
+    )
+    names = ("bos_token", "pad_token", "eos_token", "unk_token", "mask_token")
+    named = dict(zip(names, special, strict=True))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, **named).save_pretrained(folder)
+    return folder

@@ -1,15 +1,17 @@
 """The command line, `lsg-flax`: one module per command, each with `add` (its options) and `run`."""
 
 import argparse
+import io
 import logging
 import os
+import sys
 from collections.abc import Sequence
 
 import flax
 import jax
 
 import lsg_flax
-from lsg_flax.cli import convert, embed, generate, inspect, plan, predict, train
+from lsg_flax.cli import convert, embed, generate, inspect, plan, predict, summarize, train
 from lsg_flax.cli.flags import in_flags
 from lsg_flax.cli.shared import plain_warnings, say
 from lsg_flax.progress import told
@@ -17,7 +19,7 @@ from lsg_flax.training import SaveError
 
 ERROR, INTERRUPTED = 2, 130
 _EXPECTED = (ValueError, OSError, ImportError, SaveError, FloatingPointError)
-_COMMANDS = (convert, inspect, train, predict, embed, generate, plan)  # in the order of --help
+_COMMANDS = (convert, inspect, train, predict, summarize, embed, generate, plan)  # as in --help
 
 _DESCRIPTION = "LSG attention (local + sparse + global) for BERT-like checkpoints, in JAX."
 _EXAMPLES = """examples:
@@ -27,6 +29,7 @@ _EXAMPLES = """examples:
   lsg-flax train --model ./bert-4096 --task sequence_classification \\
       --train-data train.jsonl --eval-data eval.jsonl --output ./areas
   lsg-flax predict ./areas documents.jsonl answers.jsonl
+  lsg-flax summarize ./lsg-bart-arxiv papers/ summaries.jsonl --num-beams 4 --truncation
   lsg-flax embed ./minilm-4096 documents.jsonl vectors.npy
   lsg-flax generate ./writer --prompt "Once upon a time" --do-sample --top-p 0.9
   lsg-flax plan ./bert-4096 --task sequence_classification --topology v5e:2x4 --batch-size 32"""
@@ -42,10 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, or 2 after an error, which is one message on stderr.
     """
     arguments = _parser().parse_args(argv)
-    if not arguments.debug:  # Orbax shows tracebacks of what comes as one message
-        logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
+    if not arguments.debug:  # Orbax shows tracebacks and more of what comes as one message
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_is_no_damage)
     # transformers, asked for a tokenizer, would advise to install PyTorch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name of a file may be no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with plain_warnings(arguments), told(arguments.command.prog.split()[-1]):
             arguments.run(arguments)
@@ -63,6 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return ERROR
     return 0
+
+
+def _is_no_damage(record: logging.LogRecord) -> bool:
+    return not record.exc_info and "metadata" not in record.getMessage().lower()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,7 +6,7 @@ from typing import get_args
 
 from lsg_flax.cli import shared
 from lsg_flax.cli.shared import add_choice, add_number
-from lsg_flax.files import check_output
+from lsg_flax.files import check_apart, check_output
 from lsg_flax.hub import Pooling
 from lsg_flax.locks import locked_file
 from lsg_flax.pipelines import (
@@ -62,6 +62,8 @@ def _embed(lines: TextLines, arguments: argparse.Namespace) -> None:
         normalize=arguments.normalize,
         max_length=arguments.max_length,
     )
+    if embedder.source is not None:
+        check_apart(arguments.output, embedder.source.root)
     vectors = embedder.embed(lines.texts, batch_size=arguments.batch_size)
     write_vectors(arguments.output, lines.names, vectors)
     shared.console().print(

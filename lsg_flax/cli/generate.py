@@ -18,7 +18,7 @@ import numpy as np
 import lsg_flax
 from lsg_flax import hub
 from lsg_flax.cli.shared import add_choice, add_command, check_positive, console
-from lsg_flax.files import check_output, valid_text, write_aside
+from lsg_flax.files import check_apart, check_output, valid_text, write_aside
 from lsg_flax.generation import Sample
 from lsg_flax.locks import locked_file
 from lsg_flax.models import TASKS, Model, Params
@@ -115,9 +115,17 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
 def _continued(lines: TextLines, arguments: argparse.Namespace) -> tuple[list[Any], list[str]]:
     """The names of the prompts that are continued, and the text behind each."""
     checkpoint = hub.open_checkpoint(arguments.model)
+    if arguments.output is not None:
+        check_apart(arguments.output, checkpoint.root)
     tokenizer, task = checkpoint.tokenizer, checkpoint.task
     if tokenizer is None:
         raise FileNotFoundError(f"{checkpoint.folder} has no tokenizer; copy its files there.")
+    if task == "conditional_generation":
+        raise ValueError(
+            f"{checkpoint.folder} is an encoder-decoder, which answers texts and does not continue "
+            "them: use lsg-flax summarize MODEL INPUT OUTPUT, lsg-flax predict for other answers "
+            'than summaries, or lsg_flax.pipeline("text2text-generation", MODEL).'
+        )
     if not TASKS[task].fixed.get("is_decoder"):
         raise ValueError(
             f"{checkpoint.folder} is a {task} checkpoint, which cannot continue texts: give a "

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from lsg_flax.chips import CHIPS, GIB
 from lsg_flax.cli.shared import add_command, add_pattern, console, given_pattern, mesh_axes, say
-from lsg_flax.files import check_output, write_aside
+from lsg_flax.files import check_apart, check_output, write_aside
 from lsg_flax.hub import CONFIG
 from lsg_flax.models import TASKS, Remat
 from lsg_flax.planning import (
@@ -149,6 +149,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         source = pathlib.Path(arguments.source)
         check_output(arguments.json, source, source / CONFIG)
+        if source.is_dir():
+            check_apart(arguments.json, source)
     out, tried = console(), []
     with out.status("compiling") as status:
 

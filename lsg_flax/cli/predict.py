@@ -1,16 +1,15 @@
 """`lsg-flax predict`: a file of documents in, a file of answers out."""
 
 import argparse
-import dataclasses
 import json
-from typing import get_args
+from typing import Any, get_args
 
 import jax.numpy as jnp
 
 from lsg_flax import hub
 from lsg_flax.cli import shared
 from lsg_flax.cli.shared import add_choice, add_number, add_switch
-from lsg_flax.files import check_output
+from lsg_flax.files import check_apart, check_output
 from lsg_flax.models import TASKS, Model
 from lsg_flax.pipelines import (
     ANSWERS,
@@ -25,29 +24,42 @@ from lsg_flax.training import Precision, check_names
 
 _DESCRIPTION = """Write an answer for each document of a file.
 
-INPUT is a .txt with one text per line, or a .jsonl of objects with "text" (and maybe "text_pair"),
-"question" and "context", or "input_ids", and maybe "id". OUTPUT gets one line of JSON for each:
-{"id", "answer"} as the pipelines of transformers answer, or the model's outputs (--outputs). It
-gets its name when it is complete; a command that was stopped goes on when it is given again.
+INPUT is a .txt with one text per line, a folder of .txt with a text each, or a .jsonl of objects
+with "text" (and maybe "text_pair"), "question" and "context", or "input_ids", and maybe "id".
+OUTPUT gets one line of JSON for each: {"id", "answer"} as the pipelines of transformers answer, or
+the model's outputs (--outputs). It gets its name when it is complete; a command that was stopped
+goes on when it is given again.
 
   lsg-flax predict ./areas documents.jsonl answers.jsonl --batch-size 32 --mesh data=8"""
-_SPELLED = {
+SPELLED = {
     'unfinished="replace"': "--restart",
     "a text needs tokenizer=": "a text needs a tokenizer in MODEL",
     "fields=": "outputs=",
 }
-_PASSED_ON = ("max_length", "truncation", "batch_size", "buckets", "broken_lines")
+_READING = ("truncation", "batch_size", "buckets", "broken_lines")  # arguments of predict_file
 
 
 def add(commands: shared.Commands) -> None:
     """Declares the command and its options."""
-    command = shared.add_command(commands, "predict", _DESCRIPTION, run, _SPELLED)
-    command.add_argument("model", metavar="MODEL", help="folder, or id on the Hugging Face hub")
-    command.add_argument("input", metavar="INPUT", help=".jsonl or .txt")
-    command.add_argument("output", metavar="OUTPUT", help="lines of JSON")
+    command = shared.add_command(commands, "predict", _DESCRIPTION, run, SPELLED)
+    add_files(command)
     add_choice(command, "--task", "head (default: that of MODEL)", TASKS)
     _add_what(command.add_argument_group("what is written"))
-    _add_how(command.add_argument_group("how it is computed"))
+    add_how(command.add_argument_group("how it is computed"))
+
+
+def add_files(command: argparse.ArgumentParser) -> None:
+    """Declares what is read and written."""
+    command.add_argument("model", metavar="MODEL", help="folder, or id on the Hugging Face hub")
+    command.add_argument("input", metavar="INPUT", help=".jsonl, .txt, or a folder of .txt")
+    command.add_argument("output", metavar="OUTPUT", help="lines of JSON")
+
+
+def add_reading(group: shared.Options) -> None:
+    """Declares what happens to texts that are too long, to broken lines, and to earlier work."""
+    add_switch(group, "--truncation", "cut texts that are longer")
+    add_choice(group, "--broken-lines", "what they do", get_args(BrokenLines), "raise")
+    add_switch(group, "--restart", "begin anew where a part of OUTPUT is there")
 
 
 def _add_what(group: shared.Options) -> None:
@@ -65,12 +77,11 @@ def _add_what(group: shared.Options) -> None:
         help="write the model's outputs in place of answers, such as logits; all without a NAME",
     )
     add_number(group, "--max-length", "tokens (default: the model's)")
-    add_switch(group, "--truncation", "cut texts that are longer")
-    add_choice(group, "--broken-lines", "what they do", get_args(BrokenLines), "raise")
-    add_switch(group, "--restart", "begin anew where a part of OUTPUT is there")
+    add_reading(group)
 
 
-def _add_how(group: shared.Options) -> None:
+def add_how(group: shared.Options) -> None:
+    """Declares batches, devices and precision."""
     add_number(group, "--batch-size", "rows at once", 8)
     group.add_argument(
         "--buckets",
@@ -90,16 +101,35 @@ def _add_how(group: shared.Options) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
-    shared.check_positive(arguments, "batch_size", "max_length", "buckets")
-    mesh = None if arguments.mesh is None else make_mesh(**arguments.mesh)
+    shared.check_positive(arguments, "max_length")
     checkpoint = hub.open_checkpoint(arguments.model)
-    # All that can be wrong is found before the weights are read.
     task = arguments.task or checkpoint.task
     answers = _answers(task, arguments)
     if arguments.outputs:
         check_fields(Model(checkpoint.config_for(task), task), arguments.outputs)
-    DocumentFile(arguments.input)
+    fields = arguments.outputs or None
+    write_answers(
+        arguments, checkpoint, task, answers, fields=fields, max_length=arguments.max_length
+    )
+
+
+def write_answers(
+    arguments: argparse.Namespace,
+    checkpoint: hub.Checkpoint,
+    task: str,
+    answers: PipelineTask | None,
+    **reading: Any,
+) -> None:
+    """Makes OUTPUT of INPUT; `reading` are further arguments of `predict_file`."""
+    # All that can be wrong is found before the weights are read.
+    shared.check_positive(arguments, "batch_size", "buckets")
+    mesh = None if arguments.mesh is None else make_mesh(**arguments.mesh)
+    DocumentFile(arguments.input, text_column=reading.get("text_column"))
     check_output(arguments.output, arguments.input)
+    check_apart(arguments.output, checkpoint.root)
+    tokenizer = checkpoint.tokenizer
+    if answers is not None and task in answers.heads:
+        answers.program(Model(checkpoint.config_for(task), task), tokenizer)
     dtype = jnp.dtype(arguments.dtype).type
     model, params = checkpoint.load(task, dtype=dtype, mesh=mesh)
     written = predict_file(
@@ -107,11 +137,11 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.output,
         model,
         params,
-        tokenizer=checkpoint.tokenizer,
+        tokenizer=tokenizer,
         answers=answers,
-        fields=arguments.outputs or None,
         mesh=mesh,
-        **{name: getattr(arguments, name) for name in _PASSED_ON},
+        **{name: getattr(arguments, name) for name in _READING},
+        **reading,
         unfinished="replace" if arguments.restart else "continue",
     )
     before = written.documents - written.computed
@@ -136,13 +166,13 @@ def _answers(task: str, arguments: argparse.Namespace) -> PipelineTask | None:
     if "ignore_labels" in values:  # one is a list of one
         values["ignore_labels"] = (given["ignore_labels"],)
     try:
-        return dataclasses.replace(ANSWERS[task], **values)
+        return ANSWERS[task].with_options(**values)
     except ValueError as error:
         raise ValueError(f"--answers: {error}") from error
 
 
 def _options(task: str) -> list[str]:
-    return [field.name for field in dataclasses.fields(ANSWERS[task])]
+    return ANSWERS[task].option_names
 
 
 def _value(text: str) -> object:

@@ -19,6 +19,7 @@ from lsg_flax.data.cache import RowInfo as RowInfo
 from lsg_flax.data.cache import TokenizedDataset as TokenizedDataset
 from lsg_flax.data.files import OnError as OnError
 from lsg_flax.data.files import TextUnit as TextUnit
+from lsg_flax.data.files import files_at as files_at
 from lsg_flax.data.load import labels_for as labels_for
 from lsg_flax.data.load import load_examples as load_examples
 from lsg_flax.data.options import Columns as Columns

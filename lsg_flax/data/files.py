@@ -170,6 +170,12 @@ def open_source(
     return FileSource(files, text_unit)
 
 
+def files_at(paths: Paths) -> list[pathlib.Path]:
+    """The files that `open_source` reads for these paths; none of a dataset."""
+    given = [paths] if isinstance(paths, str | pathlib.Path) else list(paths)
+    return [f for path in given if not _is_dataset_name(str(path)) for f in _files_of(str(path))]
+
+
 def _is_dataset_name(path: str) -> bool:
     known = pathlib.Path(path).suffix in KINDS
     return (
@@ -221,7 +227,14 @@ def _read_csv(file: pathlib.Path, problems: Problems) -> Iterator[DataRow]:
     # surrogates, so that reading can go on behind them, and are then found in the row.
     with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         reader = csv.reader(lines, strict=True)
-        names = next(reader, [])
+        try:
+            names = next(reader, [])
+            utf8_text("".join(names))
+        except (csv.Error, ValueError) as error:  # never skipped: it is needed for every row
+            raise ValueError(
+                f"{file}:1: the names of the columns cannot be read: {error}; save the file as CSV "
+                "in UTF-8."
+            ) from error
         if len(set(names)) < len(names):
             raise ValueError(f"{file}:1: names of columns must differ, got {names}.")
         while True:
@@ -255,6 +268,9 @@ def _read_parquet(file: pathlib.Path, problems: Problems) -> Iterator[DataRow]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(file) as opened:
+            names = opened.schema_arrow.names
+            if not names or len(set(names)) < len(names):
+                raise ValueError(f"{file}: columns must be there and differ by name, got {names}.")
             for batch in opened.iter_batches(batch_size=256):
                 for values in batch.to_pylist():
                     number += 1

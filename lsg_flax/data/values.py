@@ -116,7 +116,7 @@ def label_number(value: object, names: tuple[str, ...]) -> int:
         return number
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     numbers = "" if table.numbers else " (or their numbers from 0)"
-    raise ValueError(f"label {value!r} is none of the {len(names)} labels {shown}{numbers}")
+    raise ValueError(f"label {value!r:.60} is none of the {len(names)} labels {shown}{numbers}")
 
 
 def _number_of(value: str | int) -> int | None:
@@ -161,7 +161,7 @@ def names_of_labels(values: Iterable[object]) -> tuple[str, ...]:
     most = min(_MOST_LABELS, _UNSEEN + 100 * len(numbers))
     if numbers and max(numbers) >= most:
         raise ValueError(
-            f"labels are {len(numbers)} different numbers up to {max(numbers)}, too large to be "
+            f"labels are {len(numbers)} different numbers up to {max(numbers)!r:.60}, too large to be "
             "those of labels from 0; give labels=, or problem_type='regression' for quantities."
         )
     return tuple(map(str, range(max(numbers) + 1))) if numbers else tuple(sorted(names))

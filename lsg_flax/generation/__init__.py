@@ -1,7 +1,9 @@
 """Text generation with a cache."""
 
 from lsg_flax.generation.beam import Beams as Beams
+from lsg_flax.generation.generate import check_options as check_options
 from lsg_flax.generation.generate import generate as generate
+from lsg_flax.generation.options import OPTION_NAMES as OPTION_NAMES
 from lsg_flax.generation.options import GenerateOptions as GenerateOptions
 from lsg_flax.generation.rules import Rules as Rules
 from lsg_flax.generation.rules import Text as Text

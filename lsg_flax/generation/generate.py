@@ -15,7 +15,13 @@ from numpy.typing import ArrayLike
 
 from lsg_flax.generation.beam import Beams
 from lsg_flax.generation.loop import Decoding, Texts, decode, decode_shown
-from lsg_flax.generation.options import GenerateCall, choose_options, decoding_of, token_ids
+from lsg_flax.generation.options import (
+    GenerateCall,
+    GenerateOptions,
+    choose_options,
+    decoding_of,
+    token_ids,
+)
 from lsg_flax.generation.prompt import (
     Space,
     check_ends,
@@ -130,6 +136,16 @@ def _written(
         if show is None:
             return decode(decoder, prompt, text, key, how=how)
         return decode_shown(decoder, prompt, text, key, how=how, show=show)
+
+
+def check_options(model: CausalModel, options: GenerateOptions) -> None:
+    """Raises ValueError for options of `generate` that do not fit together, or the model; of an
+    encoder-decoder all that does not depend on a text."""
+    chosen = choose_options(model.config, options)
+    decoding_of(chosen, model.config.vocab_size)
+    if two_stacks(model):
+        begun = decoder_prompt(1, chosen, options, model.config.vocab_size)
+        space_for(model, begun.shape[1], chosen, bucket=1)
 
 
 def _continued(

@@ -84,7 +84,7 @@ class GenerateCall(GenerateOptions, total=False):
     mesh: Mesh | None
 
 
-NAMES = tuple(GenerateOptions.__annotations__)
+OPTION_NAMES = tuple(GenerateOptions.__annotations__)
 _SAMPLING = {"temperature": 1.0, "top_k": None, "top_p": None}
 _BEAMS = {"length_penalty": 1.0, "early_stopping": False}
 _ID_LISTS = ("eos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens")
@@ -103,7 +103,7 @@ def checkpoint_options(config: Any) -> dict[str, Any]:
     """What a checkpoint says of generation: its generation_config.json, which stands under
     "generation_config" among the config's other fields, before its config.json."""
     stored = config.other("generation_config", {})
-    names = [name for name in (*NAMES, *_UNSUPPORTED) if name not in stored]
+    names = [name for name in (*OPTION_NAMES, *_UNSUPPORTED) if name not in stored]
     of_config = {name: getattr(config, name, config.other(name, None)) for name in names}
     found = stored | {name: value for name, value in of_config.items() if value is not None}
     return found | ({"top_k": None} if found.get("top_k") == 0 else {})  # so files write "off"
@@ -128,12 +128,12 @@ def choose_options(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
             f"the checkpoint's {name}={stored.get(name)!r} is not supported; remove it from its "
             "generation_config.json or config.json.",
         )
-    own = {name: value for name, value in given.items() if name in NAMES}
+    own = {name: value for name, value in given.items() if name in OPTION_NAMES}
     lengths = [f"{n}={own[n]}" for n in ("max_length", "max_new_tokens") if own.get(n) is not None]
     require(len(lengths) < 2, f"{' and '.join(lengths)} are two limits: give one of them.")
     if own.get("max_length") is not None:
         stored.pop("max_new_tokens", None)
-    chosen = {n: v for n, v in (stored | own).items() if n in NAMES and v is not None}
+    chosen = {n: v for n, v in (stored | own).items() if n in OPTION_NAMES and v is not None}
     for name in ("num_beams", "num_return_sequences"):
         check_whole(name, chosen.setdefault(name, 1), 1)
     sampled = chosen.setdefault("do_sample", False)

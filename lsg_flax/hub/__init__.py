@@ -1,5 +1,6 @@
 """Checkpoints as folders of Hugging Face: opened, saved, made to read long documents."""
 
+from lsg_flax.hub.beside import is_model_file as is_model_file
 from lsg_flax.hub.checkpoint import Checkpoint as Checkpoint
 from lsg_flax.hub.checkpoint import open_checkpoint as open_checkpoint
 from lsg_flax.hub.download import CONFIG_FILES as CONFIG_FILES
@@ -10,6 +11,7 @@ from lsg_flax.hub.load import from_pretrained as from_pretrained
 from lsg_flax.hub.load import make_lsg as make_lsg
 from lsg_flax.hub.pytorch_code import in_pytorch as in_pytorch
 from lsg_flax.hub.save import config_values as config_values
+from lsg_flax.hub.save import keep_documents as keep_documents
 from lsg_flax.hub.save import save_pretrained as save_pretrained
 from lsg_flax.hub.sentence_files import Pooling as Pooling
 from lsg_flax.hub.sentence_files import SentenceSettings as SentenceSettings

@@ -1,13 +1,15 @@
 """What lies in a checkpoint's folder beside config.json and the weights: which of it belongs to the
 model, is downloaded with it, carried to another folder, or would be read there by mistake."""
 
+import filecmp
 import fnmatch
+import os
 import pathlib
 import shutil
 from collections.abc import Iterable
 
 from lsg_flax.hub.sentence_files import MODULES, PROMPTS, SENTENCE_CONFIGS
-from lsg_flax.hub.weights import CONFIG, GENERATION
+from lsg_flax.hub.weights import CONFIG, GENERATION, WEIGHTS
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -17,10 +19,15 @@ _WEIGHT_FILES = (
     *("*.safetensors", "*.index.json", "pytorch_model*.bin", "flax_model*", "tf_model*"),
     *("model.ckpt*", "adapter_*"),
 )
-_DOCUMENTS = ("*.json", "*.txt", "*.md", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
+# By name, since other .json, .txt and .md may be somebody's data or notes.
+_DOCUMENTS = (
+    *("README*", "MODEL_CARD*", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "CITATION*"),
+    *(GENERATION, "preprocessor_config.json", "processor_config.json", PROMPTS),
+    *("label_map.json", "labels.json", "labels.txt", "label2id.json", "id2label.json"),
+)
 _SENTENCE_FILES = (MODULES, PROMPTS, SENTENCE_CONFIGS)
-# Of training, or written anew: config.json by us, those of sentence-transformers by carry_modules.
-_NOT_CARRIED = (CONFIG, "trainer_state.json", *_WEIGHT_FILES, MODULES, SENTENCE_CONFIGS)
+# What another conversion or save to the same folder writes anew.
+_WRITTEN = (CONFIG, WEIGHTS, GENERATION, "tokenizer_config.json", MODULES, SENTENCE_CONFIGS)
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -31,8 +38,12 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 def is_document(name: str) -> bool:
     """Whether a file belongs to the model, as its card, licence and settings do; weights, tokenizer
     and code are none of these."""
-    others = matches(name, (".*", *_NOT_CARRIED, *TOKENIZER_FILES))
-    return matches(name, _DOCUMENTS) and not others
+    return matches(name, _DOCUMENTS)
+
+
+def is_model_file(name: str) -> bool:
+    """Whether a file is what models are read from: config, weights, tokenizer."""
+    return matches(name, (CONFIG, *_WEIGHT_FILES, *TOKENIZER_FILES))
 
 
 def carry_documents(source: pathlib.Path, target: pathlib.Path, *, readme: bool) -> None:
@@ -41,6 +52,22 @@ def carry_documents(source: pathlib.Path, target: pathlib.Path, *, readme: bool)
         tells_of_model = file.name.lower().startswith("readme")
         if file.is_file() and is_document(file.name) and (readme or not tells_of_model):
             shutil.copyfile(file, target / file.name)
+
+
+def others_files(folder: pathlib.Path, new: pathlib.Path, *, ours: bool) -> list[str]:
+    """Files in `folder` that others would replace which are in `new` and say something else.
+
+    Args:
+        ours: the folder is one that we wrote, where config.json, weights and such may be replaced.
+    """
+    names = (str(file.relative_to(new)) for file in sorted(new.rglob("*")) if file.is_file())
+    return [
+        name
+        for name in names
+        if os.path.lexists(folder / name)
+        and not (ours and matches(name, _WRITTEN))
+        and not ((folder / name).is_file() and filecmp.cmp(folder / name, new / name, False))
+    ]
 
 
 def stale_files(folder: pathlib.Path, new: pathlib.Path, *, settings: bool) -> list[str]:

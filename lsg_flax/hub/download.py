@@ -42,6 +42,11 @@ def resolve(path_or_id: str | os.PathLike, files: Sequence[str] | None = None) -
         FileNotFoundError: if there is neither such a folder nor such a repository.
     """
     folder = pathlib.Path(path_or_id)
+    if not os.fspath(path_or_id).strip():
+        raise FileNotFoundError(
+            f"the model is {str(path_or_id)!r}, no name; give a folder ('.' is the current one) or "
+            "a hub id."
+        )
     if folder.is_dir():
         return folder
     name = str(path_or_id)
@@ -88,7 +93,8 @@ def needed_files(there: Sequence[str], modules: Iterable[str] = ()) -> list[str]
         needed += [
             start + name
             for name in inside
-            if matches(name, (*weights, *_SETTINGS)) or is_document(name)
+            if matches(name, (*weights, *_SETTINGS))
+            or (name.endswith((".json", ".txt")) if folder else is_document(name))
         ]
     return needed
 

@@ -107,7 +107,7 @@ def convert_checkpoint(
         return _converted(checkpoint, task, options, lsg_overrides, check=check)[:2]
     check_target(target, checkpoint)
     reads = Model(checkpoint.config).max_length
-    if 1 <= max_sequence_length < reads:  # none at all is refused below
+    if 0 < max_sequence_length < reads:
         warnings.warn(
             f"max_sequence_length={max_sequence_length} is less than the {reads} tokens that "
             f"{source} reads: {target} reads no more.",

@@ -48,6 +48,7 @@ def save_pretrained(
     path = pathlib.Path(path)
     with written_aside(path) as aside:
         _write(aside, model, params, tokenizer, source)
+        keep_documents(path, aside)
         stale = beside.stale_files(path, aside, settings=False)
     if stale:
         warnings.warn(
@@ -85,6 +86,20 @@ def _write(
     (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
+def keep_documents(path: pathlib.Path, new: pathlib.Path) -> None:
+    """Takes licences and such out of the folder `new`, whose files will replace those in `path`,
+    where somebody has others there."""
+    others = beside.others_files(path, new, ours=True)
+    if kept := [name for name in others if beside.is_document(name)]:
+        for name in kept:
+            (new / name).unlink()
+        warnings.warn(
+            f"{path} keeps its {', '.join(kept)}, and the model that is saved there has others; "
+            "look which is right.",
+            stacklevel=3,
+        )
+
+
 def check_target(target: str | os.PathLike, checkpoint: Checkpoint) -> None:
     """Raises ValueError for a folder that is the source or lies in it, also through links, and for
     one with a model that is no conversion, as after a mix-up of source and target."""
@@ -120,8 +135,9 @@ def write_converted(
     """Saves a conversion with all that belongs to its source.
 
     Raises:
-        ValueError: if files of another model would stay beside it.
+        ValueError: if files of another model would stay beside it, or somebody's be replaced.
     """
+    ours = (target / CONFIG).exists()  # see `check_target`
     with written_aside(target) as aside:
         _write(aside, model, params, tokenizer, checkpoint, readme=True)
         if checkpoint.modules and model.task == "base":
@@ -130,6 +146,11 @@ def write_converted(
             raise ValueError(
                 f"{target} holds {', '.join(stale)} of another model, which would be read beside "
                 "the new files; remove them, or give another folder."
+            )
+        if others := beside.others_files(target, aside, ours=ours):
+            raise ValueError(
+                f"{target} holds {', '.join(others)}, not written by a conversion of this source, "
+                "in the place of new files; move them away, or give another folder."
             )
 
 

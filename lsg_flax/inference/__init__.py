@@ -11,6 +11,7 @@ from lsg_flax.inference.predictor import IN_FLIGHT as IN_FLIGHT
 from lsg_flax.inference.predictor import Predictor as Predictor
 from lsg_flax.inference.predictor import Result as Result
 from lsg_flax.inference.predictor import predict as predict
+from lsg_flax.inference.program import Runnable as Runnable
 from lsg_flax.inference.program import Select as Select
 from lsg_flax.inference.program import outputs_of as outputs_of
 from lsg_flax.inference.results import output_line as output_line

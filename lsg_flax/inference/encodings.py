@@ -21,7 +21,7 @@ def check_encoding(
     config = model.config
     tables = {
         "input_ids": ("vocab_size", config.vocab_size),
-        "attention_mask": ("what a mask may say", 2),
+        "attention_mask": (None, 2),
         "token_type_ids": ("type_vocab_size", config.segments),
     }
     unknown = sorted(encoding.keys() - tables.keys())
@@ -46,7 +46,9 @@ def check_encoding(
         )
 
 
-def _check_rows(place: str, name: str, rows, lengths: list[int], field: str, limit: int) -> None:
+def _check_rows(
+    place: str, name: str, rows, lengths: list[int], field: str | None, limit: int
+) -> None:
     given = list(map(len, rows))
     if given != lengths or 0 in lengths:
         raise ValueError(
@@ -54,6 +56,8 @@ def _check_rows(place: str, name: str, rows, lengths: list[int], field: str, lim
         )
     low, high = min(map(min, rows)), max(map(max, rows))
     if low < 0 or high >= limit:
+        if field is None:
+            raise ValueError(f"{place} has {name} in {low}..{high}; a mask has only 0 and 1.")
         one_segment = name == "token_type_ids" and limit < 2
         advice = f"leave {name} out" if one_segment else "do tokenizer and checkpoint fit together?"
         raise ValueError(

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from lsg_flax.buckets import default_buckets
 from lsg_flax.inference.encodings import Encoding, batches_of, check_encoding, padded
-from lsg_flax.inference.program import Select, program_of
+from lsg_flax.inference.program import Runnable, Select, program_of
 from lsg_flax.models import Model, Params
 from lsg_flax.progress import Bar
 from lsg_flax.sharding import check_batches, check_devices, shard
@@ -52,6 +52,7 @@ class Predictor:
         fields: Sequence[str] | None = None,
         select: Select | None = None,
         mesh: Mesh | None = None,
+        program: Runnable | None = None,
     ):
         """Chooses the lengths and outputs.
 
@@ -65,6 +66,8 @@ class Predictor:
                 under a name of its own keeps all its rows.
             mesh: of `sharding.make_mesh`: parameters and batches are cut over its devices. All of
                 them must be this process's; several processes each take their own documents.
+            program: is run in place of the model, and made for the same mesh; `fields` and `select`
+                do nothing to it.
 
         Raises:
             ValueError: for a batch size or buckets that the model or the mesh does not allow.
@@ -83,7 +86,7 @@ class Predictor:
         self.params = jax.device_put(params) if mesh is None else shard(params, mesh)
         self.batch_size, self.buckets = batch_size, buckets
         self._fields = None if fields is None else tuple(fields)
-        self._program = program_of(model, self._fields, select, mesh)
+        self._program = program or program_of(model, self._fields, select, mesh)
 
     @property
     def compilations(self) -> int:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -29,6 +30,15 @@ def outputs_of(
             f"{', '.join(given)}."
         )
     return {name: output[name] for name in wanted}
+
+
+@runtime_checkable
+class Runnable(Protocol):
+    """What a `Predictor` gives batches to, for outputs with a row for each of the batch's."""
+
+    @property
+    def compilations(self) -> int: ...
+    def start(self, params: Params, batch: dict[str, np.ndarray]) -> Outputs: ...
 
 
 class Program:

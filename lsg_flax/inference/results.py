@@ -1,6 +1,7 @@
 """Documents to lines of JSON in a file that survives a kill."""
 
 import itertools
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from lsg_flax.files import id_in
 from lsg_flax.inference.encodings import Encoding
 from lsg_flax.inference.lines import Document, ResumableLines, Unfinished, json_line
 from lsg_flax.inference.predictor import Predictor, Result
@@ -52,7 +54,8 @@ def predict_to_jsonl(
     predictor = Predictor(
         model, params, batch_size=batch_size, buckets=buckets, fields=fields, mesh=mesh
     )
-    for place, encoding in enumerate(encodings):
+    for place, (name, encoding) in enumerate(zip(names, encodings, strict=True)):
+        id_in({"id": json.loads(json_line(name))}, place)
         predictor.check(f"document {place}", encoding, like=encodings[0])
     documents = (
         Document(name, json_line([name, encoding]).encode(), f"document {place}", encoding)

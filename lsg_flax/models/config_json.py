@@ -211,7 +211,15 @@ def read_labels(values: dict[str, Any]) -> tuple[str, ...]:
         f"id2label has the ids {short(sorted(names))}; they must be 0..{len(id2label) - 1} without "
         "gaps.",
     )
-    return tuple(names[i] for i in range(len(names)))
+    labels = tuple(names[i] for i in range(len(names)))
+    unclear = [n for n in dict.fromkeys(labels) if labels.count(n) > 1 or not n.strip()]
+    if unclear:
+        warnings.warn(
+            f"id2label has names that are empty or there twice, {short(unclear)}, which answers do "
+            "not tell apart; give each label a name of its own.",
+            stacklevel=2,
+        )
+    return labels
 
 
 def _label_id(key: Any) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 
 _SHORT = reprlib.Repr()  # a value in a message is short, whatever a file holds
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+_SHORT.maxlevel = 2  # six to a level
 _WORDS = {
     bool: "true or false",
     int: "a whole number",

@@ -17,6 +17,9 @@ from lsg_flax.pipelines.files import DocumentFile as DocumentFile
 from lsg_flax.pipelines.files import Written as Written
 from lsg_flax.pipelines.files import check_fields as check_fields
 from lsg_flax.pipelines.files import predict_file as predict_file
+from lsg_flax.pipelines.generate import Summarization as Summarization
+from lsg_flax.pipelines.generate import Text2TextGeneration as Text2TextGeneration
+from lsg_flax.pipelines.generate import Translation as Translation
 from lsg_flax.pipelines.pipeline import Pipeline as Pipeline
 from lsg_flax.pipelines.pipeline import pipeline as pipeline
 from lsg_flax.pipelines.spans import QuestionAnswering as QuestionAnswering

@@ -20,8 +20,8 @@ def line_number(place: str) -> int:
     return int(place.rpartition(":")[2])
 
 
-def warn_of_skipped(skipped: Sequence[int], source: str | os.PathLike) -> None:
-    """Names the lines, if there are any."""
+def warn_of_skipped(skipped: Sequence[int | str], source: str | os.PathLike) -> None:
+    """Names the lines, or files of a folder, if there are any."""
     if skipped:
         numbers = ", ".join(map(str, skipped[:10])) + (", ..." if len(skipped) > 10 else "")
         warnings.warn(

@@ -21,7 +21,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lsg_flax import hub
 from lsg_flax.buckets import default_buckets
-from lsg_flax.files import file_aside, is_blank, read_lines, valid_text, written_aside
+from lsg_flax.files import (
+    file_aside,
+    id_in,
+    is_blank,
+    read_lines,
+    valid_text,
+    written_aside,
+)
 from lsg_flax.hub import Pooling, SentenceSettings, Tokenizer, write_sentence_settings
 from lsg_flax.inference import Predictor
 from lsg_flax.locks import holds, locked_file
@@ -247,6 +254,7 @@ class Embedder:
                 self.pooling, self.normalize, self.max_length, self.do_lower_case
             )
             write_sentence_settings(aside, settings, width=self.model.config.hidden_size)
+            hub.keep_documents(pathlib.Path(path), aside)
 
 
 class TextLines(NamedTuple):
@@ -274,7 +282,7 @@ def read_texts(file: str | os.PathLike, *, broken_lines: BrokenLines = "raise") 
             content = {"text": line.text()} if file.suffix == ".txt" else line.json_object()
             if not isinstance(content.get("text"), str):
                 raise ValueError(f'it has {sorted(content)} and must have a "text" that is a text')
-            text = valid_text(content["text"])
+            text, name = valid_text(content["text"]), id_in(content, line.number - 1)
             if file.suffix != ".txt" and is_blank(text):
                 raise ValueError("its text is empty")
         except ValueError as error:
@@ -282,7 +290,7 @@ def read_texts(file: str | os.PathLike, *, broken_lines: BrokenLines = "raise") 
                 raise unskipped(line.place, error) from error
             skipped.append(line.number)
             continue
-        found.names.append(content.get("id", line.number - 1))
+        found.names.append(name)
         found.texts.append(text)
         found.places.append(line.place)
     warn_of_skipped(skipped, file)

@@ -1,20 +1,28 @@
-"""From file to file: documents of a .jsonl or .txt in, one line of JSON for each out; resumable.
+"""From file to file: documents of a file or folder in, one line of JSON for each out; resumable.
 
 How lines survive a kill is inference/lines.py's; texts are read, and answers made, as pipelines do.
 """
 
 import functools
 import hashlib
+import json
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, get_args
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
-from lsg_flax.files import Line, check_output, is_blank, read_lines, valid_text
+from lsg_flax.files import (
+    Line,
+    check_output,
+    id_in,
+    is_blank,
+    read_lines,
+    valid_text,
+    whole_file,
+)
 from lsg_flax.hub import Tokenizer
 from lsg_flax.inference import (
     Document,
@@ -30,6 +38,7 @@ from lsg_flax.inference import (
 )
 from lsg_flax.models import Model, Params
 from lsg_flax.pipelines.broken import BrokenLines, line_number, unskipped, warn_of_skipped
+from lsg_flax.pipelines.generate import Text2TextGeneration
 from lsg_flax.pipelines.spans import QuestionAnswering, TokenClassification
 from lsg_flax.pipelines.tasks import (
     FillMask,
@@ -39,6 +48,7 @@ from lsg_flax.pipelines.tasks import (
     Reader,
     TextClassification,
     check_choice,
+    in_float32,
 )
 from lsg_flax.progress import Bar
 
@@ -48,6 +58,7 @@ ANSWERS: dict[str, PipelineTask] = {
     "sequence_classification": TextClassification(top_k=None),
     "token_classification": TokenClassification(aggregation_strategy="simple"),
     "question_answering": QuestionAnswering(),
+    "conditional_generation": Text2TextGeneration(),
 }
 _KINDS = (("input_ids",), ("question", "context"), ("text",))  # what a line has of a document
 _PROBE = "Él NAÏVE 12.5% 日本 [MASK]\n it's"  # tells apart tokenizers of the same vocabulary
@@ -58,18 +69,24 @@ class Written(NamedTuple):
 
     documents: int  # lines of the target
     computed: int  # of these by this call; the others were finished before
-    skipped: tuple[int, ...]  # numbers of broken lines of the source, from 1
+    skipped: tuple[int | str, ...]  # broken lines of the source by number, from 1, or its files
 
 
 class DocumentFile:
-    """The documents of a .jsonl or .txt, read lazily.
+    """The documents of a .jsonl, a .txt, or a folder of .txt files, read lazily.
 
     Attributes:
         broken_lines: what is done with them.
-        skipped: numbers of the broken lines that were passed over so far.
+        skipped: numbers of the broken lines that were passed over so far; of a folder its files.
     """
 
-    def __init__(self, source: str | os.PathLike, *, broken_lines: BrokenLines = "raise"):
+    def __init__(
+        self,
+        source: str | os.PathLike,
+        *,
+        broken_lines: BrokenLines = "raise",
+        text_column: str | None = None,
+    ):
         """Names the file.
 
         Args:
@@ -77,44 +94,77 @@ class DocumentFile:
                 (and maybe "text_pair"), "question" and "context", or "input_ids" (and maybe
                 "attention_mask" and "token_type_ids"), and maybe "id", else the line's place from
                 0. Texts in it are not empty. Other entries, and blank lines of a .jsonl, are
-                ignored.
+                ignored. Of a folder each .txt is one text, in the order of their names, which are
+                the ids.
             broken_lines: raise for a line that is none of this, or skip it.
+            text_column: the entry of a .jsonl that is the text, in place of all these.
 
         Raises:
             FileNotFoundError, ValueError: for no such file, another kind, or another choice.
         """
         self.source, self.skipped = pathlib.Path(source), []
         check_choice("broken_lines", broken_lines, get_args(BrokenLines))
-        if self.source.suffix not in SOURCES:
-            raise ValueError(f"{source} must end in {' or '.join(SOURCES)}.")
-        if not self.source.is_file():
+        self._files = sorted(self.source.glob("*.txt")) if self.source.is_dir() else None
+        if self._files == []:
+            raise FileNotFoundError(f"{source} is a folder without .txt files.")
+        if self._files is None and self.source.suffix not in SOURCES:
+            raise ValueError(
+                f"{source} must end in {' or '.join(SOURCES)}, or be a folder of .txt."
+            )
+        if self._files is None and not self.source.is_file():
             raise FileNotFoundError(f"{source} is no file.")
-        self.broken_lines, self._of_texts = broken_lines, self.source.suffix == ".txt"
+        self.broken_lines, self._text_column = broken_lines, text_column
+        self._of_texts = self.source.suffix == ".txt" or self._files is not None
+        if self._of_texts and text_column is not None:
+            raise ValueError(
+                f"text_column={text_column!r} is for a .jsonl; {source} has texts alone."
+            )
 
     def __iter__(self) -> Iterator[Document]:
         """Raises ValueError for a broken line, by its place."""
         for line in self._lines():
             try:
-                content = {"text": line.text()} if self._of_texts else _content(line.json_object())
+                content = self._content_of(line)
+                name = id_in(content, self._name_of(line))
             except ValueError as error:
                 self.leave_out(line.place, error)
             else:
-                name = content.get("id", line.number - 1)
                 yield Document(name, line.raw, line.place, content)
 
     def leave_out(self, place: str, error: ValueError) -> None:
         """Raises, unless broken lines are skipped, for the line at FILE:NUMBER."""
         if self.broken_lines == "raise":
             raise unskipped(place, error) from error
-        self.skipped.append(line_number(place))
+        of_folder = self._files is not None
+        self.skipped.append(pathlib.Path(place).name if of_folder else line_number(place))
 
     def count_lines(self) -> int:
         """Those with documents, broken ones too."""
-        return sum(1 for _ in self._lines())
+        return sum(1 for _ in self._lines()) if self._files is None else len(self._files)
 
     def _lines(self) -> Iterator[Line]:
-        """An empty line of a .txt is a text like others; in a .jsonl it is nothing."""
-        return read_lines(self.source, blank=self._of_texts)
+        """An empty line of a .txt is a text like others; in a .jsonl it is nothing. A file of a
+        folder counts as one line."""
+        if self._files is None:
+            yield from read_lines(self.source, blank=self._of_texts)
+        else:
+            for number, file in enumerate(self._files, 1):
+                yield whole_file(file, number)
+
+    def _name_of(self, line: Line) -> int | str:
+        return line.number - 1 if self._files is None else self._files[line.number - 1].name
+
+    def _content_of(self, line: Line) -> dict[str, Any]:
+        """Raises ValueError for what is no document."""
+        if self._of_texts:
+            return {"text": line.text()}
+        content, column = line.json_object(), self._text_column
+        if column is None:
+            return _content(content)
+        if not isinstance(content.get(column), str):
+            raise ValueError(f"it has {sorted(content)} and must have {column!r}, a text")
+        named = {name: content[name] for name in ("id",) if name in content}
+        return _content(named | {"text": content[column]})
 
 
 def predict_file(
@@ -133,6 +183,7 @@ def predict_file(
     mesh: Mesh | None = None,
     window: int = 256,
     broken_lines: BrokenLines = "raise",
+    text_column: str | None = None,
     unfinished: Unfinished = "continue",
     progress: bool = True,
 ) -> Written:
@@ -145,10 +196,11 @@ def predict_file(
     round differently).
 
     Args:
-        source: see `DocumentFile`.
+        source, broken_lines, text_column: see `DocumentFile`.
         tokenizer: of transformers, for documents that are not `input_ids`.
-        answers: write `{"id", "answer"}`, the answer of this task of pipelines; `ANSWERS` has
-            one for each model's task that has labels or places.
+        answers: write `{"id", "answer"}`, the answer of this task of pipelines (`{"id",
+            "summary"}` of `Summarization`); `ANSWERS` has one for each model's task that has
+            labels or places, or writes.
         fields: without `answers`, the outputs wanted, such as `("logits",)`; all by default.
         max_length: tokens read at most, what the model reads by default.
         truncation: cut longer texts; without it they raise.
@@ -168,7 +220,7 @@ def predict_file(
             another source, saying what differs.
         OSError: if `target` cannot be written, as on a full disk; what is finished is kept.
     """
-    documents = DocumentFile(source, broken_lines=broken_lines)
+    documents = DocumentFile(source, broken_lines=broken_lines, text_column=text_column)
     check_output(target, source)
     _check_answers(answers, model, fields)
     predictor = Predictor(
@@ -178,12 +230,13 @@ def predict_file(
         buckets=buckets,
         fields=fields if answers is None else answers.heads[model.task],
         mesh=mesh,
+        program=None if answers is None else answers.program(model, tokenizer, mesh),
     )
     limit = predictor.buckets[-1] if max_length is None else max_length
     if not 1 <= limit <= predictor.buckets[-1]:
         raise ValueError(f"max_length={limit} must lie in 1..{predictor.buckets[-1]}, the buckets.")
     codec = _DocumentCodec(predictor, Reader(tokenizer, model.config, limit, truncation), answers)
-    settings = predictor.settings() | codec.settings()
+    settings = predictor.settings() | codec.settings() | {"text_column": text_column}
     with ResumableLines(target, settings, unfinished=unfinished) as file:
         before = file.finished
         total = documents.count_lines() if progress else None
@@ -272,9 +325,9 @@ class _DocumentCodec:
             return output_line(document, results[0])
         for result in results:
             output_line(document, result)  # raises for outputs that are not finite
-        results = [{n: np.asarray(v, np.float32) for n, v in r.items()} for r in results]
+        results = [in_float32(result) for result in results]
         answer = self.answers.answer(self.reader, _item(document.content), list(rows), results)
-        return json_line({"id": document.name, "answer": answer})
+        return json_line({"id": document.name} | self.answers.entry(answer))
 
     def settings(self) -> dict[str, Any]:
         """What decides the lines besides the model, as JSON values."""
@@ -321,7 +374,7 @@ def _content(content: dict[str, Any]) -> dict[str, Any]:
         content = {name: value for name, value in content.items() if name != "text_pair"}
     for name in ("text", "text_pair", "question", "context"):
         if not isinstance(content.get(name, ""), str):
-            raise ValueError(f"its {name} is no text but a {type(content[name]).__name__}")
+            raise ValueError(f"its {name} must be a text, got {json.dumps(content[name]):.60}")
         if name in content and is_blank(valid_text(content[name])):
             raise ValueError(f"its {name} is empty")
     for name in ("input_ids", "attention_mask", "token_type_ids"):

@@ -7,19 +7,19 @@ import itertools
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.typing import Dtype
 
 from lsg_flax import hub
 from lsg_flax.buckets import default_buckets
 from lsg_flax.hub import Checkpoint, Tokenizer
-from lsg_flax.inference import Predictor, Select
+from lsg_flax.inference import Predictor, Runnable, Select
 from lsg_flax.models import Model, Params
+from lsg_flax.pipelines.generate import Summarization, Text2TextGeneration, Translation
 from lsg_flax.pipelines.spans import QuestionAnswering, TokenClassification
 from lsg_flax.pipelines.tasks import (
     FeatureExtraction,
@@ -29,6 +29,7 @@ from lsg_flax.pipelines.tasks import (
     Reader,
     TextClassification,
     check_choice,
+    in_float32,
 )
 
 SENTENCE_BUCKET = 128  # a sentence alone is worth a shorter one than documents have
@@ -40,6 +41,9 @@ TASKS: dict[str, type[PipelineTask]] = {
     "token-classification": TokenClassification,
     "question-answering": QuestionAnswering,
     "feature-extraction": FeatureExtraction,
+    "text2text-generation": Text2TextGeneration,
+    "summarization": Summarization,
+    "translation": Translation,
 }
 
 
@@ -59,8 +63,8 @@ class Pipeline:
         self.task, self.reader = task, reader
         self.model, self.params = model, jax.device_put(params)
         self.batch_size, self.buckets = batch_size, tuple(buckets)
-        self._used: dict[Select | None, Predictor] = {}
-        self._predictor(None, 2)  # checks the settings
+        self._used: dict[tuple[Select | None, Runnable | None], Predictor] = {}
+        self._predictor(task, None, 2)  # checks the settings
 
     def __call__(
         self,
@@ -81,7 +85,7 @@ class Pipeline:
         Raises:
             ValueError: for a document that does not fit or options that do not exist.
         """
-        task = _with_options(self.task, options)
+        task = self.task.with_options(**options)
         reader = self.reader if truncation is None else replace(self.reader, truncation=truncation)
         items = task.items(inputs, question, context)
         if isinstance(items, str | dict) or not isinstance(items, Iterable):
@@ -97,24 +101,25 @@ class Pipeline:
         while window := list(itertools.islice(documents, _WINDOW * self.batch_size)):
             group, rows = zip(*window, strict=True)
             flat = [row for part in rows for row in part]
-            predictor = self._predictor(task.select(reader, flat), len(flat))
+            predictor = self._predictor(task, task.select(reader, flat), len(flat))
             outputs = predictor([row.inputs for row in flat], progress=False)
             for item, part in zip(group, rows, strict=True):
-                results = list(itertools.islice(outputs, len(part)))
-                results = [{n: np.asarray(v, np.float32) for n, v in r.items()} for r in results]
+                results = [in_float32(r) for r in itertools.islice(outputs, len(part))]
                 yield task.answer(reader, item, part, results)
 
-    def _predictor(self, select: Select | None, rows: int) -> Predictor:
+    def _predictor(self, task: PipelineTask, select: Select | None, rows: int) -> Predictor:
         """A single row is not worth a whole batch."""
-        self._used[select] = Predictor(
+        program = task.program(self.model, self.reader.tokenizer)
+        self._used[select, program] = Predictor(
             self.model,
             self.params,
             batch_size=1 if rows == 1 else self.batch_size,
             buckets=self.buckets,
-            fields=self.task.heads[self.model.task],
+            fields=task.heads[self.model.task],
             select=select,
+            program=program,
         )
-        return self._used[select]
+        return self._used[select, program]
 
     @property
     def compilations(self) -> int:
@@ -144,11 +149,13 @@ def pipeline(
     question answering are as long as the model reads, not 384 tokens; features are arrays.
 
     Args:
-        task: one of `TASKS`, whose classes describe options and answers.
+        task: one of `TASKS`, whose classes describe options and answers; "translation_en_to_ro" is
+            a translation with these src_lang and tgt_lang.
         model: a folder or hub id, or a model with its parameters.
         tokenizer: an object or a folder; by default that of the model's folder.
         batch_size: rows at once; a single one runs alone.
-        max_length: tokens read at most, what the model reads by default.
+        max_length: tokens read at most, what the model reads by default; of tasks that write texts,
+            tokens written, as in transformers: the longest bucket is what these read.
         truncation: cut longer texts (question answering reads all in windows).
         buckets: lengths that rows are padded to, one compilation each.
         dtype: of the computation, float32 by default.
@@ -159,8 +166,14 @@ def pipeline(
         ValueError: for an unknown task or option, a checkpoint without the task's head or without a
             tokenizer, and settings that do not fit.
     """
+    if len(parts := task.split("_")) == 4 and parts[0::2] == ["translation", "to"]:
+        task = parts[0]
+        options = {"src_lang": parts[1], "tgt_lang": parts[3]} | options
     check_choice("task", task, TASKS)
-    chosen = _with_options(TASKS[task](), options)
+    chosen = TASKS[task]()
+    if "max_length" in chosen.option_names and max_length is not None:
+        options["max_length"], max_length = max_length, None
+    chosen = chosen.with_options(**options)
     if isinstance(model, tuple):
         network, params = model
         if network.task not in chosen.heads:
@@ -219,11 +232,3 @@ def _wrong_head(task: str, found: str) -> str:
         "fine-tune such a head on it, or load one with lsg_flax.from_pretrained(path, task=...) "
         "and pass (model, params)."
     )
-
-
-def _with_options(task: PipelineTask, options: dict[str, Any]) -> PipelineTask:
-    known = [field.name for field in fields(task)]
-    unknown = sorted(options.keys() - set(known))
-    if unknown:
-        raise ValueError(f"{type(task).__name__} has no options {unknown}; it has {known}.")
-    return replace(task, **options)

@@ -9,18 +9,19 @@ width.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float
 
 from lsg_flax.files import valid_text
 from lsg_flax.hub import Tokenizer
-from lsg_flax.inference import Encoding, Result, Select
-from lsg_flax.models import ModelConfig
+from lsg_flax.inference import Encoding, Result, Runnable, Select
+from lsg_flax.models import Model, ModelConfig
 
 Function = Literal["sigmoid", "softmax", "none"]
 
@@ -83,6 +84,27 @@ class PipelineTask:
 
     heads: ClassVar[dict[str, tuple[str, ...]]]  # tasks of models -> the outputs wanted
 
+    @property
+    def option_names(self) -> list[str]:
+        """The options that there are."""
+        return [field.name for field in fields(self)]
+
+    def with_options(self, **options: Any) -> "PipelineTask":
+        """The task with other options; raises ValueError for those that it does not have."""
+        unknown = sorted(options.keys() - set(self.option_names))
+        if unknown:
+            raise ValueError(
+                f"{type(self).__name__} has no options {unknown}; it has {self.option_names}."
+            )
+        return replace(self, **options)
+
+    def program(
+        self, model: Model, tokenizer: Tokenizer | None, mesh: Mesh | None = None
+    ) -> Runnable | None:
+        """What is run in place of one call of the model; raises ValueError for options that do not
+        fit the model."""
+        return None
+
     def items(self, inputs: Any, question: Any, context: Any) -> Any:
         """The documents in what the caller gave: a single one, a list, or an iterator."""
         if question is not None or context is not None:
@@ -100,6 +122,10 @@ class PipelineTask:
     def answer(self, reader: Reader, item: Any, rows: list[ModelRow], outputs: list[Result]) -> Any:
         """The answer for one document."""
         raise NotImplementedError
+
+    def entry(self, answer: Any) -> dict[str, Any]:
+        """What a line of a file says of a document beside its id."""
+        return {"answer": answer}
 
     def alone(self, item: Any, answer: Any) -> Any:
         """The answer of a document that was given by itself, not in a list."""
@@ -260,6 +286,14 @@ class FeatureExtraction(PipelineTask):
 
     def answer(self, reader, item, rows, outputs):
         return outputs[0]["last_hidden_state"]
+
+
+def in_float32(result: Result) -> Result:
+    """An output's numbers, of half precision maybe, for NumPy and JSON; token ids as they are."""
+    return {
+        name: values if np.issubdtype(values.dtype, np.integer) else values.astype(np.float32)
+        for name, values in result.items()
+    }
 
 
 def a_text(item: object) -> str:

@@ -4,12 +4,17 @@ import difflib
 import math
 import os
 import pathlib
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from lsg_flax.files import valid_text
+from lsg_flax.patterns import short
+
+# Numbers of YAML 1.1 alone, mostly meant otherwise: 1:30 would be 90, 010 would be 8.
+_OLD_NUMBER = re.compile(r".*:.*|[-+]?0[0-7_]+")
 
 
 def check_names(where: str, names: Iterable[str], known: Sequence[str]) -> None:
@@ -54,16 +59,18 @@ def read_yaml(file: pathlib.Path) -> dict[str, Any]:
 
 
 def _strict_loader(file: pathlib.Path) -> Any:
-    """A loader that takes only names as keys, and each once; YAML would take the last one."""
+    """A loader that takes only names as keys, and each once; YAML would take the last one. Dates
+    and other old forms are texts."""
     import yaml
 
     class Strict(yaml.SafeLoader):
         def construct_mapping(self, node, deep=False):
             lines: dict[str, int] = {}
             for key, _ in node.value:
-                if key.tag == "tag:yaml.org,2002:merge":
-                    continue
-                name, line = self.construct_object(key, deep=True), key.start_mark.line + 1
+                line = key.start_mark.line + 1
+                if key.tag.endswith(":merge"):
+                    raise ValueError(f"{file}:{line}: '<<' is not read here; write the names out.")
+                name = self.construct_object(key, deep=True)
                 if not isinstance(name, str):
                     raise ValueError(f"{file}:{line}: the name {name!r} is no text; quote it.")
                 if name in lines:
@@ -72,6 +79,22 @@ def _strict_loader(file: pathlib.Path) -> Any:
                     )
                 lines[name] = line
             return super().construct_mapping(node, deep)
+
+        def construct_object(self, node, deep=False):
+            try:
+                return super().construct_object(node, deep)
+            except (ValueError, LookupError, AttributeError) as error:
+                if not isinstance(node, yaml.ScalarNode):
+                    raise
+                raise ValueError(
+                    f"{file}:{node.start_mark.line + 1}: {short(node.value)} cannot be read as "
+                    f"{node.tag.rpartition(':')[2]}; give another value, or quote a text."
+                ) from error
+
+        def resolve(self, kind, value, implicit):
+            tag = super().resolve(kind, value, implicit)
+            number = tag.endswith((":int", ":float")) and _OLD_NUMBER.fullmatch(value)
+            return self.DEFAULT_SCALAR_TAG if number or tag.endswith(":timestamp") else tag
 
     return Strict
 
@@ -89,7 +112,7 @@ def coerced(name: str, value: Any, hint: Any) -> Any:
         return coerced(name, value, rest[0])
     if kind is Literal:
         if value not in parts:
-            raise ValueError(f"{name}={value!r} must be one of {', '.join(map(str, parts))}.")
+            raise ValueError(f"{name}={short(value)} must be one of {', '.join(map(str, parts))}.")
         return value
     if kind is tuple and isinstance(value, list | tuple) and value:
         return tuple(coerced(name, item, parts[0]) for item in value)
@@ -97,14 +120,14 @@ def coerced(name: str, value: Any, hint: Any) -> Any:
         return {str(key): coerced(f"{name}.{key}", v, parts[1]) for key, v in value.items()}
     if kind is str and isinstance(value, str | os.PathLike):
         if not os.fspath(value).strip():
-            raise ValueError(f"{name}={value!r} is empty; give a value, or leave it out.")
+            raise ValueError(f"{name}={short(value)} is empty; give a value, or leave it out.")
         if "\0" in os.fspath(value):
-            raise ValueError(f"{name}={value!r} has a character of 0, which no name can have.")
+            raise ValueError(f"{name}={short(value)} has a character of 0, which no name can have.")
         try:
             return valid_text(os.fspath(value))
         except ValueError as error:
-            raise ValueError(f"{name}={value!r} has {error}.") from error
-    if kind is float and not isinstance(value, bool):
+            raise ValueError(f"{name}={short(value)} has {error}.") from error
+    if kind is float and not isinstance(value, bool | list | dict):
         try:
             number = float(str(value))  # YAML takes 1e-4, without a dot, for a text
         except ValueError:
@@ -121,4 +144,7 @@ def coerced(name: str, value: Any, hint: Any) -> Any:
         int: "a whole number",
         bool: "true or false",
     }
-    raise ValueError(f"{name}={value!r} must be {wanted[kind]}.")
+    quoted = (
+        "; quote it in a YAML file" if kind is str and not isinstance(value, list | dict) else ""
+    )
+    raise ValueError(f"{name}={short(value)} must be {wanted[kind]}{quoted}.")

@@ -25,11 +25,12 @@ from lsg_flax.data import (
     DataOptions,
     TokenizedDataset,
     eval_batches,
+    files_at,
     labels_for,
     load_examples,
     train_batches,
 )
-from lsg_flax.files import check_folder
+from lsg_flax.files import check_folder, lies_in
 from lsg_flax.models import TASKS, Model, Params
 from lsg_flax.patterns import LSGConfig
 from lsg_flax.sharding import check_batches, make_mesh
@@ -48,8 +49,6 @@ from lsg_flax.training.states import (
     saved_steps,
 )
 from lsg_flax.training.step import TrainState, init_state, make_train_step
-
-_WRITTEN = (hub.CONFIG, hub.WEIGHTS, "tokenizer.json", "tokenizer_config.json", "best")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +98,9 @@ def finetune(
     """
     output, mesh = pathlib.Path(settings.output), _mesh(settings.devices, settings.mesh)
     source = _source(settings)
-    _check_output(output, source.checkpoint.folder, (settings.train_data, settings.eval_data))
+    _check_output(output, source.checkpoint, (settings.train_data, settings.eval_data))
+    if settings.cache is not None:
+        _check_cache(pathlib.Path(settings.cache), source.checkpoint, settings.train_data)
     with locked_for_run(output):
         return _run(settings, source, mesh, progress=progress, begins=begins)
 
@@ -289,11 +290,16 @@ def _contents(
 
 
 def _check_output(
-    output: pathlib.Path, source: pathlib.Path, data: tuple[Words | None, ...]
+    output: pathlib.Path, source: hub.Checkpoint, data: tuple[Words | None, ...]
 ) -> None:
-    """OUTPUT is new, or that of an earlier call, and nothing in it will be read as data."""
+    """OUTPUT is new, or that of an earlier call; nothing in it is read as data, or will be."""
     check_folder("output", output)
     for words in data:
+        for file in files_at(words or ()):
+            if lies_in(file, output):
+                raise ValueError(
+                    f"output={output} holds the data file {file}; give a folder without data."
+                )
         for path in [words] if isinstance(words, str) else words or ():
             folder = pathlib.Path(path)
             if folder.is_dir() and folder.resolve() in (place := output.resolve(), *place.parents):
@@ -301,14 +307,26 @@ def _check_output(
                     f"output={output} lies in the data {path}, whose files would then be more with "
                     "each step; give another folder."
                 )
-    if output.is_dir() and output.samefile(source):
+    if output.is_dir() and any(output.samefile(place) for place in (source.root, source.folder)):
         raise ValueError(f"output={output} is the model to train; give another folder.")
-    taken = [name for name in _WRITTEN if (output / name).exists()]
+    there = sorted(file.name for file in output.iterdir()) if output.is_dir() else []
+    taken = [name for name in there if name == "best" or hub.is_model_file(name)]
     if taken and not saved_steps(output / "checkpoints"):
         raise ValueError(
             f"output={output} holds a model that this run has not made ({', '.join(taken)}); give "
             "another folder."
         )
+
+
+def _check_cache(cache: pathlib.Path, source: hub.Checkpoint, data: Words) -> None:
+    """The cache is a folder of its own."""
+    places = [source.root, source.folder, *(file.parent for file in files_at(data))]
+    for place in places:
+        if cache.resolve() == place.resolve():
+            raise ValueError(
+                f"cache={cache} holds the model or the data; give a folder of its own, or leave it "
+                "out."
+            )
 
 
 def _save_best(

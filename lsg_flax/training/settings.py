@@ -14,7 +14,7 @@ import optax
 
 from lsg_flax.data import Columns, DataOptions, OnError, TextUnit
 from lsg_flax.models import SCORES, TASKS, ProblemType, Remat
-from lsg_flax.patterns import LSGConfig
+from lsg_flax.patterns import LSGConfig, short
 from lsg_flax.sharding import AXES, check_axes
 from lsg_flax.training.coerce import check_names, coerced, read_yaml
 from lsg_flax.training.optimizers import Schedule, make_optimizer
@@ -189,11 +189,11 @@ class Settings:
             for name in names:
                 value = getattr(self, name)
                 if value is not None and value < least:
-                    raise ValueError(f"{name}={value} must be at least {least}.")
+                    raise ValueError(f"{name}={short(value)} must be at least {least}.")
                 if value is not None and value > _LARGEST:
-                    raise ValueError(f"{name}={value} must be at most {_LARGEST}.")
+                    raise ValueError(f"{name}={short(value)} must be at most {_LARGEST}.")
         if not 0 <= self.seed <= LARGEST_SEED:
-            raise ValueError(f"seed={self.seed} must lie in 0..{LARGEST_SEED}.")
+            raise ValueError(f"seed={short(self.seed)} must lie in 0..{LARGEST_SEED}.")
         if self.buckets and not 1 <= min(self.buckets) <= max(self.buckets) <= _LARGEST:
             raise ValueError(f"buckets={list(self.buckets)} must be lengths of at least 1.")
         if self.max_grad_norm == 0:

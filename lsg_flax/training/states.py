@@ -84,7 +84,8 @@ class Checkpoints:
         self.path, self._best = pathlib.Path(saving.folder), saving.best
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked_for_run(self.path))
-            self._checkpointer = _checkpointer(saving)
+            with _damage_named(self.path):
+                self._checkpointer = _checkpointer(saving)
             self._lock = stack.pop_all()
         self._writing: int | None = None
 
@@ -242,11 +243,17 @@ def restore(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
         abstract_state,
     )
-    with ocp.training.Checkpointer(_absolute(path)) as checkpointer:
-        saved = checkpointer.metadata(step)
+    with contextlib.ExitStack() as stack:
+        with _damage_named(path, step):
+            checkpointer = stack.enter_context(ocp.training.Checkpointer(_absolute(path)))
+            saved = checkpointer.metadata(step)
+            if saved.metadata is None:
+                raise ValueError("the names and shapes of its arrays cannot be read")
         _check_same_tree(path, saved.metadata, abstract)
         places = (saved.custom_metadata or {}).get("data", [None])
-        return checkpointer.load(step, abstract), _own(places, path)
+        with _damage_named(path, step):
+            state = checkpointer.load(step, abstract)
+        return state, _own(places, path)
 
 
 def saved_steps(path: str | os.PathLike) -> list[int]:
@@ -323,6 +330,34 @@ def _checkpointer(saving: Saving) -> Any:
     )
 
 
+@contextlib.contextmanager
+def _damage_named(path: str | os.PathLike, step: int | None = None) -> Iterator[None]:
+    """Says of a checkpoint that cannot be read which it is and what to do; Orbax does not."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, FileNotFoundError) as error:
+        steps = saved_steps(path)
+        without_step = (s for s in reversed(steps) if not _scores_readable(path, s))
+        step = next(without_step, step if step is not None else steps[-1] if steps else None)
+        if step is None:
+            raise
+        before = [s for s in steps if s < step]
+        goes_on = f"continue from step {before[-1]}" if before else "begin anew"
+        raise ValueError(
+            f"the checkpoint {pathlib.Path(path) / str(step)} cannot be read "
+            f"({error!s:.200}); if it is damaged, delete this folder to {goes_on}."
+        ) from error
+
+
+def _scores_readable(path: str | os.PathLike, step: int) -> bool:
+    """Whether the scores that Orbax reads of every checkpoint when it opens a folder are JSON."""
+    file = pathlib.Path(path) / str(step) / "metrics" / "metrics"
+    try:
+        return not file.exists() or isinstance(json.loads(file.read_bytes()), dict)
+    except ValueError:
+        return False
+
+
 def _absolute(path: str | os.PathLike) -> str:
     return str(pathlib.Path(path).absolute())
 
@@ -330,7 +365,7 @@ def _absolute(path: str | os.PathLike) -> str:
 def _saved_metrics(path: str | os.PathLike) -> dict[int, dict[str, float] | None]:
     if not pathlib.Path(path).is_dir():
         return {}
-    with ocp.training.Checkpointer(_absolute(path)) as checkpointer:
+    with _damage_named(path), ocp.training.Checkpointer(_absolute(path)) as checkpointer:
         return {saved.step: saved.metrics for saved in checkpointer.checkpoints}
 
 

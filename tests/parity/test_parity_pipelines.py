@@ -24,6 +24,7 @@ SIZES = {
     "max_position_embeddings": LIMIT,
 }
 MASKS = {"wordpiece": "[MASK]", "byte_level": "<mask>"}
+WRITTEN = ("summary_text", "generated_text", "translation_text")
 ENTITIES = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC", "MISC")
 TOPIC = " ".join(pydoc_data.topics.topics["assert"].split())
 SHORT = "Assertions are a convenient way, says Zoë; in Python (3.11) they can be switched off."
@@ -49,6 +50,16 @@ HEADS = {
     "entities": ("BertForTokenClassification", labels(*ENTITIES)),
     "answers": ("BertForQuestionAnswering", {}),
     "base": ("BertModel", {}),
+}
+# An encoder-decoder, with the tokenizer that BART has.
+WRITER = {
+    **{"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "max_position_embeddings": LIMIT},
+    **{"encoder_attention_heads": 2, "decoder_attention_heads": 2},
+    **{"encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_length": 16, "no_repeat_ngram_size": 2},
+    "task_specific_params": {
+        "summarization": {"num_beams": 4, "length_penalty": 2.0, "prefix": "An assert: "},
+        "translation_en_to_ro": {"num_beams": 3},
+    },
 }
 
 
@@ -103,7 +114,23 @@ def calls_of(mask: str) -> list[tuple[str, str, Any, dict, dict]]:
     return [(*call, {}, {})[:6] if len(call) == 4 else call for call in calls]
 
 
+def writing_calls() -> list[tuple[str, str, Any, dict, dict, dict]]:
+    """The same for tasks that write texts."""
+    pairs: list[tuple[Any, dict[str, Any]]] = [
+        (SHORT, {}),
+        ([SHORT], {}),
+        (TEXTS, {"num_beams": 3, "max_length": 12, "min_length": 6}),
+        (TEXTS, {"num_beams": 2, "num_return_sequences": 2, "clean_up_tokenization_spaces": True}),
+        (SHORT, {"num_beams": 2, "num_return_sequences": 2}),
+        ([*TEXTS, TOPIC], {"truncation": True, "max_length": 8}),
+    ]
+    tasks = ("summarization", "text2text-generation", "translation")
+    calls = [("writer", task, *pair, {}, {}) for task in tasks for pair in pairs]
+    return [*calls, ("writer", "translation_en_to_ro", SHORT, {}, {}, {})]
+
+
 CALLS = [(kind, *call) for kind, mask in MASKS.items() for call in calls_of(mask)]
+CALLS += [("byte_level", *call) for call in writing_calls()]
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +143,13 @@ def theirs(tmp_path_factory):
             f"{kind}_{head}": {"class": cls, "config": {**SIZES, **fields}, "tokenizer": kind}
             for kind in MASKS
             for head, (cls, fields) in HEADS.items()
+        }
+        | {
+            "byte_level_writer": {
+                "class": "BartForConditionalGeneration",
+                "config": WRITER,
+                "tokenizer": "byte_level",
+            }
         },
         "calls": [
             {
@@ -178,7 +212,7 @@ def test_the_comparison_sees_labels_words_and_several_windows(theirs):
     """The random models' answers differ from each other, so that agreement says something."""
     found: dict[str, set] = {}
     for (_, _, task, *_), answer in zip(CALLS, theirs[1], strict=True):
-        for word in ("entity", "entity_group", "label", "token", "answer"):
+        for word in ("entity", "entity_group", "label", "token", "answer", *WRITTEN):
             texts = json.dumps(answer).split(f'"{word}": ')[1:]
             found.setdefault(f"{task} {word}", set()).update(t.split(",")[0] for t in texts)
     assert len(found["token-classification entity"]) > 2  # trained tokenizers vary from run to run
@@ -186,3 +220,5 @@ def test_the_comparison_sees_labels_words_and_several_windows(theirs):
     assert len(found["text-classification label"]) > 3
     assert len(found["question-answering answer"]) > 8
     assert len(found["fill-mask token"]) > 8
+    for task in ("summarization summary", "translation translation"):
+        assert len(found[f"{task}_text"]) > 6

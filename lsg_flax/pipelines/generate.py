@@ -1,0 +1,215 @@
+"""The tasks of pipelines that write: a text in, other texts out, by `lsg_flax.generate`.
+
+Axes: B batch, T tokens.
+"""
+
+import contextlib
+import functools
+import json
+import zlib
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from lsg_flax.generation import OPTION_NAMES, GenerateOptions, check_options, generate
+from lsg_flax.hub import Tokenizer
+from lsg_flax.inference import json_line
+from lsg_flax.models import Model, ModelConfig, Params
+from lsg_flax.pipelines.tasks import PipelineTask, a_text
+
+_LIMITS = {"max_length", "max_new_tokens"}
+
+
+@dataclass(frozen=True)
+class Text2TextGeneration(PipelineTask):
+    """What an encoder-decoder writes for a text: {"generated_text"}, or a list of these where
+    num_return_sequences asks for several.
+
+    Options are also those of `generate`, `max_length` among them: tokens that are written. What is
+    not given is the checkpoint's, whose task_specific_params for the task come first; their
+    `prefix`, or that of config.json, is put before each text.
+
+    Attributes:
+        clean_up_tokenization_spaces: take the spaces before full stops and the like out.
+        seed: of what is drawn with do_sample; the same batch draws the same.
+        written: the options of `generate`.
+    """
+
+    heads: ClassVar = {"conditional_generation": ("sequences",)}
+    task: ClassVar = "text2text-generation"  # in a checkpoint's task_specific_params
+    key: ClassVar = "generated_text"
+    clean_up_tokenization_spaces: bool = False
+    seed: int = 0
+    written: GenerateOptions = field(default_factory=GenerateOptions)
+
+    @property
+    def option_names(self):
+        own = [name for name in super().option_names if name != "written"]
+        return [*own, *OPTION_NAMES]
+
+    def with_options(self, **options):
+        before: dict[str, Any] = {**self.written}
+        given = {name: options.pop(name) for name in OPTION_NAMES if name in options}
+        if given.keys() & _LIMITS:  # these exclude each other: the last given one counts
+            before = {name: value for name, value in before.items() if name not in _LIMITS}
+        written = dict(sorted({**before, **given}.items()))
+        return replace(super().with_options(**options), written=written)
+
+    def rows(self, reader, item):
+        prefix = self._stored(reader.config).get("prefix", reader.config.other("prefix", None))
+        return reader.rows((prefix or "") + a_text(item))
+
+    def program(self, model, tokenizer, mesh=None):
+        stored = self._stored(model.config)
+        if stored:  # these are of the checkpoint, not of the caller, who may overrule them
+            others = json.loads(model.config.extra)
+            others["generation_config"] = model.config.other("generation_config", {}) | stored
+            extra = json.dumps(others, sort_keys=True)
+            model = model.clone(config=replace(model.config, extra=extra))
+        return _text_program(
+            model, json_line(self._options(model.config, tokenizer)), self.seed, mesh
+        )
+
+    def _stored(self, config: ModelConfig) -> Mapping[str, Any]:
+        """What the checkpoint says of this task."""
+        by_task = _task_specific(config)
+        return by_task.get(self._name_among(by_task)) or {}
+
+    def _name_among(self, names: Collection[str]) -> str:
+        """What the checkpoint calls this task."""
+        return self.task
+
+    def _options(self, config: ModelConfig, tokenizer: Tokenizer | None) -> Mapping[str, Any]:
+        """The options of `generate`."""
+        return self.written
+
+    def answer(self, reader, item, rows, outputs):
+        answers = [{self.key: self._text(reader.tokenizer, ids)} for ids in outputs[0]["sequences"]]
+        return answers[0] if len(answers) == 1 else answers
+
+    def _text(self, tokenizer: Tokenizer, ids: np.ndarray) -> str:
+        cleaned = {"clean_up_tokenization_spaces": self.clean_up_tokenization_spaces}
+        return tokenizer.decode(ids.tolist(), skip_special_tokens=True, **cleaned)
+
+    def alone(self, item, answer):
+        return [answer] if isinstance(answer, dict) else answer
+
+
+@dataclass(frozen=True)
+class Summarization(Text2TextGeneration):
+    """Summaries: {"summary_text"}; all else as `Text2TextGeneration`. In a file a line has the
+    summary as "summary"."""
+
+    task: ClassVar = "summarization"
+    key: ClassVar = "summary_text"
+
+    def entry(self, answer):
+        several = isinstance(answer, list)
+        return {"summary": [a[self.key] for a in answer] if several else answer[self.key]}
+
+
+@dataclass(frozen=True)
+class Translation(Text2TextGeneration):
+    """Translations: {"translation_text"}; all else as `Text2TextGeneration`.
+
+    Attributes:
+        src_lang, tgt_lang: codes of a tokenizer for several languages, such as mBART's "en_XX"; or
+            those of a checkpoint with options for "translation_en_to_ro" among others.
+    """
+
+    task: ClassVar = "translation"
+    key: ClassVar = "translation_text"
+    src_lang: str | None = None
+    tgt_lang: str | None = None
+
+    def rows(self, reader, item):
+        tokenizer = reader.tokenizer
+        if self._has_languages(reader.config, tokenizer) and tokenizer.src_lang != self.src_lang:
+            tokenizer.src_lang = self.src_lang
+        return super().rows(reader, item)
+
+    def _name_among(self, names):
+        names = [name for name in names if name.startswith(self.task)]
+        if self.src_lang and self.tgt_lang:  # en_XX and ro_RO are translation_en_to_ro
+            return f"{self.task}_{self.src_lang[:2]}_to_{self.tgt_lang[:2]}"
+        if len(names) > 1:
+            raise ValueError(
+                f"the checkpoint has settings for {names}: give src_lang and tgt_lang, or one of "
+                "these names as the task."
+            )
+        return names[0] if names else self.task
+
+    def _options(self, config, tokenizer):
+        if tokenizer is None or not self._has_languages(config, tokenizer):
+            return self.written
+        first = {"forced_bos_token_id": tokenizer.convert_tokens_to_ids(self.tgt_lang)}
+        return {**first, **self.written}
+
+    def _has_languages(self, config: ModelConfig, tokenizer: Tokenizer) -> bool:
+        """Whether the tokenizer tells languages apart; raises ValueError for given ones that nobody
+        knows, and for none where it needs them."""
+        given = {"src_lang": self.src_lang, "tgt_lang": self.tgt_lang}
+        words = ", ".join(f"{name}={code!r}" for name, code in given.items())
+        if not hasattr(tokenizer, "src_lang"):
+            by_task = _task_specific(config)
+            if any(given.values()) and self._name_among(by_task) not in by_task:
+                name = type(tokenizer).__name__
+                raise ValueError(
+                    f"{words}: {name} tells no languages apart, and config.json has settings for "
+                    f"{sorted(by_task)} alone; leave them out."
+                )
+            return False
+        known = sorted(tokenizer.all_special_tokens)
+        if not set(given.values()) <= set(known):
+            raise ValueError(f"{words}: both must be languages of the tokenizer, some of {known}.")
+        return True
+
+
+def _task_specific(config: ModelConfig) -> dict[str, dict[str, Any] | None]:
+    """A checkpoint's settings by tasks of pipelines."""
+    found = config.other("task_specific_params", None) or {}
+    fits = isinstance(found, dict) and all(isinstance(v, dict | None) for v in found.values())
+    if not fits:
+        raise ValueError(
+            f"task_specific_params={found!r:.80} in config.json must be an object with one for "
+            "each task; mend it or take it out."
+        )
+    return found
+
+
+class TextProgram:
+    """What a `Predictor` runs in place of the model: `generate`, on batches."""
+
+    def __init__(self, model: Model, options: str, seed: int, mesh: Mesh | None):
+        """Checks the options, given as JSON."""
+        self._model, self._mesh = model, mesh
+        self._options: GenerateOptions = json.loads(options)
+        self._key = jax.random.key(seed)
+        self._shapes: set[tuple[int, ...]] = set()
+        check_options(model, self._options)
+
+    @property
+    def compilations(self) -> int:
+        """How many programs it needed: one for each shape of a batch."""
+        return len(self._shapes)
+
+    def start(self, params: Params, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """The tokens [B, returned texts, T] of a batch."""
+        real = np.any(batch["attention_mask"], axis=1, keepdims=True)[:, 0]
+        rows = np.where(real, np.arange(len(real)), 0)  # an empty row would be written to the end
+        ids, mask = batch["input_ids"][rows], batch["attention_mask"][rows]
+        self._shapes.add(ids.shape)
+        key = jax.random.fold_in(self._key, zlib.crc32(ids.tobytes()))  # the same after a kill
+        with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
+            # The batch has the length of a bucket already.
+            given = {**self._options, "key": key, "bucket": 1}
+            tokens = generate(self._model, params, ids, mask, **given)
+        return {"sequences": jnp.asarray(tokens.reshape(len(ids), -1, tokens.shape[-1]))}
+
+
+_text_program: Callable[..., TextProgram] = functools.lru_cache(maxsize=16)(TextProgram)
