@@ -1,6 +1,7 @@
 """Lengths that rows are padded to, so that a few compilations serve all texts."""
 
 SHORTEST_BUCKET = 512
+MOST_TOKENS = 2**27  # of a process's batch: half a GiB for each array of ids, before the model runs
 
 
 def default_buckets(limit: int, *shorter: int) -> tuple[int, ...]:
@@ -10,3 +11,19 @@ def default_buckets(limit: int, *shorter: int) -> tuple[int, ...]:
     while lengths[-1] < limit:
         lengths.append(2 * lengths[-1])
     return (*(length for length in lengths if length < limit), limit)
+
+
+def check_tokens(rows: int, longest: int, processes: int = 1) -> None:
+    """Raises ValueError for a batch that is padded to more than any device holds.
+
+    Args:
+        rows: of a batch of all processes together.
+        longest: the length that they are padded to.
+        processes: how many share the rows.
+    """
+    most = MOST_TOKENS // longest * processes
+    if rows > most:
+        raise ValueError(
+            f"batch_size={rows}, in batches padded to {longest:,} tokens a row, is more than any "
+            f"device holds; give at most batch_size={most}."
+        )

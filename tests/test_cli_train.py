@@ -142,7 +142,7 @@ ERRORS = {
     ("train", "--config", "none.yaml"): "none.yaml is no file",
     ("predict", PLAIN, "none.jsonl", "out.jsonl"): "masked_lm has no answers, only outputs",
     ("predict", PLAIN, "none.jsonl", "o.jsonl", "--outputs"): "none.jsonl is no file",
-    ("predict", PLAIN, "a", "b", "--mesh", "data=3"): "does not fit 8 devices",
+    ("predict", PLAIN, "a", "b", "--outputs", "--mesh", "data=3"): "does not fit 8 devices",
     ("predict", "./none", "a", "b"): "none is not a folder",
 }
 

@@ -542,6 +542,10 @@ def test_one_row_is_enough(make):
     "options, message",
     [
         ({"batch_size": 0}, "batch_size=0 and microbatches=1 must be at least 1"),
+        (
+            {"batch_size": 10**12},
+            r"batch_size=1000000000000, in batches padded to .* at most batch_",
+        ),
         ({"process_count": 3, "process_index": 0}, "must be a multiple of process_count=3"),
         ({"process_count": 2, "process_index": 2}, "process_index=2 must lie in 0..1"),
         ({"buckets": (8, 16)}, "the longest row has 30 tokens"),

@@ -392,6 +392,14 @@ BAD = [
     ({"do_sample": True, "key": 0, "top_p": float("nan")}, "top_p=nan must be finite"),
     ({"position_ids": np.zeros((3, 9), int)}, r"\['position_ids'\] are for a decoder alone"),
     ({"pad_token_id": None}, "rows that end need a pad_token_id"),
+    ({"decoder_start_token_id": [2, 3]}, r"=\[2, 3\] must be one token id for all rows"),
+    ({"pad_token_id": [1, 2]}, r"pad_token_id=\[1, 2\] must be one token id"),
+    ({"input_ids": [[3, 4], [5]]}, "input_ids has rows of different lengths; pad documents"),
+    ({"input_ids": DOCUMENTS + 9}, "allows 0..11; tokenizer and checkpoint do not belong together"),
+    ({"stream": True}, "stream=True must be a function of one token id"),
+    ({"do_sample": True, "key": 3}, r"give key=jax.random.key\(seed\), not 3"),
+    ({"do_sample": True, "key": jax.random.split(jax.random.key(0))}, "draws with a key: give"),
+    ({"mesh": "data"}, r"mesh='data' must be one of lsg_flax.sharding.make_mesh"),
     ({"bucket": 0}, "bucket=0 must be a whole number, at least 1"),
 ]
 

@@ -173,6 +173,8 @@ def test_settings_that_cannot_be():
         inference.Predictor(model, params, buckets=(64, 8))
     with pytest.raises(ValueError, match="batch_size=0"):
         inference.Predictor(model, params, batch_size=0)
+    with pytest.raises(ValueError, match=r"32 tokens a row.* at most batch_size=4194304\."):
+        inference.Predictor(model, params, batch_size=10**12)
     with pytest.raises(ValueError, match=r"fields=\('pooled',\) are not all outputs of .* logits"):
         inference.predict(model, params, documents(), fields=["pooled"], progress=False)
 

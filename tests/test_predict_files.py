@@ -18,6 +18,7 @@ import transformers
 import lsg_flax
 from lsg_flax import LSGConfig, inference
 from lsg_flax.inference import ResumableLines
+from lsg_flax.inference.program import Program
 from lsg_flax.models import EncoderConfig, Model
 from lsg_flax.pipelines.files import ANSWERS, DocumentFile, Written, predict_file
 from lsg_flax.pipelines.tasks import FillMask, TextClassification
@@ -219,6 +220,23 @@ def test_broken_lines_are_named_and_skipped_on_request(tmp_path, tokenizer):
 def test_an_empty_pair_is_none_as_in_training(tmp_path, pair):
     source = write(tmp_path / "in.jsonl", [{"text": "a", "text_pair": pair}])
     assert [d.content for d in DocumentFile(source)] == [{"text": "a"}]
+
+
+def test_a_batch_is_not_filled_up_beyond_the_rows_there_are(tmp_path, monkeypatch):
+    """And one size serves the whole run, so that a bucket is compiled once."""
+    source, shapes = write(tmp_path / "in.jsonl", ids(5)), set()
+    start = Program.start
+
+    def starting(self, params, batch):
+        shapes.add(batch["input_ids"].shape)
+        return start(self, params, batch)
+
+    monkeypatch.setattr(Program, "start", starting)
+    for window, rows in ((9, 5), (3, 3)):
+        options = OPTIONS | {"batch_size": 10**12, "window": window}
+        predict_file(source, tmp_path / "out", *make(), **options)
+        assert shapes == {(rows, LIMIT)}
+        shapes.clear()
 
 
 UNFIT = [

@@ -163,9 +163,22 @@ def test_inputs_are_shifted_as_each_family_does():
     for family, ids in expected.items():
         model = lsg_flax.Model(read_config(spelled(family, SIZES)), GENERATION)
         np.testing.assert_array_equal(model.shift_right(labels), ids)
+    for wrong, message in (
+        (labels.at[0, 3].set(23), "labels lie in 0..23, but vocab_size=23"),
+        (labels[0], r"labels must be \[batch, tokens\], got \(4,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.shift_right(wrong)
     without = lsg_flax.Model(model.config.with_overrides(decoder_start_token_id=None), GENERATION)
     with pytest.raises(ValueError, match="decoder_start_token_id=None, with which"):
         without.shift_right(labels)
+
+
+def test_labels_are_as_long_as_the_decoders_inputs():
+    model = lsg_flax.Model(read_config(spelled("bart", SIZES)), GENERATION)
+    batch = {"input_ids": IDS, "decoder_input_ids": IDS, "labels": TARGETS}
+    with pytest.raises(ValueError, match=r"labels .* shape \(2, 5\), but .* ask for \(2, 9\)"):
+        jax.eval_shape(lambda params: loss_fn(model, params, batch), model.abstract_params())
 
 
 @pytest.mark.slow

@@ -64,7 +64,8 @@ def _embed(lines: TextLines, arguments: argparse.Namespace) -> None:
     )
     if embedder.source is not None:
         check_apart(arguments.output, embedder.source.root)
-    vectors = embedder.embed(lines.texts, batch_size=arguments.batch_size)
+    rows = min(arguments.batch_size, max(len(lines.texts), 1))  # what fills it up costs memory
+    vectors = embedder.embed(lines.texts, batch_size=rows)
     write_vectors(arguments.output, lines.names, vectors)
     shared.console().print(
         f"wrote {arguments.output}: {vectors.shape[0]:,} vectors of {vectors.shape[1]}, texts cut "

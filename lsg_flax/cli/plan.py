@@ -148,9 +148,9 @@ def run(arguments: argparse.Namespace) -> None:
         raise FileNotFoundError(f"{arguments.json.parent} is no folder to write --json into.")
     if arguments.json:
         source = pathlib.Path(arguments.source)
-        check_output(arguments.json, source, source / CONFIG)
         if source.is_dir():
             check_apart(arguments.json, source)
+        check_output(arguments.json, source, source / CONFIG)
     out, tried = console(), []
     with out.status("compiling") as status:
 

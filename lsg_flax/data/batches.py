@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from lsg_flax.buckets import default_buckets
+from lsg_flax.buckets import check_tokens, default_buckets
 from lsg_flax.data.cache import INPUT, TokenizedDataset
 from lsg_flax.data.order import Order, ProcessShare, Remainder
 from lsg_flax.files import Json, differences
@@ -169,7 +169,7 @@ def train_batches(
     if not 0 < mask_probability < 1:
         raise ValueError(f"mask_probability={mask_probability} must lie between 0 and 1.")
     share = ProcessShare.of(process_index, process_count, batch_size, microbatches)
-    ladders = _ladders(dataset, buckets)
+    ladders = _ladders(dataset, buckets, share)
     order = Order(
         [stream.lengths for stream in dataset.streams.values()],
         ladders=[*ladders.values()],
@@ -251,7 +251,7 @@ def eval_batches(
         )
     order = Order(
         [stream.lengths for stream in dataset.streams.values()],
-        ladders=[*_ladders(dataset, buckets).values()],
+        ladders=[*_ladders(dataset, buckets, share).values()],
         size=share.rows,
         seed=seed,
         remainder="fill",
@@ -260,8 +260,10 @@ def eval_batches(
     return EvalBatches(dataset, order, share, seed, mask_probability)
 
 
-def _ladders(dataset: TokenizedDataset, given: Buckets | None) -> dict[str, tuple[int, ...]]:
-    """The lengths that each stream is padded to."""
+def _ladders(
+    dataset: TokenizedDataset, given: Buckets | None, share: ProcessShare
+) -> dict[str, tuple[int, ...]]:
+    """The lengths that each stream is padded to, and in which a batch is small enough."""
     by_stream = {} if given is None else given if isinstance(given, Mapping) else {INPUT: given}
     if unknown := by_stream.keys() - dataset.streams.keys():
         raise ValueError(f"buckets={given} name {sorted(unknown)}, not {[*dataset.streams]}.")
@@ -276,6 +278,8 @@ def _ladders(dataset: TokenizedDataset, given: Buckets | None) -> dict[str, tupl
                 f"buckets={given} must be lengths from 1, and the longest row has {longest} tokens "
                 f"of {name}; add a bucket, or tokenise with a smaller max_length."
             )
+        padded = min(length for length in ladders[name] if length >= longest)
+        check_tokens(share.rows, padded, share.count)
     return ladders
 
 

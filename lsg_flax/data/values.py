@@ -161,8 +161,8 @@ def names_of_labels(values: Iterable[object]) -> tuple[str, ...]:
     most = min(_MOST_LABELS, _UNSEEN + 100 * len(numbers))
     if numbers and max(numbers) >= most:
         raise ValueError(
-            f"labels are {len(numbers)} different numbers up to {max(numbers)!r:.60}, too large to be "
-            "those of labels from 0; give labels=, or problem_type='regression' for quantities."
+            f"labels are {len(numbers)} different numbers up to {max(numbers)!r:.60}, too large to "
+            "be those of labels from 0; give labels=, or problem_type='regression' for quantities."
         )
     return tuple(map(str, range(max(numbers) + 1))) if numbers else tuple(sorted(names))
 

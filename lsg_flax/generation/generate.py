@@ -24,6 +24,7 @@ from lsg_flax.generation.options import (
 )
 from lsg_flax.generation.prompt import (
     Space,
+    check_call,
     check_ends,
     check_ids,
     check_mask,
@@ -94,11 +95,7 @@ def generate(
     """
     chosen = choose_options(model.config, call)
     how = decoding_of(chosen, model.config.vocab_size)
-    if chosen["do_sample"]:
-        require(
-            call.get("key") is not None,
-            "do_sample=True draws with a key: give key=jax.random.key(seed).",
-        )
+    check_call(call.get("key"), call.get("stream"), sampled=chosen["do_sample"])
     searches = isinstance(how.picker, Beams)
     require(searches or not return_scores, "return_scores=True needs num_beams > 1.")
     ids = check_ids("input_ids", input_ids, model.config.vocab_size)

@@ -173,6 +173,13 @@ def decoding_of(chosen: Mapping[str, Any], vocabulary: int) -> Decoding:
         not rules.eos_token_id or pad is not None,
         "rows that end need a pad_token_id to be filled with: give one.",
     )
+    for name in ("pad_token_id", "decoder_start_token_id"):
+        value = chosen.get(name, 0)
+        require(
+            np.ndim(value) == 0,
+            f"{name}={value!r} must be one token id for all rows; rows that begin differently are "
+            "given in decoder_input_ids.",
+        )
     named = rules.tokens | {
         name: token_ids(name, chosen.get(name, ()))
         for name in ("pad_token_id", "decoder_start_token_id", "forced_bos_token_id")

@@ -20,7 +20,14 @@ from lsg_flax.sharding import batch_shardings, check_devices
 
 def check_ids(name: str, given: ArrayLike, vocabulary: int) -> Integer[np.ndarray, "B T"]:
     """Token ids as an array; raises ValueError for such as are none."""
-    ids = np.asarray(given)
+    try:
+        ids = np.asarray(given)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} has rows of different lengths; pad documents as tokenizer(..., padding=True) "
+            "does, and give its attention_mask; write behind prompts of other lengths in calls of "
+            "their own."
+        ) from error
     if ids.ndim != 2 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(
             f"{name} must be integers [batch, tokens], at least one of each, got {ids.dtype} "
@@ -29,7 +36,7 @@ def check_ids(name: str, given: ArrayLike, vocabulary: int) -> Integer[np.ndarra
     if ids.min() < 0 or ids.max() >= vocabulary:
         raise ValueError(
             f"{name} lie in {ids.min()}..{ids.max()}, but vocab_size={vocabulary} allows "
-            f"0..{vocabulary - 1}."
+            f"0..{vocabulary - 1}; tokenizer and checkpoint do not belong together."
         )
     return ids
 
@@ -79,6 +86,24 @@ def decoder_prompt(
     if first is not None and (ids[:, 0] != start).all():
         ids = np.concatenate([first, ids], axis=1)
     return ids
+
+
+def check_call(key: Any, stream: Any, *, sampled: bool) -> None:
+    """Raises ValueError for a key that nothing can be drawn with, and a stream that takes no token.
+
+    Args:
+        sampled: whether a key is needed.
+    """
+    kind, shape = getattr(key, "dtype", np.dtype(object)), getattr(key, "shape", None)
+    typed = jax.dtypes.issubdtype(kind, jax.dtypes.prng_key) and shape == ()
+    require(
+        not sampled or typed or (kind == np.uint32 and shape == (2,)),
+        f"do_sample=True draws with a key: give key=jax.random.key(seed), not {key!r}.",
+    )
+    require(
+        stream is None or callable(stream),
+        f"stream={stream!r} must be a function of one token id, such as print.",
+    )
 
 
 class Space(NamedTuple):
@@ -148,6 +173,9 @@ def fill_for_encoder(model: CausalModel, length: int, bucket: int) -> int:
 def check_mesh(mesh: Mesh, params: Mapping[str, Any], batch: int) -> None:
     """Raises ValueError for a mesh that the parameters do not lie on, or that the rows do not
     divide over."""
+    require(
+        isinstance(mesh, Mesh), f"mesh={mesh!r} must be one of lsg_flax.sharding.make_mesh(...)."
+    )
     check_devices(mesh)
     batch_shardings({"input_ids": jax.ShapeDtypeStruct((batch,), np.int32)}, mesh)
     devices = set(mesh.devices.flat)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lsg_flax.buckets import default_buckets
+from lsg_flax.buckets import check_tokens, default_buckets
 from lsg_flax.inference.encodings import Encoding, batches_of, check_encoding, padded
 from lsg_flax.inference.program import Runnable, Select, program_of
 from lsg_flax.models import Model, Params
@@ -80,6 +80,7 @@ class Predictor:
             raise ValueError(
                 f"buckets={buckets} must be lengths in 1..{limit}, what this checkpoint reads."
             )
+        check_tokens(batch_size, buckets[-1])
         if mesh is not None:
             _check_mesh(mesh, model, batch_size, buckets)
         self.model = model

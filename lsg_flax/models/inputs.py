@@ -91,7 +91,7 @@ def check_inputs(
         ("token_type_ids", "type_vocab_size"),
         ("position_ids", "max_position_embeddings"),
     ):
-        _check_ids(getattr(inputs, name), of + name, field, getattr(config, field))
+        check_ids(getattr(inputs, name), of + name, field, getattr(config, field))
 
 
 def _check_shapes(inputs: Inputs, config: EncoderConfig, limit: int, rank: int, of: str) -> None:
@@ -157,7 +157,8 @@ def _where_masked(array: Any, mask: Any, otherwise: int | float) -> Any:
     return jnp.where(is_mask.reshape(-1, *(1,) * (array.ndim - 1)), array, otherwise)
 
 
-def _check_ids(ids, name: str, field: str, limit: int) -> None:
+def check_ids(ids, name: str, field: str, limit: int) -> None:
+    """Raises ValueError for ids that are no integers or, where they can be read, beyond a table."""
     if ids is None:
         return
     if not jnp.issubdtype(ids.dtype, jnp.integer):

@@ -20,6 +20,7 @@ from lsg_flax.models.families import Family, HeadTable, family_of
 from lsg_flax.models.heads import Pooler
 from lsg_flax.models.inputs import (
     Inputs,
+    check_ids,
     check_inputs,
     check_step,
     encoder_states,
@@ -28,7 +29,7 @@ from lsg_flax.models.inputs import (
 from lsg_flax.models.layers import Context, Implementation
 from lsg_flax.models.outputs import ModelOutput, Params
 from lsg_flax.models.seq2seq import EncoderDecoder, last_eos, shift_right
-from lsg_flax.models.task import Task
+from lsg_flax.models.task import IGNORED, Task
 from lsg_flax.patterns import Cache, checked_value, require, whole
 from lsg_flax.sharding import check_heads
 
@@ -243,12 +244,18 @@ class Model(nn.Module):
                 f"{self.config.model_type} model makes them of "
                 + ("input_ids, and there are none." if inputs.input_ids is None else "labels only.")
             )
-        return targets._replace(input_ids=self.shift_right(jnp.asarray(inputs.input_ids)))
+        return targets._replace(
+            input_ids=self.shift_right(jnp.asarray(inputs.input_ids), "input_ids")
+        )
 
-    def shift_right(self, ids: Array) -> Array:
+    def shift_right(self, ids: Array, name: str = "labels") -> Array:
         """The decoder's inputs from its labels, [B, T], as the family's class in PyTorch makes
-        them; raises ValueError if the config lacks a token that is needed."""
+        them; raises ValueError for what are none, by this name, and if the config lacks a token
+        that is needed."""
         assert isinstance(self.config, EncoderDecoderConfig)
+        require(ids.ndim == 2, f"{name} must be [batch, tokens], got {ids.shape}.")
+        read = jnp.where(ids == IGNORED, 0, ids)
+        check_ids(read, name, "vocab_size", self.config.vocab_size)
         return shift_right(ids, self.config, self.family.architecture.shift)
 
     def _context(self, stack: EncoderConfig, call: Call, slots: int = 0) -> Context:

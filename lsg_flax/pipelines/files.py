@@ -104,7 +104,8 @@ class DocumentFile:
         """
         self.source, self.skipped = pathlib.Path(source), []
         check_choice("broken_lines", broken_lines, get_args(BrokenLines))
-        self._files = sorted(self.source.glob("*.txt")) if self.source.is_dir() else None
+        found = (file for file in self.source.glob("*.txt") if file.is_file())
+        self._files = sorted(found) if self.source.is_dir() else None
         if self._files == []:
             raise FileNotFoundError(f"{source} is a folder without .txt files.")
         if self._files is None and self.source.suffix not in SOURCES:
@@ -204,7 +205,7 @@ def predict_file(
         fields: without `answers`, the outputs wanted, such as `("logits",)`; all by default.
         max_length: tokens read at most, what the model reads by default.
         truncation: cut longer texts; without it they raise.
-        batch_size, buckets, mesh: of `Predictor`.
+        batch_size, buckets, mesh: of `Predictor`; batches are no larger than the file or a window.
         window: documents sorted, held in memory and written together: what a kill may cost.
         broken_lines: raise for a line that is no document or that the model cannot read, such as a
             text that is too long, or skip it.
@@ -223,10 +224,11 @@ def predict_file(
     documents = DocumentFile(source, broken_lines=broken_lines, text_column=text_column)
     check_output(target, source)
     _check_answers(answers, model, fields)
+    total = documents.count_lines()
     predictor = Predictor(
         model,
         params,
-        batch_size=batch_size,
+        batch_size=_batch_for(min(total, window), batch_size, answers, mesh),
         buckets=buckets,
         fields=fields if answers is None else answers.heads[model.task],
         mesh=mesh,
@@ -239,7 +241,6 @@ def predict_file(
     settings = predictor.settings() | codec.settings() | {"text_column": text_column}
     with ResumableLines(target, settings, unfinished=unfinished) as file:
         before = file.finished
-        total = documents.count_lines() if progress else None
         with Bar("documents", total=total, initial=before, shown=progress) as bar:
             predict_lines(
                 file,
@@ -252,6 +253,17 @@ def predict_file(
             )
     warn_of_skipped(documents.skipped, source)
     return Written(file.finished, file.finished - before, tuple(documents.skipped))
+
+
+def _batch_for(
+    documents: int, batch_size: int, answers: PipelineTask | None, mesh: Mesh | None
+) -> int:
+    """The batch size of the whole run: no more rows than so many documents have, for what fills a
+    batch up costs memory and time."""
+    if isinstance(answers, QuestionAnswering):  # a context has any number of rows
+        return batch_size
+    shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    return min(batch_size, -(-max(documents, 1) // shards) * shards)
 
 
 class _DocumentCodec:

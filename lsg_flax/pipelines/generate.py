@@ -119,7 +119,8 @@ class Translation(Text2TextGeneration):
 
     Attributes:
         src_lang, tgt_lang: codes of a tokenizer for several languages, such as mBART's "en_XX"; or
-            those of a checkpoint with options for "translation_en_to_ro" among others.
+            those of a checkpoint with settings for "translation_en_to_ro" among others. The
+            tokenizer is set to src_lang, as in transformers.
     """
 
     task: ClassVar = "translation"

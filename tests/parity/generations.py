@@ -49,8 +49,8 @@ def calls_of(weights: str, kind: str, family: str) -> list[dict]:
     """What is asked of a model: the names of the inputs, and the options."""
     first = {"forced_bos_token_id": FORCED[family], "eos_token_id": ENDS[family]}
     lengths = LENGTHS if (weights, kind) == ("torch", "lsg") else LENGTHS[-1:]
-    searched = BEST if kind == "lsg" else OPEN
-    calls = [([f"of_{n}"], options | first) for n in lengths for options in (GREEDY, searched)]
+    asked = [BEST if kind == "lsg" else OPEN] + ([GREEDY] if weights == "torch" else [])
+    calls = [([f"of_{n}"], options | first) for n in lengths for options in asked]
     if weights == "torch":
         calls += [([f"of_{LENGTHS[-1]}", "prompt"], NEVER)]
     # transformers begins an mBART without a start token with bos_token_id; here it has to be said.
