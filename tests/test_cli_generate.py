@@ -148,7 +148,8 @@ def test_bad_lines_and_a_failed_write_leave_the_old_file(capsys, writers, tmp_pa
     source.write_text('{"text": "w5"}\n' + long)
     code, _, err = run(capsys, writers["lsg"], source, tmp_path / "new.jsonl", *skip)
     assert code == 0 and f"1 broken lines of {source} were skipped: 2." in err
-    assert [json.loads(x)["id"] for x in (tmp_path / "new.jsonl").open()] == [0]
+    lines = (tmp_path / "new.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == [0]
     (tmp_path / "new.jsonl").unlink()
     source.write_text('{"text": "w5"}\n')
     monkeypatch.setattr("pathlib.Path.write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28)))
