@@ -315,7 +315,9 @@ def test_what_we_write_is_read_by_the_transformers_of_today(family, changes, tmp
     transformers.logging.enable_propagation()
     read = transformers.AutoConfig.from_pretrained(tmp_path)
     transformers.logging.disable_propagation()
-    assert not caplog.records
+    # Old BartConfigs say of every id2label that it is not the three labels of their own default.
+    logged = [record.getMessage() for record in caplog.records]
+    assert not [text for text in logged if "incompatible id to label map" not in text]
     theirs = {DIALECTS[family].names.get(n, n): n for n in dataclasses.asdict(config)}
     for name in values.keys() & theirs.keys():
         assert getattr(read, name) == values[name], name
