@@ -97,8 +97,11 @@ def test_a_decoder_alone_has_a_cache_too(states):
 
 
 @pytest.mark.slow
-def test_beams_share_the_keys_of_their_text():
+def test_beams_share_the_keys_of_their_text(monkeypatch):
     """Of three beams each: what the encoder's states were made into is there once per text."""
+    # jaxlib 0.10.2 crashed twice reading one of these programs from the cache; see compiling.py.
+    cache = "jax._src.compilation_cache.get_executable_and_time"
+    monkeypatch.setattr(cache, lambda *_, **__: (None, None))
     model, params = made("bart", GENERATION)
     inputs = {"input_ids": IDS, "attention_mask": MASK}
     cache = run(model, params, 5, decoder_input_ids=TARGETS[:, :1], **inputs).cache
