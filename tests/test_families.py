@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_config import has_two_stacks, spelled
+from tiny_config import SIZES, has_two_stacks, spelled
 
 import lsg_flax
 from lsg_flax import LSGConfig
@@ -23,14 +23,6 @@ from lsg_flax.training.losses import loss_fn
 
 HEADS = [(family, task) for family in FAMILIES for task in FAMILIES[family].heads]
 TABLE = pathlib.Path(__file__).parents[1] / "docs" / "families.md"
-SIZES = {
-    "vocab_size": 23,
-    "hidden_size": 12,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "max_position_embeddings": 40,
-}
 
 
 def config_of(family: str, **fields) -> ModelConfig:

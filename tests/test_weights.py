@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from golden_data import GOLDEN
-from tiny_config import spelled
+from tiny_config import SIZES, spelled
 
 import lsg_flax
 from lsg_flax import LSGConfig, convert_from_torch, hub
@@ -25,14 +25,6 @@ from lsg_flax.models import FAMILIES, read_config
 
 CLASSIFIER = GOLDEN / "bert_sequence_classification"  # 3 labels
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"
-SIZES = {
-    "vocab_size": 23,
-    "hidden_size": 12,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "max_position_embeddings": 40,
-}
 
 
 def flat(params) -> dict:

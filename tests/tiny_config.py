@@ -3,6 +3,14 @@
 from lsg_flax.models import FAMILIES, EncoderDecoderConfig
 from lsg_flax.models.config_json import DIALECTS
 
+SIZES = {
+    "vocab_size": 23,
+    "hidden_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "max_position_embeddings": 40,
+}
 OF_STACKS = {
     "num_hidden_layers": "{}_layers",
     "num_attention_heads": "{}_attention_heads",

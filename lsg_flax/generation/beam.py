@@ -17,7 +17,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from lsg_flax.generation.rules import Rules, Text, apply_rules, check_number, check_whole, require
+from lsg_flax.checks import require
+from lsg_flax.generation.rules import Rules, Text, apply_rules, check_number, check_whole
 from lsg_flax.generation.sampling import Sample, warp
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Integer
 from numpy.typing import ArrayLike
 
+from lsg_flax.checks import require
 from lsg_flax.generation.beam import Beams
 from lsg_flax.generation.loop import Decoding, Texts, decode, decode_shown
 from lsg_flax.generation.options import (
@@ -34,7 +35,7 @@ from lsg_flax.generation.prompt import (
     placed,
     space_for,
 )
-from lsg_flax.generation.rules import Text, require
+from lsg_flax.generation.rules import Text
 from lsg_flax.generation.steps import CausalModel, ModelDecoder, Prompt, two_stacks
 
 Generated = Integer[np.ndarray, "Rows Length"]

@@ -11,9 +11,10 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 from numpy.typing import ArrayLike
 
+from lsg_flax.checks import require
 from lsg_flax.generation.beam import Beams
 from lsg_flax.generation.loop import Decoding
-from lsg_flax.generation.rules import Rules, check_whole, require
+from lsg_flax.generation.rules import Rules, check_whole
 from lsg_flax.generation.sampling import Greedy, Sample
 
 Tokens = int | Sequence[int]

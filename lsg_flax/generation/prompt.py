@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Integer
 from numpy.typing import ArrayLike
 
-from lsg_flax.generation.rules import Text, check_whole, require
+from lsg_flax.checks import require
+from lsg_flax.generation.rules import Text, check_whole
 from lsg_flax.generation.steps import CausalModel, Prompt, two_stacks
 from lsg_flax.sharding import batch_shardings, check_devices
 

@@ -17,11 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-
-def require(condition: bool, message: str) -> None:
-    """Raises ValueError with the message unless the condition holds."""
-    if not condition:
-        raise ValueError(message)
+from lsg_flax.checks import require
 
 
 def check_whole(name: str, value: int, least: int) -> None:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from lsg_flax.generation.rules import check_number, check_whole, require
+from lsg_flax.checks import require
+from lsg_flax.generation.rules import check_number, check_whole
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lsg_flax.patterns import short
+from lsg_flax.checks import short
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     # BERT's is exact, JAX defaults to the tanh form; erf is faster on CPU than JAX's erfc

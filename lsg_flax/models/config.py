@@ -11,6 +11,7 @@ import warnings
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, TypeVar
 
+from lsg_flax.checks import Range, check_fields, checked_value, require, whole
 from lsg_flax.models.activations import activation
 from lsg_flax.models.config_json import (
     LABEL_COUNT,
@@ -24,7 +25,7 @@ from lsg_flax.models.config_json import (
 )
 from lsg_flax.models.keywords import heed_keywords
 from lsg_flax.models.task import ProblemType
-from lsg_flax.patterns import LSGConfig, Range, check_fields, checked_value, require, whole
+from lsg_flax.patterns import LSGConfig
 
 MOST_LAYERS = 1000  # with parameters of their own; each has 16 tensors that are listed by name
 # Not typing.Self, which beartype refuses in the tests.

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
 
-from lsg_flax.patterns import LSGConfig, Range, checked_value, require, short, whole
+from lsg_flax.checks import Range, checked_value, require, short, whole
+from lsg_flax.patterns import LSGConfig
 
 LSG_FIELDS = tuple(f.name for f in fields(LSGConfig))
 LABEL_COUNT = whole(1, 2**20)

@@ -5,10 +5,10 @@ import functools
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+from lsg_flax.checks import Range, require
 from lsg_flax.models.activations import activation
 from lsg_flax.models.config import EncoderConfig, ModelConfig
 from lsg_flax.models.config_json import RATE
-from lsg_flax.patterns import Range, require
 
 _TOKENS = ("bos_token_id", "eos_token_id", "decoder_start_token_id")
 _FORCED = ("forced_bos_token_id", "forced_eos_token_id")

@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from lsg_flax.checks import require
 from lsg_flax.models.activations import activation
 from lsg_flax.models.attention_layers import CrossAttention, EncoderStates, LayerCall, SelfAttention
 from lsg_flax.models.config import EncoderConfig
 from lsg_flax.models.embeddings import Embeddings
 from lsg_flax.models.inputs import Inputs
 from lsg_flax.models.layers import Part, Projection
-from lsg_flax.patterns import DEFAULT_LSH_SEED, Cache, LayerCache, extend, pattern_of, require
+from lsg_flax.patterns import DEFAULT_LSH_SEED, Cache, LayerCache, extend, pattern_of
 from lsg_flax.sharding import SEQUENCE, constrain, over_sequence, sequence_shards
 
 Remat = Literal["none", "full", "dots"]

@@ -11,10 +11,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lsg_flax.checks import require, short
 from lsg_flax.models.activations import activation
 from lsg_flax.models.layers import Buffer, Part
 from lsg_flax.models.outputs import ModelOutput
-from lsg_flax.patterns import require, short
 
 
 class Pooler(Part):

@@ -13,6 +13,7 @@ import numpy as np
 from flax.typing import Dtype
 from jaxtyping import Array
 
+from lsg_flax.checks import checked_value, require, whole
 from lsg_flax.models.config import EncoderConfig, ModelConfig
 from lsg_flax.models.config_seq2seq import EncoderDecoderConfig
 from lsg_flax.models.encoder import BodyOutput, Encoder, Remat
@@ -30,7 +31,7 @@ from lsg_flax.models.layers import Context, Implementation
 from lsg_flax.models.outputs import ModelOutput, Params
 from lsg_flax.models.seq2seq import EncoderDecoder, last_eos, shift_right
 from lsg_flax.models.task import IGNORED, Task
-from lsg_flax.patterns import Cache, checked_value, require, whole
+from lsg_flax.patterns import Cache
 from lsg_flax.sharding import check_heads
 
 

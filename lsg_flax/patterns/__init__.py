@@ -3,12 +3,6 @@
 from lsg_flax.patterns.cache import Cache as Cache
 from lsg_flax.patterns.cache import LayerCache as LayerCache
 from lsg_flax.patterns.cache import slots_for as slots_for
-from lsg_flax.patterns.checks import Range as Range
-from lsg_flax.patterns.checks import check_fields as check_fields
-from lsg_flax.patterns.checks import checked_value as checked_value
-from lsg_flax.patterns.checks import require as require
-from lsg_flax.patterns.checks import short as short
-from lsg_flax.patterns.checks import whole as whole
 from lsg_flax.patterns.config import MAX_GLOBAL_TOKENS as MAX_GLOBAL_TOKENS
 from lsg_flax.patterns.config import SPARSITY_TYPES as SPARSITY_TYPES
 from lsg_flax.patterns.config import LSGConfig as LSGConfig

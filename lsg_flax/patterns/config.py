@@ -7,7 +7,7 @@ value raises with the value, what is allowed, and what to do.
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lsg_flax.patterns.checks import Range, check_fields, require, whole
+from lsg_flax.checks import Range, check_fields, require, whole
 
 SparsityType = Literal["none", "norm", "pooling", "lsh", "stride", "block_stride", "bos_pooling"]
 SPARSITY_TYPES: tuple[str, ...] = get_args(SparsityType)

@@ -10,9 +10,9 @@ from typing import Literal
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from lsg_flax.checks import require
 from lsg_flax.kernels import Implementation
 from lsg_flax.patterns import halo
-from lsg_flax.patterns.checks import require
 from lsg_flax.patterns.config import LSGConfig
 
 GlobalTokens = Literal["prepended", "first_token", "none"]

@@ -234,9 +234,7 @@ def predict_file(
         mesh=mesh,
         program=None if answers is None else answers.program(model, tokenizer, mesh),
     )
-    limit = predictor.buckets[-1] if max_length is None else max_length
-    if not 1 <= limit <= predictor.buckets[-1]:
-        raise ValueError(f"max_length={limit} must lie in 1..{predictor.buckets[-1]}, the buckets.")
+    limit = _limit_for(max_length, predictor)
     codec = _DocumentCodec(predictor, Reader(tokenizer, model.config, limit, truncation), answers)
     settings = predictor.settings() | codec.settings() | {"text_column": text_column}
     with ResumableLines(target, settings, unfinished=unfinished) as file:
@@ -253,6 +251,14 @@ def predict_file(
             )
     warn_of_skipped(documents.skipped, source)
     return Written(file.finished, file.finished - before, tuple(documents.skipped))
+
+
+def _limit_for(max_length: int | None, predictor: Predictor) -> int:
+    longest = predictor.buckets[-1]
+    limit = longest if max_length is None else max_length
+    if not 1 <= limit <= longest:
+        raise ValueError(f"max_length={limit} must lie in 1..{longest}, the buckets.")
+    return limit
 
 
 def _batch_for(

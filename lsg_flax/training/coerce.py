@@ -10,8 +10,8 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+from lsg_flax.checks import short
 from lsg_flax.files import valid_text
-from lsg_flax.patterns import short
 
 # Numbers of YAML 1.1 alone, mostly meant otherwise: 1:30 would be 90, 010 would be 8.
 _OLD_NUMBER = re.compile(r".*:.*|[-+]?0[0-7_]+")

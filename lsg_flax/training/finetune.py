@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import pathlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -153,13 +153,24 @@ def _run(
     begins()
     state, history = fit(step, state, batches, **run)
     batches.close()
-
-    # ------------------------------------------------------------- results
-    best = _save_best(output / "best", saving, model, state, source)
-    _save(output, model, state.params, source)
     last = history[-1] if history else {}
     if evaluation is not None and not history:  # the run had ended before
         last = evaluation.function(state)
+    return _result(output, source, saving, model, state, last, history)
+
+
+def _result(
+    output: pathlib.Path,
+    source: SourceModel,
+    saving: Saving,
+    model: Model,
+    state: TrainState,
+    last: Mapping[str, Any],
+    history: list[dict[str, Any]],
+) -> Finetuned:
+    """What was trained, saved; `last` are the values of the last step."""
+    best = _save_best(output / "best", saving, model, state, source)
+    _save(output, model, state.params, source)
     scores = {name: value for name, value in last.items() if name.startswith("eval_")}
     return Finetuned(output, model, state.params, int(state.step), scores, best, history)
 

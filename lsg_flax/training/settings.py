@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import optax
 
+from lsg_flax.checks import short
 from lsg_flax.data import Columns, DataOptions, OnError, TextUnit
 from lsg_flax.models import SCORES, TASKS, ProblemType, Remat
-from lsg_flax.patterns import LSGConfig, short
+from lsg_flax.patterns import LSGConfig
 from lsg_flax.sharding import AXES, check_axes
 from lsg_flax.training.coerce import check_names, coerced, read_yaml
 from lsg_flax.training.optimizers import Schedule, make_optimizer

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from lsg_flax.checks import short
 from lsg_flax.models.config import ModelConfig
 from lsg_flax.models.config_json import DIALECTS, class_names
 from lsg_flax.models.families.albert import ALBERT
@@ -18,7 +19,6 @@ from lsg_flax.models.families.roberta import ROBERTA
 from lsg_flax.models.families.xlm_roberta import XLM_ROBERTA
 from lsg_flax.models.outputs import ModelOutput
 from lsg_flax.models.task import TASKS
-from lsg_flax.patterns import short
 
 FAMILIES: dict[str, Family] = {}
 
