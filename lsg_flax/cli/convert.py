@@ -10,6 +10,7 @@ import lsg_flax
 from lsg_flax import hub
 from lsg_flax.cli import shared
 from lsg_flax.cli.shared import add_choice, add_number, add_switch
+from lsg_flax.files import check_folder
 from lsg_flax.hub import LSGOptions
 from lsg_flax.models import TASKS
 
@@ -59,13 +60,14 @@ def _add_global_options(group: shared.Options) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
+    check_folder("target", arguments.target)  # a Path of nothing is the current folder
     target = pathlib.Path(arguments.target)
     replaces = (target / hub.CONFIG).exists()
     out = shared.console()
     with out.status(f"converting {arguments.source}"):
         model, params = lsg_flax.convert_checkpoint(
             arguments.source,
-            arguments.target,  # a Path of nothing would be the current folder
+            target,
             task=arguments.task,
             check=arguments.check,
             **{f.name: getattr(arguments, f.name) for f in fields(LSGOptions)},
