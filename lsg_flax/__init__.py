@@ -5,6 +5,7 @@ import importlib
 from types import ModuleType
 
 from lsg_flax.attention import full_attention as full_attention
+from lsg_flax.attention import local_attention as local_attention
 from lsg_flax.attention import lsg_attention as lsg_attention
 from lsg_flax.generation import generate as generate
 from lsg_flax.hub import convert_checkpoint as convert_checkpoint

@@ -1,4 +1,4 @@
-"""LSG attention as the `attention_fn` of Flax's own attention layers, Linen and NNX.
+"""LSG and local attention as the `attention_fn` of Flax's own attention layers, Linen and NNX.
 
 Axes: B batch (any number of axes here), T tokens, S keys, N heads, K key heads, H head width.
 """
@@ -13,11 +13,11 @@ from flax.linen.dtypes import promote_dtype
 from flax.typing import Dtype
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
-from lsg_flax.attention import lsg_attention
-from lsg_flax.patterns import GlobalTokens, LSGConfig
+from lsg_flax.attention import attend_windows, lsg_attention
+from lsg_flax.patterns import GlobalTokens, Local, LSGConfig, Runtime
 
 _MASK = (
-    "LSG attention can only hide padding, the same keys from every query, and with causal=True "
+    "this attention can only hide padding, the same keys from every query, and with causal=True "
     "what comes later. Give the layer mask[..., None, None, :] of a [batch, tokens] mask"
 )
 
@@ -37,14 +37,14 @@ class AttentionFn:
     mask raises; under jit, where its values cannot be read, the output is NaN.
 
     Attributes:
-        config: the pattern.
+        config: the pattern: an `LSGConfig`, or `Local` windows.
         causal: no token sees a later one. NNX layers may say so per call, `is_causal=True`.
         global_tokens: see `lsg_attention`. "first_token" suits a sequence that starts with a
             [CLS] or BOS token, "none" any other; "prepended" is for models that put
-            `config.num_global_tokens` learned vectors in front themselves.
+            `config.num_global_tokens` learned vectors in front themselves. Windows have none.
     """
 
-    config: LSGConfig
+    config: LSGConfig | Local
     causal: bool = False
     global_tokens: GlobalTokens = "first_token"
 
@@ -79,7 +79,7 @@ class AttentionFn:
         _refuse(bias=bias, precision=precision, module=module)
         if query.shape[-3] != key.shape[-3]:
             raise ValueError(
-                f"LSG attention is self-attention, but there are {query.shape[-3]} queries and "
+                f"this attention is self-attention, but there are {query.shape[-3]} queries and "
                 f"{key.shape[-3]} keys; for cross-attention and decode=True leave attention_fn "
                 "as Flax has it."
             )
@@ -87,20 +87,35 @@ class AttentionFn:
         query, key, value = (
             x.reshape(-1, *x.shape[-3:]) for x in promote_dtype(query, key, value, dtype=dtype)
         )
-        causal, train = self.causal or is_causal, dropout_rate > 0 and not deterministic
+        causal, train = self._is_causal(is_causal), dropout_rate > 0 and not deterministic
         real, fits = (None, True) if mask is None else _padding(mask, shape, causal)
-        context = lsg_attention(
-            query,
-            key,
-            value,
-            real,
-            config=self.config,
-            causal=causal,
-            global_tokens=self.global_tokens,
-            dropout_rate=dropout_rate if train else 0.0,
-            dropout_key=dropout_rng if train else None,
-        ).reshape(shape)
+        dropout = (dropout_rate, dropout_rng) if train else (0.0, None)
+        if isinstance(self.config, Local):
+            run = Runtime(*dropout)
+            context = attend_windows(query, key, value, real, pattern=self.config, run=run)
+        else:
+            context = lsg_attention(
+                query,
+                key,
+                value,
+                real,
+                config=self.config,
+                causal=causal,
+                global_tokens=self.global_tokens,
+                dropout_rate=dropout[0],
+                dropout_key=dropout[1],
+            )
+        context = context.reshape(shape)
         return context if fits is True else jnp.where(fits, context, jnp.nan)
+
+    def _is_causal(self, of_call: bool) -> bool:
+        causal = self.causal or of_call
+        if isinstance(self.config, Local) and causal != self.config.causal:
+            raise ValueError(
+                f"causal={causal} of the layer, but the windows are Local(causal="
+                f"{self.config.causal}); say the same in both, since windows look behind or not."
+            )
+        return causal
 
 
 def _refuse(**arguments) -> None:
@@ -111,7 +126,7 @@ def _refuse(**arguments) -> None:
     }
     for name, value in arguments.items():
         if value is not None:
-            raise ValueError(f"LSG attention takes no {name}={value!r}; {remedies[name]}.")
+            raise ValueError(f"this attention takes no {name}={value!r}; {remedies[name]}.")
 
 
 def _padding(mask, shape: tuple[int, ...], causal: bool):

@@ -6,21 +6,38 @@ out over all pairs of tokens, slow and obvious; tests hold the first to the seco
 is ordinary attention in linear memory.
 
 Axes: B batch, T tokens, S keys, N heads, K key heads, H head width, G global tokens, R
-representatives. Arrays are [B, T, N, H] in and out.
+representatives, Q queries of a block, W keys of a block's windows. Arrays are [B, T, N, H] in and
+out.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from functools import partial
 
-import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from lsg_flax import patterns, sharding
+from lsg_flax.checks import require
 from lsg_flax.kernels import Implementation, Source, masked_softmax, pad
-from lsg_flax.patterns import LSG, Full, GlobalTokens, Runtime
+from lsg_flax.patterns import (
+    LSG,
+    Arrays,
+    Full,
+    GlobalTokens,
+    Rotary,
+    Runtime,
+    checked_arrays,
+    checked_tokens,
+    features_first,
+    tokens_first,
+)
+from lsg_flax.patterns import Local as Local
 from lsg_flax.patterns import LSGConfig as LSGConfig
+
+ONE_DEVICE = Runtime()
 
 
 def lsg_attention(
@@ -80,18 +97,24 @@ def lsg_attention(
     lsh = lsh_key if lsh_rotations is None else lsh_rotations
     run = Runtime(dropout_rate, dropout_key, lsh, implementation, blocks_per_step)
     (features, source), shards = inputs.features_first(), sharding.sequence_shards()
+    attend = partial(patterns.attention, pattern)
     if shards == 1:
-        return _tokens_first(patterns.attention(pattern, features, source, run))
-    return _tokens_first(_over_shards(pattern, features, source, run, shards))
+        return tokens_first(attend(features, source, run))
+    extra = pattern.config.needs_padding(features.shape[-1] - pattern.split, shards)
+    return tokens_first(_over_shards(attend, features, source, run, pattern.split, extra))
 
 
 def _over_shards(
-    pattern: LSG, query: Float[Array, "B N H T"], source: Source, run: Runtime, shards: int
+    attend: Callable[[Float[Array, "B N H T"], Source, Runtime], Float[Array, "B N H T"]],
+    query: Float[Array, "B N H T"],
+    source: Source,
+    run: Runtime,
+    split: int,
+    extra: int,
 ) -> Float[Array, "B N H T"]:
-    """The attention of a whole sequence in shards over the ambient mesh: the globals go to each of
-    them."""
-    length, split = query.shape[-1], pattern.split
-    extra = pattern.config.needs_padding(length - split, shards)
+    """The attention of a whole sequence in shards over the ambient mesh: the first `split` tokens,
+    its globals, go to each of them, and `extra` ones fill the last."""
+    length = query.shape[-1]
     arrays = jax.tree.map(lambda x: pad(x, 0, extra), (query, source))
     first, own = (
         jax.tree.map(lambda x, part=part: x[..., part], arrays)
@@ -102,7 +125,7 @@ def _over_shards(
         query, source = jax.tree.map(lambda *pair: jnp.concatenate(pair, axis=-1), first, own)
         key, lsh = random
         shard_run = replace(run, dropout_key=key, lsh=lsh, sequence_axis=sharding.SEQUENCE)
-        context = patterns.attention(pattern, query, source, shard_run)
+        context = attend(query, source, shard_run)
         return context[..., :split], context[..., split:]
 
     cut = jax.tree.map(lambda x: x.ndim - 1, own)
@@ -135,8 +158,8 @@ def lsg_attention_reference(
         run = Runtime(lsh=lsh_key if lsh_rotations is None else lsh_rotations)
         tokens = jax.tree.map(lambda x: x[..., split:], inputs.features_first())
         chosen = patterns.representatives_of(pattern, *patterns.pad_to_blocks(config, *tokens), run)
-        keys = jnp.concatenate([keys, _tokens_first(chosen.key)], axis=1)
-        values = jnp.concatenate([values, _tokens_first(chosen.value)], axis=1)
+        keys = jnp.concatenate([keys, tokens_first(chosen.key)], axis=1)
+        values = jnp.concatenate([values, tokens_first(chosen.value)], axis=1)
         real = jnp.concatenate([real, chosen.mask], axis=-1)  # [B, N, G + T + R]
     seen = attention_pattern(config, length, causal=causal, global_tokens=global_tokens)
     scores = jnp.einsum("btnh,bsnh->bnts", query, keys).astype(jnp.float32)
@@ -214,33 +237,192 @@ def full_attention(
     Raises:
         ValueError: for shapes that do not fit together (they are named), and integers.
     """
-    features, source = _checked_arrays(query, key, value, mask).features_first()
+    features, source = checked_arrays(query, key, value, mask).features_first()
     run = Runtime(dropout_rate, dropout_key)
-    return _tokens_first(patterns.attention(Full(causal), features, source, run))
+    return tokens_first(patterns.attention(Full(causal), features, source, run))
 
 
-class _Arrays(NamedTuple):
-    query: Float[Array, "B T N H"]
-    key: Float[Array, "B S N H"]
-    value: Float[Array, "B S N H"]
-    mask: Bool[Array, "B S"]
+def local_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    mask: Bool[Array, "B T"] | None = None,
+    *,
+    window_size: int,
+    causal: bool = False,
+    look_backward: int = 1,
+    look_forward: int | None = None,
+    exact_windowsize: bool = False,
+    shared_qk: bool = False,
+    scale: float | None = None,
+    use_rotary_pos_emb: bool = True,
+    use_xpos: bool = False,
+    xpos_scale_base: float | None = None,
+    attn_bias: Float[Array, "N Q W"] | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: PRNGKeyArray | None = None,
+    implementation: Implementation | None = None,
+    blocks_per_step: int | None = None,
+) -> Float[Array, "B T N H"]:
+    """Attention within windows of tokens and their neighbours, linear in the number of tokens: that
+    of local-attention 1.11.2 (`local_attention.py`), whose option names it has.
 
-    def features_first(self) -> tuple[Float[Array, "B N H T"], Source]:
-        query, key, value = map(_features_first, self[:3])
-        return query, Source(key, value, self.mask[:, None])
+    Under `jax.set_mesh` with a `sequence` axis each device computes its own windows; devices
+    exchange only the edges of their shards.
+
+    Args:
+        query, key, value: projected inputs; key and value may have fewer heads (K divides N). Any
+            length: they are padded to whole windows here, and no query sees that padding.
+        mask: True for real tokens, all by default. A query that sees nothing gets zeros and passes
+            no gradient.
+        window_size: tokens of a window.
+        causal: no token sees a later one.
+        look_backward, look_forward: how many windows before and behind its own a token sees; by
+            default one before, and one behind unless causal.
+        exact_windowsize: a token sees `look_backward * window_size` tokens before its own place and
+            `look_forward * window_size` behind it, rather than whole windows.
+        shared_qk: query and key are one array; keys are brought to length 1, and a token sees
+            itself only if it sees nothing else.
+        scale: of the scores; H ** -0.5 by default.
+        use_rotary_pos_emb: rotate queries and keys by their places. As in the reference, queries
+            stand in the last window that they see, wherever their own is.
+        use_xpos, xpos_scale_base: change their lengths too (xpos); the base is by default half a
+            window.
+        attn_bias: added to the scores of each window, whose queries see W = (look_backward + 1 +
+            look_forward) * window_size keys.
+        dropout_rate: probability of dropping an attention weight; needs `dropout_key`.
+        implementation: None picks the fastest correct one for the device.
+        blocks_per_step: windows computed at once. Trades memory for parallelism; affects speed, not
+            numerics.
+
+    Returns:
+        The attended values in the dtype of `query`.
+
+    Raises:
+        ValueError: for shapes that do not fit together (they are named), integers, or options that
+            do not fit. Under jit, where values cannot be read, a shared query and key that differ
+            give NaN.
+    """
+    forward = look_forward if look_forward is not None else int(not causal)
+    rotary = _rotary(query.shape[-1], window_size, use_rotary_pos_emb, use_xpos, xpos_scale_base)
+    windows = (window_size, causal, look_backward, forward)
+    pattern = Local(*windows, exact_windowsize, shared_qk, scale, rotary)
+    run = Runtime(dropout_rate, dropout_key, None, implementation, blocks_per_step)
+    return attend_windows(query, key, value, mask, pattern=pattern, attn_bias=attn_bias, run=run)
 
 
-def _checked(query, key, value, mask, config: LSGConfig, global_tokens: GlobalTokens) -> _Arrays:
+def attend_windows(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    mask: Bool[Array, "B T"] | None = None,
+    *,
+    pattern: Local,
+    attn_bias: Float[Array, "N Q W"] | None = None,
+    run: Runtime = ONE_DEVICE,
+) -> Float[Array, "B T N H"]:
+    """`local_attention` with its options as two records."""
+    inputs = checked_tokens(query, key, value, mask)
+    _check_bias(pattern, attn_bias, query.shape[2])
+    features, source = inputs.features_first()
+    attend, shards = (
+        partial(patterns.attend_locally, pattern, bias=attn_bias),
+        sharding.sequence_shards(),
+    )
+    if shards == 1:
+        context = attend(features, source, run)
+    else:
+        extra = pattern.needs_padding(query.shape[1], shards)
+        context = _over_shards(attend, features, source, run, 0, extra)
+    context = tokens_first(context)
+    return _if_shared(context, query, key) if pattern.shared_qk else context
+
+
+def local_attention_reference(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    mask: Bool[Array, "B T"] | None = None,
+    *,
+    pattern: Local,
+    attn_bias: Float[Array, "N Q W"] | None = None,
+) -> Float[Array, "B T N H"]:
+    """`attend_windows` without dropout, by all pairs of tokens: quadratic, for tests and
+    reading."""
+    inputs = checked_tokens(query, key, value, mask)
+    length, size, forward = query.shape[1], pattern.window_size, pattern.look_forward
+    query, keys = query.astype(jnp.float32), inputs.key.astype(jnp.float32)
+    if pattern.shared_qk:
+        keys = keys / jnp.maximum(jnp.linalg.norm(keys, axis=-1, keepdims=True), 1e-12)
+    if pattern.rotary is not None:
+        turn = partial(pattern.rotary.rotate, window=length, centre=0)
+        query = tokens_first(turn(features_first(query), first=forward * size, sign=1))
+        keys = tokens_first(turn(features_first(keys), first=0, sign=-1))
+    scores = jnp.einsum("btnh,bsnh->bnts", query, keys)
+    scores *= query.shape[-1] ** -0.5 if pattern.scale is None else pattern.scale
+    place, other = np.arange(length)[:, None], np.arange(length)[None]
+    apart = other // size - place // size
+    seen = (apart >= -pattern.look_backward) & (apart <= forward)
+    if attn_bias is not None:
+        column = np.where(seen, other - (place // size - pattern.look_backward) * size, 0)
+        scores += attn_bias[None, :, place % size, column]
+    if pattern.exact_windowsize:
+        seen &= (other >= place - pattern.look_backward * size) & (other <= place + forward * size)
+    if pattern.causal:
+        seen &= other <= place
+    seen = jnp.asarray(seen)[None, None] & inputs.mask[:, None, None]  # [B, 1, T, T]
+    if pattern.shared_qk:
+        others = jnp.asarray(other != place)[None, None]
+        seen &= others | ~(seen & others).any(axis=-1, keepdims=True)  # itself if it is alone
+    weights = masked_softmax(scores, seen)
+    return jnp.einsum("bnts,bsnh->btnh", weights, inputs.value).astype(inputs.query.dtype)
+
+
+def _rotary(
+    width: int, window_size: int, used: bool, xpos: bool, base: float | None
+) -> Rotary | None:
+    require(used or not xpos, "use_xpos=True scales rotary positions: set use_rotary_pos_emb=True.")
+    require(xpos or base is None, f"xpos_scale_base={base} is for use_xpos=True.")
+    require(
+        not used or width % 2 == 0,
+        f"rotary positions turn pairs of features, and heads are {width} wide: give an even width, "
+        "or use_rotary_pos_emb=False.",
+    )
+    if not xpos:
+        return Rotary() if used else None
+    base = window_size // 2 if base is None else base
+    require(base > 0, f"xpos_scale_base={base} must be positive (window_size // 2 by default).")
+    return Rotary(float(base))
+
+
+def _check_bias(pattern: Local, bias, heads: int) -> None:
+    wanted = (heads, pattern.window_size, pattern.windows_seen * pattern.window_size)
+    require(
+        bias is None or bias.shape == wanted,
+        f"attn_bias must be [heads, window, keys that a window sees] = {wanted}, got "
+        f"{None if bias is None else bias.shape}.",
+    )
+
+
+def _if_shared(context: Float[Array, "B T N H"], query, key) -> Float[Array, "B T N H"]:
+    """The context if query and key are one array; NaN where only the run can tell that they are
+    not."""
+    if query is key:
+        return context
+    same = jnp.array_equal(query, key) if query.shape == key.shape else jnp.array(False)
+    if isinstance(same, jax.core.Tracer):
+        return jnp.where(same, context, jnp.nan)
+    require(bool(same), "shared_qk=True is for one array as query and key; those given differ.")
+    return context
+
+
+def _checked(query, key, value, mask, config: LSGConfig, global_tokens: GlobalTokens) -> Arrays:
     if global_tokens not in ("prepended", "first_token", "none"):
         raise ValueError(
             f"global_tokens={global_tokens!r} is unknown; choose 'prepended', 'first_token' or "
             "'none'."
         )
-    if query.shape[:2] != key.shape[:2]:
-        raise ValueError(
-            f"query {query.shape} and key {key.shape} must have the same batch and tokens."
-        )
-    arrays = _checked_arrays(query, key, value, mask)
+    arrays = checked_tokens(query, key, value, mask)
     split = config.num_global_tokens if global_tokens == "prepended" else 0
     if query.shape[1] < split:
         raise ValueError(
@@ -248,52 +430,3 @@ def _checked(query, key, value, mask, config: LSGConfig, global_tokens: GlobalTo
             f"{query.shape[1]} positions."
         )
     return arrays
-
-
-def _checked_arrays(query, key, value, mask) -> _Arrays:
-    """The arrays with a mask, and a key head for each head of the queries.
-
-    Raises:
-        ValueError: for shapes that do not fit together, and dtypes that are none of attention's.
-    """
-    shapes = f"query {query.shape}, key {key.shape} and value {value.shape}"
-    if {query.ndim, key.ndim, value.ndim} != {4}:
-        raise ValueError(
-            f"query, key and value must be [batch, tokens, heads, width], not {shapes}."
-        )
-    if 0 in (*query.shape, *key.shape):
-        raise ValueError(f"every axis must have at least one entry, but there are {shapes}.")
-    if key.shape != value.shape:
-        raise ValueError(
-            f"key and value must have the same shape, got {key.shape} and {value.shape}."
-        )
-    if query.shape[::3] != key.shape[::3] or query.shape[2] % key.shape[2]:
-        raise ValueError(
-            f"{shapes} do not fit: batch and width must agree, and the heads of key must divide "
-            "those of query."
-        )
-    for name, array in (("query", query), ("key", key), ("value", value)):
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(
-                f"{name} has dtype {array.dtype}, but attention is of real numbers; give float32, "
-                "bfloat16 or float16, for example by astype(jnp.float32)."
-            )
-    if mask is None:
-        mask = jnp.ones(key.shape[:2], bool)
-    if mask.shape != key.shape[:2] or mask.dtype != jnp.bool_:
-        raise ValueError(
-            f"mask must be boolean of shape {key.shape[:2]} (batch, tokens; True = real), got "
-            f"{mask.dtype} {mask.shape}; "
-            "make one from Hugging Face's 0/1 mask with mask.astype(bool)."
-        )
-    repeats = query.shape[2] // key.shape[2]
-    key, value = (jnp.repeat(x, repeats, axis=2) if repeats > 1 else x for x in (key, value))
-    return _Arrays(query, key, value, mask)
-
-
-def _features_first(x: Float[Array, "B T N H"]) -> Float[Array, "B N H T"]:
-    return x.transpose(0, 2, 3, 1)
-
-
-def _tokens_first(x: Float[Array, "B N H T"]) -> Float[Array, "B T N H"]:
-    return x.transpose(0, 3, 1, 2)

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     **dict.fromkeys(("buckets", "checks", "chips", "kernels", "locks", "progress", "sharding"), ""),
     "files": "locks",
     "patterns": "checks kernels",
-    "attention": "kernels patterns sharding",
+    "attention": "checks kernels patterns sharding",
     "adapters": "attention patterns",
     "models": "checks kernels patterns sharding",
     "tensor_names": "models",

@@ -1,5 +1,10 @@
 """Attention patterns: which keys a query sees, on one device, on a shard, and with a cache."""
 
+from lsg_flax.patterns.arguments import Arrays as Arrays
+from lsg_flax.patterns.arguments import checked_arrays as checked_arrays
+from lsg_flax.patterns.arguments import checked_tokens as checked_tokens
+from lsg_flax.patterns.arguments import features_first as features_first
+from lsg_flax.patterns.arguments import tokens_first as tokens_first
 from lsg_flax.patterns.cache import Cache as Cache
 from lsg_flax.patterns.cache import LayerCache as LayerCache
 from lsg_flax.patterns.cache import slots_for as slots_for
@@ -8,6 +13,7 @@ from lsg_flax.patterns.config import SPARSITY_TYPES as SPARSITY_TYPES
 from lsg_flax.patterns.config import LSGConfig as LSGConfig
 from lsg_flax.patterns.config import SparsityType as SparsityType
 from lsg_flax.patterns.halo import shard_key as shard_key
+from lsg_flax.patterns.local import attend_locally as attend_locally
 from lsg_flax.patterns.operations import attention as attention
 from lsg_flax.patterns.operations import extend as extend
 from lsg_flax.patterns.operations import prefill as prefill
@@ -15,6 +21,7 @@ from lsg_flax.patterns.operations import step as step
 from lsg_flax.patterns.pattern import LSG as LSG
 from lsg_flax.patterns.pattern import Full as Full
 from lsg_flax.patterns.pattern import GlobalTokens as GlobalTokens
+from lsg_flax.patterns.pattern import Local as Local
 from lsg_flax.patterns.pattern import Pattern as Pattern
 from lsg_flax.patterns.pattern import Runtime as Runtime
 from lsg_flax.patterns.pattern import pattern_of as pattern_of
@@ -22,3 +29,4 @@ from lsg_flax.patterns.representatives import DEFAULT_LSH_SEED as DEFAULT_LSH_SE
 from lsg_flax.patterns.representatives import pad_to_blocks as pad_to_blocks
 from lsg_flax.patterns.representatives import representatives_of as representatives_of
 from lsg_flax.patterns.representatives import right_offset as right_offset
+from lsg_flax.patterns.rotary import Rotary as Rotary

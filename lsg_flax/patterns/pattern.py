@@ -10,11 +10,18 @@ from typing import Literal
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lsg_flax.checks import require
+from lsg_flax.checks import Range, check_fields, require, whole
 from lsg_flax.kernels import Implementation
 from lsg_flax.patterns import halo
 from lsg_flax.patterns.config import LSGConfig
+from lsg_flax.patterns.rotary import Rotary
 
+_WINDOWS = Range(0, 2**10, "must be a number of windows, 0 or more, at most 1,024")
+_LOCAL_RANGES = {
+    "window_size": whole(1, 2**20),
+    "look_backward": _WINDOWS,
+    "look_forward": _WINDOWS,
+}
 GlobalTokens = Literal["prepended", "first_token", "none"]
 
 
@@ -49,6 +56,46 @@ class LSG:
         forced = config.strict_reference and config.is_sparse
         forced &= config.sparsity_type == "bos_pooling"
         return int(self.global_tokens == "first_token" or forced)
+
+    def needs_padding(self, length: int, shards: int = 1) -> int:
+        """See `LSGConfig.needs_padding`."""
+        return self.config.needs_padding(length, shards)
+
+
+@dataclass(frozen=True)
+class Local:
+    """Own window and neighbouring ones (see `lsg_flax.local_attention`, which has these names)."""
+
+    window_size: int
+    causal: bool = False
+    look_backward: int = 1
+    look_forward: int = 1
+    exact_windowsize: bool = False
+    shared_qk: bool = False
+    scale: float | None = None
+    rotary: Rotary | None = None
+
+    def __post_init__(self):
+        check_fields(self, _LOCAL_RANGES)
+        require(
+            not (self.causal and self.look_forward),
+            f"look_forward={self.look_forward} with causal=True: a causal window sees none behind "
+            "it; leave look_forward out.",
+        )
+
+    @property
+    def windows_seen(self) -> int:
+        return self.look_backward + 1 + self.look_forward
+
+    @property
+    def split(self) -> int:
+        return 0
+
+    def needs_padding(self, length: int, shards: int = 1) -> int:
+        """Tokens to add so that every shard has whole windows, as many as neighbours look at."""
+        least = max(1, self.look_backward, self.look_forward) if shards > 1 else 1
+        windows = max(-(-length // (self.window_size * shards)), least)
+        return windows * self.window_size * shards - length
 
 
 Pattern = Full | LSG

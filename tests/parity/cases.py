@@ -185,6 +185,25 @@ def cut_window_case() -> Case:
     return Case({"kind": "attention", "config": pattern, "causal": False}, arrays)
 
 
+def local_attention_case(name: str, *, causal: bool) -> Case:
+    """Queries that see nothing, which get something in the reference, have no cotangent."""
+    generator = generator_of(name)
+    window, width = int(generator.integers(2, 9)), 2 * int(generator.integers(1, 5))
+    back, forward = int(generator.integers(1, 3)), 0 if causal else int(generator.integers(0, 3))
+    options = {"window_size": window, "dim": width, "causal": causal, "look_backward": back}
+    options |= {"look_forward": forward, "exact_windowsize": bool(generator.integers(2))}
+    options |= {"use_xpos": bool(generator.integers(2))}
+    length, heads = int(generator.integers(3, 50)), int(generator.integers(1, 4))
+    shape = (2, heads, length, width)
+    query, key, value, cotangent = generator.standard_normal((4, *shape)).astype(np.float32)
+    mask = np.arange(length)[None] < np.array([[length], [-(-length // 2)]])
+    cotangent = np.where(mask[:, None, :, None], cotangent, 0)
+    arrays = {"query": query, "key": key, "value": value, "cotangent": cotangent, "mask": mask}
+    bias = generator.standard_normal((heads, window, (back + 1 + forward) * window))
+    arrays["attn_bias"] = bias.astype(np.float32)
+    return Case({"kind": "local_attention", "options": options}, arrays)
+
+
 def selection_case(name: str, kind: str) -> Case:
     generator = generator_of(name)
     pattern = random_pattern(generator, kind)
@@ -389,6 +408,10 @@ CASES: dict[str, Case] = (
         for causal in (False, True)
     }
     | {"attention_norm_cut_window": cut_window_case()}
+    | {
+        f"local_attention_{i}": local_attention_case(f"local_attention_{i}", causal=i % 2 == 0)
+        for i in range(8)
+    }
     | {
         f"selection_{kind}_{i}": selection_case(f"selection_{kind}_{i}", kind)
         for kind in SPARSITY_TYPES

@@ -8,7 +8,7 @@ from cases import leaks, names
 from jobs import close, rotations
 
 from lsg_flax import LSGConfig
-from lsg_flax.attention import lsg_attention
+from lsg_flax.attention import local_attention, lsg_attention
 from lsg_flax.patterns import sparsity
 
 
@@ -83,3 +83,28 @@ def test_attention(reference, name):
     for which, gradient in zip(("query", "key", "value"), gradients, strict=True):
         expected = result.outputs[f"grad_{which}"].swapaxes(1, 2)
         close(f"{group} gradient", gradient, expected, tolerance=1e-5, label=f"{which} {label}")
+
+
+@pytest.mark.parametrize("name", names("local_attention"))
+def test_local_attention(reference, name):
+    case, result = reference[name]
+    options = {name: value for name, value in case.fields["options"].items() if name != "dim"}
+    mask, bias = (jnp.asarray(case.inputs[n]) for n in ("mask", "attn_bias"))
+    of = ("query", "key", "value", "cotangent")
+    *inputs, cotangent = (jnp.asarray(case.inputs[n]).swapaxes(1, 2) for n in of)
+
+    @jax.jit
+    def run(*inputs):
+        context, pullback = jax.vjp(
+            lambda *x: local_attention(*x, mask, attn_bias=bias, **options), *inputs
+        )
+        return context, pullback(cotangent)
+
+    context, gradients = run(*inputs)
+    label, real = str(options), case.inputs["mask"]
+    theirs = result.outputs["context"].swapaxes(1, 2)
+    close("local attention", np.asarray(context)[real], theirs[real], tolerance=1e-5, label=label)
+    for which, gradient in zip(of[:3], gradients, strict=True):
+        expected = result.outputs[f"grad_{which}"].swapaxes(1, 2)
+        group = "local attention gradient"
+        close(group, gradient, expected, tolerance=1e-5, label=f"{which} {label}")

@@ -14,6 +14,7 @@ Axes: n batch, h heads, t tokens without globals, d head size.
 import functools
 
 import numpy as np
+import record_local
 import record_seq2seq
 import worker
 from recorder import (
@@ -462,6 +463,7 @@ def main():
     record_families(recorder)
     record_conversions(recorder)
     record_seq2seq.record(recorder)
+    record_local.record(recorder)
     recorder.write()
 
 

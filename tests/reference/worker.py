@@ -20,6 +20,9 @@ attention: config, causal?
 standalone_attention: class, options
     in   query, key, value [n,h,t,d], mask? [n,t] or [n,t,t], cotangent? [n,h,t,d]
     out  context [n,h,t,d]
+local_attention: options (of LocalAttention; without dim there are no rotary positions)
+    in   query, key, value [n,h,t,d], mask? [n,t], attn_bias? [h,w,s], cotangent? [n,h,t,d]
+    out  context [n,h,t,d]
 model: class, checkpoint, config?, output_hidden_states?, grad_of?
     in   arguments of the model's forward by name, labels included; weight_<output>?
     out  every output by name, hidden_states.<i>, weighted_loss, grad.<parameter>
@@ -61,6 +64,7 @@ warnings.filterwarnings("ignore")
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from local_attention import LocalAttention  # noqa: E402
 from lsg_converter import LSGConverter, attention_layers  # noqa: E402
 from lsg_converter.bert.modeling_lsg_bert import LSGBertConfig, LSGSelfAttention  # noqa: E402
 from torch.distributions import multivariate_normal  # noqa: E402
@@ -196,6 +200,13 @@ def run_standalone_attention(case, inputs, folder):
         return module(query, key, value, mask)
 
     return with_gradients(forward, inputs, dtype), {}
+
+
+def run_local_attention(case, inputs, folder):
+    dtype = torch_dtype(case)
+    module = LocalAttention(**case["options"], autopad=True).eval()
+    more = {n: to_torch(inputs[n], dtype) for n in ("mask", "attn_bias") if n in inputs}
+    return with_gradients(lambda *x: module(*x, **more), inputs, dtype), {}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -385,6 +396,7 @@ KINDS = {
     "selection": run_selection,
     "attention": run_attention,
     "standalone_attention": run_standalone_attention,
+    "local_attention": run_local_attention,
     "model": run_model,
     "make_model": run_make_model,
     "convert": run_convert,

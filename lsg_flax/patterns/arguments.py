@@ -1,0 +1,86 @@
+"""The arguments of attention, [batch, tokens, heads, width]: checked, and laid out with features
+first.
+
+Axes: B batch, T tokens, S keys, N heads, H head width.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from lsg_flax.kernels import Source
+
+
+class Arrays(NamedTuple):
+    """What attention is computed of; `mask` is True for keys that may be seen."""
+
+    query: Float[Array, "B T N H"]
+    key: Float[Array, "B S N H"]
+    value: Float[Array, "B S N H"]
+    mask: Bool[Array, "B S"]
+
+    def features_first(self) -> tuple[Float[Array, "B N H T"], Source]:
+        """The queries, and the keys that they see."""
+        query, key, value = map(features_first, self[:3])
+        return query, Source(key, value, self.mask[:, None])
+
+
+def checked_tokens(query, key, value, mask) -> Arrays:
+    """`checked_arrays` of self-attention."""
+    if query.shape[:2] != key.shape[:2]:
+        raise ValueError(
+            f"query {query.shape} and key {key.shape} must have the same batch and tokens."
+        )
+    return checked_arrays(query, key, value, mask)
+
+
+def checked_arrays(query, key, value, mask) -> Arrays:
+    """The arrays with a mask, and a key head for each head of the queries.
+
+    Raises:
+        ValueError: for shapes that do not fit together, and dtypes that are none of attention's.
+    """
+    shapes = f"query {query.shape}, key {key.shape} and value {value.shape}"
+    if {query.ndim, key.ndim, value.ndim} != {4}:
+        raise ValueError(
+            f"query, key and value must be [batch, tokens, heads, width], not {shapes}."
+        )
+    if 0 in (*query.shape, *key.shape):
+        raise ValueError(f"every axis must have at least one entry, but there are {shapes}.")
+    if key.shape != value.shape:
+        raise ValueError(
+            f"key and value must have the same shape, got {key.shape} and {value.shape}."
+        )
+    if query.shape[::3] != key.shape[::3] or query.shape[2] % key.shape[2]:
+        raise ValueError(
+            f"{shapes} do not fit: batch and width must agree, and the heads of key must divide "
+            "those of query."
+        )
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(
+                f"{name} has dtype {array.dtype}, but attention is of real numbers; give float32, "
+                "bfloat16 or float16, for example by astype(jnp.float32)."
+            )
+    if mask is None:
+        mask = jnp.ones(key.shape[:2], bool)
+    if mask.shape != key.shape[:2] or mask.dtype != jnp.bool_:
+        raise ValueError(
+            f"mask must be boolean of shape {key.shape[:2]} (batch, tokens; True = real), got "
+            f"{mask.dtype} {mask.shape}; "
+            "make one from Hugging Face's 0/1 mask with mask.astype(bool)."
+        )
+    repeats = query.shape[2] // key.shape[2]
+    key, value = (jnp.repeat(x, repeats, axis=2) if repeats > 1 else x for x in (key, value))
+    return Arrays(query, key, value, mask)
+
+
+def features_first(x: Float[Array, "B T N H"]) -> Float[Array, "B N H T"]:
+    """The layout of patterns and kernels."""
+    return x.transpose(0, 2, 3, 1)
+
+
+def tokens_first(x: Float[Array, "B N H T"]) -> Float[Array, "B T N H"]:
+    """The layout of public functions."""
+    return x.transpose(0, 3, 1, 2)

@@ -1,0 +1,106 @@
+"""Local attention of arrays with features first, on one device or on a shard: each window of
+queries sees its own keys and those of neighbouring windows.
+
+Axes: B batch, N heads, H head width, T tokens, Q queries of a block (a window), W keys of a block's
+windows.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lsg_flax.kernels import (
+    NEGATIVE,
+    Biases,
+    Queries,
+    Rule,
+    Source,
+    Spec,
+    Window,
+    attend,
+    drop,
+    pad,
+)
+from lsg_flax.patterns import halo
+from lsg_flax.patterns.pattern import Local, Runtime
+
+
+def attend_locally(
+    pattern: Local,
+    query: Float[Array, "B N H T"],
+    source: Source,
+    run: Runtime,
+    bias: Float[Array, "N Q W"] | None = None,
+) -> Float[Array, "B N H T"]:
+    """The pattern's context; `bias` is added to the scores of every window."""
+    length, size, run = query.shape[-1], pattern.window_size, run.on_shard()
+    query, source = jax.tree.map(lambda x: pad(x, 0, -length % size), (query, source))
+    if pattern.shared_qk:
+        source = source._replace(key=_unit(source.key))
+    width = query.shape[2] ** -0.5 if pattern.scale is None else pattern.scale
+    sources, windows = _windows(pattern, source, run)
+    spec = Spec(
+        size, windows, blocks_per_step=run.blocks_per_step or 0, dropout_rate=run.dropout_rate
+    )
+    options = {"key": run.dropout_key, "implementation": run.implementation}
+    queries = Queries(_turn(pattern, query * width, pattern.windows_seen - 1, sign=1))
+    context, normaliser = attend(spec, queries, sources, biases=_biases(bias, windows), **options)
+    if pattern.shared_qk:  # a token that sees no other sees itself
+        alone = (normaliser <= NEGATIVE / 2) & source.mask
+        own = source.value
+        other = run.with_other_dropout().dropout_key
+        if other is not None and run.dropout_rate:
+            kept: Array = drop(jnp.ones_like(own[:, :, :1]), other, run.dropout_rate)
+            own = own * kept
+        context = jnp.where(alone[:, :, None], own, context)
+    return context[..., :length]
+
+
+def _windows(
+    pattern: Local, source: Source, run: Runtime
+) -> tuple[tuple[Source, ...], tuple[Window, ...]]:
+    """What blocks of queries see: a run of keys, or with rotary positions, by which a key is
+    rotated otherwise for each window that sees it, one run for each distance."""
+    size, axis, length = pattern.window_size, run.sequence_axis, source.mask.shape[-1]
+    before, after = pattern.look_backward * size, pattern.look_forward * size
+    wide = jax.tree.map(lambda x: halo.add_neighbours(x, before, after, axis), source)
+    rule = Rule(
+        before if pattern.exact_windowsize else None,
+        0 if pattern.causal else after if pattern.exact_windowsize else None,
+        itself=not pattern.shared_qk,
+    )
+    if pattern.rotary is None:
+        return (wide,), (Window(0, 0, size, before + size + after, rule, lead=before),)
+    sources = []
+    for number in range(pattern.windows_seen):
+        start = number * size
+        run_of = jax.tree.map(lambda x, start=start: x[..., start : start + length], wide)
+        sources.append(run_of._replace(key=_turn(pattern, run_of.key, number, sign=-1)))
+    numbers = range(pattern.windows_seen)
+    leads = (before - number * size for number in numbers)
+    windows = (Window(n, 0, size, size, rule, lead) for n, lead in zip(numbers, leads, strict=True))
+    return tuple(sources), tuple(windows)
+
+
+def _turn(pattern: Local, x: Float[Array, "B N H T"], number: int, *, sign: int):
+    """Queries or keys, rotated as those of this one of the windows that are seen. As in the
+    reference, queries stand in the last one, wherever their own is."""
+    if pattern.rotary is None:
+        return x
+    size = pattern.window_size
+    centre = pattern.windows_seen * size // 2
+    return pattern.rotary.rotate(x, size, number * size, centre=centre, sign=sign)
+
+
+def _biases(bias: Float[Array, "N Q W"] | None, windows: tuple[Window, ...]) -> Biases:
+    """The bias of each window of keys."""
+    if bias is None:
+        return Biases()
+    return Biases(tuple(jnp.split(bias[None], len(windows), axis=-1)))
+
+
+def _unit(x: Float[Array, "B N H T"]) -> Float[Array, "B N H T"]:
+    """Vectors of length 1; zeros stay zeros."""
+    square = jnp.sum(x.astype(jnp.float32) ** 2, axis=2, keepdims=True)
+    length = jnp.sqrt(jnp.where(square > 0, square, 1.0))  # the root of 0 has no gradient
+    return (x / jnp.maximum(length, 1e-12)).astype(x.dtype)
