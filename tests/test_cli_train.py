@@ -101,14 +101,28 @@ FLAGS = {  # one that is not the default for every field
     "best": (["eval_micro_f1"], "eval_micro_f1"),
 }
 EXCLUDED = {"frozen": {"train_only"}, "steps": {"epochs"}}  # of two only one may be given
+OF_TARGETS = {
+    "task": (["conditional_generation"], "conditional_generation"),
+    "target_buckets": (["64", "128"], (64, 128)),
+    "generation": (
+        ["num_beams=4,early_stopping=never,length_penalty=2.0,min_length=null"],
+        {"num_beams": 4, "early_stopping": "never", "length_penalty": 2.0, "min_length": None},
+    ),
+    "best": (["eval_rougeL"], "eval_rougeL"),
+    **dict.fromkeys(("max_target_length", "src_lang", "tgt_lang", "predict_with_generate")),
+    "generation_rows": None,
+    "label_smoothing": None,
+}
 
 
-@pytest.mark.parametrize("turn", [0, 1])
+@pytest.mark.parametrize("turn", [0, 1, 2])
 def test_every_setting_has_a_flag(monkeypatch, tmp_path, turn):
     seen: list[Settings] = []
     monkeypatch.setattr(train, "finetune", lambda settings, **_: seen.append(settings))
     monkeypatch.setattr(train, "_show", lambda result: None)
+    given = FLAGS | {name: flag for name, flag in OF_TARGETS.items() if flag and turn == 2}
     left_out = {*EXCLUDED} if turn else {name for names in EXCLUDED.values() for name in names}
+    left_out |= {"labels", "problem_type"} if turn == 2 else OF_TARGETS.keys() - FLAGS.keys()
     flags, expected = [], {}
     hints = typing.get_type_hints(Settings)
     for field in dataclasses.fields(Settings):
@@ -118,9 +132,9 @@ def test_every_setting_has_a_flag(monkeypatch, tmp_path, turn):
         if name == "lsg":
             flags += FLAGS["lsg"][0]
             expected[name] = {"block_size": 64, "sparsity_type": "lsh"}
-        elif name in FLAGS:
-            flags += [flag, *FLAGS[name][0]]
-            expected[name] = FLAGS[name][1]
+        elif name in given:
+            flags += [flag, *given[name][0]]
+            expected[name] = given[name][1]
         elif hints[name] is bool:
             expected[name] = not field.default
             flags.append(flag if expected[name] else "--no-" + flag[2:])

@@ -10,8 +10,8 @@ import jaxtyping
 import numpy as np
 import pyarrow.parquet
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, MBartTokenizer, PreTrainedTokenizerFast
 
 from lsg_flax.data import Columns, DataOptions, labels_for, load_examples, train_batches
 from lsg_flax.data.values import label_number, names_of_labels
@@ -511,6 +511,67 @@ def test_choices_are_pairs_with_the_text(load, tokenizer):
         load([rows[0] | {"label": 3}], "multiple_choice")
 
 
+WRITTEN = {"task": "conditional_generation"}
+PAIRS = [{"id": "first", "text": words(9), "target": "w5 w6 w7"}]
+PAIRS += [{"text": words(2), "target": words(20)}]
+
+
+def test_targets_are_a_stream_of_labels(load, tokenizer):
+    data = load(PAIRS, **WRITTEN, max_length=8, max_target_length=6)
+    for row, pair in zip(rows_of(data), PAIRS, strict=True):
+        read = tokenizer(pair["text"], truncation=True, max_length=8)["input_ids"]
+        written = tokenizer(text_target=pair["target"], truncation=True, max_length=6)["input_ids"]
+        assert row == {"input_ids": read, "token_type_ids": [0] * len(read), "labels": written}
+    assert data.truncated == 2 and data.labels is data.num_labels is None
+    assert [data.info(i).record["target"] for i in (0, 1)] == [p["target"] for p in PAIRS]
+    assert [data.info(i).id for i in (0, 1)] == ["first", 1]
+    named = [{"article": pair["text"], "abstract": pair["target"]} for pair in PAIRS]
+    columns = Columns(text="article", target="abstract")
+    other = load(named, **WRITTEN, max_length=8, columns=columns)
+    assert len(rows_of(other)[1]["labels"]) == 22  # none is cut
+    unlabelled = load([{"text": "w1"}], **WRITTEN, with_labels=False)
+    assert rows_of(unlabelled)[0].keys() == {"input_ids", "token_type_ids"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text": " "}, r"rows.jsonl:2: 'text' is empty"),
+        ({"target": ""}, r"rows.jsonl:2: 'target' is empty"),
+        ({"target": ["w1"]}, r"rows.jsonl:2: 'target' must be a text, got \['w1'\]"),
+        ({"target": None}, r"rows.jsonl:2: column 'target' is empty"),
+    ],
+)
+def test_a_target_that_cannot_be_read(load, change, message):
+    rows = [PAIRS[0], PAIRS[1] | change]
+    with pytest.raises(ValueError, match=message):
+        load(rows, **WRITTEN)
+    with pytest.warns(UserWarning, match=f"1 broken rows .*{message}"):
+        assert len(load(rows, **WRITTEN, on_error="skip")) == 1
+
+
+def test_a_target_that_no_token_stands_for(load):
+    plain = Tokenizer(models.WordLevel({"w1": 1}, unk_token="w1"))
+    plain.normalizer = normalizers.Replace("w2", "")
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: 'target' has no tokens"):
+        load(
+            [{"text": "w1", "target": "w2"}],
+            **WRITTEN,
+            tokenizer=PreTrainedTokenizerFast(tokenizer_object=plain),
+        )
+
+
+def test_targets_are_read_in_their_language(load):
+    """mBART's texts and targets end with their language; each is a cache of its own."""
+    tokenizer = MBartTokenizer(src_lang="de_DE", tgt_lang="ro_RO")
+    german, romanian, french = tokenizer.convert_tokens_to_ids(["de_DE", "ro_RO", "fr_XX"])
+    rows = [{"text": "<mask>", "target": "<mask>"}]
+    data = load(rows, **WRITTEN, tokenizer=tokenizer)
+    assert data[0]["input_ids"][-1] == german and data[0]["labels"][-1] == romanian
+    tokenizer.tgt_lang = "fr_XX"
+    assert load(rows, **WRITTEN, tokenizer=tokenizer)[0]["labels"][-1] == french
+
+
 @pytest.mark.parametrize("task", ["masked_lm", "causal_lm"])
 def test_language_models_read_full_pieces_and_no_token_is_lost(load, tokenizer, task):
     texts = [words(n, n) for n in (3, 50, 1, 17, 300)]
@@ -596,6 +657,10 @@ def test_words_need_a_tokenizer_that_puts_spaces_before_them(load):
         ({"task": "token_classification", "labels": ("a", "a")}, "must be different names"),
         ({"task": "token_classification", "labels": ()}, "different names, at least one"),
         ({"task": "token_classification", "labels": ("a", "")}, "at least one and none empty"),
+        ({"max_target_length": 8}, "is for tasks with a text to write, not masked_lm; leave it"),
+        (WRITTEN | {"max_target_length": 1}, "max_target_length=1 must be at least 2"),
+        (WRITTEN | {"labels": ("a",)}, "are for sequence_classification and token_classification"),
+        (WRITTEN | {"problem_type": "regression"}, "not conditional_generation"),
     ],
 )
 def test_options_that_cannot_be(unchecked, options, message):

@@ -419,6 +419,16 @@ def test_a_stream_of_pairs_continues_and_knows_its_lengths(pairs):
         train_batches(pairs, **options, buckets={"output": (4, 8)})
 
 
+def test_the_first_rows_alone_are_evaluated(pairs):
+    ladders = {"input": BUCKETS, "target": (4, 9)}
+    read = eval_batches(pairs, batch_size=4, buckets=ladders, rows=7)
+    assert sorted(row for batch in read for row in batch.rows.tolist() if row >= 0) == [*range(7)]
+    more = eval_batches(pairs, batch_size=4, buckets=ladders, rows=99)
+    assert len(more) == len(eval_batches(pairs, batch_size=4, buckets=ladders))
+    with pytest.raises(ValueError, match="rows=0 must be at least 1"):
+        eval_batches(pairs, batch_size=4, rows=0)
+
+
 def test_rows_of_two_streams_one_by_one(pairs):
     assert pairs[7]["input_ids"].tolist() == [9] * PAIRS[7][0]
     assert pairs[39]["labels"].tolist() == [89] * PAIRS[39][1]

@@ -3,22 +3,29 @@
 import dataclasses
 import json
 import pathlib
+import re
 import shutil
+import sys
 import time
 
 import jax
 import numpy as np
 import pytest
 from golden_data import GOLDEN
-from tiny_run import PLAIN, save_tiny, write
+from rouge_score import rouge_scorer
+from tiny_run import PLAIN, save_tiny, save_tiny_writer, write
+from transformers import MBartTokenizer
 
 import lsg_flax
 from lsg_flax import hub
+from lsg_flax.generation.loop import decode
 from lsg_flax.locks import PlaceTaken, locked
 from lsg_flax.models import PROBLEM_SCORERS, SCORES, TASKS
 from lsg_flax.training.finetune import finetune, options_for
-from lsg_flax.training.settings import Settings, read_settings, trained_tasks
+from lsg_flax.training.scores import ROUGE
+from lsg_flax.training.settings import FROZEN, Settings, read_settings, trained_tasks
 from lsg_flax.training.source import open_source
+from lsg_flax.training.written import writing_options
 
 pytestmark = pytest.mark.filterwarnings("ignore:weights for task")  # heads that are drawn
 
@@ -26,6 +33,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:weights for task")  # heads that
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory):
+    return save_tiny_writer(tmp_path_factory.mktemp("writer"))
 
 
 def settings_of(tiny, folder, kind: str = "single_label_classification", **options) -> Settings:
@@ -75,8 +87,9 @@ del KINDS["sequence_classification"]  # is one of the three by its problem type
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_task_from_files_to_a_checkpoint(tiny, tmp_path, kind):
-    settings = settings_of(tiny, tmp_path, kind)
+def test_every_task_from_files_to_a_checkpoint(tiny, writer, tmp_path, kind):
+    source = writer if kind == "conditional_generation" else tiny
+    settings = settings_of(source, tmp_path, kind)
     result = run(settings)
     assert result.step == 4 and [record["step"] for record in result.history] == [1, 2, 3, 4]
     assert set(result.scores) == {"eval_loss", *(f"eval_{name}" for name in SCORES[KINDS[kind]])}
@@ -86,7 +99,9 @@ def test_every_task_from_files_to_a_checkpoint(tiny, tmp_path, kind):
     jax.tree.map(np.testing.assert_array_equal, params, result.params)
     tokenizer = hub.read_tokenizer(result.output)
     assert tokenizer is not None and tokenizer.model_max_length == 16
-    carried = (pathlib.Path(tiny, name) for name in ("vocab.txt", "tokenizer.json", "LICENSE"))
+    names = {"vocab.txt", "tokenizer.json", "LICENSE"}
+    carried = [file for file in pathlib.Path(source).iterdir() if file.name in names]
+    assert len(carried) >= 2
     assert all((result.output / f.name).read_bytes() == f.read_bytes() for f in carried)
     lines = (result.output / "log" / "metrics.jsonl").read_text().splitlines()
     losses = {r["step"]: r["eval_loss"] for r in map(json.loads, lines) if "eval_loss" in r}
@@ -330,6 +345,11 @@ YAML = {
     "keep: 0": "keep=0 must be at least 1",
     "learning_rate: .nan": "learning_rate=nan must be a number",
     "learning_rate: -1e-4": "learning_rate=-0.0001 must be at least 0",
+    "label_smoothing: 1": "label_smoothing=1.0 must be from 0 to below 1",
+    "max_target_length: 8": "max_target_length=8 is for tasks with a text to write, not masked_lm",
+    "tgt_lang: en_XX": "tgt_lang='en_XX' is for tasks with a text to write",
+    "generation: {num_beams: 2}": "generation=.* is for tasks with a text to write, not masked_lm",
+    "{eval_data: x, best: eval_rouge1}": "none of the scores of masked_lm: [^;]*eval_perplexity.$",
     "max_grad_norm: 0": "max_grad_norm=0.0 would clip|max_grad_norm=0 would clip",
     "schedule: exponential": "schedule='exponential' must be one of linear, cosine, constant",
     "frozen: '['": r"frozen='\[' is no regular expression: unterminated",
@@ -396,6 +416,22 @@ def test_a_warmup_that_fills_a_short_run_leaves_its_last_step():
     assert settings.optimizer(1) and settings.optimizer(2)
 
 
+@pytest.mark.parametrize(
+    ("trained", "left"),
+    [
+        ("head", {"head", "pooler"}),
+        ("global_tokens_and_head", {"head", "pooler", "encoder/embeddings/global_embeddings"}),
+    ],
+)
+def test_what_stays_as_it_is(trained, left):
+    """Of every model, encoder-decoders too, which have words and a decoder beside the encoder."""
+    trees = json.loads((GOLDEN / "parameter_trees.json").read_text())
+    paths = {path for name, tree in trees.items() if " lsg " in name for path in tree}
+    learn = {path for path in paths if not re.search(str(FROZEN[trained]), path)}
+    assert learn and all(path.startswith(tuple(left)) for path in learn)
+    assert all(any(path.startswith(part) for path in learn) for part in left)
+
+
 def test_missing_settings_are_named(tmp_path):
     with pytest.raises(ValueError, match="train_data, output, task must be given as flags or"):
         read_settings(None, {"model": "m"})
@@ -435,3 +471,200 @@ def test_what_does_not_fit_is_refused_before_training(tiny, tmp_path):
     with pytest.raises(ValueError, match="full attention and no global tokens"):
         run(dataclasses.replace(settings, model=str(PLAIN), train_only="global_tokens_and_head"))
     assert not (tmp_path / "out").exists()
+
+
+# --------------------------------------------------------------------------------- texts to write
+
+
+GENERATION = {"num_beams": 2, "max_length": 9, "min_new_tokens": 7, "no_repeat_ngram_size": 1}
+WRITING = {"predict_with_generate": True, "generation": GENERATION, "generation_rows": 7}
+WRITING |= {"label_smoothing": 0.1, "learning_rate": 0.03, "buckets": [8, 16]}
+WRITING |= {"target_buckets": [6, 16], "max_target_length": 12, "eval_batch_size": 4}
+
+
+BUCKETS_OF_MBART = {"buckets": None, "target_buckets": None}
+DATA = ("train_data", "eval_data")
+TRAINING_PAGE = pathlib.Path(__file__).parent.parent / "docs" / "training.md"
+
+
+class FirstLanguage:
+    """Puts the language first, as mBART-50 does."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.tgt_lang = tokenizer, tokenizer.tgt_lang
+
+    def __call__(self, text_target):
+        return {"input_ids": self.tokenizer(text_target=text_target)["input_ids"][::-1]}
+
+    def convert_tokens_to_ids(self, tokens):
+        return self.tokenizer.convert_tokens_to_ids(tokens)
+
+
+def writing_of(writer, folder, **options) -> Settings:
+    return settings_of(writer, folder, "conditional_generation", **WRITING | options)
+
+
+def written_by_hand(settings: Settings, model, params) -> dict[str, float]:
+    """Scores of summaries, written and scored one by one."""
+    tokenizer = hub.read_tokenizer(settings.output)
+    scorer = rouge_scorer.RougeScorer(ROUGE, use_stemmer=True)
+    scores = []
+    for line in pathlib.Path(str(settings.eval_data)).read_text().splitlines()[:7]:
+        row = json.loads(line)
+        ids = tokenizer(row["text"], truncation=True, max_length=16)["input_ids"]
+        tokens = lsg_flax.generate(model, params, [ids], **GENERATION)
+        text = tokenizer.decode(tokens[0], skip_special_tokens=True)
+        scores.append({n: s.fmeasure for n, s in scorer.score(row["target"], text).items()})
+    return {f"eval_{n}": float(np.mean([s[n] for s in scores])) for n in ROUGE}
+
+
+@pytest.mark.slow
+def test_what_is_written_is_scored_and_chosen_by(writer, tmp_path):
+    """Of the first rows, with one program for each length of inputs; the same after a kill."""
+    settings = writing_of(writer, tmp_path, steps=16, evaluate_every=8, best="eval_rougeL")
+    before = decode._cache_size()
+    whole = run(settings)
+    assert 1 <= decode._cache_size() - before <= 2
+    scores = {r["step"]: r["eval_rougeL"] for r in whole.history if "eval_rougeL" in r}
+    assert list(scores) == [8, 16]
+    assert whole.best == max(scores, key=lambda step: (scores[step], step))
+    by_hand = written_by_hand(settings, whole.model, whole.params)
+    assert by_hand["eval_rouge1"] > 0
+    for name, value in by_hand.items():
+        assert whole.scores[name] == pytest.approx(value, abs=1e-6), name
+    weights = (whole.output / hub.WEIGHTS).read_bytes()
+    for place in (whole.output / "checkpoints" / "16", whole.output / "best"):
+        shutil.rmtree(place)
+    for file in (hub.CONFIG, hub.WEIGHTS):
+        (whole.output / file).unlink()
+    rest = run(dataclasses.replace(settings, generation_rows=7))
+    assert [record["step"] for record in rest.history] == [*range(9, 17)]
+    assert rest.scores == whole.scores and (rest.output / hub.WEIGHTS).read_bytes() == weights
+    other = dataclasses.replace(settings, label_smoothing=0.2, max_target_length=None)
+    with pytest.raises(
+        ValueError, match=r"label_smoothing: 0.1 there, 0.2 here; max_target_length"
+    ):
+        run(other)
+
+
+@pytest.mark.slow
+def test_a_mesh_learns_to_write_as_one_device(writer, tmp_path):
+    options = {"steps": 2, "evaluate_every": 2, "generation_rows": None, "buckets": [16]}
+    options |= {"target_buckets": [12], "learning_rate": 1e-3, "eval_batch_size": 8}
+    alone = writing_of(writer, tmp_path, **options)
+    mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+    cut = dataclasses.replace(alone, devices=8, mesh=mesh, output=str(tmp_path / "cut"))
+    one, many = run(alone), run(cut)
+    losses = [[record["loss"] for record in each.history] for each in (one, many)]
+    assert len(losses[0]) == 2 and losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert many.scores == pytest.approx(one.scores, abs=1e-4)
+
+
+WRITER_YAML = {
+    "{eval_data: x, best: eval_rougeL}": "eval_perplexity; ROUGE needs predict_with_generate",
+    "{eval_data: x, predict_with_generate: true, best: eval_f1}": "none of .*eval_rougeLsum",
+    "predict_with_generate: true": "predict_with_generate=True needs eval_data",
+    "{eval_data: x, generation_rows: 4}": "generation_rows=4 says how .* set predict_with_generate",
+    "generation: {num_beam: 4}": "generation: 'num_beam' is unknown; did you mean 'num_beams'",
+    "generation: {num_return_sequences: 4}": "'num_return_sequences' is unknown",
+    "target_buckets: [0]": r"target_buckets=\[0\] must be lengths of at least 1",
+    "generation_rows: 0": "generation_rows=0 must be at least 1",
+    "max_target_length: 1": "max_target_length=1 must be at least 2",
+    "columns: {summary: body}": "columns: 'summary' is unknown.*target",
+    "labels: [a, b]": "labels=.* are for sequence_classification",
+}
+
+
+@pytest.mark.parametrize("text", WRITER_YAML)
+def test_wrong_settings_of_what_is_written_are_named(tmp_path, text):
+    (tmp_path / "run.yaml").write_text(text)
+    given = {"model": "m", "task": "conditional_generation", "train_data": "a", "output": "o"}
+    with pytest.raises(ValueError, match=WRITER_YAML[text]):
+        read_settings(tmp_path / "run.yaml", given)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_target_length": 17}, "the decoder of .* has 16 positions; give at most as many"),
+        ({"target_buckets": (4,)}, "the longest row has 5 tokens of target; add a bucket"),
+        ({"target_buckets": (32,)}, r"target_buckets=\[32\] must be lengths in 1..16"),
+        ({"src_lang": "en_XX"}, "src_lang='en_XX', tgt_lang=None: .* tells no languages apart"),
+        ({"generation": {"num_beams": 0}}, "num_beams=0 must be"),
+        ({"generation": {"length_penalty": 2.0}}, "need num_beams > 1"),
+        ({"generation": {"max_length": 18}}, "max_length=18 .* this checkpoint has 16"),
+        ({"generation": {}, "max_target_length": None}, "nothing says how long the texts may"),
+        ({"train_only": "head"}, "matches every parameter"),
+        ({"eval_batch_size": 3, "devices": 2}, "eval_batch_size gives 3 rows"),
+    ],
+)
+def test_what_cannot_be_learned_or_written_is_refused(writer, tmp_path, change, message):
+    settings = writing_of(writer, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        finetune(dataclasses.replace(settings, **change), progress=False, begins=pytest.fail)
+
+
+def test_rouge_is_there_before_a_run_begins(writer, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rouge_score", None)
+    with pytest.raises(ImportError, match=r"rouge-score: pip install 'lsg-flax\[summarization\]'"):
+        finetune(writing_of(writer, tmp_path), progress=False, begins=pytest.fail)
+
+
+def test_a_model_and_a_tokenizer_that_cannot_write_are_refused(tmp_path):
+    small = save_tiny_writer(tmp_path / "small", vocab_size=20)
+    with pytest.raises(ValueError, match=r"the token \d\d, but vocab_size=20 allows 0..19; tok"):
+        run(writing_of(small, tmp_path))
+    other = save_tiny_writer(tmp_path / "other")
+    config = json.loads((other / hub.CONFIG).read_text()) | {"decoder_start_token_id": None}
+    (other / hub.CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="decoder_start_token_id=None, with which decoder_input_i"):
+        run(writing_of(other, tmp_path))
+
+
+DOCUMENTED = re.findall(r"```yaml\n(.*?)```", TRAINING_PAGE.read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.slow
+def test_the_documented_run_makes_a_plain_model_write_about_long_texts(tmp_path):
+    """As docs/training.md has it, with other sizes."""
+    (tmp_path / "run.yaml").write_text(DOCUMENTED[-1])
+    plain = save_tiny_writer(tmp_path / "plain", None)
+    given = {name: write(tmp_path, "named", name=f"{name}.jsonl") for name in DATA}
+    given |= {"model": plain, "output": tmp_path / "out", "cache": tmp_path / "cache"}
+    given |= {"max_length": 40, "max_target_length": 12, "target_buckets": [12], "batch_size": 4}
+    given |= {"accumulate": 2, "devices": 1, "steps": 2, "lsg": {"block_size": 8}}
+    given |= {"generation": {"max_length": 9, "num_beams": 2}, "generation_rows": 3}
+    given["lsg"] |= {"sparse_block_size": 8, "sparsity_factor": 2}
+    result = run(read_settings(tmp_path / "run.yaml", given))
+    config = result.model.config
+    assert result.step == 2 and result.model.max_length == 40 and config.lsg.num_global_tokens == 1
+    assert set(result.scores) == {f"eval_{n}" for n in ("loss", "perplexity", *ROUGE)}
+    summarize = lsg_flax.pipeline("summarization", model=str(result.output), max_length=6)
+    assert summarize(" ".join(["w5"] * 30))[0].keys() == {"summary_text"}
+    assert len(DOCUMENTED) == 2 and read_settings(tmp_path / "run.yaml").label_smoothing == 0.1
+
+
+def test_languages_are_those_of_the_settings(writer, tmp_path):
+    """mBART's texts end with a language; its own tokenizer has a default for one of the two."""
+    model, params = lsg_flax.from_pretrained(GOLDEN / "mbart_conditional_generation")
+    folder = tmp_path / "mbart"
+    lsg_flax.save_pretrained(folder, model, params)
+    MBartTokenizer().save_pretrained(folder)
+    settings = writing_of(folder, tmp_path, **BUCKETS_OF_MBART)
+    with pytest.raises(ValueError, match="src_lang='en_XX', tgt_lang=None: both must be languages"):
+        run(settings)
+    with pytest.raises(ValueError, match=r"tgt_lang='ro': both must be .*'ro_RO'"):
+        run(dataclasses.replace(settings, tgt_lang="ro"))
+    source = open_source(str(folder), "conditional_generation", 16, convert=False)
+    reader = source.reader("de_DE", "ro_RO")
+    token = reader.convert_tokens_to_ids("ro_RO")
+    options = writing_options(model, reader, {"num_beams": 2}, 9)
+    wanted = {"num_return_sequences": 1, "decoder_start_token_id": token}
+    assert options == wanted | {"num_beams": 2, "max_new_tokens": 9}
+    first = FirstLanguage(reader)
+    options = writing_options(model, first, {"decoder_start_token_id": 2}, 9)
+    assert options["forced_bos_token_id"] == token
+    assert source.tokenizer.src_lang == "en_XX"
+    lsg_flax.save_pretrained(tmp_path / "out", model, params, source.tokenizer)
+    saved = [(f / "tokenizer.json").read_bytes() for f in (folder, tmp_path / "out")]
+    assert saved[0] == saved[1]

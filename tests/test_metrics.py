@@ -10,18 +10,21 @@ import numpy as np
 import pytest
 import scipy.stats
 import sklearn.metrics
+from rouge_score import rouge_scorer
 
 from lsg_flax.models import TASKS as RECORDS
 from lsg_flax.models import EncoderConfig, Model, ModelOutput
 from lsg_flax.sharding import make_mesh, shard
 from lsg_flax.training import losses, metrics
 from lsg_flax.training.scores import (
+    ROUGE,
     answer_scores,
     classification_scores,
     entity_scores,
     multi_label_scores,
     perplexity,
     regression_scores,
+    rouge_scores,
 )
 
 GENERATOR = np.random.default_rng(0)
@@ -190,3 +193,36 @@ def test_answers_as_squad_compares_them():
 def test_perplexity_of_a_uniform_guess():
     assert math.isclose(perplexity(math.log(50)), 50)
     assert perplexity(1e9) == math.inf
+
+
+def test_rouge_as_its_package_gives_it(monkeypatch):
+    """With sentences a line each, and means over the texts."""
+    written = ["The cat sat. It slept!", "no word of it", ""]
+    references = ["It slept. The cats sat down.\n", "other words", "a text"]
+    scores = rouge_scores(written, references)
+    scorer = rouge_scorer.RougeScorer(ROUGE, use_stemmer=True)
+    by_line = [("It slept.\nThe cats sat down.", "The cat sat.\nIt slept!")]
+    by_line += zip(references[1:], written[1:], strict=True)
+    each = [scorer.score(*pair) for pair in by_line]
+    expected = {name: np.mean([s[name].fmeasure for s in each]) for name in ROUGE}
+    assert scores == pytest.approx(expected)
+    assert scores["rougeLsum"] > scores["rougeL"] > 0  # sentences may change places
+    with pytest.raises(ValueError, match="nothing to score"):
+        rouge_scores([], [])
+    monkeypatch.setitem(sys.modules, "rouge_score", None)
+    with pytest.raises(ImportError, match=r"lsg-flax\[summarization\]"):
+        rouge_scores(written, references)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ("A b. C d! E?", ["A b.", "C d!", "E?"]),
+        ('He said "no." Then 3.5 went.', ['He said "no."', "Then 3.5 went."]),
+        ("(One.) Two\nthree", ["(One.)", "Two", "three"]),
+    ],
+)
+def test_where_sentences_end(text, sentences):
+    """A text of the same sentences in another order has the same rougeLsum."""
+    turned = "\n".join(reversed(sentences))
+    assert rouge_scores([turned], [text])["rougeLsum"] == 1.0

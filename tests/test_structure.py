@@ -38,7 +38,8 @@ MAY_IMPORT = {
     "generation": "checks sharding",
     "data": "buckets files models progress",
     "inference": "buckets files locks models progress sharding",
-    "training": "buckets checks chips data files hub locks models patterns progress sharding",
+    "training": "buckets checks chips data files generation hub locks models patterns progress "
+    "sharding",
     "pipelines": "buckets files generation hub inference locks models progress",
     "planning": "chips hub inference models patterns sharding training",
     "__init__": "attention generation hub models patterns pipelines",

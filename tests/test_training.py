@@ -21,11 +21,13 @@ import optax
 import pytest
 from golden_data import GOLDEN, cases, load
 from tensorboardX.proto.event_pb2 import Event
+from tiny_run import tiny_writer
 
 import lsg_flax
 from lsg_flax import LSGConfig, training
+from lsg_flax.convert_from_torch import params_to_torch
 from lsg_flax.models import TASKS, EncoderConfig, Model, ModelOutput
-from lsg_flax.sharding import make_mesh
+from lsg_flax.sharding import make_mesh, shard, shard_batch
 from lsg_flax.training import flops, log, losses, metrics, optimizers
 from lsg_flax.training import states as checkpoints
 
@@ -97,6 +99,75 @@ def test_every_loss_is_recorded():
     assert recorded - {name for name in recorded if name.startswith("plain_")} == {
         task.name for task in TASKS.values() if task.targets
     }  # tests/test_families.py has those of other families
+
+
+SMOOTHED = dict(np.load(GOLDEN / "label_smoothing.npz"))
+
+
+@pytest.mark.parametrize("name", [key[:-5] for key in SMOOTHED if key.endswith("/loss")])
+def test_smoothed_loss_is_that_of_transformers(name):
+    """And of an encoder-decoder a gradient; it got its decoder's inputs from the labels."""
+    case, inputs, _ = load(name)
+    model, params = lsg_flax.from_pretrained(GOLDEN / case["checkpoint"])
+    smoothed = functools.partial(losses.loss_fn, label_smoothing=float(SMOOTHED["epsilon"]))
+    wanted = SMOOTHED.get(f"{name}/gradient")
+    if wanted is None:
+        loss, _ = jax.jit(smoothed, static_argnums=0)(model, params, inputs)
+    else:
+        compute = jax.jit(jax.value_and_grad(smoothed, 1, has_aux=True), static_argnums=0)
+        (loss, _), gradient = compute(model, params, inputs)
+        tensors = params_to_torch(gradient, model)
+        ours = tensors["model.decoder.layers.1.final_layer_norm.weight"]
+        np.testing.assert_allclose(ours, wanted, atol=1e-4 * np.abs(wanted).max())
+    np.testing.assert_allclose(loss, SMOOTHED[f"{name}/loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "share"),
+    [
+        ("question_answering", {"start_positions": [1] * 4, "end_positions": [2] * 4}, 0.1),
+        ("sequence_classification", {"labels": np.ones((4, 2), np.float32)}, 0.1),
+        ("masked_lm", {"labels": np.ones((4, 13), int)}, 1.0),
+        ("masked_lm", {"labels": np.ones((4, 13), int)}, -0.1),
+    ],
+)
+def test_only_labels_that_are_classes_are_smoothed(task, labels, share):
+    model, params = make(task)
+    batch = random_batch(**{name: np.asarray(array) for name, array in labels.items()})
+    with pytest.raises(ValueError, match=f"label_smoothing={share} must be from 0 to below 1"):
+        jax.eval_shape(
+            functools.partial(losses.loss_fn, model, label_smoothing=share), params, batch
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{"fsdp": 2, "tensor": 2}, {"tensor": 2, "sequence": 2}])
+def test_a_mesh_gives_an_encoder_decoder_the_loss_and_gradients_of_one_device(mesh):
+    model, params = tiny_writer(max_position_embeddings=64)
+    generator = np.random.default_rng(0)
+    batch = {"input_ids": generator.integers(4, 31, (8, 64))}
+    batch["attention_mask"] = (np.arange(64) < generator.integers(20, 65, (8, 1))).astype(np.int32)
+    labels = generator.integers(4, 31, (8, 10))
+    batch["labels"] = np.where(np.arange(10) < generator.integers(3, 11, (8, 1)), labels, -100)
+    smoothed = functools.partial(losses.loss_fn, label_smoothing=0.1)
+    compute = jax.jit(jax.value_and_grad(smoothed, 1, has_aux=True), static_argnums=0)
+    (loss, _), gradients = compute(model, params, batch)
+    made = make_mesh(data=2, **mesh)
+    with jax.set_mesh(made):
+        (found, _), ours = compute(model, shard(params, made), shard_batch(batch, made))
+    np.testing.assert_allclose(found, loss, rtol=1e-5)
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradients))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * largest), ours, gradients
+    )
+
+
+def test_labels_are_as_long_as_given_decoder_inputs():
+    model, params = lsg_flax.from_pretrained(GOLDEN / "bart_conditional_generation")
+    ids = np.full((2, 7), 5)
+    batch = {"input_ids": ids, "labels": ids[:, :4], "decoder_input_ids": ids[:, :5]}
+    with pytest.raises(ValueError, match=r"labels .*\(2, 4\).* as long as decoder_input_ids, or"):
+        jax.eval_shape(functools.partial(losses.loss_fn, model), params, batch)
 
 
 @pytest.fixture

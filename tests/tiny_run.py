@@ -5,10 +5,12 @@ import json
 import jax
 import numpy as np
 from golden_data import GOLDEN
+from tiny_config import spelled
+from tiny_tokenizers import write_words
 
 import lsg_flax
 from lsg_flax import LSGConfig, hub
-from lsg_flax.models import EncoderConfig
+from lsg_flax.models import EncoderConfig, read_config
 
 PLAIN = GOLDEN / "bert_to_convert_512"
 WORDS = [f"w{i}" for i in range(5, 30)]
@@ -32,6 +34,25 @@ def save_tiny(folder):
     return folder
 
 
+WRITER_LSG = LSGConfig(block_size=8, sparse_block_size=8, num_global_tokens=2)
+
+
+def tiny_writer(lsg: LSGConfig | None = WRITER_LSG, **fields):
+    """A BART that reads and writes 16 tokens."""
+    sizes = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 32}
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 16}
+    config = read_config(spelled("bart", sizes | fields)).with_overrides(lsg=lsg)
+    model = lsg_flax.Model(config, "conditional_generation")
+    return model, jax.jit(model.init)(jax.random.key(0), **model.example_inputs())["params"]
+
+
+def save_tiny_writer(folder, lsg: LSGConfig | None = WRITER_LSG, **fields):
+    model, params = tiny_writer(lsg, **fields)
+    lsg_flax.save_pretrained(folder, model, params, hub.read_tokenizer(write_words(folder)))
+    (folder / "LICENSE").write_text("licence")
+    return folder
+
+
 def texts(seed: int, count: int, least: int = 4, most: int = 30) -> list[list[str]]:
     generator = np.random.default_rng(seed)
     return [list(generator.choice(WORDS, generator.integers(least, most))) for _ in range(count)]
@@ -47,6 +68,10 @@ def row(task: str, words: list[str]) -> dict:
         return {"question": "w5 w6", "context": text, "answers": answers}
     if task == "multiple_choice":
         return {"text": text, "choices": [words[0], words[-1]], "label": first % 2}
+    if task == "conditional_generation":
+        return {"text": text, "target": " ".join(words[:3])}
+    if task == "named":  # by other names
+        return {"article": text, "abstract": " ".join(words[:3])}
     kinds = {
         "single_label_classification": "low" if first < 17 else "high",
         "multi_label_classification": [name for name in ("w5", "w6", "w7") if name in words],

@@ -129,6 +129,16 @@ def name_values(text: str) -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
+def yaml_values(text: str) -> dict[str, Any]:
+    """The type of an option such as num_beams=4,early_stopping=true, as a YAML file has them."""
+    import yaml
+
+    try:
+        return {name: yaml.safe_load(value) for name, value in name_values(text).items()}
+    except yaml.YAMLError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE,... of YAML") from None
+
+
 def console() -> Console:
     """Writes to stdout: as wide as the terminal, or 120 characters where there is none."""
     made = Console(highlight=False, markup=False, emoji=False)

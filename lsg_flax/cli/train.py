@@ -17,6 +17,7 @@ from lsg_flax.cli.shared import (
     mesh_axes,
     name_values,
     say,
+    yaml_values,
 )
 from lsg_flax.training import Finetuned, Group, Help, Settings, finetune, read_settings
 
@@ -35,7 +36,8 @@ Rows of data, by task (other names: --columns):
   question_answering       {"question": ..., "context": ..., "answers": {"text": [...],
                            "answer_start": [...]}}
   multiple_choice          {"text": ..., "choices": [...], "label": 0}
-  masked_lm, causal_lm     {"text": ...}, or a .txt file"""
+  masked_lm, causal_lm     {"text": ...}, or a .txt file
+  conditional_generation   {"text": ..., "target": ...}"""
 _METAVARS = {int: "N", float: "X", str: "NAME"}
 _PATHS = {"model": "PATH", "train_data": "PATH", "eval_data": "PATH", "output": "FOLDER"}
 
@@ -84,7 +86,7 @@ def _add_option(options: Any, field: dataclasses.Field, hint: Any, about: Help) 
         shape["metavar"] = _PATHS.get(field.name, _METAVARS[parts[0]])
     elif origin is dict:
         sizes = parts[1] is int
-        shape = {"type": mesh_axes if sizes else name_values}
+        shape = {"type": {int: mesh_axes, str: name_values, Any: yaml_values}[parts[1]]}
         shape["metavar"] = "AXIS=N,..." if sizes else "NAME=VALUE,..."
     else:
         shape["type"] = origin
@@ -134,7 +136,7 @@ def _join(text: str) -> None:
 
 
 def _show(result: Finetuned) -> None:
-    out = console()
+    out, writes = console(), result.model.task_record.generates
     out.print(f"wrote {result.output}: {result.model.task} after {result.step:,} steps")
     if result.best is not None:
         out.print(f"wrote {result.output / 'best'}: the best, after {result.best:,} steps")
@@ -145,4 +147,5 @@ def _show(result: Finetuned) -> None:
         for name, value in result.scores.items():
             table.add_row(name.removeprefix("eval_"), f"{value:.4f}")
         out.print(table)
-    out.print(f"next: lsg-flax predict {result.output} INPUT OUTPUT")
+    command = "summarize" if result.model.has_two_stacks and writes else "predict"
+    out.print(f"next: lsg-flax {command} {result.output} INPUT OUTPUT")

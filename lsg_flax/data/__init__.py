@@ -15,6 +15,8 @@ from lsg_flax.data.batches import EvalBatches as EvalBatches
 from lsg_flax.data.batches import TrainBatches as TrainBatches
 from lsg_flax.data.batches import eval_batches as eval_batches
 from lsg_flax.data.batches import train_batches as train_batches
+from lsg_flax.data.cache import INPUT as INPUT
+from lsg_flax.data.cache import TARGET as TARGET
 from lsg_flax.data.cache import RowInfo as RowInfo
 from lsg_flax.data.cache import TokenizedDataset as TokenizedDataset
 from lsg_flax.data.files import OnError as OnError

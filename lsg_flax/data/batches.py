@@ -225,6 +225,7 @@ def eval_batches(
     *,
     batch_size: int,
     buckets: Buckets | None = None,
+    rows: int | None = None,
     seed: int = 0,
     mask_probability: float = 0.15,
     process_index: int | None = None,
@@ -235,6 +236,7 @@ def eval_batches(
     Args:
         batch_size: rows of a batch of all processes together; the last batch of a bucket is filled
             up to it.
+        rows: only the first so many.
         buckets, mask_probability, process_index, process_count: as for `train_batches`.
         seed: of the tokens that are masked, the same in each pass and for each batch size.
 
@@ -249,8 +251,10 @@ def eval_batches(
         raise ValueError(
             f"seed={seed} must be at least 0, mask_probability={mask_probability} between 0 and 1."
         )
+    if rows is not None and rows < 1:
+        raise ValueError(f"rows={rows} must be at least 1.")
     order = Order(
-        [stream.lengths for stream in dataset.streams.values()],
+        [stream.lengths[:rows] for stream in dataset.streams.values()],
         ladders=[*_ladders(dataset, buckets, share).values()],
         size=share.rows,
         seed=seed,

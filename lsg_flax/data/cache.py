@@ -24,6 +24,7 @@ from jaxtyping import Int, Shaped
 from lsg_flax.files import Json, read_json, write_json
 
 INPUT = "input"  # the stream that all rows have, the first one
+TARGET = "target"  # that of texts to be written
 OFFSETS = "offset_mapping"  # beside its tokens; in no batch
 _INDEX = "index.json"
 _CHUNK = 1 << 24  # bytes that a checksum reads at once
@@ -153,7 +154,7 @@ class TokenizedDataset:
             one entry per row.
         examples: how many there are; pieces of joined texts count none.
         skipped: broken rows left out, the first of them in `messages`.
-        truncated: texts that were cut to `max_length`.
+        truncated: texts that were cut to `max_length`, or `max_target_length`.
         pad_token_id: what fills up a row; 0 where the tokenizer has none, for it is masked.
         mask_token_id: what hides a token; -1 where the tokenizer has none.
         special_ids: tokens that are never hidden; `ordinary_ids` are all others.

@@ -125,10 +125,15 @@ def _fingerprint(source: DataSource, options: DataOptions, tokenizer: Any) -> st
     else:
         settings = {name: str(value) for name, value in tokenizer.init_kwargs.items()}
         reads = [type(tokenizer).__name__, tokenizer.get_vocab(), settings]
+    told = dataclasses.asdict(options)
+    if options.has_target_texts:
+        reads = [reads, getattr(tokenizer, "tgt_lang", None)]
+    else:  # as before there were such, so that what is kept is found
+        del told["max_target_length"], told["columns"]["target"]
     parts = [
         _FORMAT,
         source.digest(),
-        dataclasses.asdict(options),
+        told,
         reads,
         tokenizer.all_special_ids,
         [tokenizer.truncation_side, tokenizer.model_input_names, tokenizer.pad_token_id],

@@ -24,6 +24,7 @@ class Columns:
         tokens: the words of a text, for token classification; `tags` are their labels.
         answers: {"text": [...], "answer_start": [...]} as in SQuAD, both empty where the context
             has no answer.
+        target: the text to write for `text`.
         choices: the texts to choose from, each read as a pair with `text`.
     """
 
@@ -37,6 +38,7 @@ class Columns:
     context: str = "context"
     answers: str = "answers"
     choices: str = "choices"
+    target: str = "target"
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class DataOptions:
         task: what the examples are for.
         max_length: tokens of a row at most; longer texts are cut, contexts of questions are split
             into windows, and texts for language models fill pieces of this length.
+        max_target_length: tokens of a text to write at most, longer ones are cut; None cuts none.
         problem_type: what `sequence_classification` predicts.
         labels: names of the labels in the order of their numbers; by default the names found in
             the data, sorted, or the numbers 0 to the largest. For evaluation data give those of
@@ -78,6 +81,7 @@ class DataOptions:
     text_unit: TextUnit = "line"
     on_error: OnError = "raise"
     columns: Columns = field(default_factory=Columns)
+    max_target_length: int | None = None
 
     def __post_init__(self):
         allowed: dict[str, Sequence[str]] = {
@@ -98,6 +102,14 @@ class DataOptions:
             )
         if self.width is not None and (self.problem_type != "regression" or self.width < 1):
             raise ValueError(f"width={self.width} must be at least 1, and is for regression.")
+        if self.max_target_length is not None:
+            if not self.has_target_texts:
+                raise ValueError(
+                    f"max_target_length={self.max_target_length} is for tasks with a text to "
+                    f"write, not {self.task}; leave it out."
+                )
+            if self.max_target_length < 2:  # special tokens alone
+                raise ValueError(f"max_target_length={self.max_target_length} must be at least 2.")
         named = [name for name, task in TASKS.items() if task.named_labels and task.examples]
         regression = self.problem_type == "regression"
         if self.labels is not None and (self.task not in named or regression):
@@ -124,6 +136,11 @@ class DataOptions:
     def packed(self) -> bool:
         """Whether rows are pieces of several texts."""
         return self.pack and TASKS[self.task].examples in ("masked_text", "running_text")
+
+    @property
+    def has_target_texts(self) -> bool:
+        """Whether a row has a text that is to be written."""
+        return TASKS[self.task].examples == "text_to_text"
 
     @property
     def label_column(self) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lsg_flax.data.cache import INPUT, OFFSETS, EncodedRow, Sequences
+from lsg_flax.data.cache import INPUT, OFFSETS, TARGET, EncodedRow, Sequences
 from lsg_flax.data.files import DataRow, Problems
 from lsg_flax.data.options import DEFAULT_PROBLEM, DataOptions
 from lsg_flax.data.values import answers_in, label_number, numbers_in, text_in, texts_in, value_in
@@ -34,7 +34,7 @@ class ExampleEncoder:
     """Reads the rows of a task; a subclass says how.
 
     Attributes:
-        truncated: how many texts were longer than `max_length` (a slow tokenizer does not say).
+        truncated: how many texts were cut (a slow tokenizer does not say).
     """
 
     fast = False  # whether the tokenizer must know words or characters
@@ -84,14 +84,16 @@ class ExampleEncoder:
             raise ValueError(f"{column!r} must be a text or an integer, got {value!r:.60}")
         return {} if value is None else {"id": value}
 
-    def tokenize(self, texts: Sequence, pairs: Sequence | None = None, **options: Any) -> Any:
-        """Calls the tokenizer on a chunk of texts."""
+    def tokenize(
+        self, texts: Sequence, pairs: Sequence | None = None, *, written: bool = False, **options
+    ) -> Any:
+        """Calls the tokenizer on a chunk of texts, `written` if they are those to write."""
         types = self.options.token_type_ids
         types = types and "token_type_ids" in self.tokenizer.model_input_names
         given = dict(truncation=True, max_length=self.options.max_length) | options
+        parts = {"text": list(texts), "text_pair": None if pairs is None else list(pairs)}
         encoded = self.tokenizer(
-            list(texts),
-            None if pairs is None else list(pairs),
+            **({"text_target": list(texts)} if written else parts),
             return_token_type_ids=types,
             return_attention_mask=False,
             verbose=False,
@@ -320,6 +322,36 @@ class ChoiceExampleEncoder(ExampleEncoder):
             yield example, self.rows(self.inputs(example, encoded, *places), example.label)
 
 
+class TargetTextExampleEncoder(ExampleEncoder):
+    """Texts with another to write for each, whose tokens, a second stream, are the labels."""
+
+    def example(self, row):
+        names = self.options.columns
+        text, record = text_in(row, names.text), self.id_of(row)
+        if self.options.with_labels:
+            record["target"] = text_in(row, names.target)  # whole, to compare with what is written
+        return Example(row.place, (text,), None, record)
+
+    def encode(self, examples):
+        encoded, targets = self.tokenize([e.inputs[0] for e in examples]), None
+        if self.options.with_labels:
+            limit = self.options.max_target_length
+            cut = {"truncation": limit is not None, "max_length": limit}
+            texts = [e.record["target"] for e in examples]
+            targets = self.tokenize(texts, written=True, **cut)["input_ids"]
+        for place, example in enumerate(examples):
+            rows = self.rows(self.inputs(example, encoded, place))
+            if rows and targets is not None:
+                labels = np.array(targets[place], np.int32)
+                stream = Sequences(len(labels), {self.task.targets[0].labels: labels})
+                rows[0].streams[TARGET] = stream
+                if not len(labels):
+                    reason = f"{self.options.columns.target!r} has no tokens"
+                    self.problems.found(example.place, reason)
+                    rows = []
+            yield example, rows
+
+
 class PackedTextEncoder(TextExampleEncoder):
     """Texts joined, with the tokenizer's separator between them, and cut into pieces that fill
     `max_length` with the special tokens of a single text around each; the last may be shorter."""
@@ -365,6 +397,7 @@ _ENCODERS: dict[Examples, type[ExampleEncoder]] = {
     "words": WordExampleEncoder,
     "question": QuestionExampleEncoder,
     "choices": ChoiceExampleEncoder,
+    "text_to_text": TargetTextExampleEncoder,
 }
 
 

@@ -5,6 +5,7 @@ from lsg_flax.generation.generate import check_options as check_options
 from lsg_flax.generation.generate import generate as generate
 from lsg_flax.generation.options import OPTION_NAMES as OPTION_NAMES
 from lsg_flax.generation.options import GenerateOptions as GenerateOptions
+from lsg_flax.generation.options import choose_options as choose_options
 from lsg_flax.generation.rules import Rules as Rules
 from lsg_flax.generation.rules import Text as Text
 from lsg_flax.generation.sampling import Greedy as Greedy

@@ -19,6 +19,7 @@ from lsg_flax.hub.sentence_files import read_sentence_settings as read_sentence_
 from lsg_flax.hub.sentence_files import write_sentence_settings as write_sentence_settings
 from lsg_flax.hub.to_lsg import LSGOptions as LSGOptions
 from lsg_flax.hub.tokenizer_files import Tokenizer as Tokenizer
+from lsg_flax.hub.tokenizer_files import check_languages as check_languages
 from lsg_flax.hub.tokenizer_files import read_tokenizer as read_tokenizer
 from lsg_flax.hub.weights import BIN as BIN
 from lsg_flax.hub.weights import CONFIG as CONFIG

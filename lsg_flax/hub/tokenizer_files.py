@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
 from lsg_flax.files import check_pointer
@@ -94,6 +95,15 @@ def save_tokenizer(tokenizer: Tokenizer, target: pathlib.Path) -> None:
         for name, value in changed.items():
             text = with_field(text, name, value)
         file.write_bytes(text.encode())
+
+
+def check_languages(tokenizer: Tokenizer, given: Mapping[str, str | None]) -> None:
+    """Raises ValueError for codes, by the names they are given under, that are no languages of a
+    tokenizer with several."""
+    known = sorted(tokenizer.all_special_tokens)
+    if not set(given.values()) <= set(known):
+        words = ", ".join(f"{name}={code!r}" for name, code in given.items())
+        raise ValueError(f"{words}: both must be languages of the tokenizer, some of {known}.")
 
 
 def origin(tokenizer: Tokenizer) -> pathlib.Path | None:

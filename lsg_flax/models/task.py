@@ -13,8 +13,10 @@ ProblemType = Literal["single_label_classification", "multi_label_classification
 # "position": one of the tokens.
 Loss = Literal["class", "next_token", "yes_or_no", "problem_type", "position"]
 # What a row of data holds: see `data.Columns`. The tokens of "masked_text" and "running_text" are
-# their own labels.
-Examples = Literal["text", "words", "question", "choices", "masked_text", "running_text"]
+# their own labels, those of "text_to_text" the ones of the text to write.
+Examples = Literal[
+    "text", "words", "question", "choices", "masked_text", "running_text", "text_to_text"
+]
 
 
 # How answers are scored, and the names of the scores.
@@ -174,6 +176,7 @@ CONDITIONAL_GENERATION = Task(
     (Target("logits", "labels", "class"),),
     per_token=("logits",),
     scorer="perplexity",
+    examples="text_to_text",
     generates=True,
 )
 TASKS: dict[str, Task] = {

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lsg_flax.generation import OPTION_NAMES, GenerateOptions, check_options, generate
-from lsg_flax.hub import Tokenizer
+from lsg_flax.hub import Tokenizer, check_languages
 from lsg_flax.inference import json_line
 from lsg_flax.models import Model, ModelConfig, Params
 from lsg_flax.pipelines.tasks import PipelineTask, a_text
@@ -165,9 +165,7 @@ class Translation(Text2TextGeneration):
                     f"{sorted(by_task)} alone; leave them out."
                 )
             return False
-        known = sorted(tokenizer.all_special_tokens)
-        if not set(given.values()) <= set(known):
-            raise ValueError(f"{words}: both must be languages of the tokenizer, some of {known}.")
+        check_languages(tokenizer, given)
         return True
 
 

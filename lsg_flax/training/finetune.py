@@ -22,6 +22,8 @@ from jax.sharding import Mesh
 from lsg_flax import hub
 from lsg_flax.buckets import default_buckets
 from lsg_flax.data import (
+    INPUT,
+    TARGET,
     DataOptions,
     TokenizedDataset,
     eval_batches,
@@ -38,6 +40,7 @@ from lsg_flax.training.flops import train_flops
 from lsg_flax.training.log import Logging
 from lsg_flax.training.loop import Evaluation, fit
 from lsg_flax.training.metrics import evaluate
+from lsg_flax.training.scores import Scores, make_rouge_scorer
 from lsg_flax.training.settings import Settings, Words
 from lsg_flax.training.source import SourceModel, open_source
 from lsg_flax.training.states import (
@@ -49,6 +52,7 @@ from lsg_flax.training.states import (
     saved_steps,
 )
 from lsg_flax.training.step import TrainState, init_state, make_train_step
+from lsg_flax.training.written import writing_options, written_scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +98,17 @@ def finetune(
         ValueError: for settings that do not fit the model, the data, the devices, or the run in
             OUTPUT that would be continued.
         OSError: if another run writes to OUTPUT.
+        ImportError: without what the settings need.
         FloatingPointError, training.Preempted, training.SaveError: as `training.fit`.
     """
     output, mesh = pathlib.Path(settings.output), _mesh(settings.devices, settings.mesh)
+    if settings.predict_with_generate:
+        make_rouge_scorer()
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"predict_with_generate=True writes in one process, not {jax.process_count()}; "
+                "leave it out, and write with the finished model (lsg-flax summarize)."
+            )
     source = _source(settings)
     _check_output(output, source.checkpoint, (settings.train_data, settings.eval_data))
     if settings.cache is not None:
@@ -116,16 +128,12 @@ def _run(
     """The run, in a folder that is its own."""
     # ------------------------------------------------------------- what there is to work with
     output = pathlib.Path(settings.output)
-    options = options_for(settings, source)
-    load = functools.partial(
-        load_examples,
-        tokenizer=source.tokenizer,
-        subset=settings.subset,
-        cache=settings.cache,
-        progress=progress and jax.process_index() == 0,
-    )
-    learned = settings.train_data, settings.train_split
-    train, held_out = _data(load, options, learned, (settings.eval_data, settings.eval_split))
+    options, tokenizer = options_for(settings, source), source.tokenizer
+    if settings.writes_targets:
+        tokenizer = source.reader(settings.src_lang, settings.tgt_lang)
+    train, held_out = _data(settings, options, tokenizer, progress)
+    for data in filter(None, (train, held_out)):
+        source.check_tokens(data)
     dtype, head = jnp.dtype(settings.dtype).type, _head_for(train, options)
     model, params = source.load(head, settings.lsg, dtype, mesh)
     model = model.clone(remat=settings.remat)
@@ -133,19 +141,23 @@ def _run(
     # ------------------------------------------------------------- the run
     size, eval_size = settings.microbatch_size, settings.eval_batch_size
     buckets = _buckets(settings.buckets, settings.max_length, model, (size, eval_size), mesh)
-    same = {"buckets": buckets, "seed": settings.seed}
+    ladders = {INPUT: buckets, TARGET: settings.target_buckets}
+    ladders = {name: lengths for name, lengths in ladders.items() if lengths is not None}
+    same = {"buckets": ladders, "seed": settings.seed}
     batches = train_batches(train, batch_size=size, microbatches=settings.accumulate, **same)
     steps, every = settings.steps_of(batches.steps), settings.evaluate_every or batches.steps(1)
     optimizer = settings.optimizer(steps)
     state = init_state(params, optimizer, jax.random.key(settings.seed), mesh=mesh)
     del params  # the state has its own copy
     sizes = {"batch_size": eval_size or size} | same
-    evaluation = _evaluation(model, held_out, sizes, every, mesh)
+    writing = _writing(settings, model, held_out, sizes, tokenizer, mesh)
+    evaluation = _evaluation(model, held_out, sizes, every, mesh, writing)
     identity = settings.identity | _contents(model, steps, train, held_out)
     saving = settings.saving(output / "checkpoints", every, identity)
     flops = functools.partial(train_flops, model)
     log = Logging(output / "log", settings.tensorboard, flops, progress)
-    step = make_train_step(model, optimizer, settings.accumulate)
+    smoothing = {"label_smoothing": settings.label_smoothing}
+    step = make_train_step(model, optimizer, settings.accumulate, **smoothing)
     run = {"steps": steps, "mesh": mesh, "microbatches": settings.accumulate > 1}
     run |= {"evaluation": evaluation, "saving": saving, "logging": log}
     if saved_steps(saving.folder):
@@ -182,15 +194,19 @@ def _source(settings: Settings) -> SourceModel:
     source = open_source(settings.model, settings.task, length, convert=convert)
     if settings.train_only == "global_tokens_and_head":
         source.check_globals()
+    if settings.writes_targets:
+        source.check_targets(settings.max_target_length)
     if source.converts:
         dataclasses.replace(source.config.lsg or LSGConfig(), **settings.lsg)
     else:
         source.checkpoint.config_for(settings.task, **settings.lsg)
-    if settings.buckets and max(settings.buckets) > source.reads:
-        raise ValueError(
-            f"buckets={list(settings.buckets)} must be lengths in 1..{source.reads}, what "
-            f"{settings.model} reads."
-        )
+    for name in ("buckets", "target_buckets"):
+        lengths = getattr(settings, name)
+        if lengths and max(lengths) > source.reads:
+            raise ValueError(
+                f"{name}={list(lengths)} must be lengths in 1..{source.reads}, what "
+                f"{settings.model} reads."
+            )
     return source
 
 
@@ -199,6 +215,8 @@ def options_for(settings: Settings, source: SourceModel) -> DataOptions:
     others; else the data's own count."""
     segments, head = source.config.segments > 1, source.labels
     options = settings.data_options(source.length, head, token_type_ids=segments)
+    if options.has_target_texts and options.max_target_length is None:
+        options = dataclasses.replace(options, max_target_length=source.reads)
     if head is None or settings.labels or options.labels is None:
         return options
     part = {"subset": settings.subset, "split": settings.train_split}
@@ -213,21 +231,24 @@ def options_for(settings: Settings, source: SourceModel) -> DataOptions:
 
 
 def _data(
-    load: Callable[..., TokenizedDataset],
-    options: DataOptions,
-    train: tuple[Words, str],
-    held_out: tuple[Words | None, str],
+    settings: Settings, options: DataOptions, tokenizer: hub.Tokenizer, progress: bool
 ) -> tuple[TokenizedDataset, TokenizedDataset | None]:
-    """What is learned from and, if given, what is held out, with the same labels; of either the
-    files and the split are given."""
-    learned = load(train[0], options, split=train[1])
-    if held_out[0] is None:
+    """What is learned from and, if given, what is held out, with the same labels."""
+    load = functools.partial(
+        load_examples,
+        tokenizer=tokenizer,
+        subset=settings.subset,
+        cache=settings.cache,
+        progress=progress and jax.process_index() == 0,
+    )
+    learned = load(settings.train_data, options, split=settings.train_split)
+    if settings.eval_data is None:
         return learned, None
     if options.label_column is not None:
         options = dataclasses.replace(options, labels=learned.labels)
     if options.problem_type == "regression":
         options = dataclasses.replace(options, width=learned.arrays["labels"].shape[1])
-    return learned, load(held_out[0], options, split=held_out[1])
+    return learned, load(settings.eval_data, options, split=settings.eval_split)
 
 
 def _head_for(data: TokenizedDataset, options: DataOptions) -> dict[str, Any]:
@@ -248,12 +269,39 @@ def _evaluation(
     sizes: dict[str, Any],
     every: int,
     mesh: Mesh | None,
+    writing: Callable[[Params], Scores],
 ) -> Evaluation | None:
-    """Scores on held-out data in batches of `sizes`; None without data."""
+    """Scores on held-out data in batches of `sizes`, with those of `writing`; None without data."""
     if data is None:
         return None
     batches = eval_batches(data, **sizes)
-    return Evaluation(lambda state: evaluate(model, state.params, batches, mesh=mesh), every)
+
+    def scores(state: TrainState) -> Scores:
+        return evaluate(model, state.params, batches, mesh=mesh) | writing(state.params)
+
+    return Evaluation(scores, every)
+
+
+def _writing(
+    settings: Settings,
+    model: Model,
+    data: TokenizedDataset | None,
+    sizes: dict[str, Any],
+    tokenizer: hub.Tokenizer,
+    mesh: Mesh | None,
+) -> Callable[[Params], Scores]:
+    """What is scored of the texts that the model writes, checked; nothing where none are asked."""
+    if not settings.predict_with_generate or data is None:
+        return lambda params: {}
+    given, longest = settings.generation, settings.max_target_length
+    return functools.partial(
+        written_scores,
+        model,
+        batches=eval_batches(data, rows=settings.generation_rows, **sizes),
+        tokenizer=tokenizer,
+        options=writing_options(model, tokenizer, given, longest),
+        mesh=mesh,
+    )
 
 
 def _mesh(devices: int | None, axes: dict[str, int]) -> Mesh | None:

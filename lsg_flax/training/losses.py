@@ -38,7 +38,12 @@ Metrics = dict[str, Any]
 
 
 def loss_fn(
-    model: Model, params: Params, batch: Batch, dropout_key: PRNGKeyArray | None = None
+    model: Model,
+    params: Params,
+    batch: Batch,
+    dropout_key: PRNGKeyArray | None = None,
+    *,
+    label_smoothing: float = 0.0,
 ) -> tuple[Float[Array, ""], Metrics]:
     """The loss of a batch, equal to that of Hugging Face's class for the task, in float32.
 
@@ -49,6 +54,7 @@ def loss_fn(
     Args:
         batch: inputs and targets by Hugging Face's names.
         dropout_key: trains with dropout and new LSH rotations; None evaluates.
+        label_smoothing: see `cross_entropy_sum`.
 
     Returns:
         The loss, and metrics: `loss`, `targets` (how many labels counted), `tokens` (how many real
@@ -58,18 +64,35 @@ def loss_fn(
         ValueError: for a task without a loss, or a batch whose names, shapes or dtypes do not fit.
     """
     counts = target_counts(model, batch)
-    loss = weighted_mean(model, loss_sums(model, params, batch, dropout_key), counts)
+    sums = loss_sums(model, params, batch, dropout_key, label_smoothing)
+    loss = weighted_mean(model, sums, counts)
     return loss, batch_metrics(loss, batch, counts)
 
 
-def cross_entropy_sum(logits: Float[Array, "*N Y"], labels: Int[Array, "*N"]) -> Float[Array, ""]:
+def smooths(target: Target, problem: ProblemType) -> bool:
+    """Whether labels can be smoothed; `problem` is that of `sequence_classification`."""
+    if target.loss == "problem_type":
+        return problem == "single_label_classification"
+    return target.loss in ("class", "next_token")
+
+
+def cross_entropy_sum(
+    logits: Float[Array, "*N Y"], labels: Int[Array, "*N"], label_smoothing: float = 0.0
+) -> Float[Array, ""]:
     """Sum of -log softmax(logits)[label] in float32 over the labels other than -100; NaN if one of
-    them is no class."""
+    them is no class.
+
+    Args:
+        label_smoothing: this share of each label goes to all classes evenly, its own too, as in
+            transformers' LabelSmoother.
+    """
     logits = logits.astype(jnp.float32)
     counted = labels != IGNORED
     invalid = counted & ((labels < 0) | (labels >= logits.shape[-1]))
     index = jnp.where(counted & ~invalid, labels, 0)
     chosen = jnp.take_along_axis(logits, index[..., None], axis=-1)[..., 0]
+    if label_smoothing:
+        chosen += label_smoothing * (jnp.mean(logits, axis=-1) - chosen)
     losses = jax.nn.logsumexp(logits, axis=-1) - chosen
     return jnp.sum(jnp.where(invalid, jnp.nan, jnp.where(counted, losses, 0.0)))
 
@@ -118,9 +141,11 @@ def targets_of(model: Model) -> tuple[Target, ...]:
     return targets
 
 
-def loss_sums(model: Model, params: Params, batch: Batch, key) -> list[Float[Array, ""]]:
+def loss_sums(
+    model: Model, params: Params, batch: Batch, key, label_smoothing: float = 0.0
+) -> list[Float[Array, ""]]:
     """Per target, the sum of the losses of the labels that count."""
-    return target_sums(model, apply_model(model, params, batch, key), batch)
+    return target_sums(model, apply_model(model, params, batch, key), batch, label_smoothing)
 
 
 def apply_model(model: Model, params: Params, batch: Batch, key) -> Any:
@@ -137,31 +162,49 @@ def apply_model(model: Model, params: Params, batch: Batch, key) -> Any:
     return model.apply({"params": params}, **inputs, train=key is not None, rngs=rngs)
 
 
-def target_sums(model: Model, output: Any, batch: Batch) -> list[Float[Array, ""]]:
+def target_sums(
+    model: Model, output: Any, batch: Batch, label_smoothing: float = 0.0
+) -> list[Float[Array, ""]]:
     """Per target, the sum of the losses of the labels that count, from the model's output."""
     sums = []
     for target, labels in zip(targets_of(model), _labels(model, batch), strict=True):
         logits = getattr(output, target.output).astype(jnp.float32)
-        tokens = _lead_shape(batch)
-        if model.has_two_stacks and target.output in model.task_record.per_token:
-            tokens = logits.shape[:2]  # the decoder's
-        expected = label_shape(model, target, tokens, labels.dtype).shape
-        if labels.shape != expected:
+        _check_labels(model, target, logits.shape, labels, batch)
+        problem = problem_type(model.config, labels.dtype)
+        if not 0 <= label_smoothing < 1 or (label_smoothing and not smooths(target, problem)):
             raise ValueError(
-                f"{target.labels} for task={model.task!r} have shape {labels.shape}, but the "
-                f"outputs {logits.shape} ask for {expected}."
+                f"label_smoothing={label_smoothing} must be from 0 to below 1, and 0 for labels "
+                f"that are no classes, as those of task={model.task!r} with problem_type="
+                f"{problem!r} may be."
             )
         if target.loss == "yes_or_no":
             losses = optax.sigmoid_binary_cross_entropy(logits, labels.astype(jnp.float32))
             losses = jnp.where((labels == 0) | (labels == 1), losses, jnp.nan)
             sums.append(jnp.sum(jnp.where(labels == IGNORED, 0.0, losses)))
         elif jnp.issubdtype(labels.dtype, jnp.integer):
-            sums.append(cross_entropy_sum(logits, labels))
-        elif problem_type(model.config, labels.dtype) == "regression":
+            sums.append(cross_entropy_sum(logits, labels, label_smoothing))
+        elif problem == "regression":
             sums.append(jnp.sum((logits - labels) ** 2))
         else:
             sums.append(jnp.sum(optax.sigmoid_binary_cross_entropy(logits, labels)))
     return sums
+
+
+def _check_labels(
+    model: Model, target: Target, outputs: tuple[int, ...], labels: Array, batch: Batch
+) -> None:
+    """Raises ValueError for labels that are not of the shape that the outputs ask for."""
+    tokens, remedy = _lead_shape(batch), ""
+    if model.has_two_stacks and target.output in model.task_record.per_token:
+        tokens = outputs[:2]  # the decoder's
+        given = [name for name in ("decoder_input_ids", "decoder_inputs_embeds") if name in batch]
+        remedy = f" Give labels as long as {given[0]}, or labels alone." if given else ""
+    expected = label_shape(model, target, tokens, labels.dtype).shape
+    if labels.shape != expected:
+        raise ValueError(
+            f"{target.labels} for task={model.task!r} have shape {labels.shape}, but the outputs "
+            f"{outputs} ask for {expected}.{remedy}"
+        )
 
 
 def _labels(model: Model, batch: Batch) -> list[Array]:

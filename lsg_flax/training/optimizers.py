@@ -97,10 +97,11 @@ def _decays(params: Params) -> Params:
 
 def _label_frozen(params: Params, pattern: str) -> Params:
     paths = list(flax.traverse_util.flatten_dict(params, sep="/"))
-    matching = sum(bool(re.search(pattern, path)) for path in paths)
-    if matching in (0, len(paths)):
+    left = [path for path in paths if not re.search(pattern, path)]
+    trained = [path for path in left if path.split("/")[-1] != "buffer"]
+    if not trained or left == paths:
         raise ValueError(
-            f"frozen={pattern!r} matches {'no' if not matching else 'every'} parameter; it is "
+            f"frozen={pattern!r} matches {'no' if left == paths else 'every'} parameter; it is "
             f"searched in paths such as {paths[:4]}."
         )
     return _by_path(params, lambda path: "frozen" if re.search(pattern, path) else "trained")

@@ -17,6 +17,9 @@ from lsg_flax.models import IGNORED
 
 Scores = dict[str, float]
 
+ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"')\]”’])\s+")
+
 
 def classification_scores(predicted: Int[np.ndarray, "O"], labels: Int[np.ndarray, "O"]) -> Scores:
     """`accuracy`, and `macro_f1`: the mean F1 of the classes that occur among the labels or the
@@ -114,6 +117,39 @@ def answer_scores(predicted: Sequence[str], answers: Sequence[Sequence[str]]) ->
         exact.append(max(words == truth for truth in truths))
         overlap.append(max(_word_f1(words, truth) for truth in truths))
     return {"exact_match": float(np.mean(exact)), "f1": float(np.mean(overlap))}
+
+
+def make_rouge_scorer() -> Any:
+    """What `rouge_scores` scores with.
+
+    Raises:
+        ImportError: if rouge-score is not installed.
+    """
+    try:
+        import rouge_score.rouge_scorer
+    except ImportError as error:
+        raise ImportError(
+            "ROUGE needs the package rouge-score: pip install 'lsg-flax[summarization]'."
+        ) from error
+    return rouge_score.rouge_scorer.RougeScorer(ROUGE, use_stemmer=True)
+
+
+def rouge_scores(written: Sequence[str], references: Sequence[str]) -> Scores:
+    """`rouge1`, `rouge2`, `rougeL` and `rougeLsum`, from 0 to 1: means over the texts of the F1
+    that rouge-score gives with its stemmer, which reads a-z and 0-9 alone. For `rougeLsum` a
+    sentence ends with its line, and where white space follows ".", "!" or "?", or one of these and
+    a closing quote or bracket.
+
+    Raises:
+        ImportError: if rouge-score is not installed.
+        ValueError: if there are no texts.
+    """
+    _need_rows(len(references))
+    scorer = make_rouge_scorer()
+    pairs = zip(references, written, strict=True)
+    split = ([_SENTENCE_END.sub("\n", text) for text in pair] for pair in pairs)
+    each = [scorer.score(*pair) for pair in split]
+    return {name: float(np.mean([scores[name].fmeasure for scores in each])) for name in ROUGE}
 
 
 def span_scores(predicted: Int[np.ndarray, "O 2"], labels: Int[np.ndarray, "O 2"]) -> Scores:

@@ -14,11 +14,14 @@ import optax
 
 from lsg_flax.checks import short
 from lsg_flax.data import Columns, DataOptions, OnError, TextUnit
+from lsg_flax.generation import OPTION_NAMES
 from lsg_flax.models import SCORES, TASKS, ProblemType, Remat
 from lsg_flax.patterns import LSGConfig
 from lsg_flax.sharding import AXES, check_axes
 from lsg_flax.training.coerce import check_names, coerced, read_yaml
+from lsg_flax.training.losses import smooths
 from lsg_flax.training.optimizers import Schedule, make_optimizer
+from lsg_flax.training.scores import ROUGE
 from lsg_flax.training.states import Saving
 
 Group = Literal["data", "model", "training", "devices", "run"]
@@ -29,15 +32,18 @@ Words = str | tuple[str, ...]
 # What stays as it is, by what is trained; searched in paths such as "encoder/layers/mlp_up/kernel".
 FROZEN: dict[str, str | None] = {
     "all": None,
-    "head": "^encoder/",
-    "global_tokens_and_head": "^encoder/(?!embeddings/global_embeddings)",
+    "head": "^(shared|encoder|decoder)/",
+    "global_tokens_and_head": "^(shared|decoder|encoder(?!/embeddings/global_embeddings))/",
 }
 # Fields that change where and how a run works, and not what it computes: a run may be continued
 # with others. The data is known by its contents.
 _MAY_CHANGE = (
     *("output", "cache", "train_data", "eval_data", "devices", "mesh", "evaluate_every"),
     *("eval_batch_size", "save_every", "keep", "best", "tensorboard", "remat"),
+    *("predict_with_generate", "generation", "generation_rows"),
 )
+# Fields for texts to write. Like `label_smoothing` they came later: runs that are older have none.
+_FOR_TARGETS = ("max_target_length", "target_buckets", "src_lang", "tgt_lang")
 _LOWER_IS_BETTER = ("eval_loss", "eval_mse", "eval_perplexity")
 _EPOCHS = 3
 LARGEST_SEED = 2**32 - 1  # JAX would drop what is beyond without a word
@@ -46,9 +52,13 @@ _LEAST = {
     1: (
         *("steps", "epochs", "batch_size", "accumulate", "max_length", "devices"),
         *("evaluate_every", "eval_batch_size", "save_every", "keep"),
+        *("max_target_length", "generation_rows"),
     ),
     0: ("stride", "learning_rate", "weight_decay", "max_grad_norm"),
 }
+# How texts are written to be scored: whether, and what else is said of it. A row has one text.
+_WRITTEN = ("predict_with_generate", "generation", "generation_rows")
+_OPTIONS = [name for name in OPTION_NAMES if name != "num_return_sequences"]
 _LSG_HINTS: dict[str, Any] = typing.get_type_hints(LSGConfig)
 
 
@@ -110,6 +120,18 @@ class Settings:
         tuple[int, ...] | None,
         _data("lengths that rows are padded to", "powers of two from 512, --max-length"),
     ] = None
+    max_target_length: Annotated[
+        int | None,
+        _data("conditional_generation: tokens of a target", "what the model's decoder reads"),
+    ] = None
+    target_buckets: Annotated[
+        tuple[int, ...] | None,
+        _data("lengths that targets are padded to", "powers of two from 512, the longest target"),
+    ] = None
+    src_lang: Annotated[
+        str | None, _data("language of the texts, such as mBART's en_XX", "the tokenizer's")
+    ] = None
+    tgt_lang: Annotated[str | None, _data("language of the targets", "the tokenizer's")] = None
     stride: Annotated[int, _data("question_answering: tokens that windows share")] = 128
     pack: Annotated[bool, _data("language models: join texts to rows of --max-length")] = True
     text_unit: Annotated[TextUnit, _data("what is a text in .txt files")] = "line"
@@ -137,6 +159,9 @@ class Settings:
     schedule: Annotated[Schedule, _training("of the learning rate, after warmup")] = "linear"
     warmup: Annotated[float, _training("share of the steps in which the rate rises")] = 0.1
     weight_decay: Annotated[float, _training("of AdamW; not for biases and LayerNorms")] = 0.01
+    label_smoothing: Annotated[
+        float, _training("share of each label that goes to all classes evenly")
+    ] = 0.0
     max_grad_norm: Annotated[float | None, _training("gradients are clipped to it")] = 1.0
     train_only: Annotated[Trained, _training("which parameters learn")] = "all"
     frozen: Annotated[
@@ -161,6 +186,16 @@ class Settings:
     best: Annotated[
         str | None, _run("score whose best model goes to OUTPUT/best", "eval_loss with --eval-data")
     ] = None
+    predict_with_generate: Annotated[
+        bool, _run("conditional_generation: score what the model writes for --eval-data by ROUGE")
+    ] = False
+    generation: Annotated[
+        dict[str, Any],
+        _run("how it is written: options of generate, such as num_beams=4", "the checkpoint's"),
+    ] = dataclasses.field(default_factory=dict)
+    generation_rows: Annotated[
+        int | None, _run("it is written for the first N rows of --eval-data", "all")
+    ] = None
     tensorboard: Annotated[bool, _run("write event files to OUTPUT/log too")] = False
 
     def __post_init__(self):
@@ -173,6 +208,7 @@ class Settings:
         self._check_pattern()
         self._check_choices()
         self._check_evaluation()
+        self._check_targets()
         self.data_options(self.max_length or 1, None, token_type_ids=False)
 
     def _check_pattern(self) -> None:
@@ -195,8 +231,10 @@ class Settings:
                     raise ValueError(f"{name}={short(value)} must be at most {_LARGEST}.")
         if not 0 <= self.seed <= LARGEST_SEED:
             raise ValueError(f"seed={short(self.seed)} must lie in 0..{LARGEST_SEED}.")
-        if self.buckets and not 1 <= min(self.buckets) <= max(self.buckets) <= _LARGEST:
-            raise ValueError(f"buckets={list(self.buckets)} must be lengths of at least 1.")
+        for name in ("buckets", "target_buckets"):
+            lengths = getattr(self, name)
+            if lengths and not 1 <= min(lengths) <= max(lengths) <= _LARGEST:
+                raise ValueError(f"{name}={list(lengths)} must be lengths of at least 1.")
         if self.max_grad_norm == 0:
             raise ValueError(
                 "max_grad_norm=0 would clip every gradient to nothing; give a positive number, or "
@@ -236,16 +274,50 @@ class Settings:
         task, scorer = TASKS[self.task], TASKS[self.task].scorer_for(self.problem_type)
         kind = self.problem_type if task.scorer == "problem_type" else self.task
         scores = () if scorer is None else SCORES[scorer]
+        scores = (*scores, *(ROUGE if self.predict_with_generate else ()))
         known = ("eval_loss", *(f"eval_{name}" for name in scores))
         if self.best is not None and self.best not in known:
+            more = {f"eval_{name}" for name in ROUGE if self.writes_targets}
+            hint = "; ROUGE needs predict_with_generate" if self.best in more else ""
             raise ValueError(
-                f"best={self.best!r} is none of the scores of {kind}: {', '.join(known)}."
+                f"best={self.best!r} is none of the scores of {kind}: {', '.join(known)}{hint}."
             )
         if self.save_every and (self.evaluate_every or self.save_every) % self.save_every:
             raise ValueError(
                 f"evaluate_every={self.evaluate_every} must be a multiple of save_every="
                 f"{self.save_every}: only a model that is saved can turn out to be the best."
             )
+
+    def _check_targets(self) -> None:
+        """What is for tasks with texts to write, and what scores such texts."""
+        given = [name for name in _FOR_TARGETS if getattr(self, name) is not None]
+        given += [name for name in _WRITTEN if getattr(self, name)]
+        if given and not self.writes_targets:
+            raise ValueError(
+                f"{given[0]}={getattr(self, given[0])!r} is for tasks with a text to write, not "
+                f"{self.task}; leave it out."
+            )
+        check_names("generation", self.generation, _OPTIONS)
+        for name in _WRITTEN[1:]:
+            if getattr(self, name) and not self.predict_with_generate:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} says how texts are written for eval_data; "
+                    "set predict_with_generate too."
+                )
+        if self.predict_with_generate and self.eval_data is None:
+            raise ValueError("predict_with_generate=True needs eval_data to write texts for.")
+        targets = TASKS[self.task].targets
+        smoothed = all(smooths(target, self.problem_type) for target in targets)
+        if not 0 <= self.label_smoothing < 1 or (self.label_smoothing and not smoothed):
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing} must be from 0 to below 1, and 0 for "
+                f"labels that are no classes, as those of {self.task} may be."
+            )
+
+    @property
+    def writes_targets(self) -> bool:
+        """Whether the task has texts to write."""
+        return TASKS[self.task].examples == "text_to_text"
 
     @property
     def microbatch_size(self) -> int:
@@ -256,7 +328,8 @@ class Settings:
     def identity(self) -> dict[str, Any]:
         """What makes a run this run: it can be continued only with the same."""
         values = dataclasses.asdict(self)
-        return {name: value for name, value in values.items() if name not in _MAY_CHANGE}
+        unset = [name for name in (*_FOR_TARGETS, "label_smoothing") if not values[name]]
+        return {n: value for n, value in values.items() if n not in (*_MAY_CHANGE, *unset)}
 
     def data_options(
         self, length: int, labels: tuple[str, ...] | None, *, token_type_ids: bool
@@ -269,6 +342,7 @@ class Settings:
             labels=self.labels or (labels if named else None),
             token_type_ids=token_type_ids,
             columns=Columns(**self.columns),
+            max_target_length=self.max_target_length,
             **{name: getattr(self, name) for name in names},
         )
 
@@ -298,8 +372,8 @@ class Settings:
 def read_settings(
     file: str | os.PathLike | None, given: Mapping[str, Any] | None = None
 ) -> Settings:
-    """Settings from a YAML file, those in `given` in place of the file's; the entries of the
-    mappings `columns`, `lsg` and `mesh` one by one.
+    """Settings from a YAML file, those in `given` in place of the file's; the entries of
+    mappings such as `columns` one by one.
 
     Args:
         file: None takes `given` alone.

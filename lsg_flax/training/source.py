@@ -1,13 +1,23 @@
 """The checkpoint that fine-tuning begins with: what it reads, and the model to train made of it."""
 
+import copy
 import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from lsg_flax.hub import Checkpoint, LSGOptions, Tokenizer, make_lsg, open_checkpoint
+from lsg_flax.data import TokenizedDataset
+from lsg_flax.hub import (
+    Checkpoint,
+    LSGOptions,
+    Tokenizer,
+    check_languages,
+    make_lsg,
+    open_checkpoint,
+)
 from lsg_flax.models import TASKS, Model, ModelConfig, Params
 from lsg_flax.sharding import shard
 
@@ -48,6 +58,50 @@ class SourceModel:
             raise ValueError(
                 f"train_only='global_tokens_and_head', but {self.name} has full attention and no "
                 "global tokens; set convert (--convert) to give it some."
+            )
+
+    def check_targets(self, longest: int | None) -> None:
+        """Raises ValueError for a model that cannot learn to write texts of so many tokens."""
+        if longest is not None and longest > self.reads:
+            raise ValueError(
+                f"max_target_length={longest}, but the decoder of {self.name} has {self.reads} "
+                "positions; give at most as many, or set convert (--convert) and a max_length as "
+                "large, which both stacks get positions for."
+            )
+        model = Model(self.checkpoint.config_for(self.task), self.task)
+        jax.eval_shape(model.shift_right, jax.ShapeDtypeStruct((1, 2), np.int32))
+
+    def reader(self, src_lang: str | None, tgt_lang: str | None) -> Tokenizer:
+        """A tokenizer that reads texts and targets as of these languages, by default its own.
+
+        Raises:
+            ValueError: for languages that the tokenizer does not know, or cannot do without.
+        """
+        given = {"src_lang": src_lang, "tgt_lang": tgt_lang}
+        tokenizer = copy.deepcopy(self.tokenizer)  # which is saved as it is
+        if not hasattr(tokenizer, "src_lang"):
+            if any(given.values()):
+                raise ValueError(
+                    f"src_lang={src_lang!r}, tgt_lang={tgt_lang!r}: the tokenizer of {self.name} "
+                    "tells no languages apart; leave them out."
+                )
+            return tokenizer
+        given = {name: code or getattr(tokenizer, name, None) for name, code in given.items()}
+        check_languages(tokenizer, given)
+        for name, code in given.items():
+            setattr(tokenizer, name, code)
+        return tokenizer
+
+    def check_tokens(self, data: TokenizedDataset) -> None:
+        """Raises ValueError for tokens that the model has no embedding for."""
+        size = self.config.vocab_size
+        ids = [s.fields.get("input_ids", s.fields.get("labels")) for s in data.streams.values()]
+        largest = max(data.pad_token_id, *(int(part.max()) for part in ids if part is not None))
+        if largest >= size:
+            raise ValueError(
+                f"the tokenizer of {self.name} gives the token {largest}, but vocab_size={size} "
+                f"allows 0..{size - 1}; tokenizer and model do not belong together: put the "
+                "model's own files beside config.json."
             )
 
     @property

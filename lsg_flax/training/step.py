@@ -61,7 +61,11 @@ def init_state(
 
 
 def make_train_step(
-    model: Model, optimizer: optax.GradientTransformation, accumulate_steps: int = 1
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    accumulate_steps: int = 1,
+    *,
+    label_smoothing: float = 0.0,
 ) -> TrainStep:
     """One optimizer step as a jitted function `(state, batch) -> (state, metrics)`. Under
     `jax.set_mesh(mesh)`, with state and batch placed by sharding.py, it runs on that mesh.
@@ -70,7 +74,8 @@ def make_train_step(
     batch has a leading axis of M microbatches, [M, B, ...], run one after the other. Each one's
     summed losses are divided by the number of labels that count in all M together, so the gradient
     is that of one batch of M * B, however the labels are spread (dropout masks differ). Gradients
-    are summed in float32. Recompute activations with `model.clone(remat="full")`.
+    are summed in float32. Recompute activations with `model.clone(remat="full")`. Labels are
+    smoothed as `loss_fn` does.
 
     Returns:
         The step. Its metrics are those of `loss_fn` (over all microbatches) and `update_norm`, the
@@ -84,7 +89,8 @@ def make_train_step(
 
     def gradients(params, batch, counts, key):
         def loss(params):
-            return weighted_mean(model, loss_sums(model, params, batch, key), counts)
+            sums = loss_sums(model, params, batch, key, label_smoothing)
+            return weighted_mean(model, sums, counts)
 
         return jax.value_and_grad(loss)(params)
 
