@@ -4,7 +4,7 @@ eight devices that this machine's processor plays."""
 import math
 import os
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 GIB = 2**30
 
@@ -124,7 +124,11 @@ def devices_of(topology: Topology) -> list:
             )
         return devices[: topology.devices]
     check_libtpu()
-    options = {"chip_config_name": topology.chip.config} if topology.chip.config else {}
+    options: dict[str, Any] = {}
+    if topology.chip.config:
+        options["chip_config_name"] = topology.chip.config
+    if topology.name.endswith(":1x1"):  # a host of v5e and v6e has one, four or eight chips
+        options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         described = topologies.get_topology_desc(
             platform="tpu", topology_name=topology.name, **options

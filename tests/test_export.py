@@ -14,13 +14,18 @@ import pytest
 import safetensors.flax
 from golden_data import GOLDEN
 from jax import export
+from test_seq2seq import made
+from test_seq2seq import run as run_model
 
+import lsg_flax
 from lsg_flax import LSGConfig, hub
-from lsg_flax.inference import export_model
+from lsg_flax.inference import export_model, export_texts
 from lsg_flax.models import EncoderConfig, Model
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs" / "inference.md"
-*_, EXPORT, RUN = re.findall(r"```python\n(.*?)```", DOCS.read_text(), flags=re.DOTALL)
+*_, EXPORT, RUN, EXPORT_TEXTS, WRITE = re.findall(
+    r"```python\n(.*?)```", DOCS.read_text(), flags=re.DOTALL
+)
 LENGTH = 64
 
 
@@ -57,24 +62,30 @@ def read(path):
     return export.deserialize(bytearray(path.read_bytes()))
 
 
+def run_alone(code, folder, **arrays):
+    """Arrays by their names in the code, which runs in a process without lsg_flax."""
+    poison = folder / "poison"
+    poison.mkdir()
+    for name in ("lsg_flax", "flax", "transformers"):
+        (poison / f"{name}.py").write_text(f"raise RuntimeError('{name} was imported')")
+    environment = os.environ | {"PYTHONPATH": str(poison)}
+    saved = ", ".join(f"{name}={array}" for name, array in arrays.items())
+    command = [sys.executable, "-W", "error", "-c", f"{code}\nnp.savez('out', {saved})"]
+    done = subprocess.run(command, stderr=-1, text=True, env=environment, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    refused = subprocess.run([sys.executable, "-c", "import lsg_flax"], stderr=-3, env=environment)
+    assert refused.returncode == 1
+    with np.load(folder / "out.npz") as stored:
+        return dict(stored)
+
+
 @pytest.mark.slow
 def test_the_documented_lines_run_it_without_lsg_flax(tmp_path, monkeypatch):
     model, params = make()
     monkeypatch.chdir(tmp_path)
     exec(compile(EXPORT, str(DOCS), "exec"), {"model": model, "params": params})
     assert [p.name for p in tmp_path.iterdir()] == ["classifier.stablehlo"]
-    poison = tmp_path / "poison"
-    poison.mkdir()
-    for name in ("lsg_flax", "flax", "transformers"):
-        (poison / f"{name}.py").write_text(f"raise RuntimeError('{name} was imported')")
-    environment = os.environ | {"PYTHONPATH": str(poison)}
-    code = f"{RUN}\nnp.savez('out', ids=input_ids, mask=attention_mask, logits=logits)"
-    done = subprocess.run([sys.executable, "-c", code], stderr=-1, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    refused = subprocess.run([sys.executable, "-c", "import lsg_flax"], stderr=-3, env=environment)
-    assert refused.returncode == 1
-    with np.load("out.npz") as stored:
-        out = dict(stored)
+    out = run_alone(RUN, tmp_path, ids="input_ids", mask="attention_mask", logits="logits")
     expected = logits_of(model, params, out["ids"], out["mask"])
     np.testing.assert_allclose(out["logits"], expected, rtol=1e-5, atol=1e-5)
     assert np.ptp(expected) > 0.1
@@ -162,3 +173,69 @@ def test_a_converted_checkpoint_is_exported(tmp_path):
     expected = logits_of(model, params, ids, mask)
     ours = read(tmp_path / "x").call(ids, mask)["logits"]
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------- texts
+
+
+def writer(family="bart", **fields):
+    fields |= {"pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    return made(family, "conditional_generation", max_position_embeddings=LENGTH, **fields)
+
+
+@pytest.mark.slow
+def test_the_documented_lines_write_texts_without_lsg_flax(tmp_path, monkeypatch):
+    """The tokens of greedy `generate`, from two documents of different lengths."""
+    model, params = writer(tie_word_embeddings=False)
+    params = jax.tree.map(lambda x: 4 * x, params)  # texts that differ
+    monkeypatch.chdir(tmp_path)
+    exec(compile(EXPORT_TEXTS, str(DOCS), "exec"), {"model": model, "params": params})
+    folder = tmp_path / "summarizer"
+    assert sorted(p.name for p in folder.iterdir()) == ["encoder.stablehlo", "step.stablehlo"]
+    out = run_alone(WRITE, tmp_path, ids="input_ids", mask="attention_mask", written="written")
+    options = {"num_beams": 1, "max_new_tokens": out["written"].shape[1], "eos_token_id": None}
+    options |= {"forced_eos_token_id": None}
+    expected = lsg_flax.generate(model, params, out["ids"], out["mask"], **options)
+    np.testing.assert_array_equal(out["written"], expected[:, 1:])
+    assert len(np.unique(expected[:, 1:])) > 3 and (expected[0] != expected[1]).any()
+
+
+@pytest.mark.slow
+def test_texts_of_a_fixed_batch_with_parameters_beside(tmp_path):
+    """Sinusoids, a norm in front, and logits that are those of the whole decoder; behind the last
+    slot there are none."""
+    model, params = writer("pegasus")
+    options = {"length": 16, "max_new_tokens": 3, "batch_size": 2, "parameters": "beside"}
+    files = export_texts(model, params, tmp_path, **options)
+    assert [p.name for p in files] == [
+        *("encoder.stablehlo", "step.stablehlo", "parameters.safetensors")
+    ]
+    weights = safetensors.flax.load_file(files[2])
+    ids, mask = rows(2, 16)
+    tokens = np.array([[2, 5, 6], [2, 7, 8]], np.int32)
+    cache = read(files[0]).call(weights, ids, mask)
+    step, scores = jax.jit(read(files[1]).call), []
+    for i in range(3):
+        logits, cache = step(weights, cache, tokens[:, i : i + 1])
+        scores.append(logits)
+    inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": tokens}
+    expected = run_model(model, params, **inputs).logits
+    np.testing.assert_allclose(np.stack(scores, 1), expected, rtol=1e-5, atol=1e-5)
+    assert np.isnan(step(weights, cache, tokens[:, :1])[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must lie in 1..64"),
+        ({"max_new_tokens": 65}, "max_new_tokens=65 must lie in 1..64"),
+        ({"length": 65}, "length=65 must lie in 1..64"),
+        ({"platforms": ("gpu",)}, "must be some of cpu, cuda, rocm, tpu"),
+    ],
+)
+def test_texts_that_cannot_be(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        export_texts(*writer(), tmp_path, **{"length": 16, "max_new_tokens": 4} | options)
+    with pytest.raises(ValueError, match="not of bert for sequence_classification; export_model"):
+        export_texts(*make(), tmp_path, length=16, max_new_tokens=4)
+    assert not list(tmp_path.iterdir())

@@ -9,15 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_config
 from jax.sharding import NamedSharding, PartitionSpec
+from tiny_config import spelled
 
 from lsg_flax import chips, cli, sharding
 from lsg_flax.models import FAMILIES, TASKS
 from lsg_flax.planning import plan
 from lsg_flax.planning import search as plan_search
 from lsg_flax.planning.compile import compile_plan, out_of_memory
-from lsg_flax.planning.hlo import Collective, read_program
-from lsg_flax.planning.program import abstract_batch, planned_model
+from lsg_flax.planning.hlo import Collective, read_loop, read_program
+from lsg_flax.planning.program import abstract_batch, planned_model, sharded_program
 from lsg_flax.planning.settings import ChipMemory, Plan, PlanSettings
 from lsg_flax.training import losses
 
@@ -199,6 +201,56 @@ ENTRY %main (p: f32[2]) -> f32[2] {{
     assert report.bytes == 4 * 2 * 96 * 64 * 640  # b alone
 
 
+def test_a_fusion_may_make_several_arrays_without_a_tuple():
+    """Of a reduction of pairs, as TPUs compile an argmin (recorded lines); S(1) is not main
+    memory."""
+    kept = "f32[8,4]{0,1:T(4,128)}"
+    numbers = "s32[8,4]{0,1:T(4,128)}"
+    pair = "(s32[8]{0:T(128)}, s32[8]{0:T(128)S(1)})"
+    text = f"""HloModule m, is_scheduled=true
+%pick (a: s32[], b: s32[], c: s32[], d: s32[]) -> (s32[], s32[]) {{
+  %a = s32[] parameter(0)
+  %b = s32[] parameter(1)
+  %c = s32[] parameter(2)
+  %d = s32[] parameter(3)
+  ROOT %t = (s32[], s32[]) tuple(%a, %b)
+}}
+%fused (p: f32[8,4]) -> (s32[8], s32[8]) {{
+  %p = {kept} parameter(0)
+  %ages = {numbers} convert(%p)
+  %places = {numbers} iota(), iota_dimension=1
+  %most = s32[]{{:T(128)}} constant(2147483647)
+  %zero = s32[]{{:T(128)}} constant(0)
+  ROOT %r = {pair} reduce(%ages, %places, %most, %zero), dimensions={{1}}, to_apply=%pick
+}}
+ENTRY %main (p: f32[8,4]) -> s32[8] {{
+  %p = {kept} parameter(0)
+  %f = {pair} fusion(%p), kind=kLoop, calls=%fused
+  ROOT %out = s32[8]{{0:T(128)}} get-tuple-element(%f), index=0
+}}
+"""
+    assert read_program(text).bytes == 4 * 8 * 4 + 4 * 8  # the operand, and one of both results
+
+
+def test_a_loop_of_unknown_length_is_read_apart():
+    """Four products before it, and three in each round."""
+
+    def run(x, w):
+        def products(x, count):
+            return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, length=count)[0]
+
+        return jax.lax.while_loop(lambda x: x.sum() < 100, lambda x: products(x, 3), products(x, 4))
+
+    text = compiled_text(run, jnp.ones((8, 8)), jnp.ones((8, 8)))
+    once, a_round = read_loop(text)
+    assert (once.flops, a_round.flops) == (4 * 2 * 8**3, 3 * 2 * 8**3)
+    assert (once.unknown_loops, a_round.unknown_loops) == (0, 0)
+    whole = read_program(text)
+    assert once.bytes + a_round.bytes == whole.bytes and whole.unknown_loops == 1
+    with pytest.raises(ValueError, match="has no loop whose number of rounds is not known"):
+        read_loop(compiled_text(jnp.tanh, jnp.ones(8)))
+
+
 def test_text_that_is_no_program_raises():
     with pytest.raises(ValueError, match="no ENTRY"):
         read_program("HloModule m\n")
@@ -272,6 +324,102 @@ def test_batches_are_what_the_losses_take(tmp_path, task, values, accumulate):
     assert loss.shape == ()
 
 
+# ------------------------------------------------------------------------- generation
+
+SIZES = tiny_config.SIZES  # two layers of width 12, feed-forward 16, 23 words
+WIDTH, MLP, VOCABULARY, LAYERS = 12, 16, 23, 2
+TOKENS = {"pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+CLASS = {"architectures": ["BartForConditionalGeneration"]}
+
+
+@pytest.fixture
+def bart(tmp_path):
+    file = tmp_path / "bart.json"
+    file.write_text(json.dumps(spelled("bart", SIZES) | TOKENS | CLASS))
+    return str(file)
+
+
+def written_by(source, **changes) -> PlanSettings:
+    given = {"mode": "generate", "task": None, "max_length": 40, "batch_size": 8}
+    given |= {"max_new_tokens": 9, "num_beams": 3, "lsg": {"block_size": 4, "sparse_block_size": 4}}
+    return settings_of(source, **given | changes)
+
+
+def caches_of(beams, slots, states):
+    """Bytes per row of keys, values and masks in float32: of all beams, and of the encoder."""
+    token = LAYERS * (2 * 4 * WIDTH + 1)
+    return beams * slots * token, states * token
+
+
+@pytest.mark.slow
+def test_a_plan_of_generation(bart):
+    """Two rows of three beams on each of four devices: formulas for bytes and FLOPs of a step."""
+    found = compile_plan(written_by(bart, topology="cpu:4"))
+    rows, beams, new, states = 2, 3, 9, 41  # the encoder's tokens and a global
+    reads = found.generation.reads
+    own, cross = caches_of(beams, new, states)
+    assert (reads.self_cache, reads.cross_cache) == (rows * own, rows * cross)
+    # a decoder's layer: self-attention, the query and output of cross-attention, feed-forward
+    kernels = LAYERS * (6 * WIDTH**2 + 2 * WIDTH * MLP)
+    vectors = LAYERS * (7 * WIDTH + MLP + 3 * 2 * WIDTH) + 2 * WIDTH + VOCABULARY
+    assert reads.weights == 4 * (kernels + vectors + VOCABULARY * WIDTH)
+    attention = LAYERS * 2 * WIDTH * (new + states)  # a token's own key is a sum, no product
+    of_token = 2 * (kernels + VOCABULARY * WIDTH + attention)
+    assert found.program.flops == rows * beams * of_token
+    assert found.program.unknown_loops == found.generation.prefill.unknown_loops == 0
+    # Texts do not meet: what is exchanged is smaller than a cache of one layer, and no gather.
+    exchanged = [*found.program.collectives, *found.generation.prefill.collectives]
+    assert all(c.bytes < rows * own / LAYERS for c in exchanged)
+    assert reads.total < found.program.bytes < found.generation.prefill.bytes
+    assert found.memory.temporaries > reads.self_cache + reads.cross_cache
+    assert Plan.from_json(found.to_json()) == found
+    assert (found.settings.task, found.settings.num_beams) == ("conditional_generation", 3)
+
+
+@pytest.mark.slow
+def test_a_plan_of_generation_by_a_decoder_alone(source):
+    """One row on each device: a global and 128 slots of keys, values and a mask, 64 representatives
+    with a mask for each of two heads, and a query of the width."""
+    found = compile_plan(settings_of(source, task="causal_lm", mode="generate", max_new_tokens=20))
+    reads, width = found.generation.reads, 16
+    tokens, chosen = 129 * (2 * 4 * width + 1), 64 * (2 * 4 * width + 2)
+    assert reads.self_cache == 2 * (tokens + chosen + 4 * width)
+    assert reads.cross_cache == 0 and found.settings.num_beams == 1
+    assert 0 < found.program.flops < found.generation.prefill.flops
+
+
+@pytest.mark.slow
+def test_what_a_step_reads_on_a_mesh(bart):
+    """Fully sharded weights are gathered, heads are cut, and along the sequence the encoder's."""
+    model, settings, _ = planned_model(written_by(bart, topology="cpu:2"))
+
+    def reads(**axes):
+        mesh = sharding.make_mesh(**axes, devices=jax.devices()[: 2 if axes else 1])
+        return sharded_program(model, settings, mesh).reads
+
+    whole = reads()
+    for axis, cut in (("fsdp", (1, 2, 2)), ("tensor", (2, 2, 2)), ("sequence", (1, 1, 2))):
+        expected = [
+            size / n for size, n in zip(dataclasses.astuple(whole), cut, strict=True)
+        ]  # but for masks and odd sizes
+        assert dataclasses.astuple(reads(**{axis: 2})) == pytest.approx(expected, rel=0.2), axis
+
+
+@pytest.mark.parametrize("mode", ["train", "inference"])
+def test_a_decoder_has_a_length_of_its_own(bart, mode):
+    """Rows of 40 tokens, and of 6 that are written; by default 128."""
+    settings = written_by(bart, mode=mode, max_new_tokens=None, num_beams=None)
+    assert planned_model(settings)[1].max_target_length == 128
+    settings = dataclasses.replace(settings, max_target_length=6)
+    model, settings, _ = planned_model(settings)
+    shapes = {name: array.shape for name, array in abstract_batch(model, settings).items()}
+    written = "labels" if mode == "train" else "decoder_input_ids"
+    assert shapes == {"input_ids": (8, 40), "attention_mask": (8, 40), written: (8, 6)}
+    planned = sharded_program(model, settings, sharding.make_mesh(data=8))
+    assert planned.memory.batch == 4 * (2 * 40 + 6)
+    jax.eval_shape(planned.function, *planned.arguments)
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -284,6 +432,12 @@ def test_batches_are_what_the_losses_take(tmp_path, task, values, accumulate):
         ({"task": "base"}, "task='base' has no loss"),
         ({"max_length": 0}, "must be at least 1"),
         ({"lsg": {"block_size": 15}}, "not divisible by"),
+        ({"mode": "generate"}, "writes texts, and task='sequence_classification' does not"),
+        ({"max_target_length": 8}, "max_target_length=8 is for an encoder-decoder's task"),
+        (
+            {"mode": "generate", "task": "causal_lm", "max_new_tokens": 128},
+            "max_new_tokens=128 leaves no place for a prompt in max_length=128",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_raise(source, changes, says):
@@ -297,6 +451,10 @@ def test_settings_that_do_not_fit_raise(source, changes, says):
         ({"mesh": {"rows": 2}}, "unknown mesh axes"),
         ({"accumulate": 3}, "divisible by accumulate=3"),
         ({"mode": "inference", "remat": "full"}, "inference has no backward pass"),
+        ({"mode": "generate", "accumulate": 2}, "accumulate=2 is for mode='train', not 'generate'"),
+        ({"num_beams": 4}, "num_beams=4 is for mode='generate', not 'train'"),
+        ({"mode": "generate", "max_target_length": 9}, "for mode='train' or mode='inference'"),
+        ({"mode": "generate", "max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
         ({"attention": "full"}, "are LSG settings"),
     ],
 )

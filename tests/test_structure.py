@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "training": "buckets checks chips data files generation hub locks models patterns progress "
     "sharding",
     "pipelines": "buckets files generation hub inference locks models progress",
-    "planning": "chips hub inference models patterns sharding training",
+    "planning": "chips generation hub inference models patterns sharding training",
     "__init__": "attention generation hub models patterns pipelines",
     "cli": "__init__ chips files generation hub locks models patterns pipelines planning progress "
     "sharding training",

@@ -10,16 +10,28 @@ from rich.console import Console
 from rich.table import Table
 
 from lsg_flax.chips import CHIPS, GIB
-from lsg_flax.cli.shared import add_command, add_pattern, console, given_pattern, mesh_axes, say
+from lsg_flax.cli.shared import (
+    add_command,
+    add_number,
+    add_pattern,
+    console,
+    given_pattern,
+    mesh_axes,
+    say,
+)
 from lsg_flax.files import check_apart, check_output, write_aside
 from lsg_flax.hub import CONFIG
 from lsg_flax.models import TASKS, Remat
 from lsg_flax.planning import (
+    TARGET_LENGTH,
     AttentionKind,
+    GenerationPlan,
     Plan,
     PlanSettings,
     RunKind,
+    StepReads,
     largest_batch,
+    least_time,
     nearest_that_fits,
     plan,
 )
@@ -27,12 +39,17 @@ from lsg_flax.progress import doing
 from lsg_flax.sharding import AXES
 from lsg_flax.training import Precision
 
-_DESCRIPTION = """Compile a training step, or inference, for a TPU slice without having one.
+_DESCRIPTION = """Compile training, inference or generation for a TPU slice without having one.
 
 SOURCE is a checkpoint's folder, a hub id, or a config.json; weights are not read. A checkpoint
 with full attention is planned as `lsg-flax convert` makes it, and so is a --max-length beyond its
 positions. Shown are memory per chip against the chip's capacity, FLOPs, memory traffic, collectives
-and the least time that a step can take; where it does not fit, the nearest setting that does."""
+and the least time that a step can take; where it does not fit, the nearest setting that does.
+With --mode generate a step is one more token of every text: its memory traffic is shown beside what
+it cannot do without, the weights of decoder and head and the caches.
+
+  lsg-flax plan ./lsg-bart --mode generate --num-beams 4 --max-new-tokens 128 --batch-size 8 \\
+      --topology v5e:1x1"""
 _KINDS = {
     "parameters": "parameters",
     "optimizer": "optimizer state",
@@ -90,9 +107,20 @@ def add(commands: Any) -> None:
         help=f"head (default: that of SOURCE); one of {', '.join(TASKS)}",
     )
     _add_choices(command)
+    _add_written(command)
     add_pattern(command)
     _add_search(command)
     command.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write it there")
+
+
+def _add_written(command: argparse.ArgumentParser) -> None:
+    written = command.add_argument_group("texts that are written")
+    about = f"the decoder's tokens per row in training (default: {TARGET_LENGTH})"
+    add_number(written, "--max-target-length", about)
+    about = f"tokens of a text with --mode generate (default: {TARGET_LENGTH})"
+    add_number(written, "--max-new-tokens", about)
+    about = "texts of a row that are searched at once (default: as SOURCE says, else 1)"
+    add_number(written, "--num-beams", about)
 
 
 def _add_search(command: argparse.ArgumentParser) -> None:
@@ -187,12 +215,12 @@ def _settings(arguments: argparse.Namespace) -> PlanSettings:
 
 def _in_words(settings: PlanSettings) -> str:
     mesh = " ".join(f"{axis}={size}" for axis, size in settings.mesh.items() if size != 1)
-    accumulate = f" in {settings.accumulate} microbatches" if settings.accumulate > 1 else ""
+    rows = f"batch {settings.batch_size}"
+    rows += f" x {settings.num_beams} beams" if settings.num_beams else ""
+    rows += f" in {settings.accumulate} microbatches" if settings.accumulate > 1 else ""
     remat = f", remat {settings.remat}" if settings.mode == "train" else ""
-    return (
-        f"{settings.topology} {mesh or 'data'}, batch {settings.batch_size}{accumulate}{remat}, "
-        f"{settings.attention} attention"
-    )
+    place = f"{settings.topology} {mesh or 'data'}"
+    return f"{place}, {rows}{remat}, {settings.attention} attention"
 
 
 def _verdict(found: Plan) -> str:
@@ -206,10 +234,9 @@ def _verdict(found: Plan) -> str:
 
 def _show(found: Plan, out: Console) -> None:
     settings = found.settings
-    title = (
-        f"{settings.task}, {settings.mode}, {settings.max_length:,} tokens: {_in_words(settings)}"
-    )
-    out.print(title)
+    written = settings.max_target_length or settings.max_new_tokens
+    tokens = f"{settings.max_length:,} tokens{f', {written:,} written' if written else ''}"
+    out.print(f"{settings.task}, {settings.mode}, {tokens}: {_in_words(settings)}")
     table = Table()
     table.add_column("per chip and step")
     table.add_column("", justify="right")
@@ -217,6 +244,8 @@ def _show(found: Plan, out: Console) -> None:
         if size and (found.fits or kind in ("parameters", "optimizer", "batch")):
             table.add_row(_KINDS[kind], _bytes(size))
     table.add_row("memory in all", _bytes(found.needed))
+    if found.generation:
+        _add_caches(table, found.generation.reads)
     table.add_section()
     if found.program:
         _add_work(table, found)
@@ -232,6 +261,10 @@ def _add_work(table: Table, found: Plan) -> None:
     assert program is not None
     table.add_row("matrix FLOPs", f"{program.flops:.3g}")
     table.add_row("memory traffic", _bytes(program.bytes))
+    if found.generation:
+        least = found.generation.reads.total
+        table.add_row("weights and caches", _bytes(least))
+        table.add_row("memory traffic by these", f"{program.bytes / least:.2f} x")
     for c in program.collectives[:_LISTED]:
         runs = f"{c.runs:,} x " if c.runs > 1 else ""
         table.add_row(f"{c.kind} among {c.group}", f"{runs}{_bytes(c.bytes)}")
@@ -248,6 +281,23 @@ def _add_work(table: Table, found: Plan) -> None:
         table.add_row(_TIMES[name], f"{1e3 * seconds:.2f} ms")
     if found.roofline is not None:
         table.add_row("a step takes at least", f"{1e3 * found.roofline:.2f} ms")
+        if found.generation:
+            _add_prefill(table, found.generation, found.roofline, found.settings)
+
+
+def _add_caches(table: Table, reads: StepReads) -> None:
+    table.add_row("among them: cache of the texts, for each beam", _bytes(reads.self_cache))
+    if reads.cross_cache:
+        table.add_row("encoder's keys and values, for each row", _bytes(reads.cross_cache))
+
+
+def _add_prefill(
+    table: Table, generation: GenerationPlan, step: float, settings: PlanSettings
+) -> None:
+    first = least_time(generation.prefill_times) or 0.0
+    table.add_row("before the first step at least", f"{1e3 * first:.2f} ms")
+    steps = (settings.max_new_tokens or 1) - 1
+    table.add_row(f"with all {steps:,} steps", f"{1e3 * (first + steps * step):,.0f} ms")
 
 
 def _bytes(size: int | float) -> str:

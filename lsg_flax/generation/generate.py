@@ -5,7 +5,7 @@ Axes: B batch, T tokens of the prompt.
 
 import contextlib
 from collections.abc import Mapping
-from typing import Any, Literal, Unpack, overload
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -94,15 +94,39 @@ def generate(
     Raises:
         ValueError: for input that the model has no place for, or options that do not fit together.
     """
+    mesh = call.get("mesh")
+    ready = prepare(model, input_ids, attention_mask, call)
+    searches = isinstance(ready.how.picker, Beams)
+    require(searches or not return_scores, "return_scores=True needs num_beams > 1.")
+    if mesh is not None:
+        check_mesh(mesh, params, len(ready.text.tokens))
+    found = _written(ModelDecoder(params, model), ready, call)
+    tokens = _laid_out(found, int(ready.text.limit), ready.how)
+    tokens = tokens.astype(np.asarray(input_ids).dtype)
+    return (tokens, np.asarray(found.scores).ravel()) if return_scores else tokens
+
+
+class Ready(NamedTuple):
+    """A call of `generate` as the loop takes it."""
+
+    prompt: Prompt
+    text: Text
+    how: Decoding
+
+
+def prepare(
+    model: CausalModel,
+    input_ids: ArrayLike,
+    attention_mask: ArrayLike | None,
+    call: GenerateCall,
+) -> Ready:
+    """What a call of `generate` gives the loop, checked and filled up to its bucket; raises
+    ValueError as `generate`."""
     chosen = choose_options(model.config, call)
     how = decoding_of(chosen, model.config.vocab_size)
     check_call(call.get("key"), call.get("stream"), sampled=chosen["do_sample"])
-    searches = isinstance(how.picker, Beams)
-    require(searches or not return_scores, "return_scores=True needs num_beams > 1.")
     ids = check_ids("input_ids", input_ids, model.config.vocab_size)
     mask = check_mask(ids, attention_mask)
-    if (mesh := call.get("mesh")) is not None:
-        check_mesh(mesh, params, len(ids))
     if two_stacks(model):
         if attention_mask is None and how.pad not in how.rules.eos_token_id:
             mask = ids != chosen.get("pad_token_id", -1)
@@ -111,20 +135,18 @@ def generate(
         prompt, written, space = _continued(model, ids, mask, chosen, call)
     text = _text_of(written, space, how, chosen, prompt, ids.shape[1])
     require(
-        call.get("stream") is None or (not searches and text.tokens.shape[:2] == (1, 1)),
+        call.get("stream") is None
+        or (not isinstance(how.picker, Beams) and text.tokens.shape[:2] == (1, 1)),
         f"stream shows the tokens of one text as they come, not of {len(ids)} rows with num_beams="
         f"{chosen['num_beams']}, num_return_sequences={how.returned}: give one row, and "
         "num_beams=1, num_return_sequences=1.",
     )
-    found = _written(ModelDecoder(params, model), prompt, text, how, call)
-    tokens = _laid_out(found, space.limit, how).astype(ids.dtype)
-    return (tokens, np.asarray(found.scores).ravel()) if return_scores else tokens
+    return Ready(prompt, text, how)
 
 
-def _written(
-    decoder: ModelDecoder, prompt: Prompt, text: Text, how: Decoding, call: GenerateCall
-) -> Texts:
+def _written(decoder: ModelDecoder, ready: Ready, call: GenerateCall) -> Texts:
     """The texts, written on the mesh if there is one."""
+    prompt, text, how = ready
     key, show, mesh = call.get("key"), call.get("stream"), call.get("mesh")
     key = jax.random.key(0) if key is None else key  # not used without sampling
     with contextlib.ExitStack() as around:

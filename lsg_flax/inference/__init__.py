@@ -3,6 +3,7 @@
 from lsg_flax.buckets import default_buckets as default_buckets
 from lsg_flax.inference.encodings import Encoding as Encoding
 from lsg_flax.inference.export import export_model as export_model
+from lsg_flax.inference.export_texts import export_texts as export_texts
 from lsg_flax.inference.lines import Document as Document
 from lsg_flax.inference.lines import ResumableLines as ResumableLines
 from lsg_flax.inference.lines import Unfinished as Unfinished

@@ -6,12 +6,14 @@ Axes: B batch, T tokens.
 """
 
 import contextlib
+import dataclasses
+import functools
 import importlib.util
 import math
 import os
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import flax.traverse_util
 import jax
@@ -70,35 +72,78 @@ def export_model(
         ValueError: for settings that the model or the file does not allow.
         OSError: if the files cannot be written; old ones stay as they were.
     """
-    _check_flatbuffers()
-    shapes = _shapes(model, length, batch_size, inputs, fields, platforms)
+    check_flatbuffers()
+    shapes = input_shapes(model, length, batch_size, inputs, fields, platforms)
+    build = Build(platforms, batch_size, placed(params, parameters))
+    program = build.serialized(_program(model, inputs, fields), params, shapes)
+    path = pathlib.Path(path)
+    return write_programs(
+        {path: program}, build, params, path.with_name(f"{path.name}.safetensors")
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """How programs are made.
+
+    Attributes:
+        parameters: where they are.
+    """
+
+    platforms: Sequence[Platform]
+    batch_size: int | None
+    parameters: ParametersPlace
+
+    def serialized(self, run: Callable, params: Params, shapes: Sequence[Any]) -> bytearray:
+        """A program of the function of parameters by their paths and of arrays of these shapes."""
+        flat = flax.traverse_util.flatten_dict(params, sep="/")
+        if self.parameters == "inside":
+            constants = jax.tree.map(jax.numpy.asarray, flat)
+            program, arguments = functools.partial(run, constants), shapes
+        else:
+            weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), flat)
+            program, arguments = run, [weights, *shapes]
+        with jax.sharding.use_abstract_mesh(self.target):
+            jitted = jax.jit(program)
+            return export.export(jitted, platforms=tuple(self.platforms))(*arguments).serialize()
+
+    @property
+    def target(self) -> AbstractMesh:
+        """A mesh without axes that says for which device to trace; without it, it would be the one
+        that is here. How many blocks fit cannot be asked of a batch size that is not known."""
+        any_size = self.batch_size is None
+        kind = "cpu" if any_size or "cpu" in self.platforms else self.platforms[0]
+        device = AbstractDevice(device_kind=kind, num_cores=None, platform=kind)
+        return AbstractMesh((), (), abstract_device=device)
+
+
+def placed(params: Params, parameters: ParametersPlace | None) -> ParametersPlace:
+    """Where parameters go; raises ValueError for such as do not fit there."""
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     if parameters not in (None, *get_args(ParametersPlace)):
         raise ValueError(f"parameters={parameters!r} must be inside, beside or None.")
-    parameters = parameters or ("inside" if size <= INSIDE_BYTES else "beside")
     if parameters == "inside" and size > _MOST_INSIDE:
         raise ValueError(
             f"parameters of {size / 2**30:.1f} GiB do not fit in a program, which must stay under "
             '2 GiB; pass parameters="beside".'
         )
-    run = _program(model, inputs, fields)
-    flat = flax.traverse_util.flatten_dict(params, sep="/")
-    if parameters == "inside":
-        constants = jax.tree.map(jax.numpy.asarray, flat)
-        program, arguments = (lambda *arrays: run(constants, *arrays)), shapes
-    else:
-        weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), flat)
-        program, arguments = run, [weights, *shapes]
-    with jax.sharding.use_abstract_mesh(_target(platforms, batch_size)):
-        exported = export.export(jax.jit(program), platforms=tuple(platforms))(*arguments)
-    path = pathlib.Path(path)
-    beside = path.with_name(f"{path.name}.safetensors")
-    with locked_file(path), contextlib.ExitStack() as stack:
-        stack.enter_context(file_aside(path)).write_bytes(exported.serialize())
-        if parameters == "beside":
-            weights = stack.enter_context(file_aside(beside))
-            save_file(jax.tree.map(jax.numpy.asarray, flat), weights)
-    return (path, beside) if parameters == "beside" else (path,)
+    return parameters or ("inside" if size <= INSIDE_BYTES else "beside")
+
+
+def write_programs(
+    programs: Mapping[pathlib.Path, bytearray], build: Build, params: Params, beside: pathlib.Path
+) -> tuple[pathlib.Path, ...]:
+    """Writes the programs, and parameters that are not in them; files get their names when all are
+    complete. Returns the files."""
+    first, *_ = programs
+    with locked_file(first), contextlib.ExitStack() as stack:
+        for path, program in programs.items():
+            stack.enter_context(file_aside(path)).write_bytes(program)
+        if build.parameters == "inside":
+            return tuple(programs)
+        flat = flax.traverse_util.flatten_dict(params, sep="/")
+        save_file(jax.tree.map(jax.numpy.asarray, flat), stack.enter_context(file_aside(beside)))
+    return (*programs, beside)
 
 
 def _program(model: Model, inputs: Sequence[Input], fields: Sequence[str]) -> Callable:
@@ -109,15 +154,7 @@ def _program(model: Model, inputs: Sequence[Input], fields: Sequence[str]) -> Ca
     return run
 
 
-def _target(platforms: Sequence[Platform], batch_size: int | None) -> AbstractMesh:
-    """A mesh without axes that says for which device to trace; without it, it would be the one that
-    is here. How many blocks fit cannot be asked of a batch size that is not known."""
-    kind = "cpu" if batch_size is None or "cpu" in platforms else platforms[0]
-    device = AbstractDevice(device_kind=kind, num_cores=None, platform=kind)
-    return AbstractMesh((), (), abstract_device=device)
-
-
-def _shapes(
+def input_shapes(
     model: Model,
     length: int,
     batch_size: int | None,
@@ -148,7 +185,8 @@ def _shapes(
     return [jax.ShapeDtypeStruct((batch, length), np.int32) for _ in inputs]
 
 
-def _check_flatbuffers() -> None:
+def check_flatbuffers() -> None:
+    """Raises ImportError without flatbuffers."""
     if importlib.util.find_spec("flatbuffers") is None:
         raise ImportError(
             "exporting needs flatbuffers, here and where the file is run: pip install "

@@ -9,9 +9,9 @@ import jax
 
 from lsg_flax import sharding
 from lsg_flax.chips import Topology, devices_of, parse_topology
-from lsg_flax.planning.hlo import ProgramReport, read_program
+from lsg_flax.planning.hlo import ProgramReport, read_loop, read_program
 from lsg_flax.planning.program import planned_model, sharded_program
-from lsg_flax.planning.settings import ChipMemory, Plan, PlanSettings
+from lsg_flax.planning.settings import ChipMemory, GenerationPlan, Plan, PlanSettings
 
 
 def compile_plan(settings: PlanSettings) -> Plan:
@@ -27,10 +27,11 @@ def compile_plan(settings: PlanSettings) -> Plan:
     )
     model, settings, notes = planned_model(settings)
     settings = dataclasses.replace(settings, mesh=dict(mesh.shape))
-    function, arguments, memory = sharded_program(model, settings, mesh)
+    planned = sharded_program(model, settings, mesh)
+    settings, memory = planned.settings, planned.memory
     start = time.perf_counter()
     with jax.set_mesh(mesh):
-        lowered = function.lower(*arguments)
+        lowered = planned.function.lower(*planned.arguments)
     try:
         with jax.set_mesh(mesh):
             compiled = lowered.compile()
@@ -40,10 +41,17 @@ def compile_plan(settings: PlanSettings) -> Plan:
         return Plan(settings, notes, memory, capacity, needed, False, said, None, seconds, {})
     seconds = time.perf_counter() - start
     memory = _measured(memory, compiled.memory_analysis(), topology)
-    program = read_program(compiled.as_text() or "")
     room = topology.chip.memory if topology.chip else None
-    times = _times(topology, program)
-    return Plan(settings, notes, memory, room, memory.total, True, None, program, seconds, times)
+    text, generation = compiled.as_text() or "", None
+    if planned.reads is None:
+        program = read_program(text)
+    else:
+        prefill, program = read_loop(text)
+        generation = GenerationPlan(planned.reads, prefill, _times(topology, prefill))
+    times, needed = _times(topology, program), memory.total
+    return Plan(
+        *(settings, notes, memory, room, needed, True, None, program, seconds, times, generation)
+    )
 
 
 def _measured(memory: ChipMemory, stats: Any, topology: Topology) -> ChipMemory:

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lsg_flax.planning.hlo_text import Computation, Instruction, called_by, parse, rounds_of
+
 COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -31,31 +33,6 @@ _VIEWS = {"bitcast", "reshape", "copy", "transpose", "convert"}
 _PARTIAL = {"dynamic-slice", "slice", "gather"}
 _BYTES = {"pred": 1, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
-_LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
-_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_CALLED = re.compile(
-    r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)"
-    r"|(?:branch_computations|called_computations)=\{([^}]*)\}"
-)
-
-
-class Instruction(NamedTuple):
-    """One line of the program; shape, arguments and attributes as they are printed."""
-
-    name: str
-    shape: str
-    opcode: str
-    arguments: str
-    attributes: str
-    is_root: bool
-
-    @property
-    def operands(self) -> list[str]:
-        """Names of the instructions that it reads."""
-        return re.findall(r"%([\w.\-]+)", self.arguments)
-
-
-Computation = dict[str, Instruction]
 
 
 class Collective(NamedTuple):
@@ -110,6 +87,7 @@ class _Run(NamedTuple):
     times: int
     fused: bool
     within: str  # the name of the fusion
+    unbounded: bool  # inside of a loop whose number of rounds is not known, or such a loop
 
 
 def read_program(text: str) -> ProgramReport:
@@ -118,9 +96,27 @@ def read_program(text: str) -> ProgramReport:
     Raises:
         ValueError: if the text is not that of a compiled program.
     """
-    computations, entry = _parse(text)
-    unknown: list[str] = []
-    runs = list(_walk(computations, entry, 1, False, "", unknown))
+    computations, entry = parse(text)
+    return _report(list(_walk(computations, entry)), computations)
+
+
+def read_loop(text: str) -> tuple[ProgramReport, ProgramReport]:
+    """Reads a program around a loop whose number of rounds is not known, as that of generation is:
+    what runs once, and one round.
+
+    Raises:
+        ValueError: if the text is not that of a compiled program, or has no such loop.
+    """
+    computations, entry = parse(text)
+    runs = list(_walk(computations, entry))
+    once, inside = ([r for r in runs if r.unbounded is within] for within in (False, True))
+    if not inside:
+        raise ValueError("this program has no loop whose number of rounds is not known.")
+    a_round = _report(inside, computations)
+    return _report(once, computations), a_round._replace(unknown_loops=a_round.unknown_loops - 1)
+
+
+def _report(runs: list[_Run], computations: dict[str, Computation]) -> ProgramReport:
     counts: collections.Counter = collections.Counter()
     for run in runs:
         if kind := _collective_kind(run):
@@ -128,98 +124,45 @@ def read_program(text: str) -> ProgramReport:
             counts[kind, size, group] += run.times
     found = (Collective(kind, n, size, group) for (kind, size, group), n in counts.items())
     kernels = [r for r in runs if "tpu_custom_call" in r.instruction.attributes]
+    loops = [r.instruction for r in runs if r.instruction.opcode == "while"]
     return ProgramReport(
         flops=float(sum(r.times * _flops(r) for r in runs)),
         bytes=float(sum(r.times * _moved(r, computations) for r in runs if not r.fused)),
         collectives=tuple(sorted(found, key=lambda c: -c.runs * c.bytes)),
         cycles=float(sum(r.times * _cycles(r.instruction) for r in runs if not r.fused)),
         kernels=sum(r.times for r in kernels),
-        unknown_loops=len(unknown),
+        unknown_loops=sum(rounds_of(loop, computations) is None for loop in loops),
     )
 
 
-# Text -> computations
-
-
-def _parse(text: str) -> tuple[dict[str, Computation], str]:
-    computations: dict[str, Computation] = {}
-    entry, current = "", None
-    for line in text.splitlines():
-        if header := _HEADER.match(line):
-            current = computations.setdefault(header[2], {})
-            entry = header[2] if header[1] else entry
-        elif current is not None and (found := _LINE.match(line)):
-            instruction = _instruction(bool(found[1]), found[2], found[3])
-            current[instruction.name] = instruction
-    if not entry:
-        raise ValueError("this is not the text of a compiled program: it has no ENTRY computation.")
-    return computations, entry
-
-
-def _instruction(is_root: bool, name: str, rest: str) -> Instruction:
-    end = _closing(rest, 0) if rest.startswith("(") else rest.index(" ") - 1
-    shape, call = rest[: end + 1], rest[end + 1 :].lstrip()
-    opening = call.index("(")
-    closing = _closing(call, opening)
-    arguments, attributes = call[opening + 1 : closing], call[closing + 1 :].lstrip(", ")
-    return Instruction(name, shape, call[:opening], arguments, attributes, is_root)
-
-
-def _closing(text: str, opening: int) -> int:
-    """The place of the bracket that closes the one at `opening`."""
-    depth = 0
-    for place in range(opening, len(text)):
-        depth += (text[place] == "(") - (text[place] == ")")
-        if depth == 0:
-            return place
-    raise ValueError(f"brackets do not close in {text[:80]!r}.")
-
-
 def _walk(
-    computations, name: str, times: int, fused: bool, within: str, unknown: list[str]
+    computations: dict[str, Computation],
+    name: str,
+    times: int = 1,
+    *,
+    fused: bool = False,
+    within: str = "",
+    unbounded: bool = False,
 ) -> Iterator[_Run]:
     """Every instruction that runs, with the product of the rounds of the loops around it."""
     for instruction in computations[name].values():
-        yield _Run(instruction, computations[name], times, fused, within)
+        loop = instruction.opcode == "while"
+        rounds = rounds_of(instruction, computations) if loop else 1
+        without_end = unbounded or rounds is None
+        yield _Run(instruction, computations[name], times, fused, within, without_end)
         if instruction.opcode not in ("while", "fusion", "call", "conditional", "async-start"):
             continue  # others call scalar functions, as a reduction does
-        rounds = 1
-        if instruction.opcode == "while":
-            known = _rounds(instruction, computations)
-            rounds = 1 if known is None else known
-            unknown += [instruction.name] if known is None else []
         inside = fused or instruction.opcode == "fusion"
         label = f"{within} {instruction.name}" if inside else within
-        for called in _called(instruction):
-            yield from _walk(computations, called, times * rounds, inside, label, unknown)
-
-
-def _called(instruction: Instruction) -> list[str]:
-    names = []
-    for one, several in _CALLED.findall(instruction.attributes):
-        names += [one] if one else re.findall(r"%?([\w.\-]+)", several)
-    return names
-
-
-def _rounds(loop: Instruction, computations: dict[str, Computation]) -> int | None:
-    """As XLA says, or from the only `counter < constant` of its condition (counters start at 0)."""
-    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
-        return int(known[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
-    inside = _with_fusions(computations, condition[1]) if condition else []
-    limits = [
-        int(i.arguments)
-        for i in inside
-        if i.opcode == "constant" and i.shape.startswith(("s32[]", "u32[]"))
-    ]
-    compares = [i for i in inside if i.opcode == "compare" and "direction=LT" in i.attributes]
-    return limits[0] if len(limits) == len(compares) == 1 else None
-
-
-def _with_fusions(computations, name: str) -> list[Instruction]:
-    own = list(computations[name].values())
-    inner = [c for i in own if i.opcode == "fusion" for c in _called(i)]
-    return own + [i for c in inner for i in _with_fusions(computations, c)]
+        for called in called_by(instruction):
+            yield from _walk(
+                computations,
+                called,
+                times * (rounds or 1),
+                fused=inside,
+                within=label,
+                unbounded=without_end,
+            )
 
 
 # Sizes
@@ -349,16 +292,19 @@ def _moved(run: _Run, computations: dict[str, Computation]) -> int:
 
 def _fusion_bytes(run: _Run, computations: dict[str, Computation]) -> int:
     """What a fusion takes of its operands, often a slice, and writes, often in place."""
-    inner = _called(run.instruction)[0]
+    inner = called_by(run.instruction)[0]
     read = sum(
         _used(computations, inner, place, _size(run.computation[operand].shape))
         for place, operand in enumerate(run.instruction.operands)
     )
     body = computations[inner]
     root = next(i for i in body.values() if i.is_root)
-    roots = [body[o] for o in root.operands] if root.opcode == "tuple" else [root]
+    arrays = _arrays(run.instruction.shape)
+    # A root that is no tuple may make several arrays itself, as a reduction of pairs does.
+    tuples = root.opcode == "tuple"
+    roots = [body[o] for o in root.operands] if tuples else [root] * len(arrays)
     written = 0
-    for array, made in zip(_arrays(run.instruction.shape), roots, strict=True):
+    for array, made in zip(arrays, roots, strict=True):
         while made.opcode in _VIEWS and made.operands:
             made = body[made.operands[0]]
         update = made.opcode == "dynamic-update-slice"
@@ -385,7 +331,7 @@ def _used(computations, name: str, place: int, whole: int) -> int:
         elif i.opcode in _PARTIAL and where == [0]:
             used += _size(i.shape, everywhere=True)
         elif i.opcode == "fusion":
-            used += sum(_used(computations, _called(i)[0], n, whole) for n in where)
+            used += sum(_used(computations, called_by(i)[0], n, whole) for n in where)
         elif i.opcode != "dynamic-update-slice" or where != [0]:
             return whole
     return min(used, whole)

@@ -4,7 +4,7 @@ Axes: B batch, C choices, T tokens, M microbatches.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lsg_flax import hub, inference, sharding, training
+from lsg_flax.generation import ModelDecoder
 from lsg_flax.models import Model, family_of
 from lsg_flax.patterns import LSGConfig
-from lsg_flax.planning.settings import ChipMemory, PlanSettings
+from lsg_flax.planning.generation import (
+    generate_arguments,
+    generate_call,
+    jitted_generate,
+    step_reads,
+)
+from lsg_flax.planning.settings import TARGET_LENGTH, ChipMemory, PlanSettings, StepReads
 
 DEFAULT_LENGTH = 4096  # of a checkpoint with full attention, as `convert` makes it
 _CHOICES = 4  # of a multiple choice
@@ -54,22 +61,69 @@ def planned_model(settings: PlanSettings) -> tuple[Model, PlanSettings, tuple[st
         param_dtype=jnp.dtype(settings.param_dtype),
         remat=settings.remat,
     )
-    return model, dataclasses.replace(settings, task=task, max_length=length), tuple(notes)
+    settings = dataclasses.replace(
+        settings, task=task, max_length=length, **_written(model, settings)
+    )
+    return model, settings, tuple(notes)
 
 
-def sharded_program(
-    model: Model, settings: PlanSettings, mesh: Mesh
-) -> tuple[jax.stages.Wrapped, tuple[Any, ...], ChipMemory]:
-    """The jitted function, its abstract arguments with their shardings, and what these weigh."""
+def _written(model: Model, settings: PlanSettings) -> dict[str, int]:
+    """How many tokens are written, as far as the model and the mode write any.
+
+    Raises:
+        ValueError: for a task that writes none where some are asked for.
+    """
+    writes, given = model.task_record.generates, settings.max_target_length
+    if settings.mode == "generate":
+        if not writes:
+            raise ValueError(
+                f"mode='generate' writes texts, and task={model.task!r} does not: choose "
+                "conditional_generation or causal_lm."
+            )
+        return {"max_new_tokens": settings.max_new_tokens or TARGET_LENGTH}
+    if writes and model.has_two_stacks:
+        return {"max_target_length": given or TARGET_LENGTH}
+    if given is not None:
+        raise ValueError(
+            f"max_target_length={given} is for an encoder-decoder's task conditional_generation, "
+            f"not for task={model.task!r} of {model.config.model_type}: leave it out."
+        )
+    return {}
+
+
+class PlannedProgram(NamedTuple):
+    """What is compiled.
+
+    Attributes:
+        function, arguments: jitted, and abstract arrays with their shardings.
+        memory: what the arguments weigh.
+        settings: filled in.
+        reads: of generation.
+    """
+
+    function: jax.stages.Wrapped
+    arguments: tuple[Any, ...]
+    memory: ChipMemory
+    settings: PlanSettings
+    reads: StepReads | None = None
+
+
+def sharded_program(model: Model, settings: PlanSettings, mesh: Mesh) -> PlannedProgram:
+    """The program of the settings' mode.
+
+    Raises:
+        ValueError: for settings that do not fit the model or the mesh.
+    """
+    if settings.mode == "generate":
+        return _generation(model, settings, mesh)
     batch = abstract_batch(model, settings)
     accumulates = settings.accumulate > 1
     batch = _placed(batch, sharding.batch_shardings(batch, mesh, microbatches=accumulates))
     if settings.mode == "inference":
-        params = model.abstract_params()
-        params = _placed(params, sharding.shardings_for(params, mesh))
+        params = _placed_params(model, mesh)
         weights = ChipMemory(_bytes_per_chip(params), 0, _bytes_per_chip(batch))
         predict = jax.jit(lambda params, batch: inference.outputs_of(model, params, batch, None))
-        return predict, (params, batch), weights
+        return PlannedProgram(predict, (params, batch), weights, settings)
     optimizer = training.make_optimizer(1e-4, total_steps=1000)
 
     def init(key: jax.Array) -> training.TrainState:
@@ -80,7 +134,26 @@ def sharded_program(
     state = _placed(state, sharding.shardings_for(state, mesh))
     step: Any = training.make_train_step(model, optimizer, settings.accumulate)
     weights = ChipMemory(*map(_bytes_per_chip, (state.params, state.opt_state, batch)))
-    return step, (state, batch), weights
+    return PlannedProgram(step, (state, batch), weights, settings)
+
+
+def _generation(model: Model, settings: PlanSettings, mesh: Mesh) -> PlannedProgram:
+    params, ready = _placed_params(model, mesh), generate_call(model, settings)
+    arguments = generate_arguments(ready, mesh)
+    weights = ChipMemory(_bytes_per_chip(params), 0, _bytes_per_chip(arguments))
+    beams = ready.text.tokens.shape[1]
+    return PlannedProgram(
+        jitted_generate(ready),
+        (ModelDecoder(params, model), *arguments),
+        weights,
+        dataclasses.replace(settings, num_beams=beams),
+        step_reads(model, params, ready, mesh),
+    )
+
+
+def _placed_params(model: Model, mesh: Mesh) -> Any:
+    params = model.abstract_params()
+    return _placed(params, sharding.shardings_for(params, mesh))
 
 
 def abstract_batch(model: Model, settings: PlanSettings) -> dict[str, jax.ShapeDtypeStruct]:
@@ -97,9 +170,14 @@ def abstract_batch(model: Model, settings: PlanSettings) -> dict[str, jax.ShapeD
     names = ["input_ids", "attention_mask"]
     names += ["token_type_ids"] if model.config.segments > 1 else []
     batch = dict.fromkeys(names, jax.ShapeDtypeStruct(tokens, np.int32))
+    written = tokens
+    if (length := settings.max_target_length) is not None:
+        written = (*rows, length)
+        if settings.mode == "inference":
+            batch["decoder_input_ids"] = jax.ShapeDtypeStruct(written, np.int32)
     if settings.mode == "train":
         for target in training.targets_of(model):
-            batch[target.labels] = training.label_shape(model, target, tokens)
+            batch[target.labels] = training.label_shape(model, target, written)
     return batch
 
 

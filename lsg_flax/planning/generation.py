@@ -1,0 +1,103 @@
+"""The program of generation as a plan compiles it, and the bytes that its step cannot do without.
+
+Axes: L layers, B batch, N heads, H head width, S keys.
+"""
+
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lsg_flax.generation import GenerateCall, ModelDecoder, Prompt, Ready, begin, decode, prepare
+from lsg_flax.models import Model, Params
+from lsg_flax.planning.settings import PlanSettings, StepReads
+from lsg_flax.sharding import batch_shardings
+
+_LOOKED_UP = r"(position|token_type)_embeddings/"
+_OF_STATES = r"cross_attention/(key|value)/"  # the cache has what they make of the encoder's states
+
+
+def generate_call(model: Model, settings: PlanSettings) -> Ready:
+    """What `generate` gives its loop for documents that fill their rows.
+
+    Raises:
+        ValueError: for a task that writes nothing, and as `generate`.
+    """
+    rows, length, new = settings.batch_size, settings.max_length, settings.max_new_tokens
+    assert length is not None and new is not None
+    if not model.has_two_stacks:
+        length -= new
+        if length < 1:
+            raise ValueError(
+                f"max_new_tokens={new} leaves no place for a prompt in max_length="
+                f"{settings.max_length}, the tokens of prompt and continuation together: give "
+                "fewer new ones, or a larger max_length."
+            )
+    ids = np.zeros((rows, length), np.int32)
+    call: GenerateCall = {"max_new_tokens": new, "key": jax.random.key(0)}
+    if settings.num_beams is not None:
+        call["num_beams"] = settings.num_beams
+    return prepare(model, ids, np.ones(ids.shape, bool), call)
+
+
+def generate_arguments(ready: Ready, mesh: Mesh) -> tuple[Prompt, Any, Any]:
+    """The prompt, text and key of the loop as abstract arrays on the mesh, as `generate` lays them
+    out."""
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def shaped(array: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        dtype = jax.dtypes.canonicalize_dtype(array.dtype, allow_extended_dtype=True)
+        return jax.ShapeDtypeStruct(array.shape, dtype, sharding=sharding)
+
+    cut = batch_shardings(ready.prompt, mesh)
+    prompt = {name: shaped(array, cut[name]) for name, array in ready.prompt.items()}
+    text = ready.text._asdict()
+    rows = {name: text[name] for name in ("tokens", "first") if text[name] is not None}
+    cut = dict.fromkeys(text, whole) | batch_shardings(rows, mesh)
+    shapes = {name: x if x is None else shaped(x, cut[name]) for name, x in text.items()}
+    if ready.text.source is not None:
+        shapes["source"] = prompt["input_ids"]
+    return prompt, ready.text._replace(**shapes), shaped(jax.random.key(0), whole)
+
+
+def jitted_generate(ready: Ready) -> jax.stages.Wrapped:
+    """The loop, of a decoder and `generate_arguments`."""
+    return jax.jit(lambda *arguments: decode(*arguments, how=ready.how))
+
+
+def step_reads(model: Model, params: Params, ready: Ready, mesh: Mesh) -> StepReads:
+    """The bytes of one chip; `params` are abstract arrays with shardings."""
+    inputs = (ready.prompt, ready.text, jax.random.key(0))
+    state = jax.eval_shape(
+        lambda params: begin(ModelDecoder(params, model), *inputs, how=ready.how).state, params
+    )
+    memory, own = state.layers.memory, state.layers._replace(memory=None)
+    unread = [_LOOKED_UP, _OF_STATES if memory else "cross_attention/"]
+    unread += [rf"{part}/" for part in model.config.stacks if part != model.parts[-1]]
+    unread += [] if model.config.tie_word_embeddings else ["word_embeddings/", "shared/"]
+    weights = 0
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        if not any(re.search(rf"(^|/){rule}", path) for rule in unread):
+            # What is cut over other axes is gathered: a product reads all of it.
+            cut = "tensor" in jax.tree.leaves(tuple(leaf.sharding.spec))
+            size = leaf.size // (mesh.shape["tensor"] if cut else 1)
+            weights += size * min(leaf.dtype.itemsize, jnp.dtype(model.dtype).itemsize)
+    rows, over = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
+    return StepReads(
+        weights,
+        sum(_of_rows(x, over, 1) for x in jax.tree.leaves(own)) // rows,
+        sum(_of_rows(x, over, mesh.shape["sequence"]) for x in jax.tree.leaves(memory)) // rows,
+    )
+
+
+def _of_rows(kept: jax.ShapeDtypeStruct, heads: int, keys: int) -> int:
+    """Bytes of keys or values [L, B, N, H, S], masks [L, B, 1, S] or queries [L, B, N, H], whose
+    heads and keys lie over so many chips."""
+    cut = heads if kept.ndim == 5 else 1
+    length = kept.shape[-1]
+    return math.prod(kept.shape[:-1]) // cut * -(-length // keys) * kept.dtype.itemsize

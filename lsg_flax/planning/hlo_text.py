@@ -1,0 +1,99 @@
+"""The text of a compiled program as computations of instructions, and what it says of its loops."""
+
+import re
+from typing import NamedTuple
+
+_LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)"
+    r"|(?:branch_computations|called_computations)=\{([^}]*)\}"
+)
+
+
+class Instruction(NamedTuple):
+    """One line of the program; shape, arguments and attributes as they are printed."""
+
+    name: str
+    shape: str
+    opcode: str
+    arguments: str
+    attributes: str
+    is_root: bool
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of the instructions that it reads."""
+        return re.findall(r"%([\w.\-]+)", self.arguments)
+
+
+Computation = dict[str, Instruction]
+
+
+def parse(text: str) -> tuple[dict[str, Computation], str]:
+    """All computations by their names, and the name of the one that runs.
+
+    Raises:
+        ValueError: if the text is not that of a compiled program.
+    """
+    computations: dict[str, Computation] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            current = computations.setdefault(header[2], {})
+            entry = header[2] if header[1] else entry
+        elif current is not None and (found := _LINE.match(line)):
+            instruction = _instruction(bool(found[1]), found[2], found[3])
+            current[instruction.name] = instruction
+    if not entry:
+        raise ValueError("this is not the text of a compiled program: it has no ENTRY computation.")
+    return computations, entry
+
+
+def _instruction(is_root: bool, name: str, rest: str) -> Instruction:
+    end = _closing(rest, 0) if rest.startswith("(") else rest.index(" ") - 1
+    shape, call = rest[: end + 1], rest[end + 1 :].lstrip()
+    opening = call.index("(")
+    closing = _closing(call, opening)
+    arguments, attributes = call[opening + 1 : closing], call[closing + 1 :].lstrip(", ")
+    return Instruction(name, shape, call[:opening], arguments, attributes, is_root)
+
+
+def _closing(text: str, opening: int) -> int:
+    """The place of the bracket that closes the one at `opening`."""
+    depth = 0
+    for place in range(opening, len(text)):
+        depth += (text[place] == "(") - (text[place] == ")")
+        if depth == 0:
+            return place
+    raise ValueError(f"brackets do not close in {text[:80]!r}.")
+
+
+def called_by(instruction: Instruction) -> list[str]:
+    """Names of the computations that an instruction runs."""
+    names = []
+    for one, several in _CALLED.findall(instruction.attributes):
+        names += [one] if one else re.findall(r"%?([\w.\-]+)", several)
+    return names
+
+
+def rounds_of(loop: Instruction, computations: dict[str, Computation]) -> int | None:
+    """How often a loop runs, as XLA says or from the only `counter < constant` of its condition
+    (counters start at 0); None where neither says it."""
+    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
+    inside = _with_fusions(computations, condition[1]) if condition else []
+    limits = [
+        int(i.arguments)
+        for i in inside
+        if i.opcode == "constant" and i.shape.startswith(("s32[]", "u32[]"))
+    ]
+    compares = [i for i in inside if i.opcode == "compare" and "direction=LT" in i.attributes]
+    return limits[0] if len(limits) == len(compares) == 1 else None
+
+
+def _with_fusions(computations, name: str) -> list[Instruction]:
+    own = list(computations[name].values())
+    inner = [c for i in own if i.opcode == "fusion" for c in called_by(i)]
+    return own + [i for c in inner for i in _with_fusions(computations, c)]
