@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from slow_generation import laid_out, slow_search
 from table_model import EOS, FLOATS, MODEL, PAD, VOCABULARY, TableConfig, TableModel
+from test_seq2seq import GENERATION, SEQ2SEQ, made
 
 import lsg_flax
 from lsg_flax import LSGConfig
@@ -175,6 +176,41 @@ def test_an_encoder_decoder_is_searched_with_its_cache_as_without(prompt):
         assert (ids[4 * row : 4 * row + 4, both:] == PAD).all()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", SEQ2SEQ)
+def test_a_family_is_searched_with_its_cache_as_without(family):
+    """And each row as it is alone."""
+    model, params = made(family, GENERATION, decoder_start_token_id=3)
+    end, pad, limit = model.config.eos_token_id, model.config.pad_token_id, 10
+    ids = np.random.default_rng(4).integers(4, 23, (3, 11))
+    ids[1, 7:] = pad
+
+    @jax.jit
+    def scores_behind(ids, mask, written):
+        inputs = {"attention_mask": mask, "decoder_input_ids": written}
+        return jax.nn.log_softmax(model.apply({"params": params}, ids, **inputs).logits[0])
+
+    def scores_of(row, tokens):
+        written = np.pad(np.asarray(tokens)[None], ((0, 0), (0, limit - len(tokens))))
+        document = ids[row : row + 1]
+        return np.asarray(scores_behind(document, document != pad, written))[len(tokens) - 1]
+
+    found = []
+    for row in range(3):
+        scores = functools.partial(scores_of, row)
+        found += slow_search(scores, [3], beams=4, ends=[end], limit=limit, early=True)
+    wanted, scores = laid_out(found, ends=[end], limit=limit, pad=pad)
+    options = {"max_length": limit, "return_scores": True, "forced_eos_token_id": None, **SEARCH}
+    got, of_texts = generate(model, params, ids, ids != pad, **options)
+    np.testing.assert_array_equal(got, wanted)
+    np.testing.assert_allclose(of_texts, scores, rtol=1e-4)
+    for row in range(3):
+        alone = generate(model, params, ids[row : row + 1], **options)[0]
+        rows, both = got[4 * row : 4 * row + 4], min(alone.shape[1], got.shape[1])
+        np.testing.assert_array_equal(alone[:, :both], rows[:, :both])
+        assert (rows[:, both:] == pad).all()
+
+
 def test_what_beams_share_is_kept_once_per_row():
     model, params = attending()
     prompt = {"input_ids": DOCUMENTS, "attention_mask": MASK}
@@ -244,6 +280,22 @@ def test_one_compilation_serves_a_bucket_of_documents():
         options = {"num_beams": 2, "max_length": 11, "forced_bos_token_id": forced}
         generate(MODEL, FLOATS, ids, decoder_input_ids=prompt, **options)
     assert loop.decode._cache_size() == compiled + 1
+
+
+@pytest.mark.slow
+def test_fifty_documents_need_a_program_for_each_bucket_and_set_of_options():
+    """A BART that reads up to 72 tokens: those of two blocks, 64 and all are its buckets."""
+    model, params = made("bart", GENERATION, num_hidden_layers=1, max_position_embeddings=72)
+    generator, compiled = np.random.default_rng(0), loop.decode._cache_size()
+    lengths = [*range(1, 31, 2), *range(40, 73)]
+    programs = set()
+    for number, length in enumerate([*lengths, 8, 64]):
+        ids = generator.integers(4, 23, (1, length))
+        options = {"max_length": 8} | ({"num_beams": 2} if number % 2 else {})
+        assert generate(model, params, ids, **options).shape[1] <= 8
+        programs.add((next(n for n in (8, 64, 72) if length <= n), number % 2))
+        assert loop.decode._cache_size() == compiled + len(programs)
+    assert number == 49 and len(programs) == 6
 
 
 def test_a_bucket_of_the_encoder_stays_within_its_kind_of_attention():
@@ -401,6 +453,35 @@ BAD = [
     ({"do_sample": True, "key": jax.random.split(jax.random.key(0))}, "draws with a key: give"),
     ({"mesh": "data"}, r"mesh='data' must be one of lsg_flax.sharding.make_mesh"),
     ({"bucket": 0}, "bucket=0 must be a whole number, at least 1"),
+    (
+        {"attention_mask": MASK * [[1], [0], [1]]},
+        r"rows \[1\] of input_ids are padding alone: leave",
+    ),
+    ({"input_ids": DOCUMENTS * 0 + PAD}, r"rows \[0, 1, 2\] of input_ids are padding alone"),
+    ({"suppress_tokens": range(12)}, "leave none of vocab_size=12 tokens to begin with: allow at"),
+    (
+        {
+            "begin_suppress_tokens": range(3, 12),
+            "bad_words_ids": [[0], [1], [2]],
+            "eos_token_id": 3,
+        },
+        "leave none",
+    ),
+    (
+        {"suppress_tokens": [t for t in range(12) if t != EOS], "min_new_tokens": 1},
+        "for min_length bans the ends",
+    ),
+    (
+        {"suppress_tokens": 7, "forced_eos_token_id": 7},
+        r"'forced_eos_token_id': \[7\]} is suppressed",
+    ),
+    ({"suppress_tokens": 7, "forced_bos_token_id": [3, 7, 4]}, r"\[3, 7, 4\]} is suppressed by"),
+    ({"model": FLOATS, "params": MODEL}, r"not dict of \['table'\] and TableModel"),
+    (
+        {"params": None},
+        "a model and its parameters, as model, params = .*, not TableModel and NoneType",
+    ),
+    ({"params": {"params": FLOATS}}, r"not TableModel and dict of \['params'\]"),
 ]
 
 

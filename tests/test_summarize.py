@@ -210,6 +210,30 @@ def test_what_does_not_fit(writers, options, message):
         lsg_flax.pipeline(task, writers["plain"], **options)
 
 
+def test_a_tokenizer_of_another_model(writers, tmp_path):
+    """Its ends are others, or there are none; or it has more words than the model."""
+    source = writers["plain"]
+    for fields, message in (
+        (
+            {"pad_token": "</s>"},
+            r"pad_token is '</s>' with the id 2, and config.json has pad_token_i",
+        ),
+        (
+            {"eos_token": None},
+            "eos_token is None with the id None, .* do not belong together; give",
+        ),
+    ):
+        tokenizer = hub.read_tokenizer(source)
+        for name, token in fields.items():
+            setattr(tokenizer, name, token)
+        with pytest.raises(ValueError, match=message):
+            lsg_flax.pipeline("summarization", lsg_flax.from_pretrained(source), tokenizer)
+    tokenizer = hub.read_tokenizer(write_words(tmp_path, size=40))
+    run = lsg_flax.pipeline("summarization", lsg_flax.from_pretrained(source), tokenizer, **OPTIONS)
+    with pytest.raises(ValueError, match=r"input_ids in 0..35, but vocab_size=31 .*fit together"):
+        run("w5 w35")
+
+
 def test_a_model_of_another_task():
     model = lsg_flax.Model(EncoderConfig(vocab_size=31), "masked_lm")
     message = "summarization needs a model with the task conditional_generation, and this model's"

@@ -30,6 +30,8 @@ from lsg_flax.generation.prompt import (
     check_ids,
     check_mask,
     check_mesh,
+    check_model,
+    check_rows,
     decoder_prompt,
     fill_for_encoder,
     placed,
@@ -94,6 +96,7 @@ def generate(
     Raises:
         ValueError: for input that the model has no place for, or options that do not fit together.
     """
+    check_model(model, params)
     mesh = call.get("mesh")
     ready = prepare(model, input_ids, attention_mask, call)
     searches = isinstance(ready.how.picker, Beams)
@@ -129,7 +132,7 @@ def prepare(
     mask = check_mask(ids, attention_mask)
     if two_stacks(model):
         if attention_mask is None and how.pad not in how.rules.eos_token_id:
-            mask = ids != chosen.get("pad_token_id", -1)
+            mask = check_rows(ids != chosen.get("pad_token_id", -1))
         prompt, written, space = _answered(model, ids, mask, chosen, call)
     else:
         prompt, written, space = _continued(model, ids, mask, chosen, call)

@@ -191,7 +191,36 @@ def decoding_of(chosen: Mapping[str, Any], vocabulary: int) -> Decoding:
             not outside,
             f"{name} has {outside}, but vocab_size={vocabulary} allows 0..{vocabulary - 1}.",
         )
+    _check_left(rules, named["forced_bos_token_id"], vocabulary)
     return Decoding(picker, rules, chosen["num_return_sequences"], pad or 0)
+
+
+def _check_left(rules: Rules, first: tuple[int, ...], vocabulary: int) -> None:
+    """Raises ValueError for rules that leave no token at some place, which would be a wrong one.
+
+    Args:
+        first: the tokens that are forced behind a single one.
+    """
+    suppressed, begin = set(rules.suppress_tokens), set(rules.begin_suppress_tokens)
+    banned = {word[0] for word in rules.bad_words_ids if len(word) == 1}
+    ends, early = set(rules.eos_token_id), max(rules.min_length, rules.min_new_tokens) > 0
+    banned = (banned - ends) | (ends if early else set())
+    require(
+        len(suppressed | begin | banned) < vocabulary,
+        f"suppress_tokens, begin_suppress_tokens and bad_words_ids leave none of vocab_size="
+        f"{vocabulary} tokens to begin with{', for min_length bans the ends' if early else ''}: "
+        "allow at least one.",
+    )
+    forced = {"forced_bos_token_id": first, "forced_eos_token_id": rules.forced_eos_token_id}
+    every = {"forced_bos_token_id": any, "forced_eos_token_id": all}  # one a row; any of them
+    lost = {
+        n: [*ids] for n, ids in forced.items() if ids and every[n](i in suppressed for i in ids)
+    }
+    require(
+        not lost,
+        f"{lost} is suppressed by suppress_tokens, so that no token is left: take it out of one "
+        "of them.",
+    )
 
 
 def _rules_of(chosen: Mapping[str, Any]) -> Rules:

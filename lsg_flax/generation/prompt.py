@@ -13,10 +13,25 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Integer
 from numpy.typing import ArrayLike
 
-from lsg_flax.checks import require
+from lsg_flax.checks import require, short
 from lsg_flax.generation.rules import Text, check_whole
 from lsg_flax.generation.steps import CausalModel, Prompt, two_stacks
 from lsg_flax.sharding import batch_shardings, check_devices
+
+
+def check_model(model: object, params: object) -> None:
+    """Raises ValueError for what is no model with its parameters, such as both in another order."""
+    given = set(params) if isinstance(params, Mapping) else set()
+    require(
+        isinstance(model, CausalModel) and given not in (set(), {"params"}),
+        "generate takes a model and its parameters, as model, params = lsg_flax.from_pretrained("
+        f"...) gives them, not {_kind(model)} and {_kind(params)}.",
+    )
+
+
+def _kind(value: object) -> str:
+    name = type(value).__name__
+    return f"{name} of {short(sorted(map(str, value)))}" if isinstance(value, Mapping) else name
 
 
 def check_ids(name: str, given: ArrayLike, vocabulary: int) -> Integer[np.ndarray, "B T"]:
@@ -52,7 +67,18 @@ def check_mask(
             f"attention_mask {given.shape} must have the shape of input_ids {ids.shape}, and hold "
             "1 for real tokens and 0 for padding."
         )
-    return given.astype(bool)
+    return check_rows(given.astype(bool))
+
+
+def check_rows(mask: Bool[np.ndarray, "B T"]) -> Bool[np.ndarray, "B T"]:
+    """The mask; raises ValueError for rows of padding alone, which nothing can be written for."""
+    empty = np.flatnonzero(~mask.any(axis=1)).tolist()
+    require(
+        not empty,
+        f"rows {short(empty)} of input_ids are padding alone: leave them out, or give at least one "
+        "real token in each (attention_mask 1; without a mask anything but pad_token_id).",
+    )
+    return mask
 
 
 def check_ends(mask: Bool[np.ndarray, "B T"]) -> None:

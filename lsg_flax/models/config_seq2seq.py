@@ -20,6 +20,7 @@ class EncoderDecoderConfig(ModelConfig):
 
     Attributes:
         lsg: the pattern of the encoder; the decoder's attention is full.
+        encoder_layerdrop, decoder_layerdrop: how often a layer is left out while training.
         max_position_embeddings: tokens that either stack reads at most.
         pass_global_tokens_to_decoder: with LSG, the decoder sees the states of the globals too, and
             `pool_with_global` means nothing.
@@ -37,7 +38,7 @@ class EncoderDecoderConfig(ModelConfig):
             for side in ("encoder", "decoder")
         },
         **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), RATE),
-        "classifier_dropout": RATE,
+        **dict.fromkeys(("encoder_layerdrop", "decoder_layerdrop", "classifier_dropout"), RATE),
         "max_position_embeddings": EncoderConfig.RANGES["max_position_embeddings"],
     }
 
@@ -55,6 +56,8 @@ class EncoderDecoderConfig(ModelConfig):
     dropout: float = 0.1
     attention_dropout: float = 0.0
     activation_dropout: float = 0.0
+    encoder_layerdrop: float = 0.0
+    decoder_layerdrop: float = 0.0
     classifier_dropout: float = 0.0
     scale_embedding: bool = False
     max_position_embeddings: int = 1024

@@ -90,7 +90,10 @@ class LayerStep(EncoderLayer):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], call: LayerCall):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, new = super().__call__(x, call)
+        before, (x, new) = x, super().__call__(x, call)
+        if self.context.train and (rate := self.context.layerdrop):  # for all rows, as in PyTorch
+            left_out = jax.random.uniform(self.make_rng("dropout")) < rate
+            x = jnp.where(left_out, before, x)
         return x, (x if self.keep_states else None, new)
 
 

@@ -37,6 +37,7 @@ class Context:
         implementation: of attention, see `lsg_attention`.
         slots: how many slots of a new cache the layers fill; 0 for no cache.
         activation_dropout: rate behind the activation of a layer's wide projection.
+        layerdrop: how often a layer is left out while training.
     """
 
     config: EncoderConfig
@@ -48,6 +49,7 @@ class Context:
     implementation: Implementation | None = None
     slots: int = 0
     activation_dropout: float = 0.0
+    layerdrop: float = 0.0
 
 
 class Part(nn.Module):

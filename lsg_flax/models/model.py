@@ -260,10 +260,12 @@ class Model(nn.Module):
         return shift_right(ids, self.config, self.family.architecture.shift)
 
     def _context(self, stack: EncoderConfig, call: Call, slots: int = 0) -> Context:
-        architecture, rate, config = self.family.architecture, 0.0, self.config
+        architecture, config, rates = self.family.architecture, self.config, {}
         if isinstance(config, EncoderDecoderConfig):
             architecture = dataclasses.replace(architecture, embedding_scale=config.scale_embedding)
-            rate = config.activation_dropout
+            side = "decoder" if stack.is_decoder else "encoder"
+            rates["layerdrop"] = getattr(config, f"{side}_layerdrop")
+            rates["activation_dropout"] = config.activation_dropout
         return Context(
             stack,
             architecture,
@@ -272,7 +274,7 @@ class Model(nn.Module):
             call.train,
             implementation=self.implementation,
             slots=slots,
-            activation_dropout=rate,
+            **rates,
         )
 
     def _slots(self, inputs: Inputs, call: Call) -> int:

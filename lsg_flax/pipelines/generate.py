@@ -65,6 +65,8 @@ class Text2TextGeneration(PipelineTask):
         return reader.rows((prefix or "") + a_text(item))
 
     def program(self, model, tokenizer, mesh=None):
+        if tokenizer is not None:
+            _check_tokenizer(tokenizer, model.config)
         stored = self._stored(model.config)
         if stored:  # these are of the checkpoint, not of the caller, who may overrule them
             others = json.loads(model.config.extra)
@@ -167,6 +169,18 @@ class Translation(Text2TextGeneration):
             return False
         check_languages(tokenizer, given)
         return True
+
+
+def _check_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> None:
+    """Raises ValueError for a tokenizer whose end and padding are not the checkpoint's."""
+    for name in ("eos_token", "pad_token"):
+        given, wanted = getattr(tokenizer, f"{name}_id"), getattr(config, f"{name}_id")
+        if wanted is not None and given != wanted:
+            raise ValueError(
+                f"the tokenizer's {name} is {getattr(tokenizer, name)!r} with the id {given}, and "
+                f"config.json has {name}_id={wanted}: tokenizer and checkpoint do not belong "
+                "together; give the one that the model was trained with."
+            )
 
 
 def _task_specific(config: ModelConfig) -> dict[str, dict[str, Any] | None]:

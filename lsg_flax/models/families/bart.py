@@ -115,10 +115,7 @@ DIALECT = Dialect(
     {"hidden_size": "d_model", "initializer_range": "init_std"},
     absent=ABSENT | {"type_vocab_size": 0, "layer_norm_eps": 1e-5},
     also=("hidden_size",),
-    refused={
-        **{name: REFUSED[name] for name in ("pruned_heads", "quantization_config")},
-        **{"encoder_layerdrop": (0.0, None), "decoder_layerdrop": (0.0, None)},
-    },
+    refused={name: REFUSED[name] for name in ("pruned_heads", "quantization_config")},
 )
 
 BART = Family(
