@@ -183,14 +183,14 @@ def compare(
     }
 
 
-def make_checkpoint(folder: str, longest: int) -> None:
-    """Random weights that both sides load."""
+def make_checkpoint(folder: str, longest: int, fields: dict) -> None:
+    """Random weights that both sides load; `fields` of config.json."""
     import jax
 
     import lsg_flax
     from lsg_flax.models import Model
 
-    model = Model(lsg_flax.EncoderConfig.from_dict(MODEL | {"max_position_embeddings": longest}))
+    model = Model(lsg_flax.EncoderConfig.from_dict(fields | {"max_position_embeddings": longest}))
     params = model.init(jax.random.key(0), **model.example_inputs())["params"]
     lsg_flax.save_pretrained(folder, model, params)
 
@@ -275,7 +275,7 @@ def main() -> None:
     pythons = dict.fromkeys(RIVALS, sys.executable) | {"reference": options.reference_python}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        make_checkpoint(folder, max(options.lengths))
+        make_checkpoint(folder, max(options.lengths), MODEL)
         dropouts = {"forward": 0.0, "train": DROPOUT}
         cases = [
             (mode, length, dropouts[mode]) for mode in options.modes for length in options.lengths

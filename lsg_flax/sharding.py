@@ -28,17 +28,22 @@ SEQUENCE = "sequence"
 AXES = ("data", "fsdp", "tensor", SEQUENCE)
 
 # The ends of parameter paths, and the logical axes of the last dimensions there; leading ones, of
-# stacked layers, are whole. Optimizer states have the paths of their parameters.
+# stacked layers, are whole, and one that stands twice is cut at the first place that divides.
+# Optimizer states have the paths of their parameters.
 PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(embeddings/word_embeddings|shared)/embedding", ("vocab", "width")),
     (r"embeddings/\w+_embeddings/embedding", (None, "width")),
     (r"embeddings_project/kernel", (None, "width")),
     (r"attention/(query|key|value)/kernel", ("width", "heads")),
+    (r"attention/(query|key|value)/kernels", ("heads", "width", "heads")),
     (r"attention/(query|key|value)/bias", ("heads",)),
     (r"attention/output/kernel", ("heads", "width")),
+    (r"attention/output/kernels", ("heads", "heads", "width")),
     (r"layers/mlp_up/kernel", ("width", "mlp")),
+    (r"layers/mlp_up/kernels", ("mlp", "width", "mlp")),
     (r"layers/mlp_up/bias", ("mlp",)),
     (r"layers/mlp_down/kernel", ("mlp", "width")),
+    (r"layers/mlp_down/kernels", ("mlp", "mlp", "width")),
     (r"head/(masked_lm/)?kernel", (None, "vocab")),
     (r"head/(masked_lm/)?bias", ("vocab",)),
     (r"(pooler|head)/\w+(/\w+)?/kernel", (None, None)),
@@ -336,10 +341,12 @@ def _spec_of(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> Pa
         )
     names = (None,) * (len(shape) - len(rules[0])) + rules[0]
     spec = []
-    for size, name in zip(shape, names, strict=True):
+    for place, (size, name) in enumerate(zip(shape, names, strict=True)):
         axes = _axes_of(name, mesh)
+        if axes in spec:
+            axes = None
         if size % _count(axes, mesh):
-            if name not in _WHOLE_IF_ODD:
+            if name not in (*_WHOLE_IF_ODD, *names[place + 1 :]):
                 raise ValueError(
                     f"{_said(axes, mesh)} cannot cut the {name} axis of {path} {shape} evenly: "
                     f"{size} is no multiple of {_count(axes, mesh)}. Choose a mesh that divides it."

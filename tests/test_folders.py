@@ -77,7 +77,9 @@ def test_a_conversion_carries_what_belongs_to_the_model(model_type, tmp_path):
     dropped = {"pytorch_model.bin", "tf_model.h5", "optimizer.pt", "own.py", "onnx/config.json"}
     assert found.keys() == (before.keys() - dropped) | OWN
     assert all(found[name] == before[name] for name in found.keys() - OWN)
-    assert config_of_tokenizer(tmp_path / "long") == {"model_max_length": 128}
+    # transformers tells the class from config.json, if that is one that it knows.
+    named = {"tokenizer_class": "SqueezeBertTokenizer"} if model_type == "squeezebert" else {}
+    assert config_of_tokenizer(tmp_path / "long") == {"model_max_length": 128} | named
     assert ids(tmp_path / "long") == ids(source)
 
 

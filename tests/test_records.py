@@ -18,7 +18,7 @@ from lsg_flax.hub.to_lsg import sinusoids
 from lsg_flax.inference import predict
 from lsg_flax.models import FAMILIES, TASKS, EncoderConfig, Model, Target, Task, ToLSG
 from lsg_flax.models.architecture import Architecture
-from lsg_flax.models.config_json import ABSENT, DIALECTS, REFUSED, Dialect
+from lsg_flax.models.config_json import ABSENT, DIALECTS, REFUSED, Dialect, Groups
 from lsg_flax.models.families import HeadTable, Row, bert, register
 from lsg_flax.models.families.family import Key, PositionTable
 from lsg_flax.models.heads import SequenceClassificationHead
@@ -37,8 +37,8 @@ MOOD = Task(
     examples="text",
 )
 
-# ------------------------------------------------------------------ the eighth family, all of it
-GROUPED_WITHOUT_BIAS = (Leaf(".weight", "/kernel", GROUPED),)
+# ------------------------------------------------------------------ the next family, all of it
+GROUPED_WITHOUT_BIAS = (Leaf(".weight", "/kernels", GROUPED),)
 DENSE_WITHOUT_BIAS = (Leaf(".weight", "/kernel", TRANSPOSED),)
 TABLES = "encoder/embeddings"
 MADE_UP = replace(
@@ -73,6 +73,8 @@ MADE_UP = replace(
     dialect=Dialect(
         names={"hidden_size": "d_model"},
         absent=ABSENT | {"type_vocab_size": 0},
+        others={"q_groups": int},
+        groups={"q_groups": Groups(1, ("hidden_size",))},
         refused=REFUSED | {"rotary": (False, None)},
     ),
     architecture=Architecture(
@@ -150,8 +152,8 @@ def test_its_layers_compute_what_the_architecture_says():
         layer = jax.tree.map(lambda p, n=number: p[n], body["layers"])
         y, attention = norm(x, layer["attention_norm"]), layer["attention"]
         halves = [
-            y[..., :4] @ attention["query"]["kernel"][0],
-            y[..., 4:] @ attention["query"]["kernel"][1],
+            y[..., :4] @ attention["query"]["kernels"][0],
+            y[..., 4:] @ attention["query"]["kernels"][1],
         ]
         query = np.concatenate(halves, axis=-1)
         key, value = (y @ attention[name]["kernel"] for name in ("key", "value"))
@@ -226,7 +228,7 @@ def test_a_grouped_projection_is_one_with_zeros_between_the_groups():
     for reads, writes in (("btd", "btd"), ("btd", "bdt"), ("bdt", "btd")):
         part = Projection(Context(config, MADE_UP.architecture), 6, reads, writes, name="query")
         given = x if reads == "btd" else x.swapaxes(1, 2)
-        found = part.apply({"params": {"kernel": kernel}}, given)
+        found = part.apply({"params": {"kernels": kernel}}, given)
         np.testing.assert_allclose(
             found, project(given, whole, reads, writes), rtol=1e-5, atol=1e-5
         )

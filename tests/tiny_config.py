@@ -1,5 +1,7 @@
 """Sizes of tiny models by EncoderConfig's names, as each family's config.json has them."""
 
+import math
+
 from lsg_flax.models import FAMILIES, EncoderDecoderConfig
 from lsg_flax.models.config_json import DIALECTS
 
@@ -36,4 +38,8 @@ def spelled(family: str, values: dict) -> dict:
             sides = OF_STACKS.get(name, OF_BOTH.get(name, name))
             names = sorted({sides.format(side) for side in ("encoder", "decoder")})
         spelled |= {DIALECTS[family].names.get(n, n): value for n in names}
+    for name, same in DIALECTS[family].equal.items():
+        spelled.setdefault(name, values[same])
+    for name, (default, of) in DIALECTS[family].groups.items():
+        spelled.setdefault(name, math.gcd(min(default, 2), *(values[size] for size in of)))
     return spelled

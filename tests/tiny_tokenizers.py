@@ -1,5 +1,6 @@
 """Checkpoints with tokenizers as people have them: the files of the slow tokenizers that RoBERTa,
-XLM-RoBERTa, CamemBERT and ALBERT came with, trained on a few words, beside a tiny model."""
+XLM-RoBERTa, CamemBERT, ALBERT and SqueezeBERT came with, trained on a few words, beside a tiny
+model."""
 
 import io
 import json
@@ -8,11 +9,12 @@ import pathlib
 import flax.traverse_util
 import jax.numpy as jnp
 import pytest
+from tiny_config import spelled
 
 import lsg_flax
 from lsg_flax.models import EncoderConfig
 
-FAMILIES = ("roberta", "xlm-roberta", "camembert", "albert")
+FAMILIES = ("roberta", "xlm-roberta", "camembert", "albert", "squeezebert")
 TEXTS = ["the quick brown fox jumps over the lazy dog", "a text of words", "Zoë is naïve"] * 20
 TEXT, PAIR = "the quick naïve fox <mask> 東京", "some words"
 SIZES = {
@@ -30,7 +32,14 @@ _ALBERT = {
 
 
 def write_tokenizer(folder: pathlib.Path, model_type: str) -> None:
-    """vocab.json and merges.txt, or a sentencepiece model."""
+    """vocab.json and merges.txt, vocab.txt, or a sentencepiece model."""
+    if model_type == "squeezebert":
+        from tokenizers.implementations import BertWordPieceTokenizer
+
+        pieces = BertWordPieceTokenizer()
+        pieces.train_from_iterator(TEXTS, 300, show_progress=False)
+        pieces.save_model(str(folder))
+        return
     if model_type == "roberta":
         from tokenizers.implementations import ByteLevelBPETokenizer
 
@@ -55,8 +64,9 @@ def write_tokenizer(folder: pathlib.Path, model_type: str) -> None:
 
 def tiny_model(model_type: str, task: str = "masked_lm", **fields):
     """A model and its parameters, all of them zeros."""
-    values = SIZES | ({"embedding_size": 8} if model_type == "albert" else {}) | fields
-    model = lsg_flax.Model(EncoderConfig.from_dict({"model_type": model_type, **values}), task)
+    narrow = {"embedding_size": 8} if model_type == "albert" else {}
+    config = EncoderConfig.from_dict(spelled(model_type, SIZES | narrow | fields))
+    model = lsg_flax.Model(config, task)
     leaves = flax.traverse_util.flatten_dict(model.abstract_params(), sep="/")
     zeros = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
     return model, flax.traverse_util.unflatten_dict(zeros, sep="/")

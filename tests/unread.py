@@ -41,6 +41,9 @@ UNREAD = {
     "n_layers qa_dropout block_size",
     "albert": "is_decoder add_cross_attention classifier_dropout seq_classif_dropout dim n_layers "
     "summary_type summary_last_dropout qa_dropout block_size",
+    "squeezebert": "num_hidden_groups inner_group_num add_cross_attention position_embedding_type "
+    "classifier_dropout classifier_dropout_prob seq_classif_dropout dim n_layers summary_type "
+    "summary_last_dropout qa_dropout block_size",
     "distilbert": "embedding_size num_hidden_groups inner_group_num is_decoder add_cross_attention "
     "layer_norm_eps type_vocab_size position_embedding_type intermediate_size hidden_act "
     "hidden_dropout_prob attention_probs_dropout_prob classifier_dropout classifier_dropout_prob "

@@ -55,6 +55,8 @@ def in_pytorch(checkpoint: Checkpoint) -> str:
     name = family.class_name(checkpoint.head or "base", lsg=lsg)
     if not lsg:
         return f"transformers.{name}.from_pretrained({folder!r})"
+    if family.lsg_type:
+        return f"no class: {name} is lsg_flax's alone, and PyTorch has no LSG attention for it"
     module = f"modeling_lsg_{_folder_name(family.model_type)}"
     auto_map = checkpoint.values.get("auto_map")
     auto_map = auto_map if isinstance(auto_map, dict) else {}

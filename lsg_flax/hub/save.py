@@ -76,7 +76,10 @@ def _write(
     if generation and not (folder / GENERATION).exists():
         write_json(folder, {GENERATION: generation})
     if tokenizer is not None:
-        save_tokenizer(tokenizer, folder)
+        family, named = family_of(model.config.model_type), None
+        if model.config.lsg and family.lsg_type:
+            named = model.config.other("tokenizer_class", f"{family.class_prefix}Tokenizer")
+        save_tokenizer(tokenizer, folder, class_name=named)
         places += filter(None, [origin(tokenizer)])
     code = carry_code(auto_map_of(model), places + installed_code(model), folder)
     values = config_values(model, tensors, code)
@@ -164,6 +167,8 @@ def config_values(
     config, family = model.config, family_of(model.config.model_type)
     values = config.to_dict()
     values["architectures"] = [family.class_name(model.task, lsg=config.lsg is not None)]
+    if config.lsg and family.lsg_type:  # PyTorch would take it for one with full attention
+        values["model_type"] = family.lsg_type
     for name in ("auto_map", "generation_config"):  # which has a file of its own
         values.pop(name, None)
     if auto_map:

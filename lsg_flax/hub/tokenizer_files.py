@@ -67,10 +67,13 @@ def read_tokenizer(folder: str | os.PathLike) -> Tokenizer | None:
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Tokenizer, target: pathlib.Path) -> None:
+def save_tokenizer(
+    tokenizer: Tokenizer, target: pathlib.Path, *, class_name: str | None = None
+) -> None:
     """Writes a tokenizer's files: those of the folder or repository that it was read from, byte for
     byte but for the settings that may change, above all `model_max_length`. Other versions of
-    transformers then read them as before.
+    transformers then read them as before. `class_name` is added where they say none: it is for a
+    config.json whose model_type transformers does not know.
 
     Of a tokenizer with other tokens or another way of reading than those files have, transformers
     writes new ones.
@@ -89,9 +92,11 @@ def save_tokenizer(tokenizer: Tokenizer, target: pathlib.Path) -> None:
         for name in _SETTINGS
         if getattr(tokenizer, name) != getattr(fresh, name)
     }
+    file = target / _CONFIG
+    text = file.read_bytes().decode() if file.exists() else "{}\n"
+    if class_name and "tokenizer_class" not in json.loads(text):
+        changed["tokenizer_class"] = class_name
     if changed:
-        file = target / _CONFIG
-        text = file.read_bytes().decode() if file.exists() else "{}\n"
         for name, value in changed.items():
             text = with_field(text, name, value)
         file.write_bytes(text.encode())

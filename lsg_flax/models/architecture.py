@@ -28,9 +28,10 @@ class Architecture:
         sinusoids: position tables hold sines and cosines, and are not trained.
         embeds_padding: padding to whole blocks is embedded, as tokens of pad_token_id behind the
             others; otherwise zeros behind the embeddings.
+        layer_norm_eps: of the layers, where config.json's is that of embeddings and heads alone.
         biases: of the projections in the layers.
         groups: projections in groups, each reading and writing its share of features: names of
-            projections -> fields of config.json that hold the number.
+            projections -> fields of config.json that hold the number, see `config_json.Groups`.
         always_projects: from embeddings to layers, padding too, even if the widths are the same.
         shift: see `Shift`.
         shifts_inputs: a decoder without inputs gets those of the encoder, shifted.
@@ -44,6 +45,7 @@ class Architecture:
     position_offset: int = 0
     sinusoids: bool = False
     embeds_padding: bool = False
+    layer_norm_eps: float | None = None
     biases: bool = True
     groups: tuple[tuple[str, str], ...] = ()
     always_projects: bool = False
@@ -70,7 +72,7 @@ class Architecture:
             return 0
         return max(self.position_offset, (config.pad_token_id or 0) + 1)
 
-    def groups_of(self, projection: str, config: EncoderConfig) -> int:
-        """How many groups a projection of the layers has."""
+    def groups_of(self, projection: str, config: EncoderConfig) -> int | None:
+        """How many groups a projection of the layers has; None where it has none."""
         field = dict(self.groups).get(projection)
-        return 1 if field is None else config.other(field, 1)
+        return None if field is None else config.other(field, config.dialect.groups[field].default)

@@ -76,8 +76,11 @@ class ModelConfig:
             "problem_type='single_label_classification' needs two labels or more, and num_labels="
             "1; use problem_type='regression' for one number.",  # transformers 5 asks for it too
         )
-        dialect.check_absent({f.name: getattr(self, f.name) for f in fields(self)}, self.model_type)
-        dialect.check_others(json.loads(self.extra), lsg=self.lsg is not None)
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        others = json.loads(self.extra)
+        dialect.check_absent(values, self.model_type)
+        dialect.check_others(others, lsg=self.lsg is not None)
+        dialect.check_sizes(values, others, self.model_type)
 
     @property
     def dialect(self) -> Dialect:

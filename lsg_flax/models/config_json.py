@@ -2,6 +2,7 @@
 them, and what is refused because it changes the computation."""
 
 import json
+import math
 import numbers
 import warnings
 from collections.abc import Mapping
@@ -34,6 +35,18 @@ _OTHERS: dict[str, Any] = {
 }
 
 
+class Groups(NamedTuple):
+    """A field beside ours that holds how many groups a projection's features are cut into.
+
+    Attributes:
+        default: where config.json leaves it out.
+        of: our fields with the numbers of features, which it divides.
+    """
+
+    default: int
+    of: tuple[str, ...]
+
+
 class Dialect(NamedTuple):
     """How one model_type writes config.json. A field that it neither reads nor refuses changes
     nothing in the family's PyTorch classes; it is kept as it is.
@@ -45,6 +58,8 @@ class Dialect(NamedTuple):
         needed: fields that are None elsewhere, and a number here.
         also: of `names`, those that PyTorch reads under our name too, which then wins.
         others: fields that are read beside ours -> their types; floats are rates of dropout.
+        groups: numbers of groups, of `others`.
+        equal: fields of ours -> others that they must be equal to.
         refused: fields that change the computation -> the values that are supported.
         refused_by_lsg: the same, of those that only the LSG classes read.
     """
@@ -55,6 +70,8 @@ class Dialect(NamedTuple):
     needed: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
     others: dict[str, Any] = {}  # noqa: RUF012
+    groups: dict[str, Groups] = {}  # noqa: RUF012
+    equal: dict[str, str] = {}  # noqa: RUF012
     refused: dict[str, tuple] = REFUSED
     refused_by_lsg: dict[str, tuple] = {}  # noqa: RUF012
 
@@ -90,6 +107,28 @@ class Dialect(NamedTuple):
                 values[name] is not None,
                 f"{self.spelled(name)}=None must be a number for {model_type}.",
             )
+
+    def check_sizes(
+        self, values: Mapping[str, Any], others: Mapping[str, Any], model_type: str
+    ) -> None:
+        """Raises ValueError for sizes that do not fit each other, given our fields and those beside
+        them."""
+        for name, same in self.equal.items():
+            require(
+                values[name] == values[same],
+                f"{name}={values[name]} is unlike {same}={values[same]}, and {model_type} has no "
+                f"projection from embeddings to layers; give {name}={values[same]} (a config.json "
+                f"that leaves it out means {self.defaults.get(name)}).",
+            )
+        for name, (default, sizes) in self.groups.items():
+            count = others.get(name, default)
+            fits = math.gcd(count or default, *(values[size] for size in sizes))
+            for size in sizes:
+                require(
+                    count >= 1 and values[size] % count == 0,
+                    f"{name}={count} does not divide {size}={values[size]}, of which each group "
+                    f"takes an equal share; give a number of groups that does, such as {fits}.",
+                )
 
 
 DIALECTS: dict[str, Dialect] = {}  # by model_type; families/registry.py fills it

@@ -52,8 +52,9 @@ class EncoderLayer(Part):
 
     def _around(self, name: str):
         """The LayerNorm of a part of the layer, in front of it or behind it."""
-        norm, nothing = self.layer_norm(name), lambda x: x
-        return (nothing, norm) if self.context.architecture.norm == "post" else (norm, nothing)
+        architecture = self.context.architecture
+        norm, nothing = self.layer_norm(name, architecture.layer_norm_eps), lambda x: x
+        return (nothing, norm) if architecture.norm == "post" else (norm, nothing)
 
     @nn.compact
     def __call__(

@@ -73,10 +73,11 @@ class Part(nn.Module):
             name=name,
         )
 
-    def layer_norm(self, name: str) -> "LayerNorm":
-        """LayerNorm with the config's epsilon."""
+    def layer_norm(self, name: str, eps: float | None = None) -> "LayerNorm":
+        """LayerNorm with the config's epsilon, or another."""
         context = self.context
-        return LayerNorm(self.config.layer_norm_eps, context.dtype, context.param_dtype, name=name)
+        eps = self.config.layer_norm_eps if eps is None else eps
+        return LayerNorm(eps, context.dtype, context.param_dtype, name=name)
 
     def dropout(self, x: Array, rate: float | None = None) -> Array:
         """Dropout with the config's hidden rate, or another."""
@@ -238,11 +239,12 @@ class Projection(Part):
         context, architecture = self.context, self.context.architecture
         groups = architecture.groups_of(self.name or "", self.config)
         init = nn.initializers.normal(self.config.initializer_range)
-        shape = (x.shape[self.reads.index("d")], self.features)
-        if groups > 1:
-            shape = (groups, *(size // groups for size in shape))  # [I, D/I, F/I]
-        kernel = self.param("kernel", init, shape, context.param_dtype).astype(context.dtype)
-        run: Any = project if groups == 1 else project_groups
+        shape, name = (x.shape[self.reads.index("d")], self.features), "kernel"
+        run: Any = project
+        if groups is not None:
+            shape, name = (groups, *(size // groups for size in shape)), "kernels"  # [I, D/I, F/I]
+            run = project_groups
+        kernel = self.param(name, init, shape, context.param_dtype).astype(context.dtype)
 
         def apply(x, kernel):
             return run(self.act(x) if self.act else x, kernel, self.reads, self.writes)

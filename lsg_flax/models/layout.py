@@ -75,6 +75,7 @@ Layout = tuple[Leaf, ...]
 _BIAS = Leaf(".bias", "/bias", AS_IT_IS)
 DENSE: Layout = (Leaf(".weight", "/kernel", TRANSPOSED), _BIAS)
 DENSE_WITHOUT_BIAS: Layout = (Leaf(".weight", "/kernel", TRANSPOSED),)
+GROUPS: Layout = (Leaf(".weight", "/kernels", GROUPED), _BIAS)
 NORM: Layout = (Leaf(".weight", "/scale", AS_IT_IS), _BIAS)
 TABLE: Layout = (Leaf(".weight", "/embedding", AS_IT_IS),)
 TENSOR: Layout = (Leaf("", "", AS_IT_IS),)

@@ -75,7 +75,7 @@ def _count_matmul_parameters(model: Model, part: str) -> int:
     config = model.config.stacks[part]
     uses = config.num_hidden_layers // (config.num_hidden_groups or config.num_hidden_layers)
     answers = bool(model.task_record.per_token) and part == model.parts[-1]
-    kernels = [p for p in leaves if p.endswith("/kernel") and _reader(p, model) == part]
+    kernels = [p for p in leaves if re.search("/kernels?$", p) and _reader(p, model) == part]
     kernels += [p for p in leaves if re.match("head/.*kernel$", p)] if answers else []
     count = sum(leaves[p].size * (uses if "/layers/" in p else 1) for p in kernels)
     if not answers:

@@ -9,7 +9,16 @@ from collections.abc import Iterator
 import flax.traverse_util
 import jax.numpy as jnp
 import numpy as np
-from cases import GRADIENTS_OF, HEADS, SEED, generator_of, random_inputs, random_model, random_sizes
+from cases import (
+    GRADIENTS_OF,
+    HEADS,
+    KINDS,
+    SEED,
+    generator_of,
+    random_inputs,
+    random_model,
+    random_sizes,
+)
 from jobs import Case, Results, ask
 from tiny_config import has_two_stacks
 from unread import unread_by
@@ -67,10 +76,12 @@ def write_checkpoints(folder: pathlib.Path, reference: Results) -> dict[str, Cas
     cases: dict[str, Case] = {}
     for i, (family, task) in enumerate(HEADS):
         kind = SPARSITY_TYPES[(i + SEED + 3) % 7]
-        write(cases, folder, f"lsg_{family}_{task}", family, task, kind)
-        write(cases, folder, f"plain_{family}_{task}", family, task, None)
+        for name in KINDS[family]:
+            sparsity = kind if name == "lsg" else None
+            write(cases, folder, f"{name}_{family}_{task}", family, task, sparsity)
     for i, family in enumerate(FAMILIES):
-        for kind, sparsity in (("lsg", SPARSITY_TYPES[(i + SEED) % 7]), ("plain", None)):
+        for kind in KINDS[family]:
+            sparsity = SPARSITY_TYPES[(i + SEED) % 7] if kind == "lsg" else None
             name = f"{kind}_{family}_unread"
             task = GRADIENTS_OF[family] if has_two_stacks(family) else "token_classification"
             write(cases, folder, name, family, task, sparsity)

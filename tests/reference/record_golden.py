@@ -16,6 +16,7 @@ import functools
 import numpy as np
 import record_local
 import record_seq2seq
+import record_squeezebert
 import worker
 from recorder import (
     GOLDEN,
@@ -464,6 +465,7 @@ def main():
     record_conversions(recorder)
     record_seq2seq.record(recorder)
     record_local.record(recorder)
+    record_squeezebert.record(recorder)
     recorder.write()
 
 

@@ -9,7 +9,7 @@ Axes: n batch, h heads, t tokens, d head size.
 """
 
 import numpy as np
-from recorder import Recorder, normal, query_key_value, ragged
+from recorder import normal, query_key_value, ragged, record_alone
 
 N, HEADS, WIDTH, WINDOW = 2, 2, 6, 4
 OPTIONS = {
@@ -56,11 +56,5 @@ def record(recorder):
             )
 
 
-def main():
-    recorder = Recorder()
-    record(recorder)
-    recorder.write_beside_others()
-
-
 if __name__ == "__main__":
-    main()
+    record_alone(record, "local_attention")

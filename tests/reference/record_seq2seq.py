@@ -7,7 +7,16 @@ Axes: n batch, t tokens of the encoder, u tokens of the decoder.
 
 import numpy as np
 import worker
-from recorder import GOLDEN, VOCABULARY, Recorder, blocks_of, leaks, normal, ragged, token_ids
+from recorder import (
+    GOLDEN,
+    VOCABULARY,
+    blocks_of,
+    leaks,
+    normal,
+    ragged,
+    record_alone,
+    token_ids,
+)
 
 FILE = "model_seq2seq"
 WIDTH, PAD, END = 12, {"bart": 1, "mbart": 1, "pegasus": 0}, {"bart": 2, "mbart": 2, "pegasus": 1}
@@ -161,11 +170,5 @@ def record_heads(add, decoder):
         add(folder, "with_states", 13, inputs=states | labels, without=decoder)
 
 
-def main():
-    recorder = Recorder()
-    record(recorder)
-    recorder.write_beside_others()
-
-
 if __name__ == "__main__":
-    main()
+    record_alone(record, FILE)

@@ -16,12 +16,15 @@ from lsg_flax.models.layout import DENSE, DENSE_WITHOUT_BIAS, NORM, TABLE, TENSO
 _EMBEDDINGS = "encoder/embeddings"
 _LAYER = "encoder.layer.{0}"
 
-ENCODER: Rows = (
+EMBEDDINGS: Rows = (
     Row("embeddings.word_embeddings", "encoder/embeddings/word_embeddings", TABLE),
     Row("embeddings.position_embeddings", "encoder/embeddings/position_embeddings", TABLE),
     Row("embeddings.token_type_embeddings", "encoder/embeddings/token_type_embeddings", TABLE),
     Row("embeddings.global_embeddings", "encoder/embeddings/global_embeddings", TABLE),
     Row("embeddings.LayerNorm", "encoder/embeddings/layer_norm", NORM),
+)
+ENCODER: Rows = (
+    *EMBEDDINGS,
     Row(f"{_LAYER}.attention.self.query", "encoder/layers/attention/query", DENSE),
     Row(f"{_LAYER}.attention.self.key", "encoder/layers/attention/key", DENSE),
     Row(f"{_LAYER}.attention.self.value", "encoder/layers/attention/value", DENSE),
@@ -65,7 +68,7 @@ QUESTION_ANSWERING = HeadTable(
 MULTIPLE_CHOICE = HeadTable(
     task.MULTIPLE_CHOICE, "ForMultipleChoice", heads.MultipleChoiceHead, CLASSIFIER, pooled=True
 )
-_MASKED_LM = HeadTable(
+MASKED_LM = HeadTable(
     task.MASKED_LM,
     "ForMaskedLM",
     heads.LanguageModelHead,
@@ -81,7 +84,7 @@ _MASKED_LM = HeadTable(
     untied_rows=(Row("cls.predictions.decoder", "head", DENSE_WITHOUT_BIAS),),
 )
 _PRETRAINING = replace(
-    _MASKED_LM,
+    MASKED_LM,
     task=task.PRETRAINING,
     class_suffix="ForPreTraining",
     module=heads.PretrainingHead,
@@ -107,8 +110,8 @@ BERT = Family(
         MULTIPLE_CHOICE,
         TOKEN_CLASSIFICATION,
         QUESTION_ANSWERING,
-        _MASKED_LM,
-        replace(_MASKED_LM, task=task.CAUSAL_LM, class_suffix="LMHeadModel"),
+        MASKED_LM,
+        replace(MASKED_LM, task=task.CAUSAL_LM, class_suffix="LMHeadModel"),
         _PRETRAINING,
         HeadTable(
             task.NEXT_SENTENCE_PREDICTION,

@@ -115,6 +115,8 @@ class Family:
         config_type: what its config.json is read as.
         ignored: tensors that are not parameters, by name behind the prefix.
         other_names, other_types: further beginnings of its class names, and model_types.
+        lsg_type: the model_type of LSG checkpoints where PyTorch has no LSG classes of the family;
+            None where it has, which read the family's own.
     """
 
     model_type: str
@@ -130,6 +132,7 @@ class Family:
     ignored: tuple[str, ...] = ("embeddings.position_ids", "embeddings.token_type_ids")
     other_names: tuple[str, ...] = ()
     other_types: tuple[str, ...] = ()
+    lsg_type: str | None = None
 
     @property
     def heads(self) -> dict[str, HeadTable]:

@@ -16,6 +16,7 @@ from lsg_flax.models.families.family import Family
 from lsg_flax.models.families.mbart import MBART
 from lsg_flax.models.families.pegasus import PEGASUS
 from lsg_flax.models.families.roberta import ROBERTA
+from lsg_flax.models.families.squeezebert import SQUEEZEBERT
 from lsg_flax.models.families.xlm_roberta import XLM_ROBERTA
 from lsg_flax.models.outputs import ModelOutput
 from lsg_flax.models.task import TASKS
@@ -59,6 +60,7 @@ for _family in (
     BART,
     MBART,
     PEGASUS,
+    SQUEEZEBERT,
 ):
     register(_family)
 
@@ -94,8 +96,10 @@ def model_type_of(values: dict[str, Any]) -> str:
     """
     model_type = values.get("model_type")
     if model_type is not None:
-        same = [name for name, family in FAMILIES.items() if model_type in family.other_types]
-        return same[0] if same else model_type
+        for name, family in FAMILIES.items():
+            if model_type in (*family.other_types, family.lsg_type):
+                return name
+        return model_type
     classes = class_names(values)
     for name in classes:
         for family in FAMILIES.values():
