@@ -24,7 +24,7 @@ from lsg_flax.models import (
     Params,
     family_of,
 )
-from lsg_flax.tensor_names import NamedTensors, name_tensors
+from lsg_flax.tensor_names import NamedTensors, name_tensors, of_part, of_tensorflow
 
 HEAD_SEED = 0  # of head weights that a checkpoint does not have
 _LISTED = 12
@@ -45,8 +45,9 @@ def params_from_torch(
     read, and what was left out of names.
 
     Args:
-        tensors: by name, as stored, of a plain or LSG checkpoint with or without a head; arrays, or
-            what has their shape and dtype and gives parts of itself by slices.
+        tensors: by name, as stored, of a plain or LSG checkpoint with or without a head, or of a
+            model that has this one as a part; arrays, or what has their shape and dtype and gives
+            parts of itself by slices.
         model: whose config, task and parameter dtype are wanted.
         place: makes the array of a path from a function that reads a part of it, and its shape;
             a whole array on the default device by default.
@@ -56,8 +57,15 @@ def params_from_torch(
             listed), for one of another shape or dtype, and for tied ones that differ.
     """
     config, family = model.config, family_of(model.config.model_type)
+    tensors = of_tensorflow(tensors, family)
+    if model.embedders:
+        return {
+            name: params_from_torch(of_part(tensors, name), part, place)
+            for name, part in model.embedders.items()
+        }
     keys, shapes = family.keys(model.task, config), _leaf_shapes(model)
     _check_rows(keys, shapes, family)
+    tensors = of_part(tensors, model.head_table.part)
     named = name_tensors(tensors, family, config, model.task)
     if model.task == "base":  # whose class has no prefix
         keys = [dataclasses.replace(key, torch=named.prefix + key.torch) for key in keys]
@@ -109,6 +117,8 @@ def params_to_torch(params: Params, model: Model) -> dict[str, np.ndarray]:
         ValueError: if `params` are not those of `model`.
     """
     config, family = model.config, family_of(model.config.model_type)
+    if model.embedders:
+        return _parts_to_torch(params, model)
     leaves: dict[str, Any] = flax.traverse_util.flatten_dict(params, sep="/")
     shapes = _leaf_shapes(model)
     wrong = sorted(
@@ -133,6 +143,19 @@ def params_to_torch(params: Params, model: Model) -> dict[str, np.ndarray]:
     for name, source in family.tied_names(model.task, tied=config.tie_word_embeddings).items():
         tensors[name] = tensors[source].copy()
     return tensors
+
+
+def _parts_to_torch(params: Params, model: Model) -> dict[str, np.ndarray]:
+    """Of a scorer; the class in PyTorch has a query embedder in any case, maybe the same one."""
+    parts = model.embedders
+    if params.keys() != parts.keys():
+        raise ValueError(
+            f"params of this {model.task} model must have the parts {[*parts]}, got {[*params]}; "
+            "own_query_embedder says whether there are two."
+        )
+    tensors = {name: params_to_torch(params[name], part) for name, part in parts.items()}
+    tensors = {"query_embedder": tensors["embedder"]} | tensors
+    return {f"{name}.{n}": t.copy() for name, part in tensors.items() for n, t in part.items()}
 
 
 def initial_leaves(model: Model, paths: list[str], seed: int) -> dict[str, jax.Array]:

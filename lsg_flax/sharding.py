@@ -51,6 +51,7 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"layers/(\w+/output|mlp_down)/bias", (None,)),
     (r"embeddings_project/bias", (None,)),
     (r"\w*norm/(scale|bias)", (None,)),
+    (r"head/decoder_weight/buffer", ("vocab", "width")),
     (r"buffer", (None,)),
 )
 MESH_AXES: dict[str, tuple[str, ...]] = {

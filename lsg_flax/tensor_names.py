@@ -63,6 +63,40 @@ class NamedTensors(NamedTuple):
         return _equal(self.tensors[name], self.tensors[other])
 
 
+def of_part(tensors: Mapping[str, Any], part: str) -> Mapping[str, Any]:
+    """Those of a part of a model, by its own names; all, where the file has no such part."""
+    beginning = f"{part}."
+    inner = {n.removeprefix(beginning): t for n, t in tensors.items() if n.startswith(beginning)}
+    return inner or tensors
+
+
+def has_own_part(tensors: Mapping[str, Any], part: str, other: str) -> bool:
+    """Whether a file has a part, and it is not the same as another one."""
+    twins = [
+        (t, tensors.get(other + n.removeprefix(part)))
+        for n, t in tensors.items()
+        if n.startswith(f"{part}.")
+    ]
+    return any(twin is None or not _equal(tensor, twin) for tensor, twin in twins)
+
+
+def of_tensorflow(tensors: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
+    """The variables of a TensorFlow checkpoint as PyTorch has them; all others as they are."""
+    if not family.tf_names or not any("/" in name for name in tensors):
+        return tensors
+    found = {}
+    for name, tensor in tensors.items():
+        if re.search(r"(^|/)(adam_[vm]|AdamWeightDecayOptimizer(_1)?|global_step)($|/)", name):
+            continue
+        for pattern, instead in family.tf_names:
+            name = re.sub(pattern, instead, name)
+        name = re.sub(r"/([A-Za-z]+)_(\d+)(?=/)", r"/\1/\2", name)
+        tensor = np.asarray(tensor).T if name.endswith("/kernel") else tensor
+        name = re.sub(r"/(kernel|gamma)$|(?<=_embeddings)$", "/weight", name)
+        found[re.sub(r"/(output_bias|beta)$", "/bias", name).replace("/", ".")] = tensor
+    return found
+
+
 def name_tensors(
     tensors: Mapping[str, Any], family: Family, config: ModelConfig, task: str
 ) -> NamedTensors:
@@ -97,7 +131,7 @@ def _resolve_ties(named: NamedTensors, family: Family, config: ModelConfig, task
     """Gives a tensor that is stored only under a tied name its own; of equal twins of the task's
     head, takes out the one that repeats the other."""
     tied, tensors = config.tie_word_embeddings, named.tensors
-    own, wanted = family.tied_names(task, tied=tied), family.keys(task, config)
+    own, needed = family.tied_names(task, tied=tied), {k.torch for k in family.keys(task, config)}
     if task == "base":  # whose class has no prefix
         own = {named.prefix + name: named.prefix + source for name, source in own.items()}
     others = {pair for head in family.heads for pair in family.tied_names(head, tied=tied).items()}
@@ -115,7 +149,7 @@ def _resolve_ties(named: NamedTensors, family: Family, config: ModelConfig, task
             )
         del tensors[name]
     for name, source in pairs:  # what one head repeats is another one's own
-        if source in tensors and name not in tensors and name in {key.torch for key in wanted}:
+        if source in tensors and name not in tensors and name in needed and source not in needed:
             tensors[name], named.stored[name] = tensors.pop(source), named.stored[source]
 
 

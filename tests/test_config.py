@@ -300,7 +300,7 @@ def test_a_decoder_that_only_the_lsg_classes_see_is_refused(family):
     ],
     ids=["fresh", "converted", "regression", "classes"],
 )
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sorted({*FAMILIES} - {"realm"}))  # which it has not
 def test_what_we_write_is_read_by_the_transformers_of_today(family, changes, tmp_path, caplog):
     """Which checks types strictly: null in place of a number would be refused."""
     made = {"vocab_size": 11, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}

@@ -75,7 +75,8 @@ def test_model(name):
     if case.get("strict_reference"):
         overrides["strict_reference"] = True
     model, params = checkpoint(case["checkpoint"], **overrides)
-    arrays = {name: inputs[name] for name in INPUTS if name in inputs}
+    names = (*INPUTS, *model.task_record.arrays)
+    arrays = {name: inputs[name] for name in names if name in inputs}
     made = model.task == "conditional_generation" and "labels" in inputs
     if made and "decoder_input_ids" not in inputs:
         arrays["decoder_input_ids"] = model.shift_right(jnp.asarray(inputs["labels"]))
@@ -109,6 +110,8 @@ def test_model(name):
 
 def compare_outputs(result, outputs, mask):
     compared = 0
+    if "loss" in outputs and result.loss is not None:
+        np.testing.assert_allclose(result.loss, outputs["loss"], rtol=1e-5, atol=1e-5)
     for field, expected in outputs.items():
         skipped = ("weighted_loss", "loss", "encoder_last_hidden_state")
         if field in skipped or field.startswith("grad.") or "hidden_states." in field:

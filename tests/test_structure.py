@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "models": "checks kernels patterns sharding",
     "tensor_names": "models",
     "convert_from_torch": "models tensor_names",
-    "hub": "convert_from_torch files locks models patterns progress sharding",
+    "hub": "convert_from_torch files locks models patterns progress sharding tensor_names",
     "generation": "checks sharding",
     "data": "buckets files models progress",
     "inference": "buckets files locks models progress sharding",

@@ -26,7 +26,7 @@ STRANGE = {
 }
 UNREAD = {
     **dict.fromkeys(
-        ("bert", "roberta", "xlm-roberta", "camembert"),
+        ("bert", "roberta", "xlm-roberta", "camembert", "realm"),
         "embedding_size num_hidden_groups inner_group_num classifier_dropout_prob "
         "seq_classif_dropout dim n_layers summary_type summary_last_dropout qa_dropout block_size",
     ),

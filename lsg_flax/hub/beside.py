@@ -16,7 +16,14 @@ TOKENIZER_FILES = (
     *("vocab.txt", "vocab.json", "merges.txt", "bpe.codes", "*.model", "chat_template.*"),
 )
 _WEIGHT_FILES = (
-    *("*.safetensors", "*.index.json", "pytorch_model*.bin", "flax_model*", "tf_model*"),
+    *(
+        "*.safetensors",
+        "*.index.json",
+        "pytorch_model*.bin",
+        "flax_model*",
+        "tf_model*",
+        "model.npz",
+    ),
     *("model.ckpt*", "adapter_*"),
 )
 # By name, since other .json, .txt and .md may be somebody's data or notes.

@@ -31,6 +31,7 @@ from lsg_flax.models import (
 )
 from lsg_flax.progress import doing
 from lsg_flax.sharding import shardings_for
+from lsg_flax.tensor_names import has_own_part
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +89,13 @@ class Checkpoint:
         fixed = family_of(self.config.model_type).head(task).task.fixed
         return self.config.with_overrides(**overrides).with_overrides(**fixed)
 
+    def _own_parts(self, task: str) -> dict[str, Any]:
+        """What a scorer's tensors say, which PyTorch's config.json does not."""
+        compares = family_of(self.config.model_type).head(task).embedders
+        if not compares or not has_own_part(self.tensors, "query_embedder", "embedder"):
+            return {}
+        return {"own_query_embedder": True}
+
     @property
     def tokenizer(self) -> Tokenizer | None:
         """A new tokenizer from the folder's files; None if there are none."""
@@ -110,7 +118,7 @@ class Checkpoint:
     ) -> tuple[Model, Params]:
         """The model and its parameters; arguments and errors are those of `from_pretrained`."""
         task = task or self.task
-        config = self.config_for(task, **config_overrides)
+        config = self.config_for(task, **(self._own_parts(task) | config_overrides))
         model = Model(config, task, dtype=dtype, param_dtype=param_dtype)
         place = None if mesh is None else functools.partial(_place, mesh)
         with doing("reading the weights"):

@@ -76,6 +76,13 @@ def to_lsg(
     Raises:
         ValueError: for options that do not fit the source, or a table that the stride does not fit.
     """
+    if any("encoder" in tree for tree in params.values()):  # the parts of a scorer
+        ids = {"bos_token_id": bos_token_id, "mask_token_id": mask_token_id}
+        parts = {
+            n: to_lsg(tree, config, options, lsg=lsg, draws=draws, **ids)
+            for n, tree in params.items()
+        }
+        return {name: made for name, (made, _) in parts.items()}, next(iter(parts.values()))[1]
     family = family_of(config.model_type)
     if config.lsg is None and (options.resize_lsg or options.keep_first_global_token):
         name = "resize_lsg" if options.resize_lsg else "keep_first_global_token"
@@ -103,7 +110,8 @@ def to_lsg(
         longer = _longer_table(np.asarray(leaf, np.float32), table.extended_by, offset, rows)
         leaves[table.path] = jnp.asarray(longer, leaf.dtype)
     positions = family.architecture.max_position_embeddings(rows)
-    new_config = config.with_overrides(max_position_embeddings=positions, lsg=lsg)
+    lengths = dict.fromkeys(rule.lengths, rows)
+    new_config = config.with_overrides(max_position_embeddings=positions, lsg=lsg, **lengths)
     return flax.traverse_util.unflatten_dict(leaves, sep="/"), new_config
 
 

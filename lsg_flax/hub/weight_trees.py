@@ -1,5 +1,5 @@
-"""Weights that are read whole, out of trees: PyTorch's pickles, and the msgpack files of Hugging
-Face's Flax classes, under the names and layouts that PyTorch has."""
+"""Weights that are read whole, out of trees: PyTorch's pickles, the msgpack files of Hugging Face's
+Flax classes, numpy archives, under the names and layouts that PyTorch has, or TensorFlow."""
 
 import errno
 import pathlib
@@ -83,6 +83,16 @@ def read_msgpack(file: pathlib.Path) -> WholeTensors:
     if not arrays:
         raise ValueError(f"{file} is not a tree of parameters: it should hold arrays by name.")
     return _once(file, arrays)
+
+
+def read_npz(file: pathlib.Path) -> WholeTensors:
+    """The arrays of a numpy archive by name; raises ValueError if it is damaged, or holds objects,
+    which would be unpickled."""
+    try:
+        with np.load(file) as archive:
+            return dict(archive)
+    except Exception as error:  # of numpy and zipfile, where bytes are damaged
+        raise damaged(file, error) from error
 
 
 def _as_in_torch(name: str, array: np.ndarray) -> tuple[str, np.ndarray]:

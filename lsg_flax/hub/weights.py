@@ -10,11 +10,12 @@ import safetensors
 import safetensors.numpy
 
 from lsg_flax.files import check_pointer, read_json
-from lsg_flax.hub.weight_trees import UnreadTensor, damaged, read_bin, read_msgpack
+from lsg_flax.hub.weight_trees import UnreadTensor, damaged, read_bin, read_msgpack, read_npz
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+NPZ = "model.npz"  # a dump of a TensorFlow checkpoint's variables by their names
 MSGPACK, MSGPACK_INDEX = "flax_model.msgpack", "flax_model.msgpack.index.json"
 
 # safetensors' names of dtypes
@@ -59,6 +60,7 @@ def open_tensors(folder: pathlib.Path) -> Tensors:
         BIN: read_bin,
         BIN_INDEX: lambda index: _read_shards(index, read_bin),
         MSGPACK: read_msgpack,
+        NPZ: read_npz,
         MSGPACK_INDEX: _refuse_flax_shards,
     }
     for name, read in readers.items():

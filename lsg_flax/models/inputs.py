@@ -32,6 +32,11 @@ class Inputs(NamedTuple):
             self.inputs_embeds.shape[:-1] if self.input_ids is None else self.input_ids.shape
         )
 
+    @property
+    def rank(self) -> int:
+        """Axes that ids have, or would have; 0 where nothing is given."""
+        return max(getattr(self.input_ids, "ndim", 0), getattr(self.inputs_embeds, "ndim", 1) - 1)
+
     def padded(self, extra: int, filler: int) -> "Inputs":
         """With padding behind the ids or embeddings; masks stay as they are."""
         if not extra:

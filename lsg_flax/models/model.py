@@ -29,6 +29,7 @@ from lsg_flax.models.inputs import (
 )
 from lsg_flax.models.layers import Context, Implementation
 from lsg_flax.models.outputs import ModelOutput, Params
+from lsg_flax.models.realm import candidates_of, relevance
 from lsg_flax.models.seq2seq import EncoderDecoder, last_eos, shift_right
 from lsg_flax.models.task import IGNORED, Task
 from lsg_flax.patterns import Cache
@@ -92,6 +93,7 @@ class Model(nn.Module):
         train: bool = False,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        **arrays: Any,
     ) -> ModelOutput:
         """Runs the model.
 
@@ -116,6 +118,8 @@ class Model(nn.Module):
                 last token.
             train: dropout on; needs rngs={"dropout": key}.
             output_hidden_states: also return the embeddings' and every layer's output.
+            **arrays: what the record of the task lists beside these (`task.arrays`): of REALM the
+                candidates, relevance, masks and labels; see realm.py.
 
         Raises:
             ValueError: for shapes or dtypes that do not fit, ids beyond their tables, and masks
@@ -129,6 +133,12 @@ class Model(nn.Module):
                 "the pattern use lsg_flax.attention.lsg_attention_reference."
             )
         self._check_run()
+        arrays = {name: array for name, array in arrays.items() if array is not None}
+        if unknown := sorted(arrays.keys() - {*self.task_record.arrays}):
+            raise ValueError(
+                f"task={self.task!r} does not take {', '.join(unknown)}; beside the inputs it "
+                f"takes {', '.join(self.task_record.arrays) or 'nothing'}."
+            )
         inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         targets = Inputs(
             decoder_input_ids, decoder_attention_mask, inputs_embeds=decoder_inputs_embeds
@@ -147,11 +157,27 @@ class Model(nn.Module):
             return self._run_both(inputs, targets, encoder_outputs, call)
         others = {f"decoder_{name}": array for name, array in targets._asdict().items()}
         _refuse("they are for encoder-decoders", encoder_outputs=encoder_outputs, **others)
-        return self._run_one(inputs, states, call)
+        if self.head_table.embedders:
+            return self._compare(inputs, arrays, call)
+        return self._run_one(inputs, states, call, arrays)
 
-    def _run_one(self, inputs: Inputs, states: dict[str, Any], call: Call) -> ModelOutput:
+    def _compare(self, inputs: Inputs, arrays: dict[str, Any], call: Call) -> ModelOutput:
+        """Queries and their candidates, each through its embedder."""
+        first, *own = (
+            model.clone(name=name, parent=self) for name, model in self.embedders.items()
+        )
+        query = (own[0] if own else first)(**inputs._asdict(), train=call.train)
+        candidates = candidates_of(arrays, inputs)
+        check_inputs(candidates, self.answering_stack, self.max_length, rank=3, of="candidate_")
+        flat = candidates.flattened()._asdict()
+        return relevance(query, first(**flat, train=call.train), candidates.lead)
+
+    def _run_one(
+        self, inputs: Inputs, states: dict[str, Any], call: Call, arrays: dict[str, Any]
+    ) -> ModelOutput:
         """An encoder, or a decoder alone."""
         stack, rank = self.answering_stack, self.task_record.input_rank
+        rank -= self.task_record.alone and inputs.rank == rank - 1
         check_inputs(inputs, stack, self.max_length, rank=rank)
         context = self._context(stack, call, self._slots(inputs, call))
         batch, width = inputs.lead[0], stack.hidden_size
@@ -170,7 +196,10 @@ class Model(nn.Module):
                 encoder = Encoder(context, stack.is_decoder, *run, name="encoder")
                 body = encoder(flat, memory, call.cache)
         output = self._answer(context, body, body.last)
-        if rank == 3 and output.logits is not None:
+        if finish := self.head_table.finish:
+            if not self.is_initializing():
+                output = finish(output, arrays, self.config, inputs.lead)
+        elif rank == 3 and output.logits is not None:
             logits = output.logits.reshape(-1, inputs.lead[1])  # [B, C]
             output = dataclasses.replace(output, logits=logits)
         return dataclasses.replace(output, hidden_states=body.states, cache=body.cache)
@@ -296,6 +325,12 @@ class Model(nn.Module):
         return 0 if length is None else slots_of_cache(inputs, stack, self.max_length, length)
 
     @property
+    def embedders(self) -> dict[str, "Model"]:
+        """The parts of a model that compares, by name; empty for all others."""
+        names = self.head_table.embedders
+        return {name: self.clone(task="embedder") for name in names(self.config)} if names else {}
+
+    @property
     def has_two_stacks(self) -> bool:
         """Whether the model is an encoder and a decoder."""
         return isinstance(self.config, EncoderDecoderConfig) and not self._is_causal
@@ -341,7 +376,9 @@ class Model(nn.Module):
         ids = np.zeros((1,) * (self.task_record.input_rank - 1) + (2,), np.int32)
         if isinstance(self.config, EncoderDecoderConfig):  # a row is classified by its end token
             ids += self.config.eos_token_id or 0
-        return {"input_ids": ids} | ({"decoder_input_ids": ids} if self.has_two_stacks else {})
+        others = {"decoder_input_ids": ids} if self.has_two_stacks else {}
+        others |= {"candidate_input_ids": ids[None]} if self.embedders else {}
+        return {"input_ids": ids} | others
 
     def abstract_params(self) -> Params:
         """Shapes and dtypes of the parameters; nothing is computed."""

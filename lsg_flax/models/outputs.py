@@ -19,7 +19,7 @@ class ModelOutput:
     globals in front and the padding to whole blocks behind: `num_hidden_layers + 1` arrays of [B, G
     + T padded, D]; an encoder-decoder has `encoder_hidden_states` and `decoder_hidden_states`. Its
     `encoder_last_hidden_state` has the globals in front if they are passed on. `cache` is what the
-    next call of a decoder takes.
+    next call of a decoder takes. `loss` is there where a model computes it itself (REALM's).
     """
 
     last_hidden_state: Array | None = None
@@ -35,3 +35,18 @@ class ModelOutput:
     encoder_hidden_states: tuple[Array, ...] | None = None
     decoder_hidden_states: tuple[Array, ...] | None = None
     cache: Cache | None = None
+    loss: Array | None = None
+    projected_score: Array | None = None
+    relevance_score: Array | None = None
+    query_score: Array | None = None
+    candidate_score: Array | None = None
+    retriever_logits: Array | None = None
+    reader_logits: Array | None = None
+    retriever_loss: Array | None = None
+    reader_loss: Array | None = None
+    retriever_correct: Array | None = None
+    reader_correct: Array | None = None
+    block_idx: Array | None = None
+    candidate: Array | None = None
+    start_pos: Array | None = None
+    end_pos: Array | None = None

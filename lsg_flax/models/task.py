@@ -10,8 +10,11 @@ IGNORED = -100  # a label that does not count, as in PyTorch
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 # How an output answers its labels. "class": one of the last axis; "next_token": the class of the
 # token behind; "yes_or_no": a number per token; "problem_type": as the config's problem_type says;
-# "position": one of the tokens.
-Loss = Literal["class", "next_token", "yes_or_no", "problem_type", "position"]
+# "position": one of the tokens; "own_of_tokens", "own_of_rows": the model computes the loss itself,
+# a mean over its labels, of which `mlm_mask` may leave some out, or over rows.
+Loss = Literal[
+    "class", "next_token", "yes_or_no", "problem_type", "position", "own_of_tokens", "own_of_rows"
+]
 # What a row of data holds: see `data.Columns`. The tokens of "masked_text" and "running_text" are
 # their own labels, those of "text_to_text" the ones of the text to write.
 Examples = Literal[
@@ -67,6 +70,8 @@ class Task:
         named_labels: whether the labels are the config's, which have names.
         examples: what a row of training data holds; None where there is no reader.
         generates: whether the outputs are scores of the next token, so that text is made of them.
+        arrays: what the model takes beside its inputs, labels of a loss of its own included.
+        alone: whether a row is also taken without the axis of the batch.
     """
 
     name: str
@@ -79,6 +84,8 @@ class Task:
     named_labels: bool = False
     examples: Examples | None = None
     generates: bool = False
+    arrays: tuple[str, ...] = ()
+    alone: bool = False
 
     def __post_init__(self):
         known: dict[str, tuple[Any, ...]] = {
@@ -203,4 +210,27 @@ SENTENCE_ORDER = Task(
         Target("sop_logits", "sentence_order_label", "class"),
     ),
     per_token=("prediction_logits",),
+)
+
+# What finds texts and answers in them (REALM).
+EMBEDDER = Task("embedder")
+SCORER = Task(
+    "scorer",
+    arrays=tuple(
+        f"candidate_{name}"
+        for name in ("input_ids", "attention_mask", "token_type_ids", "inputs_embeds")
+    ),
+)
+KNOWLEDGE_AUGMENTED_ENCODER = Task(
+    "knowledge_augmented_encoder",
+    targets=(Target("loss", "labels", "own_of_tokens"),),
+    input_rank=3,
+    arrays=("relevance_score", "labels", "mlm_mask"),
+)
+READER = Task(
+    "reader",
+    targets=(Target("loss", "has_answers", "own_of_rows"),),
+    input_rank=3,
+    arrays=("relevance_score", "block_mask", "start_positions", "end_positions", "has_answers"),
+    alone=True,
 )

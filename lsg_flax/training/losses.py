@@ -34,6 +34,8 @@ INPUTS = (
     *("encoder_hidden_states", "encoder_attention_mask"),
 )
 
+OWN: tuple[Loss, ...] = ("own_of_tokens", "own_of_rows")  # that the model computes
+
 Metrics = dict[str, Any]
 
 
@@ -117,8 +119,16 @@ def label_shape(
     Args:
         tokens: the shape of the model's `input_ids`, maybe behind an axis of microbatches.
         dtype: of the labels, where it says what `sequence_classification` is trained on.
+
+    Raises:
+        ValueError: where other arrays than `input_ids` decide.
     """
     task, config = model.task_record, model.config
+    if target.loss in OWN:
+        raise ValueError(
+            f"task={model.task!r} computes its loss itself, from {', '.join(task.arrays)}: their "
+            "shapes do not follow from input_ids; give a whole batch."
+        )
     rows = tokens[: 1 - task.input_rank]
     if target.loss == "problem_type":
         if problem_type(config, dtype) != "single_label_classification":
@@ -155,7 +165,8 @@ def apply_model(model: Model, params: Params, batch: Batch, key) -> Any:
     rngs: Any = None
     if key is not None:
         rngs = dict(zip(("dropout", "lsh"), jax.random.split(key), strict=True))
-    inputs = {name: batch[name] for name in INPUTS if name in batch}
+    names = (*INPUTS, *model.task_record.arrays)
+    inputs = {name: batch[name] for name in names if name in batch}
     given = {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys()
     if model.has_two_stacks and model.task_record.generates and not given:
         inputs["decoder_input_ids"] = model.shift_right(jnp.asarray(batch["labels"]))
@@ -169,6 +180,9 @@ def target_sums(
     sums = []
     for target, labels in zip(targets_of(model), _labels(model, batch), strict=True):
         logits = getattr(output, target.output).astype(jnp.float32)
+        if target.loss in OWN:
+            sums.append(logits * jnp.sum(labels != IGNORED))
+            continue
         _check_labels(model, target, logits.shape, labels, batch)
         problem = problem_type(model.config, labels.dtype)
         if not 0 <= label_smoothing < 1 or (label_smoothing and not smooths(target, problem)):
@@ -212,10 +226,11 @@ def _labels(model: Model, batch: Batch) -> list[Array]:
     regression and multi-label, else integers without the last axis of the logits, -100 where
     nothing counts."""
     wanted = [target.labels for target in targets_of(model)]
-    missing, unknown = sorted({*wanted} - {*batch}), sorted({*batch} - {*wanted, *INPUTS})
+    others = (*INPUTS, *model.task_record.arrays)
+    missing, unknown = sorted({*wanted} - {*batch}), sorted({*batch} - {*wanted, *others})
     if missing or unknown:
         raise ValueError(
-            f"a batch for task={model.task!r} holds {wanted} and of {list(INPUTS)} what the model "
+            f"a batch for task={model.task!r} holds {wanted} and of {list(others)} what the model "
             f"takes; missing are {missing}, unknown {unknown}."
         )
     return [
@@ -225,6 +240,10 @@ def _labels(model: Model, batch: Batch) -> list[Array]:
 
 
 def _prepared(model: Model, loss: Loss, batch: Batch, labels: Array) -> Array:
+    if loss == "own_of_rows":
+        return jnp.zeros(labels.shape[:-1], jnp.int32)
+    if loss == "own_of_tokens":
+        return jnp.where(jnp.asarray(batch.get("mlm_mask", jnp.ones_like(labels))) != 0, 0, IGNORED)
     if loss == "problem_type":
         problem = problem_type(model.config, labels.dtype)
         if problem != "single_label_classification":

@@ -10,6 +10,7 @@ import flax.traverse_util
 import jax.numpy as jnp
 import numpy as np
 from cases import (
+    COMPARED,
     GRADIENTS_OF,
     HEADS,
     KINDS,
@@ -79,7 +80,7 @@ def write_checkpoints(folder: pathlib.Path, reference: Results) -> dict[str, Cas
         for name in KINDS[family]:
             sparsity = kind if name == "lsg" else None
             write(cases, folder, f"{name}_{family}_{task}", family, task, sparsity)
-    for i, family in enumerate(FAMILIES):
+    for i, family in enumerate(COMPARED):
         for kind in KINDS[family]:
             sparsity = SPARSITY_TYPES[(i + SEED) % 7] if kind == "lsg" else None
             name = f"{kind}_{family}_unread"

@@ -21,7 +21,6 @@ from tiny_tokenizers import write_source
 import lsg_flax
 from lsg_flax import LSGConfig
 from lsg_flax.hub.to_lsg import Draws, LSGOptions, to_lsg
-from lsg_flax.models import FAMILIES
 
 REQUIREMENTS = HERE.parent / "reference" / "requirements.txt"
 CLS, MASK = 2, 4  # of the worker's tokenizer
@@ -210,7 +209,7 @@ def test_what_pytorch_users_write_is_the_same_model(torch_facts):
     """Named parameters, views, wrapped models; `safetensors.torch.save_model`, which keeps one of
     two tied tensors."""
     found = torch_facts[0]["stored_otherwise"]
-    assert len(found) == 8 + len(FAMILIES)
+    assert len(found) == 8 + len(COMPARED)
     assert set(found.values()) == {True}, found
 
 

@@ -5,13 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, HEADS, KINDS, leaks, names
+from cases import CASES, COMPARED, HEADS, KINDS, leaks, names
 from jobs import DIFFERENCES, TABLE, close, close_outputs
 from saved import CONVERTED
 
 import lsg_flax
 from lsg_flax.convert_from_torch import params_to_torch
-from lsg_flax.models import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("fixed_rotations")
 ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -91,7 +90,7 @@ def test_a_model_of_ours_in_pytorch(saved, name):
     assert len(strict.report["keys"]) > 15
 
 
-@pytest.mark.parametrize(("kind", "family"), [(k, f) for f in FAMILIES for k in KINDS[f]])
+@pytest.mark.parametrize(("kind", "family"), [(k, f) for f in COMPARED for k in KINDS[f]])
 def test_what_a_family_does_not_read_changes_no_number(saved, kind, family):
     compare(saved, f"{kind}_{family}_unread", "JAX -> PyTorch")
 

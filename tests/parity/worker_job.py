@@ -1,7 +1,7 @@
 """tests/reference/worker.py with three more kinds, for `python worker_job.py JOB_DIR`. Runs in the
 reference environment.
 
-strict_load: class, checkpoint
+strict_load: class, checkpoint, own_query_embedder?
     json keys (in the file), after load_state_dict(strict=True) raised nothing
 auto: class (AutoModel...), checkpoint (with the remote code in it)
     json class, missing_keys, unexpected_keys
@@ -26,7 +26,8 @@ def run_strict_load(case, inputs, folder):
     path = folder / case["checkpoint"]
     fields = json.loads((path / "config.json").read_text())
     cls = worker.model_class(case["class"], fields["model_type"])
-    model = cls(cls.config_class.from_pretrained(path))
+    config = cls.config_class.from_pretrained(path)
+    model = cls(config, **worker.second_embedder(case, config))
     tensors = load_file(path / "model.safetensors")
     model.load_state_dict(tensors, strict=True)
     return {}, {"keys": sorted(tensors)}

@@ -23,17 +23,21 @@ standalone_attention: class, options
 local_attention: options (of LocalAttention; without dim there are no rotary positions)
     in   query, key, value [n,h,t,d], mask? [n,t], attn_bias? [h,w,s], cotangent? [n,h,t,d]
     out  context [n,h,t,d]
-model: class, checkpoint, config?, output_hidden_states?, grad_of?
+model: class, checkpoint, config?, output_hidden_states?, grad_of?, own_query_embedder?, part?
     in   arguments of the model's forward by name, labels included; weight_<output>?
-    out  every output by name, hidden_states.<i>, weighted_loss, grad.<parameter>
+    out  every output by name, hidden_states.<i>, weighted_loss, grad.<parameter>; reader_logits,
+         relevance included, of RealmReader, which keeps them to itself
     json missing_keys, unexpected_keys, mismatched_keys
-make_model: class, config, out, scale?, safe_serialization?, max_shard_size?, tokenizer?
+make_model: class, config, out, scale?, safe_serialization?, max_shard_size?, tokenizer?,
+         own_query_embedder?
     json parameters (name -> shape)
 convert: checkpoint, options?, config?, architecture?, out?
     out  position_embeddings, global_embeddings [512,E], and whatever was drawn:
          global_samples, global_noise [512,E], position_noise [512-rows,E]
     json class, config, model_max_length
 
+- own_query_embedder: RealmScorer gets a second embedder; part: the attribute of the model that is
+  run, such as the reader of RealmForOpenQA.
 - Folders (checkpoint, out) are relative to JOB_DIR or absolute.
 - config: fields of the LSG config class. In `model` they replace those of config.json before the
   config validates itself; in `convert` they are the converter's extra keywords, not validated.
@@ -216,7 +220,8 @@ def run_local_attention(case, inputs, folder):
 def model_class(name, model_type):
     """LSG classes from the reference's module of that family, all others from transformers."""
     if not name.startswith("LSG"):
-        return getattr(transformers, name)
+        inner = transformers.models.realm.modeling_realm  # has the base model, which is not public
+        return getattr(inner if name == "RealmBertModel" else transformers, name)
     family = model_type.replace("-", "_")
     return getattr(importlib.import_module(f"lsg_converter.{family}.modeling_lsg_{family}"), name)
 
@@ -227,7 +232,14 @@ def load_model(case, folder):
     cls = model_class(case["class"], fields["model_type"])
     config = cls.config_class.from_dict(fields)
     kwargs = dict(config=config, torch_dtype=torch_dtype(case), output_loading_info=True)
-    return cls.from_pretrained(path, **kwargs)
+    model, info = cls.from_pretrained(path, **kwargs, **second_embedder(case, config))
+    return getattr(model, case["part"]) if "part" in case else model, info
+
+
+def second_embedder(case, config):
+    """Without it, from_pretrained reads the weights of both embedders of a RealmScorer into one."""
+    own = case.get("own_query_embedder")
+    return {"query_embedder": transformers.RealmEmbedder(config)} if own else {}
 
 
 def save_model(model, path, **kwargs):
@@ -249,6 +261,10 @@ def run_model(case, inputs, folder):
             f"{unknown} are not arguments of {case['class']}.forward: {list(accepted)}"
         )
     arguments = {k: to_torch(v, model.dtype) for k, v in inputs.items() if k in accepted}
+    spans = {}
+    if isinstance(model, transformers.RealmReader):  # which adds the relevance in place
+        keep = lambda module, given, made: spans.update(reader_logits=made[0])  # noqa: E731
+        model.qa_outputs.register_forward_hook(keep)
     if "encoder_outputs" in arguments:
         arguments["encoder_outputs"] = (arguments["encoder_outputs"],)
     grad_of = case.get("grad_of", [])
@@ -263,7 +279,7 @@ def run_model(case, inputs, folder):
             output_hidden_states=case.get("output_hidden_states", False),
             return_dict=True,
         )
-        outputs = {}
+        outputs = dict(spans)
         for name, value in result.items():
             if isinstance(value, torch.Tensor):
                 outputs[name] = value
@@ -297,20 +313,21 @@ def run_model(case, inputs, folder):
 
 def randomise(model, scale):
     """Draw every trainable parameter: layer norm weights around 1, all others around 0; and the
-    bias of logits that is a buffer."""
+    bias of logits and the embeddings of blocks, which are buffers."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 centre = float("norm" in name.lower() and name.endswith("weight"))
                 parameter.copy_(centre + scale * torch.randn(parameter.shape))
         for name, buffer in model.named_buffers():
-            if name == "final_logits_bias":
+            if name in ("final_logits_bias", "block_emb"):
                 buffer.copy_(scale * torch.randn(buffer.shape))
 
 
 def run_make_model(case, inputs, folder):
     cls = model_class(case["class"], case["config"].get("model_type", "bert"))
-    model = cls(cls.config_class(**case["config"]))
+    config = cls.config_class(**case["config"])
+    model = cls(config, **second_embedder(case, config))
     randomise(model, case.get("scale", 0.2))
     kwargs = {key: case[key] for key in ("safe_serialization", "max_shard_size") if key in case}
     save_model(model, folder / case["out"], **kwargs)

@@ -2,9 +2,9 @@
 with the places in our parameter tree, what it computes, and how it becomes LSG."""
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from lsg_flax.models.config import EncoderConfig, ModelConfig
 from lsg_flax.models.config_json import Dialect
 from lsg_flax.models.heads import Head
 from lsg_flax.models.layout import Layout, Storage
+from lsg_flax.models.outputs import ModelOutput
 from lsg_flax.models.task import Task
 
 
@@ -29,6 +30,8 @@ class Row(NamedTuple):
 
 
 Rows = tuple[Row, ...]
+# From a head's outputs, the task's arrays, the config and the shape of input_ids.
+Finish = Callable[[ModelOutput, Mapping[str, Any], ModelConfig, tuple[int, ...]], ModelOutput]
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,11 @@ class HeadTable:
         untied_rows: in their place if config.tie_word_embeddings is false.
         body: rows of the body in place of the family's, where the model has a part of it only.
         at_last_eos: the head is given one state, that at the last end token of the inputs.
+        finish: what is made of the head's outputs without parameters.
+        part: the name by which models of several parts have this one; it is read out of their
+            files, too.
+        embedders: names of the parts of a model that compares, each a model of the task "embedder":
+            of the candidates, and of queries where they have their own.
     """
 
     task: Task
@@ -79,6 +87,9 @@ class HeadTable:
     untied_rows: Rows = ()
     body: Rows | None = None
     at_last_eos: bool = False
+    finish: Finish | None = None
+    part: str = ""
+    embedders: Callable[[ModelConfig], tuple[str, ...]] | None = None
 
 
 class PositionTable(NamedTuple):
@@ -96,12 +107,14 @@ class ToLSG:
 
     Attributes:
         segments: whose row 0 is added to the globals; None to add nothing.
+        lengths: fields of the config that become the new number of tokens.
     """
 
     positions: tuple[PositionTable, ...]
     globals: str
     words: str
     segments: str | None = None
+    lengths: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,6 +126,7 @@ class Family:
         prefix: of the body's tensors in a model with a head.
         encoder, pooler: rows of these parts; `encoder` has all stacks.
         config_type: what its config.json is read as.
+        tf_names: what to replace in names of TensorFlow's checkpoints, as regular expressions.
         ignored: tensors that are not parameters, by name behind the prefix.
         other_names, other_types: further beginnings of its class names, and model_types.
         lsg_type: the model_type of LSG checkpoints where PyTorch has no LSG classes of the family;
@@ -129,6 +143,7 @@ class Family:
     dialect: Dialect = Dialect()  # noqa: RUF009 (never changed)
     architecture: Architecture = Architecture()  # noqa: RUF009 (never changed)
     config_type: type[ModelConfig] = EncoderConfig
+    tf_names: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ("embeddings.position_ids", "embeddings.token_type_ids")
     other_names: tuple[str, ...] = ()
     other_types: tuple[str, ...] = ()
@@ -177,6 +192,14 @@ class Family:
     def keys(self, task: str, config: ModelConfig) -> list[Key]:
         """Every tensor of a model, with its prefix."""
         head, keys = self.head(task), []
+        if head.embedders:
+            inner = self.keys("embedder", config)
+            names = head.embedders(config)
+            return [
+                replace(key, torch=f"{name}.{key.torch}", path=f"{name}/{key.path}")
+                for name in names
+                for key in inner
+            ]
         prefix = "" if task == "base" else f"{self.prefix}."
         for row in self.encoder if head.body is None else head.body:
             stack = config.stacks.get(row.path.split("/")[0])

@@ -15,6 +15,7 @@ from lsg_flax.models.families.electra import ELECTRA
 from lsg_flax.models.families.family import Family
 from lsg_flax.models.families.mbart import MBART
 from lsg_flax.models.families.pegasus import PEGASUS
+from lsg_flax.models.families.realm import REALM
 from lsg_flax.models.families.roberta import ROBERTA
 from lsg_flax.models.families.squeezebert import SQUEEZEBERT
 from lsg_flax.models.families.xlm_roberta import XLM_ROBERTA
@@ -60,6 +61,7 @@ for _family in (
     BART,
     MBART,
     PEGASUS,
+    REALM,
     SQUEEZEBERT,
 ):
     register(_family)
@@ -104,7 +106,8 @@ def model_type_of(values: dict[str, Any]) -> str:
     for name in classes:
         for family in FAMILIES.values():
             names = "|".join((family.class_prefix, *family.other_names))
-            if re.fullmatch(f"(LSG)?({names})(Model|LMHeadModel|For[A-Z].*)", name):
+            known = re.fullmatch(f"(LSG)?({names})(Model|LMHeadModel|For[A-Z].*)", name)
+            if known or family.task_of(name):
                 return family.model_type
     raise ValueError(
         f"no model_type, and architectures={short(classes)} names no class of a supported family; "
