@@ -15,6 +15,7 @@ from lsg_flax.models import EncoderConfig as EncoderConfig
 from lsg_flax.models import EncoderDecoderConfig as EncoderDecoderConfig
 from lsg_flax.models import Model as Model
 from lsg_flax.models import ModelOutput as ModelOutput
+from lsg_flax.open_qa import OpenQA as OpenQA
 from lsg_flax.patterns import LSGConfig as LSGConfig
 from lsg_flax.pipelines import pipeline as pipeline
 

@@ -41,10 +41,12 @@ MAY_IMPORT = {
     "training": "buckets checks chips data files generation hub locks models patterns progress "
     "sharding",
     "pipelines": "buckets files generation hub inference locks models progress",
+    "open_qa": "buckets checks convert_from_torch files hub inference locks models pipelines "
+    "progress sharding",
     "planning": "chips generation hub inference models patterns sharding training",
-    "__init__": "attention generation hub models patterns pipelines",
-    "cli": "__init__ chips files generation hub locks models patterns pipelines planning progress "
-    "sharding training",
+    "__init__": "attention generation hub models open_qa patterns pipelines",
+    "cli": "__init__ chips files generation hub inference locks models open_qa patterns pipelines "
+    "planning progress sharding training",
 }
 PARTS = list(MAY_IMPORT)
 MODULES = sorted(str(p.relative_to(PACKAGE).with_suffix("")) for p in PACKAGE.rglob("*.py"))

@@ -11,7 +11,18 @@ import flax
 import jax
 
 import lsg_flax
-from lsg_flax.cli import convert, embed, generate, inspect, plan, predict, summarize, train
+from lsg_flax.cli import (
+    ask,
+    convert,
+    embed,
+    generate,
+    index,
+    inspect,
+    plan,
+    predict,
+    summarize,
+    train,
+)
 from lsg_flax.cli.flags import in_flags
 from lsg_flax.cli.shared import plain_warnings, say
 from lsg_flax.progress import told
@@ -19,7 +30,9 @@ from lsg_flax.training import SaveError
 
 ERROR, INTERRUPTED = 2, 130
 _EXPECTED = (ValueError, OSError, ImportError, SaveError, FloatingPointError)
-_COMMANDS = (convert, inspect, train, predict, summarize, embed, generate, plan)  # as in --help
+_COMMANDS = (  # as in --help
+    *(convert, inspect, train, predict, summarize, embed, generate, plan, index, ask),
+)
 
 _DESCRIPTION = "LSG attention (local + sparse + global) for BERT-like checkpoints, in JAX."
 _EXAMPLES = """examples:
@@ -32,6 +45,8 @@ _EXAMPLES = """examples:
   lsg-flax summarize ./lsg-bart-arxiv papers/ summaries.jsonl --num-beams 4 --truncation
   lsg-flax embed ./minilm-4096 documents.jsonl vectors.npy
   lsg-flax generate ./writer --prompt "Once upon a time" --do-sample --top-p 0.9
+  lsg-flax index ./realm corpus.jsonl ./realm-corpus
+  lsg-flax ask ./realm-corpus "who wrote the song of Troy?"
   lsg-flax plan ./bert-4096 --task sequence_classification --topology v5e:2x4 --batch-size 32"""
 
 

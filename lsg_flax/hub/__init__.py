@@ -21,6 +21,7 @@ from lsg_flax.hub.to_lsg import LSGOptions as LSGOptions
 from lsg_flax.hub.tokenizer_files import Tokenizer as Tokenizer
 from lsg_flax.hub.tokenizer_files import check_languages as check_languages
 from lsg_flax.hub.tokenizer_files import read_tokenizer as read_tokenizer
+from lsg_flax.hub.tokenizer_files import save_tokenizer as save_tokenizer
 from lsg_flax.hub.weights import BIN as BIN
 from lsg_flax.hub.weights import CONFIG as CONFIG
 from lsg_flax.hub.weights import INDEX as INDEX

@@ -19,6 +19,8 @@ Tokenizer = Any
 
 _CONFIG = "tokenizer_config.json"
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", _CONFIG)
+# Classes that newer versions of transformers lack, and the same tokenizer under another name.
+_SAME_AS = dict.fromkeys(("RealmTokenizer", "RealmTokenizerFast"), "BertTokenizerFast")
 _SENTENCEPIECE = ("sentencepiece.bpe.model", "spiece.model", "tokenizer.model")
 # What may change without another vocabulary, and then changes in the file too.
 _SETTINGS = ("model_max_length", "padding_side", "truncation_side")
@@ -44,10 +46,11 @@ def read_tokenizer(folder: str | os.PathLike) -> Tokenizer | None:
             f"{folder / models[0]} is a sentencepiece model without a tokenizer.json; reading it "
             f"needs {' and '.join(packages)}: pip install 'lsg-flax[sentencepiece]'."
         )
-    from transformers import AutoTokenizer
+    import transformers
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        name = _SAME_AS.get(_settings(folder).get("tokenizer_class"), "AutoTokenizer")
+        tokenizer = getattr(transformers, name).from_pretrained(str(folder))
         tokenizer("\u2603")  # a vocabulary without a token for what it does not know cannot
     except BaseException as error:  # of any kind; a panic in Rust is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -152,11 +155,14 @@ def _identity(tokenizer: Tokenizer) -> list[Any]:
     return [*known, backend | {"truncation": None, "padding": None}]  # left by the last call
 
 
+def _settings(folder: pathlib.Path) -> Any:
+    file = folder / _CONFIG
+    return json.loads(file.read_text("utf-8")) if file.exists() else {}
+
+
 def _code_of(folder: pathlib.Path) -> set[str]:
     """The modules that tokenizer_config.json names for a tokenizer of its own."""
-    file = folder / _CONFIG
-    values = json.loads(file.read_text("utf-8")) if file.exists() else {}
-    named = values.get("auto_map")
+    named = _settings(folder).get("auto_map")
     named = named.get("AutoTokenizer") if isinstance(named, dict) else named
     references = named if isinstance(named, list) else [named]
     plain = (r for r in references if isinstance(r, str) and re.fullmatch(r"\w+\.\w+", r))

@@ -1,0 +1,26 @@
+"""`lsg-flax ask`: answers questions from an index."""
+
+import argparse
+
+from lsg_flax.cli import shared
+from lsg_flax.inference import json_line
+from lsg_flax.open_qa import OpenQA
+
+_DESCRIPTION = """Answer each QUESTION from the blocks of FOLDER, which `lsg-flax index` makes.
+
+Prints a line of JSON for each: answer, score, block_id (its number in the corpus) and its text."""
+
+
+def add(commands: shared.Commands) -> None:
+    """Declares the command and its options."""
+    command = shared.add_command(commands, "ask", _DESCRIPTION, run)
+    command.add_argument("folder", metavar="FOLDER", help="folder, or id on the Hugging Face hub")
+    command.add_argument("questions", metavar="QUESTION", nargs="+")
+    command.add_argument("--reader", metavar="READER", help="folder of another reader, such as LSG")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the command."""
+    open_qa = OpenQA.from_pretrained(arguments.folder, reader=arguments.reader)
+    for question in arguments.questions:
+        print(json_line({"question": question} | open_qa.answer(question)._asdict()), flush=True)

@@ -1,0 +1,146 @@
+"""What the models read of texts: questions with blocks as pairs, candidates, and where a block has
+an answer.
+
+Axes: B batch, C choices (candidates of a row), T tokens.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from lsg_flax.checks import require
+from lsg_flax.hub import Tokenizer
+from lsg_flax.models import Model, RealmConfig
+
+_FIELDS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+class Pairs(NamedTuple):
+    """A question with each of some blocks, [CLS] question [SEP] block [SEP], and where the block's
+    own tokens are."""
+
+    input_ids: Int[np.ndarray, "blocks T"]
+    attention_mask: Int[np.ndarray, "blocks T"]
+    token_type_ids: Int[np.ndarray, "blocks T"]
+    block_mask: Bool[np.ndarray, "blocks T"]
+
+
+class AnswerPlaces(NamedTuple):
+    """Where blocks have answers; -1 fills up rows with fewer."""
+
+    has_answers: Bool[np.ndarray, " blocks"]
+    start_positions: Int[np.ndarray, "blocks places"]
+    end_positions: Int[np.ndarray, "blocks places"]
+
+
+def checked_config(model: Model, task: str, tokenizer: Tokenizer) -> RealmConfig:
+    """The model's config; raises ValueError for another task, and for a tokenizer that makes no
+    pairs or has ids that the model does not know."""
+    config = model.config
+    if model.task != task or not isinstance(config, RealmConfig):
+        raise ValueError(
+            f"a {config.model_type} {model.task} is given, and must be a REALM {task}."
+        )
+    lacking = [n for n in ("cls", "sep", "pad") if getattr(tokenizer, f"{n}_token_id") is None]
+    require(not lacking, f"the tokenizer lacks {lacking} tokens; give the model's own, a BERT's.")
+    highest = max(tokenizer.get_vocab().values())
+    require(
+        highest < config.vocab_size,
+        f"the tokenizer has ids up to {highest}, and the model vocab_size={config.vocab_size}: it "
+        "is of another vocabulary; copy the tokenizer's files from the checkpoint of the model.",
+    )
+    return config
+
+
+def encode_pairs(
+    tokenizer: Tokenizer, question: str, blocks: Sequence[str], max_length: int
+) -> Pairs:
+    """The question with each block, as wide as the longest pair; of too long ones the longer part
+    is cut first."""
+    encoded = tokenizer(
+        [question] * len(blocks),
+        list(blocks),
+        **{"padding": True, "truncation": True, "max_length": max_length, "return_tensors": "np"},
+        **{"return_token_type_ids": True, "return_special_tokens_mask": True},
+    )
+    ids, mask, types = (np.asarray(encoded[name], np.int32) for name in _FIELDS)
+    return Pairs(ids, mask, types, (types > 0) & (encoded["special_tokens_mask"] == 0))
+
+
+def question_text(tokenizer: Tokenizer, ids: Int[np.ndarray, " T"]) -> str:
+    """A question's text from its ids, without special tokens. [UNK] stays: it stands for a word,
+    which the reference loses.
+
+    Raises:
+        ValueError: for a question without words.
+    """
+    special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+    tokens = [token for token in ids.tolist() if token not in special]
+    require(
+        bool(tokens),
+        f"the question has no tokens but {len(ids)} special ones; give one with words in it.",
+    )
+    return tokenizer.decode(tokens, skip_special_tokens=False)
+
+
+def check_answers(answer_ids: Sequence[Sequence[int]], max_span_width: int) -> None:
+    """Raises ValueError for answers that no span can be."""
+    lengths = [len(answer) for answer in answer_ids]
+    require(bool(lengths) and min(lengths) > 0, f"answers of {lengths} tokens; give at least one.")
+    require(
+        max(lengths) <= max_span_width,
+        f"answers of {lengths} tokens: the reader gives none of more than max_span_width="
+        f"{max_span_width}. Leave the longer ones out, or raise it in config.json, on which no "
+        "weight depends.",
+    )
+
+
+def block_has_answer(
+    input_ids: Int[np.ndarray, "blocks T"], answer_ids: Sequence[Sequence[int]], *, sep: int
+) -> AnswerPlaces:
+    """Every place between a row's first and second [SEP] (whose id is `sep`) where an answer's ids
+    begin: answers in their order, places from left to right, -1 behind the last."""
+    passed = (input_ids == sep).cumsum(axis=1)
+    inside = (passed == 1) & (input_ids != sep)
+    found: list[list[tuple[int, int]]] = [[] for _ in input_ids]
+    for answer in answer_ids:
+        if not 0 < len(answer) <= input_ids.shape[1]:
+            continue
+        windows = np.lib.stride_tricks.sliding_window_view(input_ids, len(answer), axis=1)
+        same = (windows == np.asarray(answer)).all(axis=2) & inside[:, : windows.shape[1]]
+        for row, start in np.argwhere(same):
+            found[row].append((int(start), int(start) + len(answer) - 1))
+    places = np.full((len(found), max(map(len, found), default=0), 2), -1, np.int32)
+    for row, spans in enumerate(found):
+        places[row, : len(spans)] = np.reshape(spans, (-1, 2))
+    return AnswerPlaces(np.array([*map(bool, found)]), places[..., 0], places[..., 1])
+
+
+def batch_encode_candidates(
+    tokenizer: Tokenizer,
+    text: Sequence[Sequence[str]],
+    *,
+    max_length: int,
+    text_pair: Sequence[Sequence[str]] | None = None,
+) -> dict[str, Int[np.ndarray, "B C T"]]:
+    """Ids, mask and segments of the candidates of each row, cut and padded to `max_length`: what
+    RealmTokenizer's method of this name gives with truncation.
+
+    Raises:
+        ValueError: if rows have different numbers of candidates, or pairs other ones than texts.
+    """
+    both = [text] if text_pair is None else [text, text_pair]
+    counts = [[len(row) for row in rows] for rows in both]
+    require(
+        counts[0] == counts[-1] and len({*counts[0]}) == 1 and counts[0][0] > 0,
+        f"rows have {' and '.join(map(str, counts))} candidates; give as many for each, from 1.",
+    )
+    encoded = tokenizer(
+        *([candidate for row in rows for candidate in row] for rows in both),
+        **{"padding": "max_length", "truncation": True, "max_length": max_length},
+        **{"return_token_type_ids": True, "return_tensors": "np"},
+    )
+    shape = (len(text), counts[0][0], max_length)
+    return {name: np.asarray(encoded[name], np.int32).reshape(shape) for name in _FIELDS}

@@ -1,0 +1,257 @@
+"""Open-domain question answering: a question's vector finds blocks of a corpus, and a reader finds
+the answer in them. (RealmForOpenQA of transformers 4.37; arXiv 2002.08909)
+
+Axes: B batch (one question), T tokens, D model width (here of the projection).
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.typing import Dtype
+from jaxtyping import Int
+
+from lsg_flax import hub
+from lsg_flax.checks import require
+from lsg_flax.convert_from_torch import params_to_torch
+from lsg_flax.files import differences
+from lsg_flax.hub import Tokenizer
+from lsg_flax.models import Model, ModelOutput, Params, RealmConfig
+from lsg_flax.open_qa import pairs
+from lsg_flax.open_qa.embeddings import BLOCK_EMBEDDINGS, write_embeddings
+from lsg_flax.open_qa.folder import Parts, write_folder
+from lsg_flax.open_qa.reading import (
+    Retrieved,
+    best_span,
+    embed_question,
+    read_blocks,
+    reader_inputs,
+    without_padding,
+)
+from lsg_flax.open_qa.records import Records, open_records
+from lsg_flax.open_qa.search import Search, Stored, device_search
+
+_STEP = 32  # tokens by which questions are padded
+
+Question = dict[str, Int[np.ndarray, "B T"]]
+Answers = Sequence[Sequence[int]]  # ids, without special tokens
+
+
+class OpenQAOutput(NamedTuple):
+    """What a call finds: the reader's output, whose numbers are transformers'; the answer's ids,
+    [T]; the numbers of the blocks that were found, best first."""
+
+    reader_output: ModelOutput
+    predicted_answer_ids: Int[np.ndarray, " T"]
+    block_ids: Int[np.ndarray, " beam"]
+
+
+class Answer(NamedTuple):
+    """An answer, its score (the reader's and the retriever's together), and its block."""
+
+    answer: str
+    score: float
+    block_id: int
+    text: str
+
+
+@dataclass(frozen=True, eq=False)
+class OpenQA:
+    """A retriever and a reader over an index of blocks.
+
+    Attributes:
+        embedder, reader: models of these tasks.
+        params: {"embedder": ..., "reader": ...}.
+        tokenizer: of both.
+        records: the blocks' texts.
+        embeddings: [blocks, D]; rows are read when they are needed.
+        search: over these.
+    """
+
+    embedder: Model
+    reader: Model
+    params: Params
+    tokenizer: Tokenizer
+    records: Records
+    embeddings: Stored
+    search: Search
+
+    def __post_init__(self):
+        """Raises ValueError for parts that do not fit together."""
+        width = pairs.checked_config(self.embedder, "embedder", self.tokenizer).retriever_proj_size
+        require(
+            tuple(self.embeddings.shape) == (len(self.records), width),
+            f"{self.records.place} has {len(self.records)} blocks and the embedder vectors of "
+            f"{width} numbers, but the embeddings are {tuple(self.embeddings.shape)}: they are of "
+            "another corpus or embedder; `lsg-flax index` makes new ones.",
+        )
+        length, longest = self.config.reader_seq_len, self.reader.max_length
+        require(
+            length <= longest,
+            f"reader_seq_len={length} is more than the {longest} tokens that the reader reads; "
+            "lower it in config.json, or convert the reader by lsg_flax.convert_checkpoint.",
+        )
+
+    @property
+    def config(self) -> RealmConfig:
+        """The reader's: it has the beams."""
+        return pairs.checked_config(self.reader, "reader", self.tokenizer)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike,
+        *,
+        reader: str | os.PathLike | None = None,
+        search: Callable[[Stored], Search] = device_search,
+        dtype: Dtype = jnp.float32,
+    ) -> "OpenQA":
+        """Loads a folder or hub id of a RealmForOpenQA with its block_records.npy and tokenizer.
+
+        Args:
+            reader: where to load the reader from, such as its conversion to LSG; `folder` itself by
+                default.
+            search: makes the search of the embeddings, such as `faiss_search`, or
+                `functools.partial(device_search, mesh=mesh, dtype=jnp.bfloat16)`.
+            dtype: of the models' computation.
+
+        Raises:
+            FileNotFoundError: if there is no checkpoint, tokenizer or record.
+            ValueError: for records that are a pickle, parts that do not fit together, and as
+                `lsg_flax.from_pretrained`.
+        """
+        checkpoint = hub.open_checkpoint(folder)
+        embeddings = checkpoint.tensors.get(BLOCK_EMBEDDINGS)
+        if not isinstance(embeddings, Stored):
+            raise ValueError(
+                f"{folder} has no tensor {BLOCK_EMBEDDINGS!r}, the blocks' embeddings; `lsg-flax "
+                "index` makes a folder that has."
+            )
+        parts = checkpoint.tokenizer, open_records(checkpoint.root), embeddings
+        if parts[0] is None:
+            raise FileNotFoundError(f"{folder} has no tokenizer; copy its files there.")
+        first, params = checkpoint.load("embedder", dtype=dtype)
+        of_reader = checkpoint if reader is None else hub.open_checkpoint(reader)
+        second, others = of_reader.load("reader", dtype=dtype)
+        params = {"embedder": params, "reader": others}
+        return cls(first, second, params, *parts, search(embeddings))
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Writes a folder that `from_pretrained` and transformers' RealmForOpenQA read; all files
+        together or, if anything fails, none.
+
+        Raises:
+            ValueError: if embedder and reader have different configs, of which the folder has one.
+            OSError: if it cannot be written.
+        """
+        models = {"embedder": self.embedder, "reader": self.reader}
+        configs = [hub.config_values(model) | {"architectures": []} for model in models.values()]
+        names = [path for path, *_ in differences(*configs)]
+        require(
+            not names,
+            f"embedder and reader differ in {names}, and a folder has one config.json; save the "
+            "reader by lsg_flax.save_pretrained, and give it to OpenQA.from_pretrained(reader=).",
+        )
+        tensors = {
+            f"{name}.{tensor}": values
+            for name, model in models.items()
+            for tensor, values in params_to_torch(self.params[name], model).items()
+        }
+        parts = Parts(tensors, configs[0], self.tokenizer, self.records)
+        write_folder(folder, parts, lambda file: write_embeddings(file, self.embeddings))
+
+    def __call__(
+        self,
+        input_ids,
+        attention_mask=None,
+        token_type_ids=None,
+        answer_ids: Answers | None = None,
+        train: bool = False,
+        *,
+        key: jax.Array | None = None,
+    ) -> OpenQAOutput:
+        """Finds blocks for one question and the answer in them.
+
+        Args:
+            input_ids, attention_mask, token_type_ids: [1, T].
+            answer_ids: the right answers; gives the losses.
+            train: find searcher_beam_size blocks and not reader_beam_size.
+            key: of dropout, in training; None for none.
+
+        Raises:
+            ValueError: for another number of questions, one without words, answers that are empty
+                or wider than max_span_width, and a beam that is larger than the index.
+        """
+        question, config = self._question(input_ids, attention_mask, token_type_ids), self.config
+        found = self.retrieve(question, answer_ids, train=train)
+        ids, inputs = found.pairs.input_ids, reader_inputs(found, config, self.reader.max_length)
+        models = {"embedder": self.embedder, "reader": self.reader}
+        key = key if train else None
+        output = read_blocks(self.params, question, found.vectors, inputs, key, **models)
+        lengths = {"padded": inputs["input_ids"].shape[1], "length": ids.shape[1]}
+        output = without_padding(output, **lengths, width=config.max_span_width)
+        block, start, end = best_span(output)
+        return OpenQAOutput(output, ids[block, start : end + 1], found.blocks)
+
+    def answer(self, question: str) -> Answer:
+        """The best answer to a question, with the block that it stands in.
+
+        Raises:
+            ValueError: for a question without words, or longer than the embedder reads.
+        """
+        encoded = self.tokenizer([question], return_token_type_ids=True, return_tensors="np")
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        output, ids, blocks = self(*(encoded[name] for name in names))
+        block, score = int(blocks[best_span(output)[0]]), np.max(np.asarray(output.reader_logits))
+        text = self.tokenizer.decode(ids)
+        return Answer(text, float(score), block, *self.records.texts([block]))
+
+    def retrieve(
+        self, question: Question, answer_ids: Answers | None = None, *, train: bool = False
+    ) -> Retrieved:
+        """The blocks found for a question (`input_ids` and more, [1, T]), and where they have
+        answers; arguments and errors are those of the call."""
+        config, tokenizer = self.config, self.tokenizer
+        beam = config.searcher_beam_size if train else config.reader_beam_size
+        require(
+            beam >= config.reader_beam_size,
+            f"searcher_beam_size={beam} is less than reader_beam_size={config.reader_beam_size}; "
+            "the reader reads the best of what the searcher finds: raise it in config.json.",
+        )
+        if answer_ids is not None:
+            pairs.check_answers(answer_ids, config.max_span_width)
+        ids = question["input_ids"][question["attention_mask"] > 0]
+        text = pairs.question_text(tokenizer, ids)
+        embedded = embed_question(self.params["embedder"], question, embedder=self.embedder)
+        blocks = self.search(np.asarray(embedded), beam).blocks[0]
+        rows = [np.asarray(self.embeddings[n : n + 1], np.float32) for n in blocks.tolist()]
+        texts, places = self.records.texts(blocks.tolist()), None
+        found = pairs.encode_pairs(tokenizer, text, texts, config.reader_seq_len)
+        if answer_ids is not None:
+            sep = tokenizer.sep_token_id
+            places = pairs.block_has_answer(found.input_ids, answer_ids, sep=sep)
+        return Retrieved(blocks, np.concatenate(rows), found, places)
+
+    def _question(self, input_ids, attention_mask, token_type_ids) -> Question:
+        """The question's arrays, padded to one of a few lengths."""
+        ids = np.asarray(input_ids)
+        limit, words = self.embedder.max_length, self.embedder.config.vocab_size
+        require(
+            ids.ndim == 2 and ids.shape[0] == 1 and 0 < ids.shape[1] <= limit,
+            f"input_ids {ids.shape} must be one question, [1, tokens], of at most {limit} tokens; "
+            "ask one after the other, and shorten long ones.",
+        )
+        require(
+            int(ids.min()) >= 0 and int(ids.max()) < words,
+            f"input_ids lie in {ids.min()}..{ids.max()}, and vocab_size={words}; do tokenizer and "
+            "checkpoint fit together?",
+        )
+        mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask)
+        types = np.zeros_like(ids) if token_type_ids is None else np.asarray(token_type_ids)
+        fill = ((0, 0), (0, min(-ids.shape[1] % _STEP, limit - ids.shape[1])))
+        arrays = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+        return {name: np.pad(array.astype(np.int32), fill) for name, array in arrays.items()}

@@ -1,0 +1,157 @@
+"""The texts of an index's blocks: fixed-width bytes in a .npy, or the lines of a file. Nothing is
+unpickled but on request, and then nothing but bytes is let in.
+"""
+
+import os
+import pathlib
+import pickle
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from lsg_flax.files import check_pointer, file_aside, is_blank
+from lsg_flax.pipelines import TEXTS, read_texts
+
+BLOCK_RECORDS = "block_records.npy"
+_CONVERTER = (
+    "records are never unpickled. Convert it once: `lsg-flax index MODEL {file} FOLDER "
+    "--unpickle-records` (or lsg_flax.open_qa.unpickle_records) lets in bytes and texts alone"
+)
+_ARRAYS = ("numpy.core.multiarray", "numpy._core.multiarray")
+_LET_IN = {
+    **{(module, name): name for module in _ARRAYS for name in ("_reconstruct", "scalar")},
+    ("numpy", "ndarray"): "ndarray",
+    ("numpy", "dtype"): "dtype",
+    ("_codecs", "encode"): "encode",  # bytes, as protocol 2 writes them
+}
+
+
+class Records:
+    """Texts by number, decoded when asked for.
+
+    Attributes:
+        place: the file, for messages.
+    """
+
+    def __init__(self, values: Sequence[bytes] | np.ndarray, place: str | os.PathLike):
+        """Takes UTF-8 bytes, in memory or mapped from a file."""
+        self.values, self.place = values, str(place)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def texts(self, numbers: Iterable[int]) -> list[str]:
+        """The texts of these blocks; raises ValueError for one that is not UTF-8, by number."""
+        return [self._text(number) for number in numbers]
+
+    def _text(self, number: int) -> str:
+        try:
+            return bytes(self.values[number]).decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"block {number} of {self.place} is not valid UTF-8 ({error}); write the records "
+                "anew from texts in UTF-8."
+            ) from error
+
+
+def open_records(path: str | os.PathLike) -> Records:
+    """The records in a file, or in a folder's block_records.npy.
+
+    Args:
+        path: a .npy of fixed-width bytes (`dtype("S...")`, one dimension), which is mapped and not
+            read; a .txt with a block on each line, or a .jsonl of objects with "text".
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: for a pickle, an array of another kind, a damaged file, an empty block.
+    """
+    file = pathlib.Path(path)
+    file = file / BLOCK_RECORDS if file.is_dir() else file
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is no file; records are a .npy, .txt or .jsonl.")
+    check_pointer(file)
+    if file.suffix == ".npy":
+        return Records(_mapped(file), file)
+    if file.suffix not in TEXTS:
+        raise ValueError(f"{file} must end in .npy, {' or '.join(TEXTS)}.")
+    lines = read_texts(file)
+    empty = [p for p, text in zip(lines.places, lines.texts, strict=True) if is_blank(text)]
+    if empty:
+        raise ValueError(f"{empty[0]} is an empty block, of {len(empty)}; take such lines out.")
+    return Records([text.encode() for text in lines.texts], file)
+
+
+def _mapped(file: pathlib.Path) -> np.ndarray:
+    try:
+        values = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        said = str(error)
+        if "pickle" in said or "Python objects" in said:
+            advice = _CONVERTER.format(file=file)
+            raise ValueError(f"{file} holds pickled objects or no array, and {advice}.") from error
+        raise ValueError(f"{file} is damaged: {said}; copy or make it again.") from error
+    if not isinstance(values, np.ndarray) or values.dtype.kind != "S" or values.ndim != 1:
+        kind = f"{getattr(values, 'dtype', 'no')} array {getattr(values, 'shape', '')}"
+        raise ValueError(
+            f"{file} holds a {kind}; records are one dimension of fixed-width bytes in UTF-8, as "
+            "lsg_flax.open_qa.write_records makes them of texts."
+        )
+    return values
+
+
+def write_records(file: str | os.PathLike, records: Records) -> None:
+    """Writes a .npy of fixed-width bytes, as wide as the longest text; it gets its name when it is
+    complete.
+
+    Raises:
+        ValueError: if there is nothing to write, or a text ends in a zero byte, which such arrays
+            lose.
+        OSError: if it cannot be written.
+    """
+    if not len(records):
+        raise ValueError(f"{records.place} has no blocks; an index needs at least one.")
+    lost = next((i for i, value in enumerate(records.values) if value[-1:] == b"\0"), None)
+    if lost is not None:
+        raise ValueError(f"block {lost} of {records.place} ends in a zero byte; take it off.")
+    width, shape = max(map(len, records.values)), (len(records),)
+    with file_aside(pathlib.Path(file)) as aside:
+        written = np.lib.format.open_memmap(aside, "w+", np.dtype(f"S{width}"), shape)
+        for number, value in enumerate(records.values):
+            written[number] = value
+        written.flush()
+
+
+def unpickle_records(file: str | os.PathLike) -> Records:
+    """The records in a pickled object array, such as the published block_records.npy, read into
+    memory: its classes are looked up in a list of NumPy's own, so no code of the file runs.
+
+    Raises:
+        ValueError: if it holds anything but a one-dimensional array of bytes or texts.
+    """
+    file = pathlib.Path(file)
+    with file.open("rb") as opened:
+        try:
+            version = np.lib.format.read_magic(opened)
+            header = "read_array_header_1_0" if version == (1, 0) else "read_array_header_2_0"
+            shape, _, dtype = getattr(np.lib.format, header)(opened)
+            values = _BytesAlone(opened).load() if dtype.hasobject else None
+        except (ValueError, EOFError, IndexError, TypeError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{file} is no array of pickled bytes: {error}.") from error
+    if values is None:
+        raise ValueError(f"{file} holds {dtype} {shape} and no pickle; open it as it is.")
+    if not isinstance(values, np.ndarray) or values.ndim != 1:
+        raise ValueError(f"{file} holds {type(values).__name__} {shape}, not a list of blocks.")
+    kinds = {type(value).__name__ for value in values if not isinstance(value, bytes | str)}
+    if kinds:
+        raise ValueError(f"{file} holds {', '.join(sorted(kinds))}; blocks are bytes or texts.")
+    return Records([v.encode() if isinstance(v, str) else bytes(v) for v in values], file)
+
+
+class _BytesAlone(pickle.Unpickler):
+    """Refuses every class and function but those of an array of bytes."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _LET_IN:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not let in")
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
