@@ -88,6 +88,7 @@ format: .venv/installed  ## format the code
 
 bench: .venv/installed .venv-reference/installed  ## time and memory beside the PyTorch reference
 	$(BIN)/python benchmarks/vs_reference.py --reference-python $(REFERENCE)
+	$(BIN)/python benchmarks/generation.py --reference-python $(REFERENCE)
 
 golden: .venv-reference/installed  ## record tests/golden anew from the PyTorch reference
 	$(REFERENCE) tests/reference/record_golden.py

@@ -1,11 +1,13 @@
-"""The tables of docs/plan.md: what fits eight v5e chips, by compiling for them on this machine.
+"""The tables of docs/plan.md: what fits v5e chips and what they do, by compiling for them on this
+machine.
 
     pip install 'lsg-flax[plan]'
-    python benchmarks/plan_facts.py [--remat full]
+    python benchmarks/plan_facts.py [--remat full | --generation]
 
 The largest batch per chip of RoBERTa-base at 4,096 tokens, with LSG and with full attention, and
 one sequence of 1,048,576 tokens over all eight. A compilation takes one to three minutes on 2 CPU
-cores, the more the closer to the limit; the whole runs for most of an hour.
+cores, the more the closer to the limit; the whole runs for most of an hour. With --generation, in a
+few minutes: what a step of beam search moves with LSG-BART-base.
 """
 
 import argparse
@@ -15,10 +17,20 @@ from typing import get_args
 from lsg_flax.models import Remat
 from lsg_flax.planning import Plan, PlanSettings, largest_batch, plan
 
-CONFIG = str(pathlib.Path(__file__).parent / "configs" / "roberta-base.json")
+CONFIGS = pathlib.Path(__file__).parent / "configs"
+CONFIG = str(CONFIGS / "roberta-base.json")
 COMMON = {"source": CONFIG, "topology": "v5e:2x4", "task": "sequence_classification"}
 FIRST = {"none": 4, "dots": 6, "full": 16}  # rows per chip, where the search begins
 GIB = 2**30
+# Eight documents of 4,096 tokens, four beams each, on one chip.
+GENERATION = {
+    "source": str(CONFIGS / "bart-base.json"),
+    "topology": "v5e:1x1",
+    "mode": "generate",
+    "batch_size": 8,
+    "num_beams": 4,
+    "param_dtype": "bfloat16",
+}
 
 
 def shown(found: Plan) -> str:
@@ -30,11 +42,31 @@ def shown(found: Plan) -> str:
     return f"{found.needed / GIB:.2f} GiB | {bound:,.0f} ms | {own:,.0f} ms | {took}"
 
 
+def generation() -> None:
+    """Prints what a step of beam search moves, by the number of tokens that are written."""
+    columns = ["new tokens", "weights", "encoder's keys and values", "cache of the beams"]
+    columns += ["together, MB", "a step moves, MB", "of these", "memory", "a step takes at least"]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for count in (64, 128, 256):
+        found = plan(PlanSettings(**GENERATION, max_new_tokens=count))
+        assert found.generation and found.program and found.roofline
+        reads, moved = found.generation.reads, found.program.bytes
+        sizes = (reads.weights, reads.cross_cache, reads.self_cache, reads.total, moved)
+        cells = [f"{count}", *(f"{size / 1e6:,.0f}" for size in sizes)]
+        cells += [f"{moved / reads.total:.2f} x", f"{found.needed / GIB:.2f} GiB"]
+        print(f"| {' | '.join(cells)} | {1e3 * found.roofline:.2f} ms |", flush=True)
+
+
 def main() -> None:
-    """Prints both tables as Markdown."""
+    """Prints the tables as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--remat", choices=get_args(Remat), help="this one only")
-    chosen = parser.parse_args().remat
+    parser.add_argument("--generation", action="store_true", help="the table of generation")
+    arguments = parser.parse_args()
+    if arguments.generation:
+        generation()
+        return
+    chosen = arguments.remat
     policies = [chosen] if chosen else list(get_args(Remat))
     head = "memory per chip | a step takes at least | XLA's own estimate | compile time |"
     print(f"| attention | remat | largest batch per chip | {head}\n|---|---|---|---|---|---|---|")

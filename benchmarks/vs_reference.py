@@ -15,10 +15,10 @@ import json
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
+
+from workers import ask, serve, start, turn
 
 MODEL = {
     "vocab_size": 8192, "hidden_size": 768, "num_hidden_layers": 4, "num_attention_heads": 12,
@@ -120,34 +120,7 @@ def work(rival: str, folder: str, mode: str, length: int, dropout: float) -> Non
     values = [step()]
     if rival != "full attention":  # its step is long, and once is enough to compile
         step()
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    print(json.dumps({"value": values[0]}), flush=True)
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        step()
-        seconds = time.perf_counter() - start
-        status = pathlib.Path("/proc/self/status").read_text()
-        peak = int(next(line for line in status.splitlines() if "VmHWM" in line).split()[1])
-        print(json.dumps({"seconds": seconds, "mib": peak / 1024}), flush=True)
-
-
-def start(python: str, *arguments) -> subprocess.Popen:
-    """A worker process, ready when it has printed its first line."""
-    command = [python, "-W", "ignore", __file__, "--worker", *map(str, arguments)]
-    environment = os.environ | {"TRANSFORMERS_VERBOSITY": "error", "JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        text=True, env=environment,
-    )  # fmt: skip
-
-
-def ask(process: subprocess.Popen) -> dict:
-    """The next line of a worker."""
-    line = process.stdout.readline()
-    if not line:
-        command = " ".join(map(str, process.args))
-        raise RuntimeError(f"a worker stopped; this command shows why: {command}")
-    return json.loads(line)
+    serve(step, {"value": values[0]})
 
 
 def compare(
@@ -157,7 +130,8 @@ def compare(
     too_long = mode == "train" and length > LONGEST_FULL_TRAINING
     rivals = [rival for rival in RIVALS if not (rival == "full attention" and too_long)]
     processes = {
-        rival: start(pythons[rival], rival, folder, mode, length, dropout) for rival in rivals
+        rival: start(pythons[rival], __file__, rival, folder, mode, length, dropout)
+        for rival in rivals
     }
     try:
         values = {rival: ask(process)["value"] for rival, process in processes.items()}
@@ -168,9 +142,7 @@ def compare(
             for rival, process in processes.items():
                 if rival == "full attention" and repeat:  # slow, and for scale only
                     continue
-                process.stdin.write("go\n")
-                process.stdin.flush()
-                runs[rival].append(ask(process))
+                runs[rival].append(turn(process))
     finally:
         for process in processes.values():
             process.kill()

@@ -279,6 +279,22 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _spec(spec)) if any(spec) else x
 
 
+def over_rows(function: Callable) -> Callable:
+    """The function of arrays [B, ...] on every device's own rows, for what XLA gives each device
+    all rows of. It is called as it is without a mesh, and for rows that do not divide."""
+
+    def run(*arrays):
+        mesh = jax.sharding.get_abstract_mesh()
+        free = [axis for axis in MESH_AXES["batch"] if axis in mesh.auto_axes]
+        axes = tuple(axis for axis in free if mesh.shape[axis] > 1)
+        if not axes or len(arrays[0]) % math.prod(mesh.shape[axis] for axis in axes):
+            return function(*arrays)
+        rows, names = PartitionSpec(axes), set(axes)
+        return jax.shard_map(function, in_specs=rows, out_specs=rows, axis_names=names)(*arrays)
+
+    return run
+
+
 def sequence_shards() -> int:
     """How many shards of tokens the ambient mesh asks for; 1 without one, and inside a shard."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -351,6 +351,14 @@ def caches_of(beams, slots, states):
     return beams * slots * token, states * token
 
 
+def assert_no_cache_leaves(found: Plan):
+    """Texts do not meet: what is exchanged is smaller than the smallest cache of one layer."""
+    exchanged = [*found.program.collectives, *found.generation.prefill.collectives]
+    reads = found.generation.reads
+    assert {"all-reduce"} <= {c.kind for c in found.program.collectives}  # whether all have ended
+    assert max(c.bytes for c in exchanged) < min(reads.self_cache, reads.cross_cache) / LAYERS
+
+
 @pytest.mark.slow
 def test_a_plan_of_generation(bart):
     """Two rows of three beams on each of four devices: formulas for bytes and FLOPs of a step."""
@@ -367,9 +375,7 @@ def test_a_plan_of_generation(bart):
     of_token = 2 * (kernels + VOCABULARY * WIDTH + attention)
     assert found.program.flops == rows * beams * of_token
     assert found.program.unknown_loops == found.generation.prefill.unknown_loops == 0
-    # Texts do not meet: what is exchanged is smaller than a cache of one layer, and no gather.
-    exchanged = [*found.program.collectives, *found.generation.prefill.collectives]
-    assert all(c.bytes < rows * own / LAYERS for c in exchanged)
+    assert_no_cache_leaves(found)
     assert reads.total < found.program.bytes < found.generation.prefill.bytes
     assert found.memory.temporaries > reads.self_cache + reads.cross_cache
     assert Plan.from_json(found.to_json()) == found
@@ -609,10 +615,13 @@ def test_an_error_of_the_other_process_is_one_line(source, capsys):
     assert "3 rows, which data=2 cannot cut evenly" in error and error.count("\n") == 1
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
+needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: lsg-flax[plan]"
 )
+
+
+@pytest.mark.slow
+@needs_libtpu
 def test_a_real_tpu_compilation(source):
     found = plan(settings_of(source, topology="v5e:2x4", dtype="bfloat16"))
     assert found.fits and found.capacity == chips.CHIPS["v5e"].memory
@@ -620,3 +629,20 @@ def test_a_real_tpu_compilation(source):
     assert found.roofline == max(found.times[k] for k in ("compute", "memory", "communication"))
     full = plan(settings_of(source, topology="v5e:2x4", batch_size=2**20))
     assert not full.fits and full.needed > full.capacity and "exceeds" in full.refusal
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_real_tpu_compilation_of_generation(tmp_path):
+    """Beam search on four chips, eight rows of 2,048 tokens on each: a step moves little more than
+    the weights and caches, and the chips exchange none of them."""
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024}
+    sizes |= {"vocab_size": 2048, "num_hidden_layers": LAYERS, "max_position_embeddings": 2048}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(spelled("bart", sizes) | TOKENS | CLASS))
+    where = {"topology": "v5e:2x2", "dtype": "bfloat16", "param_dtype": "bfloat16"}
+    search = {"batch_size": 32, "num_beams": 4, "max_new_tokens": 16}
+    found = plan(written_by(str(file), max_length=2048, lsg={}, **search, **where))
+    assert found.fits and found.program.unknown_loops == 0
+    assert found.program.bytes < 1.3 * found.generation.reads.total
+    assert_no_cache_leaves(found)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from lsg_flax.checks import require
 from lsg_flax.generation.rules import Rules, Text, apply_rules, check_number, check_whole
-from lsg_flax.generation.sampling import Sample, warp
+from lsg_flax.generation.sampling import Sample, top_k, warp
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def _candidates(
         found, places = highest(flat, count)
     else:  # the highest sums with Gumbel noise are draws without repetition
         places = highest(flat + jax.random.gumbel(key, flat.shape), count)[1]
-        found, order = lax.top_k(of_parents(flat, places), count)
+        found, order = top_k(of_parents(flat, places), count)
         places = of_parents(places, order)
     return found, places // vocabulary, places % vocabulary
 
@@ -197,16 +197,15 @@ def _candidates(
 def highest(
     scores: Float[Array, "B _"], count: int, run: int = 128
 ) -> tuple[Float[Array, "B Count"], Int[Array, "B Count"]]:
-    """As `lax.top_k`, of which XLA gives every device all rows: it sees only the highest of each
-    run of places, and then the runs that have the highest ones."""
+    """As `top_k`, which sees only the highest of each run of places, and then the runs that have
+    the highest ones: a vocabulary that is spread over devices stays there."""
     batch, places = scores.shape
     if places <= run * count:
-        found, inside = lax.top_k(scores, count)
-        return found, inside
+        return top_k(scores, count)
     filled = jnp.pad(scores, ((0, 0), (0, -places % run)), constant_values=-jnp.inf)
     runs = filled.reshape(batch, -1, run)
-    numbers = jnp.sort(lax.top_k(runs.max(axis=-1), count)[1], axis=1)  # so equal ones keep order
-    found, inside = lax.top_k(of_parents(runs, numbers).reshape(batch, -1), count)
+    numbers = jnp.sort(top_k(runs.max(axis=-1), count)[1], axis=1)  # so equal ones keep order
+    found, inside = top_k(of_parents(runs, numbers).reshape(batch, -1), count)
     return found, of_parents(numbers, inside // run) * run + inside % run
 
 

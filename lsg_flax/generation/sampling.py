@@ -4,6 +4,7 @@ Axes: B batch, V vocabulary.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from lsg_flax.checks import require
 from lsg_flax.generation.rules import check_number, check_whole
+from lsg_flax.sharding import over_rows
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,17 @@ def warp(logits: Float[Array, "*B V"], sample: Sample, keep: int = 1) -> Float[A
     return logits if sample.top_p is None else _nucleus(logits, sample.top_p, keep)
 
 
+def top_k(
+    scores: Float[Array, "B *_"], count: int
+) -> tuple[Float[Array, "B *_"], Int[Array, "B *_"]]:
+    """`lax.top_k`, which on a mesh sees the rows of its device alone."""
+    found, places = over_rows(partial(lax.top_k, k=count))(scores)
+    return found, places
+
+
 def _likeliest(logits: Float[Array, "*B V"], count: int) -> Float[Array, "*B V"]:
     """-inf for all but the likeliest `count`."""
-    lowest = lax.top_k(logits, min(count, logits.shape[-1]))[0][..., -1:]
+    lowest = top_k(logits, min(count, logits.shape[-1]))[0][..., -1:]
     return jnp.where(logits < lowest, -jnp.inf, logits)
 
 

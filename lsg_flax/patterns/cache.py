@@ -99,7 +99,7 @@ class Cache(NamedTuple):
 def _of_beams(x: Array, parents: Int[Array, "B _"], axis: int) -> Array:
     """The axis of texts and their beams, each beam taken from one of its own text."""
     texts = x.reshape(*x.shape[:axis], len(parents), -1, *x.shape[axis + 1 :])
-    pick = jax.vmap(partial(jnp.take, axis=axis), in_axes=(axis, 0), out_axes=axis)
+    pick = jax.vmap(partial(jnp.take, axis=axis, mode="clip"), in_axes=(axis, 0), out_axes=axis)
     return pick(texts, parents).reshape(*x.shape[:axis], parents.size, *x.shape[axis + 1 :])
 
 

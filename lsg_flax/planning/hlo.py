@@ -15,7 +15,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lsg_flax.planning.hlo_text import Computation, Instruction, called_by, parse, rounds_of
+from lsg_flax.planning.hlo_text import (
+    Computation,
+    Instruction,
+    called_by,
+    conditions_of,
+    parse,
+    rounds_of,
+)
 
 COLLECTIVES = (
     "all-gather",
@@ -152,13 +159,17 @@ def _walk(
         yield _Run(instruction, computations[name], times, fused, within, without_end)
         if instruction.opcode not in ("while", "fusion", "call", "conditional", "async-start"):
             continue  # others call scalar functions, as a reduction does
+        turns = times * (rounds or 1)
+        if loop:  # its scalars are no traffic, but devices may have to agree on them
+            for condition in conditions_of(instruction):
+                yield from _walk(computations, condition, turns, fused=True, unbounded=without_end)
         inside = fused or instruction.opcode == "fusion"
         label = f"{within} {instruction.name}" if inside else within
         for called in called_by(instruction):
             yield from _walk(
                 computations,
                 called,
-                times * (rounds or 1),
+                turns,
                 fused=inside,
                 within=label,
                 unbounded=without_end,

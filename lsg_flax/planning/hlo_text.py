@@ -77,13 +77,17 @@ def called_by(instruction: Instruction) -> list[str]:
     return names
 
 
+def conditions_of(loop: Instruction) -> list[str]:
+    """The name of the computation that says whether a loop goes on."""
+    return re.findall(r"condition=%?([\w.\-]+)", loop.attributes)
+
+
 def rounds_of(loop: Instruction, computations: dict[str, Computation]) -> int | None:
     """How often a loop runs, as XLA says or from the only `counter < constant` of its condition
     (counters start at 0); None where neither says it."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
-    inside = _with_fusions(computations, condition[1]) if condition else []
+    inside = [i for name in conditions_of(loop) for i in _with_fusions(computations, name)]
     limits = [
         int(i.arguments)
         for i in inside

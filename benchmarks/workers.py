@@ -1,0 +1,51 @@
+"""Processes that stay alive side by side and take turns, so that a slow moment of the machine hits
+all of them."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+
+def start(python: str, script: str, *arguments) -> subprocess.Popen:
+    """A worker: `script --worker ...`, ready when it has printed its first line."""
+    command = [python, "-W", "ignore", script, "--worker", *map(str, arguments)]
+    environment = os.environ | {"TRANSFORMERS_VERBOSITY": "error", "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        text=True, env=environment,
+    )  # fmt: skip
+
+
+def ask(process: subprocess.Popen) -> dict:
+    """The next line of a worker."""
+    line = process.stdout.readline()
+    if not line:
+        command = " ".join(map(str, process.args))
+        raise RuntimeError(f"a worker stopped; this command shows why: {command}")
+    return json.loads(line)
+
+
+def turn(process: subprocess.Popen) -> dict:
+    """One step of a worker: what `serve` measures."""
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    return ask(process)
+
+
+def serve(step: Callable[[], object], first: dict) -> None:
+    """A worker's life, warm already: says `first`, then runs a step for each line on standard
+    input and tells its seconds, its seconds of all processors, and the process's peak resident
+    MiB since it was warm."""
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    print(json.dumps(first), flush=True)
+    for _ in sys.stdin:
+        start, used = time.perf_counter(), time.process_time()
+        step()
+        measured = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - used}
+        status = pathlib.Path("/proc/self/status").read_text()
+        peak = int(next(line for line in status.splitlines() if "VmHWM" in line).split()[1])
+        print(json.dumps(measured | {"mib": peak / 1024}), flush=True)
