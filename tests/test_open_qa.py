@@ -12,6 +12,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import safetensors.numpy
 from golden_data import GOLDEN
@@ -504,6 +505,101 @@ def test_places_of_answers():
     assert found.end_positions.tolist() == [[5, 7, 5, 7], [3, -1, -1, -1]]
     none = pairs.block_has_answer(ids, [[8]], sep=3)
     assert not none.has_answers.any() and none.start_positions.shape == (2, 0)
+
+
+# ---------------------------------------------------------------------------------------- training
+
+EXAMPLES = [
+    (QUESTION, ["eiffel"]),
+    ("what was the song by dante ?", ["the song of florence", "king"]),
+    ("who was in leipzig ?", ["bach found a king in"]),
+]
+
+
+def of_embedder(params) -> np.ndarray:
+    """The blocks' embeddings by these parameters."""
+    embedder = open_qa.BlockEmbedder(loaded().embedder, params, loaded().tokenizer)
+    return embedder(loaded().records.texts(range(BLOCKS)))
+
+
+def test_training_teaches_an_answer():
+    """Through reader and embedder; the index stays, as in the paper's fine-tuning."""
+    qa, losses = open_qa.finetune(loaded(), EXAMPLES[:1], optax.adam(1e-2), steps=18)
+    first = loaded()(*question_of(QUESTION), answer_ids=[[26]], train=True)
+    np.testing.assert_allclose(losses[0], first.reader_output.loss, rtol=1e-5)
+    assert losses[-1] < losses[0] / 2
+    assert loaded().answer(QUESTION).answer != "eiffel" == qa.answer(QUESTION).answer
+    before, now = (x.params["embedder"]["head"]["dense"]["kernel"] for x in (loaded(), qa))
+    assert not np.array_equal(before, now) and qa.embeddings is loaded().embeddings
+
+
+def test_the_index_follows_the_embedder():
+    """At step 4 it is that of step 2, at any speed of the thread."""
+    options = {"refresh_every": 2}
+    qa, losses = open_qa.finetune(loaded(), EXAMPLES, optax.adam(1e-2), steps=5, **options)
+    until_2, _ = open_qa.finetune(loaded(), EXAMPLES, optax.adam(1e-2), steps=2, **options)
+    wanted = of_embedder(until_2.params["embedder"])
+    np.testing.assert_allclose(qa.embeddings, wanted, rtol=1e-5, atol=1e-5)
+    assert np.abs(wanted - np.asarray(loaded().embeddings[:])).max() > 1e-2
+    again = open_qa.finetune(loaded(), EXAMPLES, optax.adam(1e-2), steps=5, **options)
+    assert again[1] == losses
+    with pytest.raises(ValueError, match="refresh_every=0 must be at least 1"):
+        open_qa.finetune(loaded(), EXAMPLES, optax.sgd(0.1), steps=1, refresh_every=0)
+
+
+def test_examples_that_cannot_be_trained_on_are_named():
+    wide = [(QUESTION, ["eiffel"]), ("who ?", ["the king of troy was found"])]
+    with pytest.raises(ValueError, match=r"example 1, 'who \?': answers of \[6\]"):
+        open_qa.finetune(loaded(), wide, optax.sgd(0.1), steps=2)
+    with pytest.raises(ValueError, match="there are no examples"):
+        open_qa.finetune(loaded(), [], optax.sgd(0.1), steps=2)
+
+
+def test_salient_spans_are_names_dates_and_numbers():
+    text = "The song was by Homer of Troy in 1432. Dante Alighieri wrote on 12.5.1302 and It is so."
+    found = [text[slice(*span)] for span in open_qa.salient_spans(text)]
+    assert found == ["Homer of Troy", "1432", "Dante Alighieri", "12.5", "1302", "It"]
+    assert open_qa.salient_spans("The poet wrote. He was a king.") == []
+
+
+@functools.cache
+def pretraining():
+    qa = loaded()
+    encoder = lsg_flax.Model(
+        qa.config.with_overrides(num_candidates=3), "knowledge_augmented_encoder"
+    )
+    params = encoder.init(jax.random.key(0), **encoder.example_inputs())["params"]
+    models = open_qa.Pretraining(qa.embedder, encoder, qa.tokenizer, qa.records)
+    return models, {"embedder": qa.params["embedder"], "encoder": params}
+
+
+def test_masked_spans_beside_candidates():
+    models, params = pretraining()
+    text = "the tower was built by Eiffel in Paris"
+    example = models.example(text, (23, 29), ["the river", "eiffel built the tower"])
+    decoded = [models.tokenizer.decode(ids) for ids in example["encoder"]["input_ids"][0]]
+    assert all(
+        row.startswith("[CLS] the tower was built by [MASK] in paris [SEP]") for row in decoded
+    )
+    labels = example["encoder"]["labels"][0]
+    assert models.tokenizer.decode(labels[labels >= 0]) == "eiffel"
+    np.testing.assert_array_equal(example["encoder"]["mlm_mask"][0], labels >= 0)
+    gradients = jax.grad(models.loss)(params, example)
+    for name in ("embedder", "encoder"):  # candidates too are embedded anew
+        assert max(np.abs(g).max() for g in jax.tree.leaves(gradients[name])) > 1e-6
+    with pytest.raises(ValueError, match="must fit 64 tokens beside a block"):
+        models.example("the tower " * 40 + "by Eiffel", (403, 409), [])
+
+
+def test_pretraining_learns_what_is_masked():
+    models, params = pretraining()
+    texts = ["the tower was built by Eiffel in Paris", "a king", "the song was by Homer"]
+    options = {"steps": 24, "refresh_every": 8}
+    found, losses = open_qa.pretrain(models, params, texts, optax.adam(1e-2), **options)
+    assert np.mean(losses[-6:]) < 0.7 * np.mean(losses[:6])
+    assert not np.allclose(of_embedder(found["embedder"]), of_embedder(params["embedder"]))
+    with pytest.raises(ValueError, match="none of 1 texts has a name, date or number"):
+        open_qa.pretrain(models, params, ["a king"], optax.sgd(0.1), steps=1)
 
 
 CODE = re.findall(r"```python\n(.*?)```", DOCS.read_text(), flags=re.DOTALL)

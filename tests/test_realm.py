@@ -3,6 +3,8 @@ batches of questions, parts of files, names of TensorFlow, LSG readers, training
 
 import functools
 import json
+import pathlib
+import re
 import shutil
 
 import flax.traverse_util
@@ -13,6 +15,7 @@ import optax
 import pytest
 import safetensors.numpy
 from golden_data import GOLDEN, load
+from tensorflow_names import OF_TENSORFLOW, WORDS, in_tensorflow
 
 import lsg_flax
 from lsg_flax import hub, training
@@ -109,6 +112,16 @@ def test_the_embedder_embeds_a_corpus():
         np.testing.assert_allclose(row["projected_score"], alone.projected_score[0], **TOLERANCE)
 
 
+def test_the_example_of_the_docs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(GOLDEN / READER, "path/to/reader")
+    docs = pathlib.Path(__file__).parents[1] / "docs" / "realm.md"
+    (block,) = re.findall(r"```python\n(.*?)```", docs.read_text(), flags=re.DOTALL)
+    names: dict = {}
+    exec(compile(block, str(docs), "exec"), names)
+    assert 1 <= len(names["answer"]) <= 4
+
+
 # -------------------------------------------------------------------------------------- the files
 
 
@@ -155,60 +168,11 @@ def test_parts_are_read_out_of_a_whole_system(tmp_path):
     assert hub.open_checkpoint(folder).tensors["block_emb"].shape == (4, 5)
 
 
-def in_tensorflow(name: str, tensor: np.ndarray, words: dict[str, str]) -> tuple[str, np.ndarray]:
-    """A tensor as the published checkpoints of TensorFlow have it."""
-    for ours, theirs in words.items():
-        name = name.replace(ours, theirs)
-    module, _, end = name.rpartition(".")
-    of_norm = "norm" in module.lower()
-    ends = {"weight": "gamma" if of_norm else "kernel", "bias": "beta" if of_norm else "bias"}
-    if module.endswith("predictions"):
-        ends["bias"] = "output_bias"
-    name = module if module.endswith("_embeddings") else f"{module}.{ends[end]}"
-    name = name.replace("layer.", "layer_").replace(".", "/")
-    return name, np.ascontiguousarray(tensor.T) if name.endswith("kernel") else tensor
-
-
-@pytest.mark.parametrize(
-    ("folder", "words"),
-    [
-        (
-            READER,
-            {
-                "realm.": "reader.module.bert.",
-                "cls.": "reader.module.cls.",
-                "qa_outputs.dense_intermediate": "reader.dense",
-                "qa_outputs.dense_output": "reader.dense_1",
-                "qa_outputs.layer_normalization": "reader.layer_normalization",
-            },
-        ),
-        (
-            "realm_embedder",  # fine-tuned
-            {
-                "realm.": "module.module.module.module.bert.",
-                "cls.predictions": "module.module.module.module.CLS.predictions",
-                "cls.": "module.module.module.",
-                "CLS": "cls",
-            },
-        ),
-        (
-            "realm_embedder",  # pretrained
-            {
-                "realm.": "module.module.module.bert.",
-                "cls.predictions": "module.module.module.CLS.predictions",
-                "cls.": "module.module.",
-                "CLS": "cls",
-            },
-        ),
-        (ENCODER, {"realm.": "bert."}),
-    ],
-    ids=["reader", "finetuned_embedder", "pretrained_embedder", "encoder"],
-)
-def test_names_of_tensorflow_are_read(tmp_path, folder, words):
-    stored = tensors_of(GOLDEN / folder)
-    stored.pop("cls.predictions.decoder.weight", None)  # TensorFlow has the word table alone
-    theirs = dict(in_tensorflow(name, tensor, words) for name, tensor in stored.items())
-    theirs |= {"global_step": np.zeros(1, np.int64), "bert/pooler/dense/bias/adam_m": np.ones(12)}
+@pytest.mark.parametrize("kind", WORDS)
+def test_names_of_tensorflow_are_read(tmp_path, kind):
+    """tests/parity has the same tensors through transformers' own reader."""
+    folder = OF_TENSORFLOW[kind]
+    theirs = in_tensorflow(tensors_of(GOLDEN / folder), kind)
     assert any("/attention/self/query/kernel" in name for name in theirs)
     of_safetensors = written(tmp_path / "safetensors", folder, theirs)
     of_numpy = shutil.copytree(of_safetensors, tmp_path / "numpy")
@@ -384,6 +348,11 @@ WRONG = {
         "realm_scorer",
         changed("realm_scorer_padded", candidate_input_ids=np.full((3, 3, 9), 5)),
         "candidates of 3 queries, and 2 queries",
+    ),
+    "positions of the queries alone": (
+        "realm_scorer",
+        changed("realm_scorer_padded", position_ids=np.arange(11)[None]),
+        r"position_ids \(1, 11\) are those of the candidates as well, which have 9 tokens",
     ),
     "a mask of other candidates": (
         "realm_scorer",

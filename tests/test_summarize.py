@@ -359,6 +359,7 @@ def _devices(count):
         ("summarize WRITER empty", "empty is a folder without .txt files"),
         ("summarize WRITER no.jsonl", "no.jsonl is no file"),
         ("summarize WRITER in.csv", "in.csv must end in .jsonl or .txt, or be a folder of .txt"),
+        ("summarize WRITER papers", "or be a folder of .txt; nothing is there now."),
         ("summarize WRITER long.txt", "more than 48, which this pipeline reads: pass --truncation"),
         ("summarize WRITER in.txt --num-beams 0", "--num-beams 0 must be"),
         ("summarize WRITER in.txt --batch-size 0", "--batch-size 0 must be at least 1"),

@@ -52,12 +52,16 @@ def _config_table(checkpoint: hub.Checkpoint) -> Table:
     for f in fields(config):
         if f.name not in ("lsg", "extra", "labels"):
             table.add_row(f.name, _shown(getattr(config, f.name)))
+    extra = json.loads(config.extra)
+    read = {"architectures"} | config.dialect.others.keys()  # beside our fields
+    for name in sorted(extra.keys() & config.dialect.others.keys()):
+        table.add_row(name, _shown(extra[name]))
     table.add_row("labels", ", ".join(config.labels))
     if config.lsg:
         table.add_section()
         for f in fields(config.lsg):
             table.add_row(f.name, _shown(getattr(config.lsg, f.name)))
-    others = sorted(json.loads(config.extra).keys() - {"architectures"})
+    others = sorted(extra.keys() - read)
     if others:
         table.add_section()
         table.add_row("kept, not used", ", ".join(others))

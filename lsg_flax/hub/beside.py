@@ -16,15 +16,8 @@ TOKENIZER_FILES = (
     *("vocab.txt", "vocab.json", "merges.txt", "bpe.codes", "*.model", "chat_template.*"),
 )
 _WEIGHT_FILES = (
-    *(
-        "*.safetensors",
-        "*.index.json",
-        "pytorch_model*.bin",
-        "flax_model*",
-        "tf_model*",
-        "model.npz",
-    ),
-    *("model.ckpt*", "adapter_*"),
+    *("*.safetensors", "*.index.json", "pytorch_model*.bin", "flax_model*", "tf_model*"),
+    *("model.ckpt*", "adapter_*", "model.npz"),
 )
 # By name, since other .json, .txt and .md may be somebody's data or notes.
 _DOCUMENTS = (

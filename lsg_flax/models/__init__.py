@@ -19,6 +19,7 @@ from lsg_flax.models.model import Model as Model
 from lsg_flax.models.outputs import Batch as Batch
 from lsg_flax.models.outputs import ModelOutput as ModelOutput
 from lsg_flax.models.outputs import Params as Params
+from lsg_flax.models.realm import label_log_probs as label_log_probs
 from lsg_flax.models.task import IGNORED as IGNORED
 from lsg_flax.models.task import PROBLEM_SCORERS as PROBLEM_SCORERS
 from lsg_flax.models.task import SCORES as SCORES

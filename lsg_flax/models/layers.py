@@ -266,9 +266,9 @@ def project_groups(
 ) -> Array:
     """`project` where group i of the inputs makes group i of the outputs, by kernels [I, D/I, F/I],
     without the zeros that one matrix of all groups would hold."""
-    groups = kernel.shape[0]
-    axis, ahead = reads.index("d"), writes.replace("d", "if")
-    split = x.reshape(*x.shape[:axis], groups, -1, *x.shape[axis + 1 :])
-    y = jnp.einsum(f"{reads.replace('d', 'id')},idf->{ahead}", split, kernel)
-    axis = ahead.index("i")
-    return y.reshape(*y.shape[:axis], -1, *y.shape[axis + 2 :])
+    axis, ahead = reads.index("d"), writes.index("d")
+    split = x.reshape(*x.shape[:axis], kernel.shape[0], -1, *x.shape[axis + 1 :])
+    y = jax.vmap(lambda x, kernel: project(x, kernel, reads, writes), (axis, 0), ahead)(
+        split, kernel
+    )
+    return y.reshape(*y.shape[:ahead], -1, *y.shape[ahead + 2 :])

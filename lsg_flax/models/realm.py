@@ -101,6 +101,11 @@ def candidates_of(arrays: HeadArrays, inputs: Inputs) -> Inputs:
         )
         if inputs.position_ids is not None:  # PyTorch gives them to both
             places = jnp.asarray(inputs.position_ids)[:, None]
+            require(
+                places.shape[-1] == given.lead[-1],
+                f"position_ids {inputs.position_ids.shape} are those of the candidates as well, "
+                f"which have {given.lead[-1]} tokens: leave them out, or pad both to one length.",
+            )
             places = jnp.broadcast_to(places, (*given.lead[:2], places.shape[-1]))
             given = given._replace(position_ids=places)
     return given
@@ -115,13 +120,20 @@ def relevance(query: ModelOutput, candidates: ModelOutput, lead: Lead) -> ModelO
     return ModelOutput(relevance_score=scores, query_score=one, candidate_score=many)
 
 
-def label_log_probs(logits: Float[Array, "*N V"], labels: Int[Array, "*#N"]) -> Float[Array, "*N"]:
-    """log softmax(logits)[label] in float32; 0 for one of -100, NaN for one that is no class."""
+def label_log_probs(
+    logits: Float[Array, "*N V"], labels: Int[Array, "*#N"], smoothing: float = 0.0
+) -> Float[Array, "*N"]:
+    """log softmax(logits)[label] in float32; 0 for one of -100, NaN for one that is no class.
+
+    `smoothing`: this share of each label goes to all classes evenly, its own too.
+    """
     logits = logits.astype(jnp.float32)
     counted = labels != IGNORED
     invalid = counted & ((labels < 0) | (labels >= logits.shape[-1]))
     index = jnp.where(counted & ~invalid, labels, 0)
     chosen = jnp.take_along_axis(logits, index[..., None], axis=-1)[..., 0]
+    if smoothing:
+        chosen += smoothing * (jnp.mean(logits, axis=-1) - chosen)
     scores = chosen - jax.nn.logsumexp(logits, axis=-1)
     return jnp.where(invalid, jnp.nan, jnp.where(counted, scores, 0.0))
 

@@ -17,3 +17,7 @@ from lsg_flax.open_qa.search import Search as Search
 from lsg_flax.open_qa.search import best_blocks as best_blocks
 from lsg_flax.open_qa.search import device_search as device_search
 from lsg_flax.open_qa.search import faiss_search as faiss_search
+from lsg_flax.open_qa.train import Pretraining as Pretraining
+from lsg_flax.open_qa.train import finetune as finetune
+from lsg_flax.open_qa.train import pretrain as pretrain
+from lsg_flax.open_qa.train import salient_spans as salient_spans

@@ -82,6 +82,7 @@ class OpenQA:
 
     def __post_init__(self):
         """Raises ValueError for parts that do not fit together."""
+        pairs.checked_config(self.reader, "reader", self.tokenizer)
         width = pairs.checked_config(self.embedder, "embedder", self.tokenizer).retriever_proj_size
         require(
             tuple(self.embeddings.shape) == (len(self.records), width),
@@ -99,7 +100,8 @@ class OpenQA:
     @property
     def config(self) -> RealmConfig:
         """The reader's: it has the beams."""
-        return pairs.checked_config(self.reader, "reader", self.tokenizer)
+        assert isinstance(self.reader.config, RealmConfig)
+        return self.reader.config
 
     @classmethod
     def from_pretrained(
@@ -203,12 +205,17 @@ class OpenQA:
         Raises:
             ValueError: for a question without words, or longer than the embedder reads.
         """
-        encoded = self.tokenizer([question], return_token_type_ids=True, return_tensors="np")
-        names = ("input_ids", "attention_mask", "token_type_ids")
-        output, ids, blocks = self(*(encoded[name] for name in names))
+        ids, mask, types = self.encode(question).values()
+        output, ids, blocks = self(ids, mask, types)
         block, score = int(blocks[best_span(output)[0]]), np.max(np.asarray(output.reader_logits))
         text = self.tokenizer.decode(ids)
         return Answer(text, float(score), block, *self.records.texts([block]))
+
+    def encode(self, question: str) -> Question:
+        """A question's arrays, padded to one of a few lengths."""
+        encoded = self.tokenizer([question], return_token_type_ids=True, return_tensors="np")
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        return self._question(*(encoded[name] for name in names))
 
     def retrieve(
         self, question: Question, answer_ids: Answers | None = None, *, train: bool = False
@@ -237,7 +244,6 @@ class OpenQA:
         return Retrieved(blocks, np.concatenate(rows), found, places)
 
     def _question(self, input_ids, attention_mask, token_type_ids) -> Question:
-        """The question's arrays, padded to one of a few lengths."""
         ids = np.asarray(input_ids)
         limit, words = self.embedder.max_length, self.embedder.config.vocab_size
         require(

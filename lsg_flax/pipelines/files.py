@@ -109,8 +109,9 @@ class DocumentFile:
         if self._files == []:
             raise FileNotFoundError(f"{source} is a folder without .txt files.")
         if self._files is None and self.source.suffix not in SOURCES:
+            absent = "" if self.source.exists() else "; nothing is there now"
             raise ValueError(
-                f"{source} must end in {' or '.join(SOURCES)}, or be a folder of .txt."
+                f"{source} must end in {' or '.join(SOURCES)}, or be a folder of .txt{absent}."
             )
         if self._files is None and not self.source.is_file():
             raise FileNotFoundError(f"{source} is no file.")

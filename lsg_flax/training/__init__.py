@@ -13,6 +13,8 @@ from lsg_flax.training.losses import loss_fn as loss_fn
 from lsg_flax.training.losses import targets_of as targets_of
 from lsg_flax.training.metrics import evaluate as evaluate
 from lsg_flax.training.optimizers import make_optimizer as make_optimizer
+from lsg_flax.training.scores import ROUGE as ROUGE
+from lsg_flax.training.scores import rouge_scores as rouge_scores
 from lsg_flax.training.settings import LARGEST_SEED as LARGEST_SEED
 from lsg_flax.training.settings import Group as Group
 from lsg_flax.training.settings import Help as Help

@@ -26,6 +26,7 @@ from lsg_flax.models import (
     ProblemType,
     Target,
     family_of,
+    label_log_probs,
 )
 
 INPUTS = (
@@ -88,15 +89,7 @@ def cross_entropy_sum(
         label_smoothing: this share of each label goes to all classes evenly, its own too, as in
             transformers' LabelSmoother.
     """
-    logits = logits.astype(jnp.float32)
-    counted = labels != IGNORED
-    invalid = counted & ((labels < 0) | (labels >= logits.shape[-1]))
-    index = jnp.where(counted & ~invalid, labels, 0)
-    chosen = jnp.take_along_axis(logits, index[..., None], axis=-1)[..., 0]
-    if label_smoothing:
-        chosen += label_smoothing * (jnp.mean(logits, axis=-1) - chosen)
-    losses = jax.nn.logsumexp(logits, axis=-1) - chosen
-    return jnp.sum(jnp.where(invalid, jnp.nan, jnp.where(counted, losses, 0.0)))
+    return -jnp.sum(label_log_probs(logits, labels, label_smoothing))
 
 
 def problem_type(config: ModelConfig, dtype: DTypeLike) -> ProblemType:

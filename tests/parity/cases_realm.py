@@ -1,9 +1,14 @@
 """The random cases of REALM, whose heads take more arrays than those of the other families, and
 which has no LSG classes in PyTorch."""
 
+import json
+
 import numpy as np
 from cases import VOCABULARY, generator_of, random_mask, random_sizes
+from golden_data import GOLDEN
 from jobs import Case
+from safetensors.numpy import load_file
+from tensorflow_names import OF_TENSORFLOW, in_tensorflow
 
 from lsg_flax.models import FAMILIES
 
@@ -106,6 +111,11 @@ def realm_cases() -> dict[str, Case]:
         run = {"kind": "model", "class": "RealmForOpenQA", "checkpoint": name, "part": part}
         inputs = realm_inputs(generator, part, config)
         cases[f"{name}_{part}"] = Case(run, inputs)
+    for kind, folder in OF_TENSORFLOW.items():
+        config = json.loads((GOLDEN / folder / "config.json").read_text())
+        run = {"kind": "tensorflow", "class": config["architectures"][0], "config": config}
+        tensors = load_file(GOLDEN / folder / "model.safetensors")
+        cases[f"tensorflow_{kind}"] = Case(run, in_tensorflow(tensors, kind))
     return cases
 
 

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from cases import generator_of
 from cases_realm import TASKS, TIMES, realm_cases, realm_inputs, realm_sizes
+from golden_data import GOLDEN
 from jobs import DIFFERENCES, TABLE, Case, close, run
 from saved import random_params
+from tensorflow_names import OF_TENSORFLOW
 
 import lsg_flax
-from lsg_flax.convert_from_torch import params_to_torch
+from lsg_flax.convert_from_torch import params_from_torch, params_to_torch
 from lsg_flax.models import FAMILIES, read_config
 
 LISTS = ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -102,6 +104,18 @@ def test_a_realm_of_pytorch_in_jax(reference, name):
 @pytest.mark.parametrize("part", ["reader", "embedder"])
 def test_a_part_of_a_whole_system_in_jax(reference, part):
     compare(reference, f"realm_open_qa_{part}", "PyTorch -> JAX", part)
+
+
+@pytest.mark.parametrize("kind", OF_TENSORFLOW)
+def test_variables_of_tensorflow_are_the_same_tensors(reference, kind):
+    """As transformers renames and turns them, for the class of the checkpoint."""
+    case, result = reference[f"tensorflow_{kind}"]
+    model, _ = lsg_flax.from_pretrained(GOLDEN / OF_TENSORFLOW[kind])
+    ours = params_to_torch(params_from_torch(case.inputs, model), model)
+    assert ours.keys() == result.outputs.keys()
+    drawn = set() if kind == "encoder" else {"cls.predictions.decoder.weight"}  # else the words
+    for name in ours.keys() - drawn:
+        np.testing.assert_array_equal(ours[name], result.outputs[name], err_msg=name)
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -1,4 +1,4 @@
-"""tests/reference/worker.py with three more kinds, for `python worker_job.py JOB_DIR`. Runs in the
+"""tests/reference/worker.py with four more kinds, for `python worker_job.py JOB_DIR`. Runs in the
 reference environment.
 
 strict_load: class, checkpoint, own_query_embedder?
@@ -9,10 +9,14 @@ generate: class, checkpoint, calls (each {"inputs": [part, ...], "options": {...
     in   <part>.<argument of generate>
     out  tokens_<number of the call> and, with beams, scores_<number>
     json missing_keys, unexpected_keys, mismatched_keys
+tensorflow: class, config
+    in   the variables of a checkpoint of TensorFlow by their names
+    out  the tensors of the model that load_tf_weights makes of them
 """
 
 import json
 import sys
+import types
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "reference"))
@@ -62,7 +66,27 @@ def run_generate(case, inputs, folder):
     return outputs, {key: sorted(map(str, info[key])) for key in lists}
 
 
-worker.KINDS |= {"strict_load": run_strict_load, "auto": run_auto, "generate": run_generate}
+def run_tensorflow(case, inputs, folder):
+    module = types.SimpleNamespace(
+        list_variables=lambda path: [(name, array.shape) for name, array in inputs.items()],
+        load_variable=lambda path, name: inputs[name],
+    )
+    sys.modules["tensorflow"] = types.SimpleNamespace(train=module)
+    cls = worker.model_class(case["class"], case["config"]["model_type"])
+    model = cls(cls.config_class(**case["config"]))
+    try:
+        cls.load_tf_weights(model, model.config, "checkpoint")
+    finally:
+        del sys.modules["tensorflow"]
+    return {name: worker.to_numpy(t) for name, t in model.state_dict().items()}, {}
+
+
+worker.KINDS |= {
+    "strict_load": run_strict_load,
+    "auto": run_auto,
+    "generate": run_generate,
+    "tensorflow": run_tensorflow,
+}
 
 if __name__ == "__main__":
     worker.torch.set_num_threads(1)  # several wait for each other longer than tiny models compute

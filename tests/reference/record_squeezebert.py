@@ -78,13 +78,13 @@ def add(recorder, task, name, inputs=None, without=(), **fields):
             if shape[:2] == (2, T):  # as a loss, padding has none
                 weight = weight * ragged(2, T).reshape(2, T, *[1] * (len(shape) - 2))
             arguments[f"weight_{output}"] = weight.astype(np.float32)
-    fields |= {"class": f"SqueezeBert{suffix}", "checkpoint": f"squeezebert_{task}"}
+    fields |= {"class": f"SqueezeBert{suffix}", "checkpoint": f"squeezebert_plain_{task}"}
     recorder.add(FILE, f"{FILE}_{task}_{name}", "model", arguments, **fields)
 
 
 def record(recorder):
     for seed, (task, (suffix, *_)) in enumerate(CLASSES.items()):
-        folder = f"squeezebert_{task}"
+        folder = f"squeezebert_plain_{task}"
         fields = SIZES | (dict(num_labels=2) if task == "question_answering" else {})
         case = dict(kind="make_model", out=folder, config=fields, seed=seed, scale=0.3)
         worker.run_case(case | {"class": f"SqueezeBert{suffix}"}, {}, GOLDEN)

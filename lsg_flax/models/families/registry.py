@@ -61,8 +61,8 @@ for _family in (
     BART,
     MBART,
     PEGASUS,
-    REALM,
     SQUEEZEBERT,
+    REALM,
 ):
     register(_family)
 

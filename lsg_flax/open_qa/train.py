@@ -1,0 +1,251 @@
+"""Training retriever and reader end to end, and before that the retriever by masked names and
+dates, while the index follows the embedder. (arXiv 2002.08909, sections 3.3 and 3.4)
+
+Axes: B batch (one question or text), C choices (candidates), T tokens, D model width (here of the
+projection).
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from lsg_flax.checks import require
+from lsg_flax.hub import Tokenizer
+from lsg_flax.models import IGNORED, Model, Params, RealmConfig
+from lsg_flax.open_qa.embeddings import WINDOW, BlockEmbedder
+from lsg_flax.open_qa.pairs import batch_encode_candidates
+from lsg_flax.open_qa.qa import OpenQA
+from lsg_flax.open_qa.reading import embed_question, read_blocks, reader_inputs
+from lsg_flax.open_qa.records import Records
+from lsg_flax.open_qa.search import Search, Stored, device_search
+
+# Names, in which small words may stand, and dates and numbers: what a text says of the world.
+_SALIENT = re.compile(
+    r"\b[A-Z]\w+(?:\s+(?:(?:of|the|de|van|von)\s+)?[A-Z]\w+)*|\b\d{1,4}(?:[./:-]\d{1,2}){0,2}\b"
+)
+_TITLE = re.compile(r"(?:^|[.!?]\s+)$")  # what stands before a sentence's first word
+
+
+class LiveIndex:
+    """Embeddings of blocks that follow an embedder in training. Every `every` steps those of the
+    parameters of `every` steps before are taken up, and new ones begin in a thread; so runs repeat.
+
+    Attributes:
+        embeddings, search: the present ones; in memory.
+    """
+
+    def __init__(
+        self,
+        embedder: Model,
+        tokenizer: Tokenizer,
+        records: Records,
+        *,
+        every: int | None,
+        make_search: Callable[[Stored], Search] = device_search,
+        embeddings: Stored | None = None,
+        params: Params | None = None,
+    ):
+        """Takes the embeddings that are there, or makes them by the embedder's `params`; with
+        every=None they stay."""
+        require(every is None or every > 0, f"refresh_every={every} must be at least 1, or None.")
+        self._model, self._tokenizer, self._records = embedder, tokenizer, records
+        self._every, self._make_search = every, make_search
+        self._thread, self._next = concurrent.futures.ThreadPoolExecutor(1), None
+        self.embeddings = self._embed(params) if embeddings is None else embeddings
+        self.search = make_search(self.embeddings)
+
+    def follow(self, step: int, params: Params) -> None:
+        """Takes up new embeddings and begins the next ones, if it is time."""
+        if self._every is None or step % self._every:
+            return
+        if self._next is not None:
+            self.embeddings = self._next.result()
+            self.search = self._make_search(self.embeddings)
+        self._next = self._thread.submit(self._embed, params)
+
+    def _embed(self, params: Any) -> Float[np.ndarray, "blocks D"]:
+        embed, count = BlockEmbedder(self._model, params, self._tokenizer), len(self._records)
+        windows = (range(n, min(n + WINDOW, count)) for n in range(0, count, WINDOW))
+        return np.concatenate([embed(self._records.texts(numbers)) for numbers in windows])
+
+
+@functools.partial(jax.jit, static_argnames=("loss", "optimizer"))
+def _update(params: Params, state: Any, batch: Any, *, loss, optimizer):
+    value, gradients = jax.value_and_grad(loss)(params, *batch)
+    changes, state = optimizer.update(gradients, state, params)
+    return value, optax.apply_updates(params, changes), state
+
+
+def finetune(
+    qa: OpenQA,
+    examples: Sequence[tuple[str, Sequence[str]]],
+    optimizer: optax.GradientTransformation,
+    *,
+    steps: int,
+    key: jax.Array | None = None,
+    refresh_every: int | None = None,
+) -> tuple[OpenQA, list[float]]:
+    """Trains embedder and reader by the marginal likelihood of right blocks and right spans, a
+    question a step; a step whose searcher_beam_size blocks have no answer changes nothing.
+
+    Args:
+        examples: questions, each with its right answers as texts; taken in turn.
+        key: of dropout; None for none.
+        refresh_every: steps after which the index follows; None keeps it, as REALM's fine-tuning.
+
+    Returns:
+        The trained OpenQA, over the embeddings that it was trained with last, and the losses.
+
+    Raises:
+        ValueError: as `OpenQA`'s call, by the example's question.
+    """
+    require(bool(examples), "there are no examples; give questions with their answers.")
+    index = LiveIndex(
+        qa.embedder, qa.tokenizer, qa.records, every=refresh_every, embeddings=qa.embeddings
+    )
+    models = {"embedder": qa.embedder, "reader": qa.reader}
+
+    def loss(params, question, vectors, blocks, key):
+        return read_blocks(params, question, vectors, blocks, key, **models).loss
+
+    params, state, losses = qa.params, optimizer.init(qa.params), []
+    for step in range(steps):
+        index.follow(step, params["embedder"])
+        qa = dataclasses.replace(
+            qa, params=params, embeddings=index.embeddings, search=index.search
+        )
+        text, answers = examples[step % len(examples)]
+        try:
+            question = qa.encode(text)
+            ids = qa.tokenizer(list(answers), add_special_tokens=False)["input_ids"]
+            found = qa.retrieve(question, ids, train=True)
+        except ValueError as error:
+            raise ValueError(f"example {step % len(examples)}, {text!r:.60}: {error}") from error
+        blocks = reader_inputs(found, qa.config, qa.reader.max_length)
+        dropout = None if key is None else jax.random.fold_in(key, step)
+        batch = (question, found.vectors, blocks, dropout)
+        value, params, state = _update(params, state, batch, loss=loss, optimizer=optimizer)
+        losses.append(float(value))
+    return dataclasses.replace(qa, params=params), losses
+
+
+def salient_spans(text: str) -> list[tuple[int, int]]:
+    """Where a text has names, dates and numbers, by rules where the paper has a tagger: words with
+    a capital that do not begin a sentence, or are several, and digits."""
+    found = []
+    for match in _SALIENT.finditer(text):
+        begins = _TITLE.search(text[: match.start()]) and not match[0][0].isdigit()
+        if not begins or " " in match[0]:
+            found.append(match.span())
+    return found
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pretraining:
+    """What predicts masked names and dates from the blocks that it finds: an embedder and a
+    knowledge-augmented encoder of one tokenizer, and the blocks' texts."""
+
+    embedder: Model
+    encoder: Model
+    tokenizer: Tokenizer
+    records: Records
+
+    def example(
+        self, text: str, span: tuple[int, int], candidates: Sequence[str]
+    ) -> dict[str, dict[str, np.ndarray]]:
+        """Inputs of both models: the text with its span masked, alone and with each candidate, the
+        last of which is none; and the candidates alone.
+
+        Raises:
+            ValueError: for a text that is too long for the encoder.
+        """
+        tokenizer, mask = self.tokenizer, self.tokenizer.mask_token_id
+        length = min(self.encoder.max_length, self.embedder.max_length)
+        encode = functools.partial(batch_encode_candidates, tokenizer, max_length=length)
+        words = tokenizer(text[slice(*span)], add_special_tokens=False)["input_ids"]
+        gap = " ".join([tokenizer.mask_token] * len(words))
+        masked, others = text[: span[0]] + gap + text[span[1] :], [[*candidates, ""]]
+        pairs = encode([[masked] * len(others[0])], text_pair=others)
+        alone, whole = encode([[masked]]), encode([[text]])["input_ids"][0]
+        hidden = alone["input_ids"][0] == mask
+        kept = hidden | (alone["input_ids"][0] == whole)  # a span cuts no token in two
+        seen = (pairs["input_ids"][0] == mask) == hidden
+        require(
+            bool(kept.all() and seen.all()) and int(hidden.sum()) == len(words) > 0,
+            f"{text!r:.60}, masked at {span}, must fit {length} tokens beside a block, and be "
+            "masked by whole words; give shorter texts.",
+        )
+        labels = {"labels": np.where(hidden, whole, IGNORED), "mlm_mask": hidden}
+        question, blocks = ({n: x[0] for n, x in e.items()} for e in (alone, encode(others)))
+        return {"question": question, "blocks": blocks, "encoder": pairs | labels}
+
+    def loss(self, params: Params, example: dict[str, Any]) -> Array:
+        """-log of what is masked, over all candidates by their relevance, with gradients for both
+        models: candidates are embedded anew."""
+        variables = {"params": params["embedder"]}
+        query: Any = self.embedder.apply(variables, **example["question"])
+        blocks: Any = self.embedder.apply(variables, **example["blocks"])
+        relevance = query.projected_score @ blocks.projected_score.T  # [1, C]
+        given = example["encoder"] | {"relevance_score": relevance}
+        output: Any = self.encoder.apply({"params": params["encoder"]}, **given)
+        return output.loss
+
+
+def pretrain(
+    models: Pretraining,
+    params: Params,
+    texts: Sequence[str],
+    optimizer: optax.GradientTransformation,
+    *,
+    steps: int,
+    refresh_every: int | None = 500,
+    seed: int = 0,
+) -> tuple[Params, list[float]]:
+    """Trains both models, a text a step, one of whose salient spans is masked. Its candidates are
+    the best num_candidates - 1 blocks that do not hold the text itself, and none.
+
+    Args:
+        params: {"embedder": ..., "encoder": ...}.
+        texts: those without salient spans are passed over.
+        refresh_every: steps after which the index follows, as `LiveIndex`.
+        seed: of the choice of spans.
+
+    Returns:
+        The trained parameters and the losses.
+
+    Raises:
+        ValueError: for texts none of which has a salient span, or that are too long.
+    """
+    salient = [(text, spans) for text in texts if (spans := salient_spans(text))]
+    require(bool(salient), f"none of {len(texts)} texts has a name, date or number to mask.")
+    index = LiveIndex(
+        models.embedder,
+        models.tokenizer,
+        models.records,
+        every=refresh_every,
+        params=params["embedder"],
+    )
+    config = models.encoder.config
+    count = config.num_candidates - 1 if isinstance(config, RealmConfig) else 0
+    generator, state, losses = np.random.default_rng(seed), optimizer.init(params), []
+    for step in range(steps):
+        index.follow(step, params["embedder"])
+        text, spans = salient[step % len(salient)]
+        span = spans[int(generator.integers(len(spans)))]
+        query = models.example(text, span, [])["question"]
+        vector = embed_question(params["embedder"], query, embedder=models.embedder)
+        beam = min(count + 1, len(models.records))
+        found = models.records.texts(index.search(np.asarray(vector), beam).blocks[0].tolist())
+        candidates = [block for block in found if text not in block][:count]
+        batch = (models.example(text, span, candidates),)
+        value, params, state = _update(params, state, batch, loss=models.loss, optimizer=optimizer)
+        losses.append(float(value))
+    return params, losses
