@@ -8,15 +8,12 @@ seconds are those of the process, over all its threads: they are not stretched b
 """
 
 import argparse
-import json
 import os
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
 
-from vs_reference import ask, make_checkpoint
+from vs_reference import make_checkpoint
+from workers import compare, serve
 
 MODEL = {"model_type": "squeezebert", "vocab_size": 8192}
 
@@ -61,41 +58,7 @@ def work(rival: str, folder: str, batch: int, length: int) -> None:
     ids = np.random.default_rng(0).integers(5, MODEL["vocab_size"], (batch, length))
     step = (torch_step if rival == "PyTorch" else jax_step)(folder, ids)
     step()
-    print(json.dumps({"value": step()}), flush=True)
-    for _ in sys.stdin:
-        wall, cpu = time.perf_counter(), time.process_time()
-        step()
-        spent = {"seconds": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-        print(json.dumps(spent), flush=True)
-
-
-def start(python: str, *arguments: object) -> subprocess.Popen:
-    """A worker process."""
-    command = [python, "-W", "ignore", __file__, "--worker", *map(str, arguments)]
-    environment = os.environ | {"TRANSFORMERS_VERBOSITY": "error", "JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    )
-
-
-def compare(pythons: dict[str, str], folder: str, options: argparse.Namespace) -> dict[str, list]:
-    """What each run of each rival took."""
-    sizes = folder, options.batch_size, options.length
-    processes = {rival: start(python, rival, *sizes) for rival, python in pythons.items()}
-    runs: dict[str, list] = {rival: [] for rival in processes}
-    try:
-        values = {rival: ask(process)["value"] for rival, process in processes.items()}
-        if abs(values["PyTorch"] / values["lsg_flax"] - 1) > 1e-4:
-            raise AssertionError(f"the rivals compute different things: {values}")
-        for _ in range(options.repeats):
-            for rival, process in processes.items():
-                process.stdin.write("go\n")
-                process.stdin.flush()
-                runs[rival].append(ask(process))
-    finally:
-        for process in processes.values():
-            process.kill()
-    return runs
+    serve(step, {"value": step()})
 
 
 def main() -> None:
@@ -116,14 +79,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(folder, max(options.length, 512), MODEL)
         pythons = {"PyTorch": options.reference_python, "lsg_flax": sys.executable}
-        runs = compare(pythons, folder, options)
-    sizes = f"{options.batch_size} x {options.length} tokens"
-    print(f"SqueezeBERT, base size, {sizes}, medians of {options.repeats} runs in turn")
-    for what, said in (("seconds", "seconds"), ("cpu", "CPU seconds")):
-        theirs, ours = ([run[what] for run in runs[rival]] for rival in ("PyTorch", "lsg_flax"))
-        ratio = statistics.median(one / other for one, other in zip(ours, theirs, strict=True))
-        medians = statistics.median(theirs), statistics.median(ours)
-        print(f"{said:>12}: PyTorch {medians[0]:.2f}, lsg_flax {medians[1]:.2f}, {ratio:.2f} x")
+        sizes = folder, options.batch_size, options.length
+        result = compare(__file__, pythons, sizes, options.repeats)
+    print(f"SqueezeBERT, base size, {options.batch_size} x {options.length} tokens, medians of")
+    print(f"{options.repeats} runs in turn. {result}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ all of them."""
 import json
 import os
 import pathlib
+import statistics
 import subprocess
 import sys
 import time
@@ -49,3 +50,24 @@ def serve(step: Callable[[], object], first: dict) -> None:
         status = pathlib.Path("/proc/self/status").read_text()
         peak = int(next(line for line in status.splitlines() if "VmHWM" in line).split()[1])
         print(json.dumps(measured | {"mib": peak / 1024}), flush=True)
+
+
+def compare(script: str, pythons: dict[str, str], arguments: tuple, repeats: int) -> str:
+    """What PyTorch and lsg_flax take, and the medians of the ratios of neighbouring runs. Both
+    say {"value": a number} first, which must agree."""
+    workers = {rival: start(python, script, rival, *arguments) for rival, python in pythons.items()}
+    try:
+        values = {rival: ask(worker)["value"] for rival, worker in workers.items()}
+        if abs(values["PyTorch"] / values["lsg_flax"] - 1) > 1e-4:
+            raise AssertionError(f"the rivals compute different things: {values}")
+        runs = [{rival: turn(worker) for rival, worker in workers.items()} for _ in range(repeats)]
+    finally:
+        for worker in workers.values():
+            worker.kill()
+    parts = []
+    for what, said in (("seconds", "s"), ("cpu", "CPU s"), ("mib", "MiB at the peak")):
+        theirs, ours = ([run[rival][what] for run in runs] for rival in ("PyTorch", "lsg_flax"))
+        ratio = statistics.median(one / other for one, other in zip(ours, theirs, strict=True))
+        medians = f"{statistics.median(theirs):.4g} -> {statistics.median(ours):.4g}"
+        parts.append(f"{medians} {said}, {ratio:.2f} x")
+    return "PyTorch -> lsg_flax: " + "; ".join(parts)

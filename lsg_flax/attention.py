@@ -27,11 +27,11 @@ from lsg_flax.patterns import (
     Arrays,
     Full,
     GlobalTokens,
-    Rotary,
     Runtime,
     checked_arrays,
     checked_tokens,
     features_first,
+    rotary_of,
     tokens_first,
 )
 from lsg_flax.patterns import Local as Local
@@ -304,7 +304,13 @@ def local_attention(
             give NaN.
     """
     forward = look_forward if look_forward is not None else int(not causal)
-    rotary = _rotary(query.shape[-1], window_size, use_rotary_pos_emb, use_xpos, xpos_scale_base)
+    rotary = rotary_of(
+        query.shape[-1],
+        window_size,
+        used=use_rotary_pos_emb,
+        xpos=use_xpos,
+        base=xpos_scale_base,
+    )
     windows = (window_size, causal, look_backward, forward)
     pattern = Local(*windows, exact_windowsize, shared_qk, scale, rotary)
     run = Runtime(dropout_rate, dropout_key, None, implementation, blocks_per_step)
@@ -376,23 +382,6 @@ def local_attention_reference(
         seen &= others | ~(seen & others).any(axis=-1, keepdims=True)  # itself if it is alone
     weights = masked_softmax(scores, seen)
     return jnp.einsum("bnts,bsnh->btnh", weights, inputs.value).astype(inputs.query.dtype)
-
-
-def _rotary(
-    width: int, window_size: int, used: bool, xpos: bool, base: float | None
-) -> Rotary | None:
-    require(used or not xpos, "use_xpos=True scales rotary positions: set use_rotary_pos_emb=True.")
-    require(xpos or base is None, f"xpos_scale_base={base} is for use_xpos=True.")
-    require(
-        not used or width % 2 == 0,
-        f"rotary positions turn pairs of features, and heads are {width} wide: give an even width, "
-        "or use_rotary_pos_emb=False.",
-    )
-    if not xpos:
-        return Rotary() if used else None
-    base = window_size // 2 if base is None else base
-    require(base > 0, f"xpos_scale_base={base} must be positive (window_size // 2 by default).")
-    return Rotary(float(base))
 
 
 def _check_bias(pattern: Local, bias, heads: int) -> None:

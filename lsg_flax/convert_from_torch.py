@@ -139,7 +139,7 @@ def params_to_torch(params: Params, model: Model) -> dict[str, np.ndarray]:
         leaf = np.asarray(leaves[path])
         for key in of_leaf:
             tensor = leaf if key.layer is None else leaf[key.layer]
-            tensors[key.torch] = np.ascontiguousarray(key.storage.to_torch(tensor))
+            tensors[key.torch] = np.asarray(key.storage.to_torch(tensor), order="C")
     for name, source in family.tied_names(model.task, tied=config.tie_word_embeddings).items():
         tensors[name] = tensors[source].copy()
     return tensors
@@ -214,11 +214,13 @@ def _check_body(
     has others."""
     unused = named.tensors.keys() - {key.torch for key in keys}
     unused -= {named.prefix + buffer for buffer in family.ignored}
-    pooler = tuple(f"{named.prefix}{row.torch}." for row in family.pooler)
+    outside = tuple(f"{named.prefix}{row.torch}." for row in family.pooler)
+    if not named.prefix:  # names do not tell which are the body's
+        outside += tuple(f"{row.torch}." for table in family.tables for row in table.rows)
     # A model may have a part of the body only.
     known = {named.prefix + key.torch for key in family.keys("base", config)}
     unexpected = {name for name in unused - known if name.startswith(named.prefix)}
-    unexpected = {name for name in unexpected if not name.startswith(pooler)}
+    unexpected = {name for name in unexpected if not name.startswith(outside)}
     missing = [key.torch for key in keys if _is_of_body(key) and key.torch not in named.tensors]
     if missing or unexpected:
         rest = unused - unexpected if missing else set()  # may be the missing ones, misnamed

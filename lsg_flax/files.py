@@ -13,8 +13,11 @@ import pathlib
 import shutil
 import tempfile
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.numpy
 
 from lsg_flax.locks import holds, locked, refusals
 
@@ -265,6 +268,17 @@ def file_aside(file: pathlib.Path) -> Iterator[pathlib.Path]:
             aside.unlink(missing_ok=True)
         raise
     sync_folder(file.parent)
+
+
+def save_tensors(
+    file: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None
+) -> None:
+    """Writes a safetensors file that others may read, as the umask says: safetensors makes it
+    readable for its owner alone."""
+    file.touch()
+    mode = file.stat().st_mode
+    safetensors.numpy.save_file(dict(tensors), file, metadata=metadata)
+    file.chmod(mode)
 
 
 def _aside(file: pathlib.Path) -> pathlib.Path:

@@ -110,7 +110,7 @@ def name_tensors(
     known = parts | {family.prefix} | _beginnings_of_heads(family)
     bare = {name: _without_wrappers(name, known) for name in tensors}
     left_out = {around for name, inner in bare.items() for around in _difference(name, inner)}
-    prefix = f"{family.prefix}."
+    prefix = family.beginning
     beginnings = {inner.split(".")[0] for inner in bare.values()}
     prefixed = family.prefix in beginnings or not beginnings & parts
     named = NamedTensors({}, {}, tuple(sorted(left_out)), prefix, prefixed)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import transformers
 from golden_data import GOLDEN
-from tiny_config import spelled
+from tiny_config import OF_TRANSFORMERS, spelled
 from unread import unread_by
 
 from lsg_flax.hub import config_values
@@ -237,7 +237,7 @@ def test_what_id2label_says_wins_and_is_said():
     assert config.labels == ("a", "b")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", OF_TRANSFORMERS)
 def test_a_field_that_the_family_does_not_read_is_kept_and_changes_nothing(family):
     plain = read_config({"model_type": family})
     strange = unread_by(family)
@@ -300,7 +300,7 @@ def test_a_decoder_that_only_the_lsg_classes_see_is_refused(family):
     ],
     ids=["fresh", "converted", "regression", "classes"],
 )
-@pytest.mark.parametrize("family", sorted({*FAMILIES} - {"realm"}))  # which it has not
+@pytest.mark.parametrize("family", sorted({*OF_TRANSFORMERS} - {"realm"}))  # which it has not
 def test_what_we_write_is_read_by_the_transformers_of_today(family, changes, tmp_path, caplog):
     """Which checks types strictly: null in place of a number would be refused."""
     made = {"vocab_size": 11, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}

@@ -1,12 +1,15 @@
 """The short examples run as they stand, in a tiny setting. The demo has `make demo`."""
 
 import importlib
+import json
 import pathlib
 import sys
 
 import numpy as np
 import pytest
 from golden_data import GOLDEN
+
+from lsg_flax import cli
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 pytestmark = [
@@ -73,6 +76,30 @@ def test_fine_tuning_examples_take_files(example, monkeypatch, tmp_path):
     arguments += ["--train-data", str(file), "--eval-data", str(file), "--max-length", "16"]
     result = example("finetune_classification").main(arguments)
     assert result.model.config.labels == ("bad", "fair", "good")
+
+
+def test_questions_of_the_documentation_find_their_blocks_and_an_index_is_left(
+    example, capsys, tmp_path
+):
+    arguments = ["--model", str(GOLDEN / "bert_to_convert_512"), "--output", str(tmp_path / "qa")]
+    arguments += ["--blocks", "24", "--steps", "3", "--asked", "2"]
+    rows = example("open_qa").main(arguments)
+    assert [len(scores) for scores in rows.values()] == [3, 3, 4, 4]
+    assert all(one <= five <= twenty for one, five, twenty, *_ in rows.values())
+    assert rows["BM25"][1] > 0.8 > rows["BM25"][0]
+    asked = capsys.readouterr().out.splitlines()[-1].split(" ", 3)
+    assert asked[:3] == ["lsg-flax", "ask", str(tmp_path / "qa")]
+    assert cli.main([*asked[1:3], asked[3].strip('"')]) in (None, 0)
+    assert json.loads(capsys.readouterr().out)["text"]
+
+
+def test_the_documentation_has_blocks_of_one_place_and_one_for_each_question(example):
+    blocks, questions = example("open_qa_data").corpus(60)
+    assert len(blocks) == 60 and len({q.answer for q in questions}) == len(questions)
+    for question in questions:
+        block, asked = blocks[question.block], question.text.removeprefix("What is it: ")
+        assert question.answer in block and asked.rstrip("?") not in block
+        assert [other for other in blocks if f"{question.answer}(" in other][:1] in ([block], [])
 
 
 def test_every_short_example_is_at_most_100_lines():

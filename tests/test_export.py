@@ -158,7 +158,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
     export_model(*make(), path, length=16)
     before = path.read_bytes()
     monkeypatch.setattr(
-        "lsg_flax.inference.export.save_file", lambda *_: (_ for _ in ()).throw(OSError(28))
+        "lsg_flax.inference.export.save_tensors", lambda *_: (_ for _ in ()).throw(OSError(28))
     )
     with pytest.raises(OSError, match="28"):
         export_model(*make(), path, length=8, parameters="beside")

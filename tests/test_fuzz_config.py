@@ -9,7 +9,7 @@ import warnings
 import hypothesis
 import hypothesis.strategies as st
 import pytest
-from tiny_config import spelled
+from tiny_config import OF_TRANSFORMERS, spelled
 
 from lsg_flax import LSGConfig, hub
 from lsg_flax.models import (
@@ -70,7 +70,7 @@ def base_of(family: str, lsg: bool) -> dict:
     return config.to_dict() | named | (PATTERN if lsg else {})
 
 
-BASES = {(family, lsg): base_of(family, lsg) for family in FAMILIES for lsg in (False, True)}
+BASES = {(family, lsg): base_of(family, lsg) for family in OF_TRANSFORMERS for lsg in (False, True)}
 
 
 @st.composite

@@ -389,6 +389,26 @@ def test_tokens_are_shown_as_they_come(options):
 
 # -------------------------------------------------------------------------------------- bad input
 
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"do_sample": True, "key": jax.random.key(0), "top_k": 5},
+        {"num_beams": 3},
+        {"num_beams": 3, "do_sample": True, "key": jax.random.key(0)},
+    ],
+)
+def test_rows_whose_scores_are_nan_are_refused(options):
+    model, params = attending()
+    words = params["words"]["embedding"].at[8].set(jnp.nan)
+    call = options | {"max_length": 6, "suppress_tokens": 8}
+    call |= {"model": model, "params": params | {"words": {"embedding": words}}}
+    assert len(generate(**call, input_ids=[[3, 4, 5], [6, 7, 9]])) == 2
+    with pytest.raises(ValueError, match=r"gives NaN for rows \[1\] of input_ids, so that nothing"):
+        generate(**call, input_ids=[[3, 4, 5], [6, 7, 8]])
+
+
 NO_START = TableModel(decoder_start_token_id=None, bos_token_id=0)
 BAD = [
     ({"num_beams": 2, "num_return_sequences": 3}, "=3 texts of a row are more than num_beams=2"),

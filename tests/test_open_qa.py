@@ -1,6 +1,7 @@
 """Questions answered from a corpus: beside recorded answers of PyTorch's RealmForOpenQA, the search
 beside NumPy, an index that survives interruptions, and bad input."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -228,8 +229,12 @@ def test_texts_that_are_no_blocks_are_named(tmp_path):
         open_qa.open_records(tmp_path / "r.npy").texts([1])
     with pytest.raises(ValueError, match="block 0 of here ends in a zero byte"):
         open_qa.write_records(tmp_path / "z.npy", Records([b"a\0"], "here"))
-    with pytest.raises(ValueError, match="here has no blocks"):
-        open_qa.write_records(tmp_path / "z.npy", Records([], "here"))
+    (tmp_path / "none.txt").touch()
+    with pytest.raises(ValueError, match=r"none.txt has no blocks"):
+        open_qa.open_records(tmp_path / "none.txt")
+    (tmp_path / "r.jsonl").write_text('{"text": 3}\n')
+    with pytest.raises(ValueError, match=r"r.jsonl:1: it has \['text'\] .* Mend it\.$"):
+        open_qa.open_records(tmp_path / "r.jsonl")
     for name in ("r.csv", "none.npy"):
         with pytest.raises((ValueError, FileNotFoundError), match=name):
             (tmp_path / "r.csv").touch()
@@ -412,6 +417,45 @@ def test_from_a_corpus_to_an_answer(tmp_path, corpus, capsys, monkeypatch):
     ).projected_score
     stored = np.asarray(qa.embeddings[lines[0]["block_id"] : lines[0]["block_id"] + 1])
     np.testing.assert_allclose(stored, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_an_index_is_read_by_whom_the_umask_lets(tmp_path, corpus):
+    open_qa.build_index(SOURCE, open_qa.open_records(corpus), tmp_path / "index", progress=False)
+    modes = {file.stat().st_mode for file in (tmp_path / "index").iterdir()}
+    assert modes == {corpus.stat().st_mode}
+
+
+def test_scores_that_are_no_numbers_are_no_answer():
+    broken = loaded().embeddings[:] * np.where(np.arange(BLOCKS) == 4, np.nan, 1)[:, None]
+    search = open_qa.device_search(broken)
+    with pytest.raises(ValueError, match=r"the best score of 'who built .*' is nan: parameters or"):
+        dataclasses.replace(loaded(), embeddings=broken, search=search).answer(QUESTION)
+
+
+def test_training_names_answers_and_losses_that_are_none():
+    for answers in ([], "homer"):
+        with pytest.raises(
+            ValueError, match=r"example 0, 'who .*the answers are .*a list of texts"
+        ):
+            open_qa.finetune(loaded(), [(QUESTION, answers)], optax.sgd(0.1), steps=1)
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 1; lower"):
+        rate = optax.sgd(float("nan"))
+        open_qa.finetune(loaded(), [(QUESTION, ["eiffel"])], rate, steps=2)
+    encoder, _ = lsg_flax.from_pretrained(GOLDEN / "realm_knowledge_augmented_encoder")
+    models = open_qa.Pretraining(loaded().embedder, encoder, loaded().tokenizer, loaded().records)
+    with pytest.raises(ValueError, match="ids up to 67, and the model vocab_size=31"):
+        open_qa.pretrain(models, {}, ["the Eiffel Tower"], optax.sgd(0.1), steps=1)
+
+
+def test_questions_and_pairs_that_do_not_fit_are_named(copied):
+    ids, mask, types = question_of(QUESTION)
+    for arrays in ((ids, mask[:, 1:], types), (ids + 0.5, mask, types)):
+        with pytest.raises(ValueError, match="ids must be integers, and all of one shape"):
+            loaded()(*arrays)
+    with pytest.raises(ValueError, match="reader_seq_len=3 leaves no token of a block"):
+        OpenQA.from_pretrained(with_config(copied, reader_seq_len=3)).answer(QUESTION)
+    with pytest.raises(ValueError, match="max_span_width=65 is more than the 64 tokens"):
+        OpenQA.from_pretrained(with_config(copied, reader_seq_len=30, max_span_width=65))
 
 
 def test_published_records_and_embeddings_go_along(tmp_path, capsys):

@@ -103,6 +103,16 @@ def test_an_answer_wider_than_the_spans_is_named_where_it_can_be_read():
     assert out.retriever_correct.sum() == 3 and out.reader_correct.sum() == 1
 
 
+@pytest.mark.parametrize(("start", "end"), [(15, 15), (3, -1), (-1, 3), (4, 3)])
+def test_answers_beyond_the_tokens_and_halves_of_answers_are_named(start, end):
+    model, params = golden(READER)
+    arrays = case("realm_reader_answers_wider_than_spans")
+    places = {"start_positions": start, "end_positions": end}
+    places = {name: np.full_like(arrays[name], place) for name, place in places.items()}
+    with pytest.raises(ValueError, match=f"from token {start} to {end} of 15: spans have"):
+        model.apply({"params": params}, **arrays | places)
+
+
 def test_the_embedder_embeds_a_corpus():
     model, params = golden("realm_embedder")
     documents = [{"input_ids": list(range(5, 5 + n))} for n in (3, 9, 5)]
@@ -328,6 +338,13 @@ WRONG = {
         READER,
         changed("realm_reader_spans", block_mask=None),
         r"needs block_mask, \[5, 15\]",
+    ),
+    "labels that are no integers": (
+        READER,
+        changed(
+            "realm_reader_loss", start_positions=np.zeros((5, 1)), end_positions=np.zeros((5, 1))
+        ),
+        "start_positions has dtype float64; they must be integers",
     ),
     "some labels": (
         READER,

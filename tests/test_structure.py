@@ -13,7 +13,7 @@ import sys
 
 import flax.traverse_util
 import pytest
-from tiny_config import spelled
+from tiny_config import OF_TRANSFORMERS, spelled
 
 import lsg_flax
 from lsg_flax import LSGConfig
@@ -218,7 +218,7 @@ def config_of(model_type: str, lsg: LSGConfig | None) -> ModelConfig:
 def parameter_trees() -> dict[str, dict[str, list[int]]]:
     """Path -> shape of every family, task and kind of attention."""
     trees = {}
-    for family in FAMILIES.values():
+    for family in (FAMILIES[name] for name in OF_TRANSFORMERS):
         for kind, lsg in (("plain", None), ("lsg", LSGConfig())):
             config = config_of(family.model_type, lsg)
             for task in family.heads:

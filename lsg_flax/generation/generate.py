@@ -32,13 +32,22 @@ from lsg_flax.generation.prompt import (
     check_mesh,
     check_model,
     check_rows,
+    check_scored,
     decoder_prompt,
     fill_for_encoder,
     placed,
     space_for,
 )
 from lsg_flax.generation.rules import Text
-from lsg_flax.generation.steps import CausalModel, ModelDecoder, Prompt, two_stacks
+from lsg_flax.generation.steps import (
+    CausalModel,
+    Decoder,
+    ModelDecoder,
+    Prompt,
+    RollingDecoder,
+    rolls,
+    two_stacks,
+)
 
 Generated = Integer[np.ndarray, "Rows Length"]
 
@@ -94,7 +103,8 @@ def generate(
         The prompts (of an encoder-decoder those of the decoder), and behind them the new tokens.
 
     Raises:
-        ValueError: for input that the model has no place for, or options that do not fit together.
+        ValueError: for input that the model has no place for, options that do not fit together, and
+            a model that gives NaN.
     """
     check_model(model, params)
     mesh = call.get("mesh")
@@ -103,7 +113,10 @@ def generate(
     require(searches or not return_scores, "return_scores=True needs num_beams > 1.")
     if mesh is not None:
         check_mesh(mesh, params, len(ready.text.tokens))
-    found = _written(ModelDecoder(params, model), ready, call)
+    decoder = ModelDecoder(params, model)
+    beyond = rolls(model) and ready.text.tokens.shape[-1] - 1 > model.max_length
+    found = _written(RollingDecoder(decoder) if beyond else decoder, ready, call)
+    check_scored(np.asarray(found.broken))
     tokens = _laid_out(found, int(ready.text.limit), ready.how)
     tokens = tokens.astype(np.asarray(input_ids).dtype)
     return (tokens, np.asarray(found.scores).ravel()) if return_scores else tokens
@@ -147,7 +160,7 @@ def prepare(
     return Ready(prompt, text, how)
 
 
-def _written(decoder: ModelDecoder, ready: Ready, call: GenerateCall) -> Texts:
+def _written(decoder: Decoder[Any], ready: Ready, call: GenerateCall) -> Texts:
     """The texts, written on the mesh if there is one."""
     prompt, text, how = ready
     key, show, mesh = call.get("key"), call.get("stream"), call.get("mesh")
@@ -186,7 +199,8 @@ def _continued(
     check_ends(mask)
     positions = call.get("position_ids")
     space = space_for(model, ids.shape[1], chosen, call.get("bucket", 64), positions)
-    rows = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    seen = slice(-model.max_length, None) if rolls(model) else slice(None)
+    rows = {"input_ids": ids[:, seen], "attention_mask": mask[:, seen], "position_ids": positions}
     prompt = {name: _filled(x, space.fill) for name, x in rows.items() if x is not None}
     memory = ("encoder_hidden_states", "encoder_attention_mask")
     given = {name: call.get(name) for name in memory}

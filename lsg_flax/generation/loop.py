@@ -48,17 +48,19 @@ class Progress(NamedTuple):
     state: Any  # the decoder's
     text: Text
     ended: Bool[Array, "B Beams"]
+    broken: Bool[Array, "B Beams"]  # a token of it was picked by a NaN
     key: PRNGKeyArray
     search: BeamState | None
 
 
 class Texts(NamedTuple):
     """Texts with their prompts, as long as `lengths` says. Those of beam search end before their
-    end token, and have scores."""
+    end token, and have scores. A row is broken if the model gave NaN for it."""
 
     tokens: Int[Array, "B Returned Width"]
     lengths: Int[Array, "B Returned"]
     scores: Float[Array, "B Returned"] | None
+    broken: Bool[Array, "B"]
 
 
 def begin(
@@ -71,7 +73,8 @@ def begin(
     search = None
     if isinstance(how.picker, Beams):
         search = BeamState.first(text.tokens, how.picker)
-    progress = Progress(state, text, jnp.zeros((batch, beams), bool), key, search)
+    none = jnp.zeros((batch, beams), bool)
+    progress = Progress(state, text, none, none, key, search)
     return _write(
         progress, jnp.broadcast_to(logits[:, None], (batch, beams, logits.shape[-1])), how
     )
@@ -101,12 +104,16 @@ def _write(progress: Progress, logits: Float[Array, "B Beams V"], how: Decoding)
             how.picker, how.rules, how.pad, progress.search, text, logits, draw
         )
         ended = jnp.broadcast_to(search.done[:, None], ended.shape)
-        return Progress(progress.state, text, ended, key, search)
+        broken = progress.broken | (jnp.isnan(search.scores) & ~progress.ended)
+        return Progress(progress.state, text, ended, broken, key, search)
     scores = apply_rules(how.rules, text, logits.astype(jnp.float32))
     tokens = pick(scores, how.picker, draw).astype(text.tokens.dtype)
+    # Of several scores NaN is picked: it counts as the highest.
+    nan = jnp.isnan(jnp.take_along_axis(scores, tokens[..., None], axis=-1)[..., 0])
+    broken = progress.broken | (nan & ~ended)
     tokens = jnp.where(ended, how.pad, tokens) if ends else tokens
     ended = ended | jnp.isin(tokens, jnp.asarray(ends, tokens.dtype))
-    return Progress(progress.state, text.add(tokens), ended, key, None)
+    return Progress(progress.state, text.add(tokens), ended, broken, key, None)
 
 
 @partial(jax.jit, static_argnames="how")
@@ -120,12 +127,12 @@ def decode(
 
 
 def _close(last: Progress, how: Decoding) -> Texts:
-    text = last.text
+    text, broken = last.text, last.broken.any(axis=1)
     if isinstance(how.picker, Beams):
         assert last.search is not None
         best = finish(how.picker, last.search, text, how.returned)
-        return Texts(best.tokens, best.lengths, best.scores)
-    return Texts(text.tokens, jnp.broadcast_to(text.length, text.tokens.shape[:2]), None)
+        return Texts(best.tokens, best.lengths, best.scores, broken)
+    return Texts(text.tokens, jnp.broadcast_to(text.length, text.tokens.shape[:2]), None, broken)
 
 
 _begin = jax.jit(begin, static_argnames="how")

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 from numpy.typing import ArrayLike
 
-from lsg_flax.checks import require
+from lsg_flax.checks import Range, checked_value, require
 from lsg_flax.generation.beam import Beams
 from lsg_flax.generation.loop import Decoding
 from lsg_flax.generation.rules import Rules, check_whole
@@ -29,6 +29,7 @@ class GenerateOptions(TypedDict, total=False):
         num_beams, length_penalty, early_stopping: of beam search (see `Beams`).
         num_return_sequences: texts of each row, which follow each other in the result.
         do_sample: draw tokens, with `key`; temperature, top_k, top_p: see `Sample`.
+        filter_thres: local-attention's name for a top_k of this share less than all tokens.
         eos_token_id: one or more tokens that end a row; pad_token_id follows it.
         decoder_start_token_id: what an encoder-decoder begins with.
         forced_bos_token_id: its second token, one for all rows or one for each.
@@ -47,6 +48,7 @@ class GenerateOptions(TypedDict, total=False):
     temperature: float | None
     top_k: int | None
     top_p: float | None
+    filter_thres: float | None
     repetition_penalty: float | None
     no_repeat_ngram_size: int | None
     encoder_no_repeat_ngram_size: int | None
@@ -86,7 +88,7 @@ class GenerateCall(GenerateOptions, total=False):
 
 
 OPTION_NAMES = tuple(GenerateOptions.__annotations__)
-_SAMPLING = {"temperature": 1.0, "top_k": None, "top_p": None}
+_SAMPLING = {"temperature": 1.0, "top_k": None, "top_p": None, "filter_thres": None}
 _BEAMS = {"length_penalty": 1.0, "early_stopping": False}
 _ID_LISTS = ("eos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens")
 # What a checkpoint may ask for and generate does not do, with the value that asks for nothing.
@@ -140,7 +142,22 @@ def choose_options(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     sampled = chosen.setdefault("do_sample", False)
     require(isinstance(sampled, bool), f"do_sample={sampled!r} must be True or False.")
     _check_uses(chosen, own)
+    if (share := chosen.pop("filter_thres", None)) is not None:
+        chosen["top_k"] = _kept(share, own, config.vocab_size)
     return chosen
+
+
+def _kept(share: Any, own: Mapping[str, Any], vocabulary: int) -> int:
+    """How many tokens `filter_thres` keeps, in the arithmetic of local-attention."""
+    share = checked_value("filter_thres", share, float, Range(0.0, 1.0, "must lie in [0, 1]"))
+    count = int((1 - share) * vocabulary)
+    require(own.get("top_k") is None, "filter_thres and top_k are one thing: give one of them.")
+    require(
+        count >= 1,
+        f"filter_thres={share} keeps none of vocab_size={vocabulary} tokens: give at most "
+        f"{1 - 1 / vocabulary:.4f}, or top_k=1.",
+    )
+    return count
 
 
 def _check_uses(chosen: Mapping[str, Any], own: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from lsg_flax.checks import require, short
 from lsg_flax.generation.rules import Text, check_whole
-from lsg_flax.generation.steps import CausalModel, Prompt, two_stacks
+from lsg_flax.generation.steps import CausalModel, Prompt, rolls, two_stacks
 from lsg_flax.sharding import batch_shardings, check_devices
 
 
@@ -26,6 +26,12 @@ def check_model(model: object, params: object) -> None:
         isinstance(model, CausalModel) and given not in (set(), {"params"}),
         "generate takes a model and its parameters, as model, params = lsg_flax.from_pretrained("
         f"...) gives them, not {_kind(model)} and {_kind(params)}.",
+    )
+    config = getattr(model, "config", None)
+    require(
+        getattr(config, "vocab_size", 1) != 0,
+        "this model has num_tokens=None: it takes embeddings and gives states, so there are no "
+        "tokens that generate could write; give a model with num_tokens.",
     )
 
 
@@ -79,6 +85,16 @@ def check_rows(mask: Bool[np.ndarray, "B T"]) -> Bool[np.ndarray, "B T"]:
         "real token in each (attention_mask 1; without a mask anything but pad_token_id).",
     )
     return mask
+
+
+def check_scored(broken: Bool[np.ndarray, "B"]) -> None:
+    """Raises ValueError for rows whose tokens were picked by scores that are NaN."""
+    require(
+        not broken.any(),
+        f"the model gives NaN for rows {short(np.flatnonzero(broken).tolist())} of input_ids, so "
+        "that nothing can be written: look for NaN or infinity in its parameters, or compute in "
+        "float32, which overflows later than float16 and bfloat16.",
+    )
 
 
 def check_ends(mask: Bool[np.ndarray, "B T"]) -> None:
@@ -160,7 +176,7 @@ def space_for(
     given = position_ids is not None
     last = int(np.asarray(position_ids)[:, -1].max()) if given else length - 1
     limit = model.config.max_position_embeddings if given else model.max_length
-    if last + max(new, 1) > limit:  # the last token needs no position
+    if last + max(new, 1) > limit and not rolls(model):  # the last token needs no position
         raise ValueError(
             f"{name}={value} behind a prompt of {length} tokens needs "
             f"{last + max(new, 1)} positions, and this checkpoint has {limit}: at most "
@@ -181,7 +197,8 @@ def space_for(
     bucket = min(bucket, 8) if seq2seq else bucket  # a decoder's prompts are short
     fill = 0 if seq2seq and length == 1 else -length % bucket
     room = length if name == "max_length" else length + new - 1
-    fill = fill if given else min(fill, limit - room)
+    room = room if room <= limit else length  # of a model that rolls
+    fill = fill if given else max(min(fill, limit - room), 0)
     filled = length + fill
     return Space(fill, length + new, filled + new if name != "max_length" else max(filled, value))
 

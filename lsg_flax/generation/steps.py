@@ -4,11 +4,12 @@ Axes: B batch, T tokens of the prompt, V vocabulary.
 """
 
 from collections.abc import Mapping
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import flax.struct
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
 State = TypeVar("State")
 Prompt = Mapping[str, Any]  # arrays by the model's names, `input_ids` [B, T] among them, or None
@@ -51,6 +52,9 @@ class CausalModel(Protocol):
     with `decoder_input_ids`, `decoder_attention_mask` and `cache_length`, and then
     `decoder_input_ids` with `cache`. It gives the logits of the last real token, [rows, 1, V], and
     a cache.
+
+    A model with `rolls = True` writes on behind its last position: it then sees the last
+    `max_length` tokens, at positions from 0 on.
     """
 
     @property
@@ -63,6 +67,11 @@ class CausalModel(Protocol):
 def two_stacks(model: CausalModel) -> bool:
     """Whether the model writes with a decoder behind what it reads with an encoder."""
     return getattr(model, "has_two_stacks", False)
+
+
+def rolls(model: CausalModel) -> bool:
+    """Whether the model writes on behind its last position, by its last tokens."""
+    return getattr(model, "rolls", False)
 
 
 @flax.struct.dataclass
@@ -96,3 +105,58 @@ class ModelDecoder:
     def _read(self, inputs: Prompt, **cache: Any) -> tuple[Float[Array, "Rows V"], Any]:
         output = self.model.apply({"params": self.params}, **inputs, **cache)
         return output.logits[:, 0], output.cache
+
+
+class Rolling(NamedTuple):
+    """A state with the last tokens, `limit` places; `mask` False for padding."""
+
+    cache: Any
+    ids: Int[Array, "Rows _"]
+    mask: Bool[Array, "Rows _"]
+
+
+@flax.struct.dataclass
+class RollingDecoder:
+    """A model that rolls, as a decoder of texts longer than its positions. Up to these it has a
+    cache; from then on every token's position changes with each step, and with it all that is kept,
+    so that each step reads the last tokens anew."""
+
+    decoder: ModelDecoder
+
+    def start(self, prompt: Prompt, room: int, beams: int) -> tuple[Float[Array, "B V"], Rolling]:
+        limit = self.decoder.model.max_length
+        ids, mask = (jnp.asarray(prompt[name]) for name in ("input_ids", "attention_mask"))
+        logits, cache = self.decoder.start(prompt, limit, beams)
+        ids, mask = (
+            jnp.repeat(jnp.pad(x, ((0, 0), (0, limit - x.shape[1]))), beams, axis=0)
+            for x in (ids.astype(jnp.int32), mask.astype(bool))
+        )
+        return logits, Rolling(cache, ids, mask)
+
+    def step(
+        self, state: Rolling, tokens: Int[Array, "B Beams"]
+    ) -> tuple[Float[Array, "B Beams V"], Rolling]:
+        cache, limit = state.cache, self.decoder.model.max_length
+        full = cache.length >= limit
+        place = jnp.minimum(cache.length, limit - 1)
+        ids, mask = (
+            jnp.where(full, jnp.roll(x, -1, axis=1), x).at[:, place].set(new)
+            for x, new in ((state.ids, tokens.ravel().astype(jnp.int32)), (state.mask, True))
+        )
+
+        def read_anew():
+            prompt = {"input_ids": ids, "attention_mask": mask}
+            logits, _ = self.decoder.start(prompt, limit, 1)
+            return logits.reshape(*tokens.shape, -1), cache
+
+        logits, cache = lax.cond(full, read_anew, lambda: self.decoder.step(cache, tokens))
+        return logits, Rolling(cache, ids, mask)
+
+    def take(self, state: Rolling, parents: Int[Array, "B Beams"]) -> Rolling:
+        def of_beams(x):
+            texts = x.reshape(*parents.shape, x.shape[-1])
+            return jnp.take_along_axis(texts, parents[..., None], axis=1).reshape(x.shape)
+
+        return Rolling(
+            self.decoder.take(state.cache, parents), of_beams(state.ids), of_beams(state.mask)
+        )

@@ -59,10 +59,12 @@ class Checkpoint:
 
     @property
     def head(self) -> str | None:
-        """The task that `architectures` names, the base model's where it is empty; None for a class
-        that the family does not have."""
+        """The task that `architectures` names, the config's usual one where it is empty; None for a
+        class that the family does not have."""
         family = family_of(self.config.model_type)
-        return family.task_of(self.architectures[0]) if self.architectures else "base"
+        if not self.architectures:
+            return self.config.usual_task
+        return family.task_of(self.architectures[0])
 
     @property
     def task(self) -> str:

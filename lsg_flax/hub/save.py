@@ -7,10 +7,9 @@ import warnings
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 
 from lsg_flax.convert_from_torch import params_to_torch
-from lsg_flax.files import check_folder, read_json, write_json, written_aside
+from lsg_flax.files import check_folder, read_json, save_tensors, write_json, written_aside
 from lsg_flax.hub import beside
 from lsg_flax.hub.checkpoint import Checkpoint
 from lsg_flax.hub.pytorch_code import auto_map_of, carry_code, installed_code
@@ -68,7 +67,7 @@ def _write(
     readme: bool = False,
 ) -> None:
     tensors = params_to_torch(params, model)
-    safetensors.numpy.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     places = [source.root, source.folder] if source else []
     for place in dict.fromkeys(places):
         beside.carry_documents(place, folder, readme=readme)
@@ -166,6 +165,8 @@ def config_values(
     `auto_map` of the code beside it."""
     config, family = model.config, family_of(model.config.model_type)
     values = config.to_dict()
+    if not family.describes_itself:
+        return values
     values["architectures"] = [family.class_name(model.task, lsg=config.lsg is not None)]
     if config.lsg and family.lsg_type:  # PyTorch would take it for one with full attention
         values["model_type"] = family.lsg_type

@@ -84,6 +84,12 @@ def to_lsg(
         }
         return {name: made for name, (made, _) in parts.items()}, next(iter(parts.values()))[1]
     family = family_of(config.model_type)
+    rule, offset = family.to_lsg, family.architecture.position_offset
+    if rule is None:
+        raise ValueError(
+            f"a {config.model_type} cannot become LSG: its attention is local already. Load it "
+            "with lsg_flax.from_pretrained."
+        )
     if config.lsg is None and (options.resize_lsg or options.keep_first_global_token):
         name = "resize_lsg" if options.resize_lsg else "keep_first_global_token"
         raise ValueError(
@@ -93,7 +99,6 @@ def to_lsg(
     if options.max_sequence_length < 1:
         raise ValueError(f"max_sequence_length={options.max_sequence_length} must be at least 1.")
     leaves: dict[str, Any] = dict(flax.traverse_util.flatten_dict(params, sep="/"))
-    rule, offset = family.to_lsg, family.architecture.position_offset
     tables = [table for table in rule.positions if table.path in leaves]
     has_globals = rule.positions[0].path in leaves  # not where a decoder stands alone
     if not options.resize_lsg and has_globals:

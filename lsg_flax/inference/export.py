@@ -20,9 +20,8 @@ import jax
 import numpy as np
 from jax import export
 from jax.sharding import AbstractDevice, AbstractMesh
-from safetensors.flax import save_file
 
-from lsg_flax.files import file_aside
+from lsg_flax.files import file_aside, save_tensors
 from lsg_flax.inference.program import outputs_of
 from lsg_flax.locks import locked_file
 from lsg_flax.models import Model, Params
@@ -142,7 +141,7 @@ def write_programs(
         if build.parameters == "inside":
             return tuple(programs)
         flat = flax.traverse_util.flatten_dict(params, sep="/")
-        save_file(jax.tree.map(jax.numpy.asarray, flat), stack.enter_context(file_aside(beside)))
+        save_tensors(stack.enter_context(file_aside(beside)), jax.tree.map(np.asarray, flat))
     return (*programs, beside)
 
 

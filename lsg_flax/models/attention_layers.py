@@ -1,6 +1,7 @@
 """Self- and cross-attention as layers: projections around the attention patterns.
 
-Axes: B batch, T tokens, S keys (an encoder's states), D model width, N heads, H head width.
+Axes: B batch, T tokens, S keys (an encoder's states), D model width, N heads, H head width, Q
+queries of a block, W keys of a block's windows.
 """
 
 from typing import NamedTuple
@@ -62,6 +63,7 @@ class LayerCall(NamedTuple):
         memory: what cross-attention attends to; a cache has its keys and values.
         cache: of all layers; the input is then the next token.
         number: of this layer in the cache.
+        bias: added to the scores of every window of local attention.
     """
 
     mask: Bool[Array, "B T"]
@@ -69,6 +71,7 @@ class LayerCall(NamedTuple):
     memory: EncoderStates | None = None
     cache: Cache | None = None
     number: Int[Array, ""] | None = None
+    bias: Float[Array, "N Q W"] | None = None
 
 
 class SelfAttention(HeadProjections):

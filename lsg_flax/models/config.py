@@ -24,8 +24,8 @@ from lsg_flax.models.config_json import (
     write_fields,
 )
 from lsg_flax.models.keywords import heed_keywords
-from lsg_flax.models.task import ProblemType
-from lsg_flax.patterns import LSGConfig
+from lsg_flax.models.task import IGNORED, ProblemType
+from lsg_flax.patterns import Local, LSGConfig
 
 MOST_LAYERS = 1000  # with parameters of their own; each has 16 tensors that are listed by name
 # Not typing.Self, which beartype refuses in the tests.
@@ -106,6 +106,16 @@ class ModelConfig:
     def filler(self) -> int:
         """The row of the word table that stands where a mask hides what it is."""
         return (self.pad_token_id or 0) % self.vocab_size
+
+    @property
+    def usual_task(self) -> str:
+        """The task of a config.json that names none."""
+        return "base"
+
+    @property
+    def ignored_label(self) -> int:
+        """A label of tokens that does not count; -100 never does."""
+        return IGNORED
 
     @property
     def num_labels(self) -> int:
@@ -193,6 +203,7 @@ class EncoderConfig(ModelConfig):
         embedding_size: the width of the tables where it is not `hidden_size`.
         num_hidden_groups: layers share parameters: consecutive ones use the same group of
             `inner_group_num` layers (ALBERT).
+        SHARES: fields and the number of equal parts that each is cut into.
     """
 
     RANGES: ClassVar[dict[str, Range]] = ModelConfig.RANGES | {
@@ -209,6 +220,7 @@ class EncoderConfig(ModelConfig):
         "num_hidden_groups": whole(1, MOST_LAYERS),
         "inner_group_num": whole(1, 100),
     }
+    SHARES: ClassVar[tuple[tuple[str, str], ...]] = (("hidden_size", "num_attention_heads"),)
 
     model_type: str = "bert"
     num_hidden_layers: int = 12
@@ -230,10 +242,7 @@ class EncoderConfig(ModelConfig):
     def __post_init__(self):
         super().__post_init__()
         activation(self.hidden_act, self.dialect.spelled("hidden_act"))
-        for name, of in (
-            ("num_hidden_layers", "num_hidden_groups"),
-            ("hidden_size", "num_attention_heads"),
-        ):
+        for name, of in (("num_hidden_layers", "num_hidden_groups"), *self.SHARES):
             value, parts = getattr(self, name), getattr(self, of) or 1
             require(
                 value % parts == 0,
@@ -278,6 +287,21 @@ class EncoderConfig(ModelConfig):
     def embedding_width(self) -> int:
         """Width of the embedding tables."""
         return self.embedding_size or self.hidden_size
+
+    @property
+    def kept_pattern(self) -> LSGConfig | Local | None:
+        """What a cache has slots for; None for full attention."""
+        return self.lsg
+
+    @property
+    def lacks(self) -> tuple[str, ...]:
+        """Parts of the paths of parameters that these settings leave out."""
+        parts = {
+            "global_embeddings": self.lsg is not None,
+            "token_type_embeddings": bool(self.type_vocab_size),
+            "cross_attention": self.add_cross_attention,
+        }
+        return tuple(part for part, there in parts.items() if not there)
 
     @property
     def stacks(self) -> dict[str, "EncoderConfig"]:

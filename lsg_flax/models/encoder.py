@@ -21,7 +21,7 @@ from lsg_flax.models.config import EncoderConfig
 from lsg_flax.models.embeddings import Embeddings
 from lsg_flax.models.inputs import Inputs
 from lsg_flax.models.layers import Part, Projection
-from lsg_flax.patterns import DEFAULT_LSH_SEED, Cache, LayerCache, extend, pattern_of
+from lsg_flax.patterns import DEFAULT_LSH_SEED, Cache, LayerCache, Pattern, extend, pattern_of
 from lsg_flax.sharding import SEQUENCE, constrain, over_sequence, sequence_shards
 
 Remat = Literal["none", "full", "dots"]
@@ -161,7 +161,9 @@ class Encoder(Part):
             states = (begin, *states[:-1], end)
         last = last[:, :length]
         last = jnp.concatenate([after, last], axis=1) if self.keep_globals else last
-        return self._output(last, states, words, call, new, inputs.position_ids)
+        body = BodyOutput(last, states, words, None)
+        pattern = pattern_of(config.lsg, causal=True)
+        return with_cache(pattern, body, call, new, inputs.position_ids)
 
     def _with_positions(self, inputs: Inputs, cache: Cache | None) -> Inputs:
         """Positions where none are given and they do not simply count from 0."""
@@ -173,24 +175,12 @@ class Encoder(Part):
             return inputs._replace(position_ids=_positions_behind_padding(inputs, self.config))
         return inputs
 
-    def _output(self, last, states, words, call: LayerCall, new, position_ids) -> BodyOutput:
-        """With the cache, and then the last token's state alone."""
-        cache = call.cache
-        if cache is not None:
-            position = jnp.broadcast_to(position_ids[:, 0], cache.position.shape)
-            pattern = pattern_of(self.config.lsg, causal=True)
-            cache = extend(pattern, cache, new, position)
-        elif new is not None:
-            cache = Cache.of_prompt(new, call.mask[:, : last.shape[1]], position_ids)
-            last = jax.lax.dynamic_slice_in_dim(last, cache.length - 1, 1, axis=1)
-        return BodyOutput(last, states, words, cache)
-
     def _layers(
         self, first: Float[Array, "B G D"], x: Float[Array, "B T D"], call: LayerCall, shards: int
     ):
         """The layers on the globals and the tokens: the last states of both, the states of all
         layers, and what the cache shall keep."""
-        stack, split = self._stack(), first.shape[1]
+        stack, split = stack_of(LayerStep, self.config, self.remat, self.unroll), first.shape[1]
         options = {"causal": self.causal, "keep_states": self.keep_states}
         layers = stack(self.context, **options, name="layers")
 
@@ -228,24 +218,6 @@ class Encoder(Part):
         after, last, *states = sharded(self.variables["params"]["layers"], rngs, *arrays)
         return after, last, jnp.concatenate(states, axis=2) if states else None, None
 
-    def _stack(self) -> Any:
-        """The scan over stacked layers: parameters have a leading axis of layers, and compile time
-        does not grow with depth."""
-        step: Any = LayerStep
-        if self.remat not in get_args(Remat):
-            raise ValueError(
-                f"remat={self.remat!r} is unknown; choose one of {', '.join(get_args(Remat))}."
-            )
-        if self.remat != "none":
-            step = nn.remat(step, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        config = self.config
-        stack = _scan(step, config.stack[-1], min(self.unroll, config.num_hidden_layers))
-        if config.num_hidden_groups is not None:  # group, times that it is used, layer within
-            groups, _ = config.stack
-            times = config.num_hidden_layers // groups
-            stack = _scan(_scan(stack, times, 1, shared=True), groups, 1)
-        return stack
-
     def _by_layer(self, states: Float[Array, "..."]) -> Float[Array, "L B T D"]:
         """The states of all layers; of a shared group the last one's each time."""
         config = self.config
@@ -271,6 +243,42 @@ class Encoder(Part):
         return keys.reshape(groups, config.num_hidden_layers // groups, inner)
 
 
+def with_cache(
+    pattern: Pattern,
+    body: BodyOutput,
+    call: LayerCall,
+    new: LayerCache | None,
+    position_ids: Int[Array, "#B T"] | None,
+) -> BodyOutput:
+    """With the next call's cache, if layers kept something, and then the last token's state
+    alone."""
+    cache, last = call.cache, body.last
+    if cache is not None and new is not None:
+        position = cache.position if position_ids is None else position_ids[:, 0]
+        position = jnp.broadcast_to(position, cache.position.shape)
+        return body._replace(cache=extend(pattern, cache, new, position))
+    if new is None:
+        return body
+    cache = Cache.of_prompt(new, call.mask[:, : last.shape[1]], position_ids)
+    last = jax.lax.dynamic_slice_in_dim(last, cache.length - 1, 1, axis=1)
+    return body._replace(last=last, cache=cache)
+
+
+def stack_of(step: Any, config: EncoderConfig, remat: Remat, unroll: int) -> Any:
+    """The scan over stacked layers: parameters have a leading axis of layers, and compile time does
+    not grow with depth."""
+    if remat not in get_args(Remat):
+        raise ValueError(f"remat={remat!r} is unknown; choose one of {', '.join(get_args(Remat))}.")
+    if remat != "none":
+        step = nn.remat(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    stack = _scan(step, config.stack[-1], min(unroll, config.num_hidden_layers))
+    if config.num_hidden_groups is not None:  # group, times that it is used, layer within
+        groups, _ = config.stack
+        times = config.num_hidden_layers // groups
+        stack = _scan(_scan(stack, times, 1, shared=True), groups, 1)
+    return stack
+
+
 def _scan(step, length: int, unroll: int, *, shared: bool = False) -> Any:
     """The module repeated: with parameters of its own each time, stacked along a leading axis, or
     `shared` ones."""
@@ -279,7 +287,7 @@ def _scan(step, length: int, unroll: int, *, shared: bool = False) -> Any:
         variable_axes={} if shared else {"params": 0},
         variable_broadcast="params" if shared else False,
         split_rngs={"params": not shared, "dropout": True},
-        in_axes=(LayerCall(nn.broadcast, 0, nn.broadcast, nn.broadcast, 0),),  # pyright: ignore[reportArgumentType]
+        in_axes=(LayerCall(nn.broadcast, 0, nn.broadcast, nn.broadcast, 0, nn.broadcast),),  # pyright: ignore[reportArgumentType]
         length=length,
         unroll=unroll,
     )

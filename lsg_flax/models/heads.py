@@ -93,6 +93,19 @@ class WordScoresHead(Head):
         return ModelOutput(logits=logits)
 
 
+class NormedScoresHead(Head):
+    """Scores over the vocabulary by an own kernel, behind a LayerNorm."""
+
+    @nn.compact
+    def __call__(self, last, pooled, words):
+        config, context = self.config, self.context
+        shape, init = last.shape[-1:], nn.initializers.normal(config.initializer_range)
+        kernel = self.param("kernel", init, (*shape, config.vocab_size), context.param_dtype)
+        return ModelOutput(
+            logits=self.layer_norm("layer_norm")(last) @ kernel.astype(context.dtype)
+        )
+
+
 class PretrainingHead(Head):
     """Masked language model and next sentence."""
 

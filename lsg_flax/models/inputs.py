@@ -268,7 +268,7 @@ def slots_of_cache(inputs: Inputs, config: EncoderConfig, limit: int, length: in
                 f"{(ends - 1).tolist()} (-1: none). Pad on the left "
                 "(tokenizer.padding_side = 'left')."
             )
-    return slots_for(length, config.lsg)
+    return slots_for(length, config.kept_pattern)
 
 
 def check_step(inputs: Inputs, cache: Cache, config: EncoderConfig) -> None:

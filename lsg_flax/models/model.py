@@ -15,6 +15,7 @@ from jaxtyping import Array
 
 from lsg_flax.checks import checked_value, require, whole
 from lsg_flax.models.config import EncoderConfig, ModelConfig
+from lsg_flax.models.config_local import LocalTransformerConfig
 from lsg_flax.models.config_seq2seq import EncoderDecoderConfig
 from lsg_flax.models.encoder import BodyOutput, Encoder, Remat
 from lsg_flax.models.families import Family, HeadTable, family_of
@@ -28,12 +29,15 @@ from lsg_flax.models.inputs import (
     slots_of_cache,
 )
 from lsg_flax.models.layers import Context, Implementation
+from lsg_flax.models.local_transformer import LocalTransformer
 from lsg_flax.models.outputs import ModelOutput, Params
 from lsg_flax.models.realm import candidates_of, relevance
 from lsg_flax.models.seq2seq import EncoderDecoder, last_eos, shift_right
 from lsg_flax.models.task import IGNORED, Task
 from lsg_flax.patterns import Cache
 from lsg_flax.sharding import check_heads
+
+MOST_TOKENS = 2**28  # of a model without positions
 
 
 class Call(NamedTuple):
@@ -148,7 +152,7 @@ class Model(nn.Module):
             "encoder_hidden_states": encoder_hidden_states,
             "encoder_attention_mask": encoder_attention_mask,
         }
-        if isinstance(self.config, EncoderDecoderConfig):
+        if isinstance(self.config, EncoderDecoderConfig | LocalTransformerConfig):
             _refuse("the family counts positions itself", position_ids=position_ids)
         for stack in self.config.stacks.values():
             check_heads(stack.num_attention_heads)
@@ -178,6 +182,11 @@ class Model(nn.Module):
         """An encoder, or a decoder alone."""
         stack, rank = self.answering_stack, self.task_record.input_rank
         rank -= self.task_record.alone and inputs.rank == rank - 1
+        require(
+            bool(stack.vocab_size) or (inputs.input_ids is None and self.task == "base"),
+            "this model has num_tokens=None, so no table of tokens and no scores of them: give "
+            "inputs_embeds, and task='base'.",
+        )
         check_inputs(inputs, stack, self.max_length, rank=rank)
         context = self._context(stack, call, self._slots(inputs, call))
         batch, width = inputs.lead[0], stack.hidden_size
@@ -192,6 +201,8 @@ class Model(nn.Module):
             case EncoderDecoderConfig():
                 stacks = EncoderDecoder(self.config, context, context, *run)
                 body = stacks.decode(flat, memory, call.cache, stacks.words())
+            case LocalTransformerConfig():
+                body = LocalTransformer(context, *run, name="encoder")(flat, call.cache)
             case _:
                 encoder = Encoder(context, stack.is_decoder, *run, name="encoder")
                 body = encoder(flat, memory, call.cache)
@@ -336,6 +347,11 @@ class Model(nn.Module):
         return isinstance(self.config, EncoderDecoderConfig) and not self._is_causal
 
     @property
+    def rolls(self) -> bool:
+        """Whether texts may become longer than there are positions (see `generation.steps`)."""
+        return isinstance(self.config, LocalTransformerConfig)
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """The stacks that the model has, that of the head last: names in `config.stacks`."""
         names = tuple(self.config.stacks)
@@ -369,6 +385,8 @@ class Model(nn.Module):
     def max_length(self) -> int:
         """How many tokens the model reads at most: those that the position table has rows for."""
         stack = self.answering_stack
+        if not stack.vocab_size:  # embeddings, which get no positions
+            return MOST_TOKENS
         return stack.max_position_embeddings - self.family.architecture.first_row(stack)
 
     def example_inputs(self) -> dict[str, Any]:
@@ -376,6 +394,8 @@ class Model(nn.Module):
         ids = np.zeros((1,) * (self.task_record.input_rank - 1) + (2,), np.int32)
         if isinstance(self.config, EncoderDecoderConfig):  # a row is classified by its end token
             ids += self.config.eos_token_id or 0
+        if not self.config.vocab_size:
+            return {"inputs_embeds": np.zeros((*ids.shape, self.config.hidden_size), np.float32)}
         others = {"decoder_input_ids": ids} if self.has_two_stacks else {}
         others |= {"candidate_input_ids": ids[None]} if self.embedders else {}
         return {"input_ids": ids} | others

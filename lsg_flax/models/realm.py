@@ -39,6 +39,7 @@ KEPT = {
 }
 _LOWEST = float(np.finfo(np.float32).min)  # of a span that is none, as in the reference
 _LABELS = ("start_positions", "end_positions", "has_answers")
+_INTEGERS = ("labels", *_LABELS[:2])
 
 
 class RealmHead(Head):
@@ -182,7 +183,7 @@ def best_spans(
     """
     assert isinstance(config, RealmConfig) and output.reader_logits is not None
     _check_blocks(arrays, config, lead)
-    _check_answers(arrays, config.max_span_width)
+    _check_answers(arrays, config.max_span_width, lead[-1])
     alone, (blocks, length) = len(lead) == 2, lead[-2:]
     found = {n: jnp.asarray(a)[None] if alone else jnp.asarray(a) for n, a in arrays.items()}
     widths = np.arange(config.max_span_width)
@@ -248,18 +249,20 @@ def _check_blocks(arrays: HeadArrays, config: RealmConfig, lead: Lead) -> None:
     _check_shapes(arrays, shapes, "a reader")
 
 
-def _check_answers(arrays: HeadArrays, width: int) -> None:
+def _check_answers(arrays: HeadArrays, width: int, length: int) -> None:
     """Raises ValueError for answers that no span is, where they can be read."""
     places = [arrays.get(name) for name in _LABELS[:2]]
     if any(x is None or isinstance(x, jax.core.Tracer) for x in places):
         return
     start, end = (np.asarray(x) for x in places)
-    wrong = np.argwhere((start >= 0) & (end >= 0) & ((end < start) | (end - start >= width)))
+    none, over = (start < 0) & (end < 0), (end < start) | (end - start >= width) | (end >= length)
+    wrong = np.argwhere(~none & ((start < 0) | over))
     if len(wrong):
         place = tuple(wrong[0])
         raise ValueError(
             f"{len(wrong)} answers are no spans, the first from token {start[place]} to "
-            f"{end[place]}: spans have 1 to max_span_width={width} tokens. Leave the answer out "
+            f"{end[place]} of {length}: spans have 1 to max_span_width={width} tokens. Leave the "
+            "answer out "
             "(-1 for both), or load the model with a larger max_span_width, on which no weight "
             "depends."
         )
@@ -270,8 +273,11 @@ def _shape(arrays: HeadArrays, name: str) -> Lead:
 
 
 def _check_shapes(arrays: HeadArrays, shapes: Mapping[str, Lead], of: str) -> None:
-    """Raises ValueError unless the arrays are there and have these shapes."""
+    """Raises ValueError unless the arrays are there and have these shapes, labels of integers."""
     for name, shape in shapes.items():
         require(name in arrays, f"{of} needs {name}, {list(shape)}, and it is missing.")
         given = tuple(arrays[name].shape)
         require(given == tuple(shape), f"{name} has shape {given}; {of} needs {tuple(shape)}.")
+        kind = arrays[name].dtype
+        whole = name not in _INTEGERS or jnp.issubdtype(kind, jnp.integer)
+        require(whole, f"{name} has dtype {kind}; they must be integers.")

@@ -10,20 +10,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-import safetensors.numpy
 from jax.sharding import Mesh
 
 from lsg_flax import hub
 from lsg_flax.checks import require
-from lsg_flax.files import check_folder, write_json, written_aside
+from lsg_flax.files import check_folder, save_tensors, write_json, written_aside
 from lsg_flax.hub import Tokenizer
 from lsg_flax.locks import locked
-from lsg_flax.open_qa.embeddings import (
-    BLOCK_EMBEDDINGS,
-    BlockEmbedder,
-    embed_blocks,
-    write_embeddings,
-)
+from lsg_flax.open_qa import embeddings
+from lsg_flax.open_qa.embeddings import BLOCK_EMBEDDINGS, BlockEmbedder, embed_blocks
 from lsg_flax.open_qa.records import BLOCK_RECORDS, Records, write_records
 
 _MODELS, _INDEX = (f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
@@ -41,7 +36,7 @@ class Parts(NamedTuple):
 
 
 def write_folder(
-    folder: str | os.PathLike, parts: Parts, write_index: Callable[[pathlib.Path], None]
+    folder: str | os.PathLike, parts: Parts, write_index: Callable[[pathlib.Path], Any]
 ) -> None:
     """Writes all files together or, if anything fails, none.
 
@@ -59,7 +54,7 @@ def write_folder(
     config = {"architectures": ["RealmForOpenQA"], "num_block_records": len(parts.records)}
     places = dict.fromkeys(parts.tensors, _MODELS) | {BLOCK_EMBEDDINGS: _INDEX}
     with written_aside(folder) as aside:
-        safetensors.numpy.save_file(parts.tensors, aside / _MODELS, metadata={"format": "pt"})
+        save_tensors(aside / _MODELS, parts.tensors, {"format": "pt"})
         write_index(aside / _INDEX)
         write_records(aside / BLOCK_RECORDS, parts.records)
         hub.save_tokenizer(parts.tokenizer, aside)
@@ -115,20 +110,13 @@ def build_index(
             f"{model} has embeddings of {kept.shape[0]} blocks and {records.place} "
             f"{len(records)} blocks; make embeddings anew (keep_embeddings=False).",
         )
-        write_folder(folder, parts, lambda file: write_embeddings(file, kept))
+        write_folder(folder, parts, lambda file: embeddings.write_embeddings(file, kept))
         return 0
     options = {"batch_size": batch_size, "mesh": mesh}
     embedder = BlockEmbedder(*checkpoint.load("embedder"), tokenizer, **options)
     with locked(folder):
         staged, of_run = folder / _STAGED, {"width": embedder.width, "progress": progress}
         done = embed_blocks(staged, records, embedder, settings=embedder.settings(), **of_run)
-        write_folder(folder, parts, lambda file: _same_file(staged, file))
+        write_folder(folder, parts, lambda file: shutil.copyfile(staged, file))
         staged.unlink()
     return done
-
-
-def _same_file(source: pathlib.Path, target: pathlib.Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, target)

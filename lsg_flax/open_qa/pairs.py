@@ -58,7 +58,7 @@ def encode_pairs(
     tokenizer: Tokenizer, question: str, blocks: Sequence[str], max_length: int
 ) -> Pairs:
     """The question with each block, as wide as the longest pair; of too long ones the longer part
-    is cut first."""
+    is cut first. Raises ValueError if nothing of the blocks is left."""
     encoded = tokenizer(
         [question] * len(blocks),
         list(blocks),
@@ -66,7 +66,13 @@ def encode_pairs(
         **{"return_token_type_ids": True, "return_special_tokens_mask": True},
     )
     ids, mask, types = (np.asarray(encoded[name], np.int32) for name in _FIELDS)
-    return Pairs(ids, mask, types, (types > 0) & (encoded["special_tokens_mask"] == 0))
+    own = (types > 0) & (encoded["special_tokens_mask"] == 0)
+    require(
+        bool(own.any()) and ids.shape[1] <= max_length,
+        f"reader_seq_len={max_length} leaves no token of a block beside the question; raise it in "
+        "config.json.",
+    )
+    return Pairs(ids, mask, types, own)
 
 
 def question_text(tokenizer: Tokenizer, ids: Int[np.ndarray, " T"]) -> str:

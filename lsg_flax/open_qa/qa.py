@@ -21,17 +21,10 @@ from lsg_flax.convert_from_torch import params_to_torch
 from lsg_flax.files import differences
 from lsg_flax.hub import Tokenizer
 from lsg_flax.models import Model, ModelOutput, Params, RealmConfig
-from lsg_flax.open_qa import pairs
+from lsg_flax.open_qa import pairs, reading
 from lsg_flax.open_qa.embeddings import BLOCK_EMBEDDINGS, write_embeddings
 from lsg_flax.open_qa.folder import Parts, write_folder
-from lsg_flax.open_qa.reading import (
-    Retrieved,
-    best_span,
-    embed_question,
-    read_blocks,
-    reader_inputs,
-    without_padding,
-)
+from lsg_flax.open_qa.reading import Retrieved, best_span
 from lsg_flax.open_qa.records import Records, open_records
 from lsg_flax.open_qa.search import Search, Stored, device_search
 
@@ -90,12 +83,14 @@ class OpenQA:
             f"{width} numbers, but the embeddings are {tuple(self.embeddings.shape)}: they are of "
             "another corpus or embedder; `lsg-flax index` makes new ones.",
         )
-        length, longest = self.config.reader_seq_len, self.reader.max_length
-        require(
-            length <= longest,
-            f"reader_seq_len={length} is more than the {longest} tokens that the reader reads; "
-            "lower it in config.json, or convert the reader by lsg_flax.convert_checkpoint.",
-        )
+        longest = self.reader.max_length
+        for name in ("reader_seq_len", "max_span_width"):
+            length = getattr(self.config, name)
+            require(
+                length <= longest,
+                f"{name}={length} is more than the {longest} tokens that the reader reads; lower "
+                "it in config.json, or convert the reader by lsg_flax.convert_checkpoint.",
+            )
 
     @property
     def config(self) -> RealmConfig:
@@ -190,12 +185,15 @@ class OpenQA:
         """
         question, config = self._question(input_ids, attention_mask, token_type_ids), self.config
         found = self.retrieve(question, answer_ids, train=train)
-        ids, inputs = found.pairs.input_ids, reader_inputs(found, config, self.reader.max_length)
+        ids, inputs = (
+            found.pairs.input_ids,
+            reading.reader_inputs(found, config, self.reader.max_length),
+        )
         models = {"embedder": self.embedder, "reader": self.reader}
         key = key if train else None
-        output = read_blocks(self.params, question, found.vectors, inputs, key, **models)
+        output = reading.read_blocks(self.params, question, found.vectors, inputs, key, **models)
         lengths = {"padded": inputs["input_ids"].shape[1], "length": ids.shape[1]}
-        output = without_padding(output, **lengths, width=config.max_span_width)
+        output = reading.without_padding(output, **lengths, width=config.max_span_width)
         block, start, end = best_span(output)
         return OpenQAOutput(output, ids[block, start : end + 1], found.blocks)
 
@@ -203,11 +201,17 @@ class OpenQA:
         """The best answer to a question, with the block that it stands in.
 
         Raises:
-            ValueError: for a question without words, or longer than the embedder reads.
+            ValueError: for a question without words, or longer than the embedder reads, and scores
+                that are not finite.
         """
         ids, mask, types = self.encode(question).values()
         output, ids, blocks = self(ids, mask, types)
         block, score = int(blocks[best_span(output)[0]]), np.max(np.asarray(output.reader_logits))
+        require(
+            bool(np.isfinite(score)),
+            f"the best score of {question!r:.60} is {score}: parameters or embeddings of blocks "
+            "are not finite; take another checkpoint, and make its index anew.",
+        )
         text = self.tokenizer.decode(ids)
         return Answer(text, float(score), block, *self.records.texts([block]))
 
@@ -233,7 +237,7 @@ class OpenQA:
             pairs.check_answers(answer_ids, config.max_span_width)
         ids = question["input_ids"][question["attention_mask"] > 0]
         text = pairs.question_text(tokenizer, ids)
-        embedded = embed_question(self.params["embedder"], question, embedder=self.embedder)
+        embedded = reading.embed_question(self.params["embedder"], question, embedder=self.embedder)
         blocks = self.search(np.asarray(embedded), beam).blocks[0]
         rows = [np.asarray(self.embeddings[n : n + 1], np.float32) for n in blocks.tolist()]
         texts, places = self.records.texts(blocks.tolist()), None
@@ -258,6 +262,12 @@ class OpenQA:
         )
         mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask)
         types = np.zeros_like(ids) if token_type_ids is None else np.asarray(token_type_ids)
+        kinds = [f"{x.dtype} {x.shape}" for x in (ids, mask, types)]
+        require(
+            ids.dtype.kind in "iu" and ids.shape == mask.shape == types.shape,
+            f"input_ids, attention_mask and token_type_ids are {', '.join(kinds)}; ids must be "
+            "integers, and all of one shape.",
+        )
         fill = ((0, 0), (0, min(-ids.shape[1] % _STEP, limit - ids.shape[1])))
         arrays = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
         return {name: np.pad(array.astype(np.int32), fill) for name, array in arrays.items()}

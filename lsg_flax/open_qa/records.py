@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from lsg_flax.checks import require
 from lsg_flax.files import check_pointer, file_aside, is_blank
 from lsg_flax.pipelines import TEXTS, read_texts
 
@@ -35,8 +36,9 @@ class Records:
     """
 
     def __init__(self, values: Sequence[bytes] | np.ndarray, place: str | os.PathLike):
-        """Takes UTF-8 bytes, in memory or mapped from a file."""
+        """Takes UTF-8 bytes, in memory or mapped from a file; raises ValueError for none."""
         self.values, self.place = values, str(place)
+        require(len(values) > 0, f"{place} has no blocks; an index needs at least one.")
 
     def __len__(self) -> int:
         return len(self.values)
@@ -64,7 +66,8 @@ def open_records(path: str | os.PathLike) -> Records:
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: for a pickle, an array of another kind, a damaged file, an empty block.
+        ValueError: for a pickle, an array of another kind, a damaged file, no blocks, an empty line
+            or text.
     """
     file = pathlib.Path(path)
     file = file / BLOCK_RECORDS if file.is_dir() else file
@@ -75,7 +78,7 @@ def open_records(path: str | os.PathLike) -> Records:
         return Records(_mapped(file), file)
     if file.suffix not in TEXTS:
         raise ValueError(f"{file} must end in .npy, {' or '.join(TEXTS)}.")
-    lines = read_texts(file)
+    lines = read_texts(file, skippable=False)
     empty = [p for p, text in zip(lines.places, lines.texts, strict=True) if is_blank(text)]
     if empty:
         raise ValueError(f"{empty[0]} is an empty block, of {len(empty)}; take such lines out.")
@@ -105,12 +108,9 @@ def write_records(file: str | os.PathLike, records: Records) -> None:
     complete.
 
     Raises:
-        ValueError: if there is nothing to write, or a text ends in a zero byte, which such arrays
-            lose.
+        ValueError: if a text ends in a zero byte, which such arrays lose.
         OSError: if it cannot be written.
     """
-    if not len(records):
-        raise ValueError(f"{records.place} has no blocks; an index needs at least one.")
     lost = next((i for i, value in enumerate(records.values) if value[-1:] == b"\0"), None)
     if lost is not None:
         raise ValueError(f"block {lost} of {records.place} ends in a zero byte; take it off.")

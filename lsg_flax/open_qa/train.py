@@ -9,19 +9,19 @@ import concurrent.futures
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from lsg_flax.checks import require
 from lsg_flax.hub import Tokenizer
-from lsg_flax.models import IGNORED, Model, Params, RealmConfig
+from lsg_flax.models import IGNORED, Model, Params
 from lsg_flax.open_qa.embeddings import WINDOW, BlockEmbedder
-from lsg_flax.open_qa.pairs import batch_encode_candidates
+from lsg_flax.open_qa.pairs import batch_encode_candidates, checked_config
 from lsg_flax.open_qa.qa import OpenQA
 from lsg_flax.open_qa.reading import embed_question, read_blocks, reader_inputs
 from lsg_flax.open_qa.records import Records
@@ -39,7 +39,7 @@ class LiveIndex:
     parameters of `every` steps before are taken up, and new ones begin in a thread; so runs repeat.
 
     Attributes:
-        embeddings, search: the present ones; in memory.
+        embeddings, search: the present ones; new ones are in memory and on the default device.
     """
 
     def __init__(
@@ -49,32 +49,29 @@ class LiveIndex:
         records: Records,
         *,
         every: int | None,
-        make_search: Callable[[Stored], Search] = device_search,
-        embeddings: Stored | None = None,
-        params: Params | None = None,
+        start: tuple[Stored, Search] | Params,
     ):
-        """Takes the embeddings that are there, or makes them by the embedder's `params`; with
-        every=None they stay."""
+        """Begins with what is there, or what the embedder makes of its parameters; with every=None
+        that stays."""
         require(every is None or every > 0, f"refresh_every={every} must be at least 1, or None.")
         self._model, self._tokenizer, self._records = embedder, tokenizer, records
-        self._every, self._make_search = every, make_search
         self._thread, self._next = concurrent.futures.ThreadPoolExecutor(1), None
-        self.embeddings = self._embed(params) if embeddings is None else embeddings
-        self.search = make_search(self.embeddings)
+        self._every = every
+        self.embeddings, self.search = start if isinstance(start, tuple) else self._made(start)
 
     def follow(self, step: int, params: Params) -> None:
         """Takes up new embeddings and begins the next ones, if it is time."""
         if self._every is None or step % self._every:
             return
         if self._next is not None:
-            self.embeddings = self._next.result()
-            self.search = self._make_search(self.embeddings)
-        self._next = self._thread.submit(self._embed, params)
+            self.embeddings, self.search = self._next.result()
+        self._next = self._thread.submit(self._made, params)
 
-    def _embed(self, params: Any) -> Float[np.ndarray, "blocks D"]:
+    def _made(self, params: Params) -> tuple[Stored, Search]:
         embed, count = BlockEmbedder(self._model, params, self._tokenizer), len(self._records)
         windows = (range(n, min(n + WINDOW, count)) for n in range(0, count, WINDOW))
-        return np.concatenate([embed(self._records.texts(numbers)) for numbers in windows])
+        made = np.concatenate([embed(self._records.texts(numbers)) for numbers in windows])
+        return made, device_search(made)
 
 
 @functools.partial(jax.jit, static_argnames=("loss", "optimizer"))
@@ -82,6 +79,15 @@ def _update(params: Params, state: Any, batch: Any, *, loss, optimizer):
     value, gradients = jax.value_and_grad(loss)(params, *batch)
     changes, state = optimizer.update(gradients, state, params)
     return value, optax.apply_updates(params, changes), state
+
+
+def _finite(loss: Array, step: int) -> float:
+    if not np.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss is {float(loss)} at step {step}; lower the learning rate, and check the "
+            "parameters that training began with."
+        )
+    return float(loss)
 
 
 def finetune(
@@ -94,7 +100,7 @@ def finetune(
     refresh_every: int | None = None,
 ) -> tuple[OpenQA, list[float]]:
     """Trains embedder and reader by the marginal likelihood of right blocks and right spans, a
-    question a step; a step whose searcher_beam_size blocks have no answer changes nothing.
+    question a step; one whose searcher_beam_size blocks have no answer has no gradient.
 
     Args:
         examples: questions, each with its right answers as texts; taken in turn.
@@ -106,10 +112,13 @@ def finetune(
 
     Raises:
         ValueError: as `OpenQA`'s call, by the example's question.
+        FloatingPointError: at a loss that is not finite.
     """
     require(bool(examples), "there are no examples; give questions with their answers.")
     index = LiveIndex(
-        qa.embedder, qa.tokenizer, qa.records, every=refresh_every, embeddings=qa.embeddings
+        *(qa.embedder, qa.tokenizer, qa.records),
+        every=refresh_every,
+        start=(qa.embeddings, qa.search),
     )
     models = {"embedder": qa.embedder, "reader": qa.reader}
 
@@ -125,6 +134,10 @@ def finetune(
         text, answers = examples[step % len(examples)]
         try:
             question = qa.encode(text)
+            require(
+                bool(answers) and not isinstance(answers, str),
+                f"the answers are {answers!r}; give a list of texts, at least one.",
+            )
             ids = qa.tokenizer(list(answers), add_special_tokens=False)["input_ids"]
             found = qa.retrieve(question, ids, train=True)
         except ValueError as error:
@@ -133,7 +146,7 @@ def finetune(
         dropout = None if key is None else jax.random.fold_in(key, step)
         batch = (question, found.vectors, blocks, dropout)
         value, params, state = _update(params, state, batch, loss=loss, optimizer=optimizer)
-        losses.append(float(value))
+        losses.append(_finite(value, step))
     return dataclasses.replace(qa, params=params), losses
 
 
@@ -222,8 +235,11 @@ def pretrain(
         The trained parameters and the losses.
 
     Raises:
-        ValueError: for texts none of which has a salient span, or that are too long.
+        ValueError: for texts none of which has a salient span, or that are too long, and models of
+            other tasks or another vocabulary.
+        FloatingPointError: at a loss that is not finite.
     """
+    config = checked_config(models.encoder, "knowledge_augmented_encoder", models.tokenizer)
     salient = [(text, spans) for text in texts if (spans := salient_spans(text))]
     require(bool(salient), f"none of {len(texts)} texts has a name, date or number to mask.")
     index = LiveIndex(
@@ -231,11 +247,10 @@ def pretrain(
         models.tokenizer,
         models.records,
         every=refresh_every,
-        params=params["embedder"],
+        start=params["embedder"],
     )
-    config = models.encoder.config
-    count = config.num_candidates - 1 if isinstance(config, RealmConfig) else 0
-    generator, state, losses = np.random.default_rng(seed), optimizer.init(params), []
+    count, generator = config.num_candidates - 1, np.random.default_rng(seed)
+    state, losses = optimizer.init(params), []
     for step in range(steps):
         index.follow(step, params["embedder"])
         text, spans = salient[step % len(salient)]
@@ -247,5 +262,5 @@ def pretrain(
         candidates = [block for block in found if text not in block][:count]
         batch = (models.example(text, span, candidates),)
         value, params, state = _update(params, state, batch, loss=models.loss, optimizer=optimizer)
-        losses.append(float(value))
+        losses.append(_finite(value, step))
     return params, losses

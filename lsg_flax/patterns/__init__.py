@@ -14,6 +14,7 @@ from lsg_flax.patterns.config import LSGConfig as LSGConfig
 from lsg_flax.patterns.config import SparsityType as SparsityType
 from lsg_flax.patterns.halo import shard_key as shard_key
 from lsg_flax.patterns.local import attend_locally as attend_locally
+from lsg_flax.patterns.local import unit as unit
 from lsg_flax.patterns.operations import attention as attention
 from lsg_flax.patterns.operations import extend as extend
 from lsg_flax.patterns.operations import prefill as prefill
@@ -30,3 +31,5 @@ from lsg_flax.patterns.representatives import pad_to_blocks as pad_to_blocks
 from lsg_flax.patterns.representatives import representatives_of as representatives_of
 from lsg_flax.patterns.representatives import right_offset as right_offset
 from lsg_flax.patterns.rotary import Rotary as Rotary
+from lsg_flax.patterns.rotary import frequencies as frequencies
+from lsg_flax.patterns.rotary import rotary_of as rotary_of

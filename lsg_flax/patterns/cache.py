@@ -5,7 +5,8 @@ keys and values are written once, and the representatives of a block once it is 
 in front of the token slots; they see no token and never change. All shapes are fixed: a cache has
 slots for whole blocks, and slots without a token are masked.
 
-Axes: L layers, B batch, N heads, H head width, T tokens, S keys.
+Axes: L layers, B batch, N heads, H head width, T tokens, S keys, Q queries of a
+block, W keys of a block's windows.
 """
 
 from functools import partial
@@ -17,10 +18,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from lsg_flax.checks import require
 from lsg_flax.kernels import Source, masked_softmax, pad
 from lsg_flax.patterns import sparsity
 from lsg_flax.patterns.config import LSGConfig
-from lsg_flax.patterns.pattern import LSG, Runtime
+from lsg_flax.patterns.local import unit
+from lsg_flax.patterns.pattern import LSG, Local, Runtime
 from lsg_flax.patterns.representatives import choose, first_query
 
 
@@ -122,11 +125,19 @@ def write(old: Source, new: Source, start: Int[Array, ""]) -> Source:
     return jax.tree.map(write, old, new)
 
 
-def attend_token(query: Float[Array, "B N H 1"], seen: list[Source]) -> Float[Array, "B N H 1"]:
-    """One softmax over all that a token sees; joining the sources would copy them."""
-    query = query * query.shape[2] ** -0.5
+def attend_token(
+    query: Float[Array, "B N H 1"],
+    seen: list[Source],
+    scale: float | None = None,
+    biases: list[Float[Array, "N _"]] | None = None,
+) -> Float[Array, "B N H 1"]:
+    """One softmax over all that a token sees; joining the sources would copy them. `biases` are
+    added to the scores of each source."""
+    query = query * (query.shape[2] ** -0.5 if scale is None else scale)
     product = {"preferred_element_type": jnp.float32}
     scores = [jnp.einsum("bnhq,bnhs->bnqs", query, s.key, **product) for s in seen]
+    if biases is not None:
+        scores = [x + bias[None, :, None] for x, bias in zip(scores, biases, strict=True)]
     masks = [
         jnp.broadcast_to(s.mask[:, :, None], x.shape) for s, x in zip(seen, scores, strict=True)
     ]
@@ -141,14 +152,22 @@ def attend_token(query: Float[Array, "B N H 1"], seen: list[Source]) -> Float[Ar
     return sum(contexts[1:], contexts[0]).astype(query.dtype)
 
 
-def slots_for(length: int, config: LSGConfig | None) -> int:
-    """Slots of a cache for `length` tokens: with LSG attention whole blocks, two at least.
+def slots_for(length: int, config: LSGConfig | Local | None) -> int:
+    """Slots of a cache for `length` tokens: with LSG attention whole blocks, two at least; with
+    local attention whole windows, as many as a token sees at least.
 
     Raises:
         ValueError: for settings under which the uncached model does not run at every length.
     """
     if config is None:
         return length
+    if isinstance(config, Local):
+        require(
+            config.causal,
+            "a cache is for a causal model, and this one has causal=False: its tokens see later "
+            "ones, so that nothing can be kept of them.",
+        )
+        return max(-(-length // config.window_size), config.windows_seen) * config.window_size
     block = config.block_size
     if length > 2 * block and not config.adaptive:
         raise ValueError(
@@ -226,3 +245,40 @@ def _of_current_block(
 
     is_last = (cache.length + 1) % block == 0
     return lax.cond(is_last, choose_anew, lambda: cut(old, layer, number * step, step))
+
+
+def step_locally(
+    pattern: Local,
+    query: Float[Array, "B N H 1"],
+    token: Source,
+    cache: Cache,
+    layer: Int[Array, ""],
+    bias: Float[Array, "N Q W"] | None,
+) -> Float[Array, "B N H 1"]:
+    """The next token's context: of all that is kept only the windows that it sees are read. Keys
+    are kept as they were before they were rotated, so that each step turns them by their places
+    among these windows."""
+    size, before = pattern.window_size, pattern.look_backward * pattern.window_size
+    begin = cache.length // size * size - before
+    start = jnp.maximum(begin, 0)
+    places, place = jnp.arange(before + size), cache.length - start
+    kept = cut(cache.layers.tokens, layer, start, before + size)
+    there = places < place
+    if pattern.exact_windowsize:
+        there &= places >= place - before
+    kept = kept._replace(mask=kept.mask & there[None, None])
+    if pattern.shared_qk:
+        kept, token = (s._replace(key=unit(s.key, 2)) for s in (kept, token))
+        alone = ~kept.mask.any(axis=-1, keepdims=True)
+        token = token._replace(mask=token.mask & alone)
+    if pattern.rotary is not None:
+        turn = partial(pattern.rotary.rotate, centre=before)
+        query = turn(query, 1, place, sign=1)
+        kept = kept._replace(key=turn(kept.key, before + size, 0, sign=-1))
+        token = token._replace(key=turn(token.key, 1, place, sign=-1))
+    biases = None
+    if bias is not None:
+        row = lax.dynamic_index_in_dim(bias, cache.length % size, axis=1, keepdims=False)
+        at = partial(lax.dynamic_slice_in_dim, pad(row, 0, before), axis=-1)
+        biases = [at(start - begin, before + size), at(cache.length - begin, 1)]
+    return attend_token(query, [kept, token], pattern.scale, biases)

@@ -36,7 +36,7 @@ def attend_locally(
     length, size, run = query.shape[-1], pattern.window_size, run.on_shard()
     query, source = jax.tree.map(lambda x: pad(x, 0, -length % size), (query, source))
     if pattern.shared_qk:
-        source = source._replace(key=_unit(source.key))
+        source = source._replace(key=unit(source.key, 2))
     width = query.shape[2] ** -0.5 if pattern.scale is None else pattern.scale
     sources, windows = _windows(pattern, source, run)
     spec = Spec(
@@ -99,8 +99,8 @@ def _biases(bias: Float[Array, "N Q W"] | None, windows: tuple[Window, ...]) -> 
     return Biases(tuple(jnp.split(bias[None], len(windows), axis=-1)))
 
 
-def _unit(x: Float[Array, "B N H T"]) -> Float[Array, "B N H T"]:
-    """Vectors of length 1; zeros stay zeros."""
-    square = jnp.sum(x.astype(jnp.float32) ** 2, axis=2, keepdims=True)
+def unit(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+    """Vectors along an axis, of length 1; zeros stay zeros."""
+    square = jnp.sum(x.astype(jnp.float32) ** 2, axis=axis, keepdims=True)
     length = jnp.sqrt(jnp.where(square > 0, square, 1.0))  # the root of 0 has no gradient
     return (x / jnp.maximum(length, 1e-12)).astype(x.dtype)

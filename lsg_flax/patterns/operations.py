@@ -2,7 +2,8 @@
 features first: a model that projects straight to this layout saves the transposes, which are slow
 on CPU. Shapes are not checked here.
 
-Axes: B batch, N heads, H head width, T tokens, S keys.
+Axes: B batch, N heads, H head width, T tokens, S keys, Q queries of a block, W keys of a block's
+windows.
 """
 
 import jax
@@ -17,22 +18,30 @@ from lsg_flax.patterns.cache import (
     cut,
     keep_blocks,
     step_in_blocks,
+    step_locally,
     write,
 )
 from lsg_flax.patterns.full import attend_to_all
+from lsg_flax.patterns.local import attend_locally
 from lsg_flax.patterns.lsg import attend_by_blocks
-from lsg_flax.patterns.pattern import LSG, Full, Pattern, Runtime
+from lsg_flax.patterns.pattern import LSG, Full, Local, Pattern, Runtime
 
 
 def attention(
-    pattern: Pattern, query: Float[Array, "B N H T"], source: Source, run: Runtime
+    pattern: Pattern,
+    query: Float[Array, "B N H T"],
+    source: Source,
+    run: Runtime,
+    bias: Float[Array, "N Q W"] | None = None,
 ) -> Float[Array, "B N H T"]:
-    """The context of every query."""
+    """The context of every query; `bias` is added to the scores of every local window."""
     match pattern:
         case Full():
             return attend_to_all(query, source, run, causal=pattern.causal)[0]
         case LSG():
             return attend_by_blocks(pattern, query, source, run)
+        case Local():
+            return attend_locally(pattern, query, source, run, bias)
 
 
 def prefill(
@@ -45,7 +54,7 @@ def prefill(
         slots: from `slots_for`.
     """
     match pattern:
-        case Full():
+        case Full() | Local():
             return LayerCache(jax.tree.map(lambda x: pad(x, 0, slots - x.shape[-1]), source))
         case LSG():
             return keep_blocks(pattern, query, source, run, slots)
@@ -58,6 +67,8 @@ def step(
     run: Runtime,
     cache: Cache,
     layer: Int[Array, ""],
+    *,
+    bias: Float[Array, "N Q W"] | None = None,
 ) -> tuple[Float[Array, "B N H 1"], LayerCache]:
     """The next token's causal attention, and what `extend` shall write.
 
@@ -79,6 +90,9 @@ def step(
             context = attend_token(query, [cut(tokens, layer, 0, slots), token])
         case LSG():
             context, new = step_in_blocks(pattern, query, token, run, cache, layer)
+        case Local():
+            new = LayerCache(token)
+            context = step_locally(pattern, query, token, cache, layer, bias)
     return jnp.where(cache.length < slots, context, jnp.nan), new
 
 

@@ -98,7 +98,7 @@ class Local:
         return windows * self.window_size * shards - length
 
 
-Pattern = Full | LSG
+Pattern = Full | LSG | Local
 
 
 def pattern_of(

@@ -5,10 +5,13 @@ Axes: B batch, N heads, H head width, T tokens.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from lsg_flax.checks import require
 
 THETA = 10_000.0
 
@@ -25,7 +28,13 @@ class Rotary:
     xpos_base: float | None = None
 
     def rotate(
-        self, x: Float[Array, "B N H T"], window: int, first: int, *, centre: int, sign: int
+        self,
+        x: Float[Array, "B N H T"],
+        window: int,
+        first: int | Int[Array, ""],
+        *,
+        centre: int,
+        sign: int,
     ) -> Float[Array, "B N H T"]:
         """Tokens in whole windows, the first of each at place `first`.
 
@@ -41,12 +50,42 @@ class Rotary:
         rotated = jnp.stack([size * part for part in turned], axis=2)
         return rotated.reshape(x.shape).astype(x.dtype)
 
-    def _tables(self, width: int, places: np.ndarray, centre: int, sign: int):
+    def _tables(self, width: int, places: Any, centre: int, sign: int):
         """Cosine, sine and size, [1, 1, H / 2, 1, places], in float32 as the reference has them."""
-        even = np.arange(0, width, 2, dtype=np.float32)[None, None, :, None, None]
-        places = places.astype(np.float32)
-        angle = places * (1.0 / np.float32(THETA) ** (even / np.float32(width)))
+        numbers: Any = np if isinstance(places, np.ndarray) else jnp
+        places = places.astype(np.float32)[None, None, None, None]
+        angle = places * frequencies(width)[None, None, :, None, None]
         if self.xpos_base is None:
-            return np.cos(angle), np.sin(angle), np.float32(1.0)
+            return numbers.cos(angle), numbers.sin(angle), np.float32(1.0)
+        even = np.arange(0, width, 2, dtype=np.float32)[None, None, :, None, None]
         shrink = (even + np.float32(0.4 * width)) / np.float32(1.4 * width)
-        return np.cos(angle), np.sin(angle), shrink ** (sign * (places - centre) / self.xpos_base)
+        size = shrink ** (sign * (places - centre) / self.xpos_base)
+        return numbers.cos(angle), numbers.sin(angle), size
+
+
+def frequencies(width: int) -> Float[np.ndarray, "_"]:
+    """The angles by which the pairs of a head of this width turn from one place to the next."""
+    even = np.arange(0, width, 2, dtype=np.float32)
+    return 1.0 / np.float32(THETA) ** (even / np.float32(width))
+
+
+def rotary_of(
+    width: int, window_size: int, *, used: bool, xpos: bool, base: float | None
+) -> Rotary | None:
+    """The record of local-attention's options for heads of this width; None where not `used`.
+
+    Raises:
+        ValueError: for options that do not fit together, and heads of odd width.
+    """
+    require(used or not xpos, "use_xpos=True scales rotary positions: set use_rotary_pos_emb=True.")
+    require(xpos or base is None, f"xpos_scale_base={base} is for use_xpos=True.")
+    require(
+        not used or width % 2 == 0,
+        f"rotary positions turn pairs of features, and heads are {width} wide: give an even width, "
+        "or use_rotary_pos_emb=False.",
+    )
+    if not xpos:
+        return Rotary() if used else None
+    base = window_size // 2 if base is None else base
+    require(base > 0, f"xpos_scale_base={base} must be positive (window_size // 2 by default).")
+    return Rotary(float(base))

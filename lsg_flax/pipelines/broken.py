@@ -8,11 +8,12 @@ from typing import Literal
 BrokenLines = Literal["raise", "skip"]
 
 
-def unskipped(place: str, error: ValueError) -> ValueError:
-    """What to raise for a broken line at FILE:NUMBER where none is skipped."""
+def unskipped(place: str, error: ValueError, *, skippable: bool = True) -> ValueError:
+    """What to raise for a broken line at FILE:NUMBER where none is skipped, or none can be."""
     message = str(error) if str(error).startswith(place) else f"{place}: {error}"
     end = "" if message.endswith((".", "?")) else "."
-    return ValueError(f'{message}{end} Mend it, or pass broken_lines="skip".')
+    remedy = ', or pass broken_lines="skip"' if skippable else ""
+    return ValueError(f"{message}{end} Mend it{remedy}.")
 
 
 def line_number(place: str) -> int:

@@ -265,12 +265,15 @@ class TextLines(NamedTuple):
     places: list[str]
 
 
-def read_texts(file: str | os.PathLike, *, broken_lines: BrokenLines = "raise") -> TextLines:
+def read_texts(
+    file: str | os.PathLike, *, broken_lines: BrokenLines = "raise", skippable: bool = True
+) -> TextLines:
     """Names and texts: of .txt each line, empty ones too; of .jsonl each object's "id" (else the
     line's place from 0) and "text", which is not empty, blank lines passed over.
 
     Args:
         broken_lines: raise for a line that is none of this, or skip it, with a warning.
+        skippable: whether the caller's caller may choose that, which the error then says.
 
     Raises:
         FileNotFoundError, ValueError: if there is no such file, or it holds something else.
@@ -287,7 +290,7 @@ def read_texts(file: str | os.PathLike, *, broken_lines: BrokenLines = "raise") 
                 raise ValueError("its text is empty")
         except ValueError as error:
             if broken_lines == "raise":
-                raise unskipped(line.place, error) from error
+                raise unskipped(line.place, error, skippable=skippable) from error
             skipped.append(line.number)
             continue
         found.names.append(name)

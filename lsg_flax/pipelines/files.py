@@ -388,7 +388,10 @@ def _content(content: dict[str, Any]) -> dict[str, Any]:
     kind = next((names for names in _KINDS if content.keys() >= set(names)), None)
     if kind is None:
         kinds = "; or ".join(" and ".join(names) for names in _KINDS)
-        raise ValueError(f"it has {sorted(content)} and must have {kinds}")
+        raise ValueError(
+            f"it has {sorted(content)} and must have {kinds}; text_column= names another entry "
+            "that is the text"
+        )
     if content.get("text_pair", "") in (None, ""):  # no pair, as in training
         content = {name: value for name, value in content.items() if name != "text_pair"}
     for name in ("text", "text_pair", "question", "context"):

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from lsg_flax.models import (
     IGNORED,
     Batch,
+    LocalTransformerConfig,
     Loss,
     Model,
     ModelConfig,
@@ -163,6 +164,11 @@ def apply_model(model: Model, params: Params, batch: Batch, key) -> Any:
     given = {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys()
     if model.has_two_stacks and model.task_record.generates and not given:
         inputs["decoder_input_ids"] = model.shift_right(jnp.asarray(batch["labels"]))
+    config = model.config
+    if isinstance(config, LocalTransformerConfig) and not config.causal and "labels" in batch:
+        # As in PyTorch, where the model is not given the last token, which only labels need.
+        mask = jnp.asarray(batch.get("attention_mask", jnp.ones(_lead_shape(batch), bool)))
+        inputs["attention_mask"] = mask.at[:, -1].set(jnp.zeros((), mask.dtype))
     return model.apply({"params": params}, **inputs, train=key is not None, rngs=rngs)
 
 
@@ -247,6 +253,7 @@ def _prepared(model: Model, loss: Loss, batch: Batch, labels: Array) -> Array:
             f"labels for task={model.task!r} must be integers, got {labels.dtype}; several labels "
             "per text need problem_type='multi_label_classification'."
         )
+    labels = jnp.where(labels == model.config.ignored_label, IGNORED, labels)
     if loss == "next_token":  # position t answers with token t + 1
         return jnp.full_like(labels, IGNORED).at[..., :-1].set(labels[..., 1:])
     if loss == "yes_or_no" and "attention_mask" in batch:

@@ -29,11 +29,12 @@ Precision = Literal["float32", "bfloat16"]
 Trained = Literal["all", "head", "global_tokens_and_head"]
 Words = str | tuple[str, ...]
 
+_MODEL = "^([a-z_]*embedder/)?"  # a scorer is made of models
 # What stays as it is, by what is trained; searched in paths such as "encoder/layers/mlp_up/kernel".
 FROZEN: dict[str, str | None] = {
     "all": None,
-    "head": "^(shared|encoder|decoder)/",
-    "global_tokens_and_head": "^(shared|decoder|encoder(?!/embeddings/global_embeddings))/",
+    "head": f"{_MODEL}(shared|encoder|decoder)/",
+    "global_tokens_and_head": f"{_MODEL}(shared|decoder|encoder(?!/embeddings/global_embeddings))/",
 }
 # Fields that change where and how a run works, and not what it computes: a run may be continued
 # with others. The data is known by its contents.

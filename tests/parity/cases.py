@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 from jobs import Case
-from tiny_config import has_two_stacks, spelled
+from tiny_config import OF_TRANSFORMERS, has_two_stacks, spelled
 
 from lsg_flax.models import FAMILIES, read_config
 from lsg_flax.models.config_json import DIALECTS
@@ -14,7 +14,7 @@ from lsg_flax.patterns.sparsity import effective_type
 SEED = int(os.environ.get("LSG_PARITY_SEED", "0"))
 VOCABULARY = 37
 # REALM has cases of its own, cases_realm.py.
-COMPARED = [family for family in FAMILIES if family != "realm"]
+COMPARED = [family for family in OF_TRANSFORMERS if family != "realm"]
 HEADS = [(family, task) for family in COMPARED for task in FAMILIES[family].heads]
 PATTERNS_PER_HEAD = {"bert": 2}  # of the others one
 # Families whose LSG classes PyTorch has; of the others plain ones are compared.

@@ -12,7 +12,7 @@ import sys
 import flax.traverse_util
 import numpy as np
 import pytest
-from cases import CONVERSIONS, CONVERTED_TASK, LSG_FAMILIES
+from cases import COMPARED, CONVERSIONS, CONVERTED_TASK, LSG_FAMILIES
 from jobs import DIFFERENCES, HERE, TABLE, ask, close
 from saved import BLOCKS, CONVERTED, installed_converter
 from tiny_tokenizers import FAMILIES as TOKENIZERS

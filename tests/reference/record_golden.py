@@ -15,6 +15,7 @@ import functools
 
 import numpy as np
 import record_local
+import record_local_transformer
 import record_realm
 import record_seq2seq
 import record_squeezebert
@@ -466,6 +467,7 @@ def main():
     record_conversions(recorder)
     record_seq2seq.record(recorder)
     record_local.record(recorder)
+    record_local_transformer.record(recorder)
     record_squeezebert.record(recorder)
     record_realm.record(recorder)
     recorder.write()

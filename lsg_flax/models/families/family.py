@@ -131,6 +131,8 @@ class Family:
         other_names, other_types: further beginnings of its class names, and model_types.
         lsg_type: the model_type of LSG checkpoints where PyTorch has no LSG classes of the family;
             None where it has, which read the family's own.
+        to_lsg: None where there is no such thing.
+        describes_itself: config.json names the class and the dtype of the weights.
     """
 
     model_type: str
@@ -139,7 +141,7 @@ class Family:
     encoder: Rows
     pooler: Rows
     tables: tuple[HeadTable, ...]
-    to_lsg: ToLSG
+    to_lsg: ToLSG | None
     dialect: Dialect = Dialect()  # noqa: RUF009 (never changed)
     architecture: Architecture = Architecture()  # noqa: RUF009 (never changed)
     config_type: type[ModelConfig] = EncoderConfig
@@ -148,11 +150,17 @@ class Family:
     other_names: tuple[str, ...] = ()
     other_types: tuple[str, ...] = ()
     lsg_type: str | None = None
+    describes_itself: bool = True
 
     @property
     def heads(self) -> dict[str, HeadTable]:
         """By the name of the task."""
         return {table.task.name: table for table in self.tables}
+
+    @property
+    def beginning(self) -> str:
+        """Of the names of the body's tensors in a model with a head."""
+        return f"{self.prefix}." if self.prefix else ""
 
     def auto_map(self) -> dict[str, str]:
         """Hugging Face's auto classes -> the reference's remote code, file and class."""
@@ -200,7 +208,7 @@ class Family:
                 for name in names
                 for key in inner
             ]
-        prefix = "" if task == "base" else f"{self.prefix}."
+        prefix = "" if task == "base" else self.beginning
         for row in self.encoder if head.body is None else head.body:
             stack = config.stacks.get(row.path.split("/")[0])
             if stack is None or self._has(stack, row):
@@ -210,10 +218,8 @@ class Family:
         return keys + [key for row in own for key in _expand(row, (), "")]
 
     def _has(self, stack: EncoderConfig, row: Row) -> bool:
-        without = [] if stack.lsg else ["global_embeddings"]
-        without += [] if stack.type_vocab_size else ["token_type_embeddings"]
+        without = list(stack.lacks)
         without += [] if self.architecture.projects(stack) else ["embeddings_project"]
-        without += [] if stack.add_cross_attention else ["cross_attention"]
         return not any(part in row.path for part in without)
 
     def tied_names(self, task: str, *, tied: bool) -> dict[str, str]:

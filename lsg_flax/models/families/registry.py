@@ -13,6 +13,7 @@ from lsg_flax.models.families.camembert import CAMEMBERT
 from lsg_flax.models.families.distilbert import DISTILBERT
 from lsg_flax.models.families.electra import ELECTRA
 from lsg_flax.models.families.family import Family
+from lsg_flax.models.families.local_transformer import LOCAL_TRANSFORMER
 from lsg_flax.models.families.mbart import MBART
 from lsg_flax.models.families.pegasus import PEGASUS
 from lsg_flax.models.families.realm import REALM
@@ -63,6 +64,7 @@ for _family in (
     PEGASUS,
     SQUEEZEBERT,
     REALM,
+    LOCAL_TRANSFORMER,
 ):
     register(_family)
 

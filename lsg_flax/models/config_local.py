@@ -1,0 +1,204 @@
+"""The configuration of local-attention's transformer: its constructor's keywords, under our names
+where they say what other models have."""
+
+import functools
+import json
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from lsg_flax.checks import Range, require, whole
+from lsg_flax.models.config import EncoderConfig
+from lsg_flax.models.config_json import ABSENT, RATE, Dialect
+from lsg_flax.patterns import Local, rotary_of
+
+_Own = TypeVar("_Own", bound="LocalTransformerConfig")
+_POSITIVE = Range(2.0**-20, 2.0**20, "must be positive, at most 1,048,576")
+NEEDED = ("num_tokens", "max_seq_len", "dim", "depth")
+# What may stand in config.json beside the constructor's keywords, which has no others.
+_BESIDE = {
+    *("architectures", "torch_dtype", "dtype", "transformers_version", "tokenizer_class"),
+    *("bos_token_id", "eos_token_id", "mask_token_id", "generation_config"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalTransformerConfig(EncoderConfig):
+    """Attributes are lucidrains' keywords of LocalTransformer and LocalMHA; those that every model
+    has are called as in other configs, and in config.json as there (`dim`, `depth`, `heads`,
+    `num_tokens`, `max_seq_len`, `attn_dropout`).
+
+    Attributes:
+        vocab_size: 0 for `num_tokens=None`: the model takes embeddings and gives states.
+        exact_windowsize: None is True.
+        look_forward: None is 0 for a causal model, else 1.
+        ignore_index: a label that does not count, beside -100.
+    """
+
+    RANGES: ClassVar[dict[str, Range]] = EncoderConfig.RANGES | {
+        "vocab_size": whole(0, 2**28),
+        "dim_head": whole(1, 2**16),
+        "num_residual_streams": whole(1, 1024),
+        "ff_dropout": RATE,
+        **dict.fromkeys(("ff_mult", "qk_scale", "xpos_scale_base"), _POSITIVE),
+    }
+    SHARES: ClassVar[tuple[tuple[str, str], ...]] = ()  # heads have a width of their own
+
+    model_type: str = "local-transformer"
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = False
+    num_attention_heads: int = 8
+    hidden_dropout_prob: float = 0.0
+    attention_probs_dropout_prob: float = 0.0
+    type_vocab_size: int = 0
+    layer_norm_eps: float = 1e-5
+    is_decoder: bool = True
+    causal: bool = True
+    local_attn_window_size: int = 512
+    dim_head: int = 64
+    ff_mult: float = 4.0
+    ff_dropout: float = 0.0
+    ignore_index: int = -1
+    use_xpos: bool = False
+    xpos_scale_base: float | None = None
+    use_dynamic_pos_bias: bool = False
+    num_residual_streams: int = 4
+    qk_rmsnorm: bool = False
+    qk_scale: float = 8.0
+    exact_windowsize: bool | None = None
+    gate_values_per_head: bool = False
+    look_backward: int = 1
+    look_forward: int | None = None
+    shared_qk: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.lsg is None, "lsg: local-transformer has no LSG attention; leave it out.")
+        unknown = sorted(json.loads(self.extra).keys() - _BESIDE)
+        require(
+            not unknown,
+            f"{', '.join(unknown)} in config.json: local-transformer has no such keywords, or they "
+            "change the computation and are not supported (global attention layers among them); "
+            "take them out.",
+        )
+        window, limit = self.local_attn_window_size, self.max_position_embeddings
+        assert self.pattern.window_size == window  # made here, so that it is checked
+        require(
+            not self.vocab_size or window <= limit,
+            f"local_attn_window_size={window} is larger than the max_seq_len={limit} positions, of "
+            f"which it would see all: give a window of at most {limit}.",
+        )
+        require(
+            not self.use_dynamic_pos_bias or self.hidden_size > 1,
+            "use_dynamic_pos_bias=True computes with dim // 2 features, and dim=1 has none: give "
+            "a dim of at least 2.",
+        )
+
+    @functools.cached_property
+    def pattern(self) -> Local:
+        """What its layers see."""
+        xpos, forward = self.use_xpos and not self.use_dynamic_pos_bias, self.look_forward
+        return Local(
+            self.local_attn_window_size,
+            self.causal,
+            self.look_backward,
+            (0 if self.causal else 1) if forward is None else forward,
+            self.exact_windowsize is not False,
+            self.shared_qk,
+            self.qk_scale if self.qk_rmsnorm else None,
+            rotary_of(
+                self.dim_head,
+                self.local_attn_window_size,
+                used=not self.use_dynamic_pos_bias,
+                xpos=xpos,
+                base=self.xpos_scale_base if xpos else None,
+            ),
+        )
+
+    @property
+    def kept_pattern(self) -> Local:
+        """What a cache has slots for."""
+        return self.pattern
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.dim_head
+
+    @property
+    def mlp_width(self) -> int:
+        """Features between the projections of a feed-forward part."""
+        return int(self.hidden_size * self.ff_mult * 2 / 3)
+
+    @property
+    def usual_task(self) -> str:
+        """The token model, where there are tokens."""
+        return "causal_lm" if self.vocab_size else "base"
+
+    @property
+    def ignored_label(self) -> int:
+        """The label that does not count, beside -100."""
+        return self.ignore_index
+
+    @property
+    def lacks(self) -> tuple[str, ...]:
+        """Parts of the paths of parameters that these settings leave out."""
+        parts = {
+            "embeddings": bool(self.vocab_size),
+            "streams": self.num_residual_streams > 1,
+            "scale_of": self.qk_rmsnorm,
+            "gate": self.gate_values_per_head,
+            "inv_freq": self.pattern.rotary is not None,
+            "position_bias": self.use_dynamic_pos_bias,
+        }
+        return tuple(part for part, there in parts.items() if not there)
+
+    @classmethod
+    def from_dict(cls: type[_Own], values: dict[str, Any]) -> _Own:
+        """Reads config.json; raises ValueError as the others, and for keywords that are missing."""
+        missing = [name for name in NEEDED if name not in values]
+        require(
+            not missing and values["num_tokens"] != 0,
+            f"config.json of a local-transformer must have {', '.join(NEEDED)} (num_tokens null "
+            f"for a model of embeddings); missing are {missing}, num_tokens="
+            f"{values.get('num_tokens')!r}.",
+        )
+        return super().from_dict(values | {"num_tokens": values["num_tokens"] or 0})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The constructor's keywords, and what else is not as usual."""
+        values, usual = super().to_dict(), super(LocalTransformerConfig, type(self)()).to_dict()
+        own = {*KEYWORDS, "model_type"}
+        kept = {n: v for n, v in values.items() if n in own or usual.get(n, _BESIDE) != v}
+        return kept | {"num_tokens": self.vocab_size or None}
+
+
+DIALECT = Dialect(
+    names={
+        "vocab_size": "num_tokens",
+        "max_position_embeddings": "max_seq_len",
+        "hidden_size": "dim",
+        "num_hidden_layers": "depth",
+        "num_attention_heads": "heads",
+        "attention_probs_dropout_prob": "attn_dropout",
+    },
+    absent=ABSENT
+    | {
+        "is_decoder": True,
+        "add_cross_attention": False,
+        "tie_word_embeddings": False,
+        "type_vocab_size": 0,
+        "layer_norm_eps": 1e-5,
+        "hidden_dropout_prob": 0.0,
+        "hidden_act": "gelu",
+        "classifier_dropout": None,
+        "intermediate_size": EncoderConfig.intermediate_size,  # see `mlp_width`
+    },
+)
+KEYWORDS = (
+    *DIALECT.names.values(),
+    *(
+        name
+        for name in LocalTransformerConfig.__annotations__
+        if name not in {*DIALECT.names, *DIALECT.absent, "RANGES", "SHARES", "pad_token_id"}
+    ),
+)

@@ -1,0 +1,183 @@
+"""local-attention's transformer: layers of local attention and a gated feed-forward part, between
+residual streams.
+
+Axes: B batch, T tokens, D model width, N heads, Q queries of a block (a window), W keys of a
+block's windows.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lsg_flax import patterns
+from lsg_flax.kernels import Source
+from lsg_flax.models.attention_layers import HeadProjections, LayerCall
+from lsg_flax.models.config_local import LocalTransformerConfig
+from lsg_flax.models.embeddings import Embeddings
+from lsg_flax.models.encoder import BodyOutput, Remat, stack_of, with_cache
+from lsg_flax.models.inputs import Inputs
+from lsg_flax.models.layers import Buffer, Part, Projection
+from lsg_flax.patterns import Cache, LayerCache, frequencies, unit
+from lsg_flax.sharding import constrain
+
+
+class _LocalPart(Part):
+    """A part with the settings of this transformer."""
+
+    @property
+    def settings(self) -> LocalTransformerConfig:
+        """The config, as what it is."""
+        assert isinstance(self.config, LocalTransformerConfig)
+        return self.config
+
+    def weight(self, name: str, init: Any, *shape: int) -> Array:
+        """A parameter in the dtype of the computation."""
+        context = self.context
+        return self.param(name, init, shape, context.param_dtype).astype(context.dtype)
+
+
+class ResidualStreams(_LocalPart):
+    """What a branch reads of the streams, what is kept of them, and how much of the branch's output
+    each gets (hyper-connections, arXiv 2409.19606, algorithm 2). A single one is a plain
+    residual."""
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T _ D"]
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T _ D"], Float[Array, "B T _"]]:
+        count, width = x.shape[2:]
+        if count == 1:
+            return x[:, :, 0], x, jnp.ones_like(x[..., 0])
+        zeros, ones = nn.initializers.zeros, nn.initializers.ones
+        small = nn.initializers.constant(1e-2)
+        gain = self.weight("norm_gamma", zeros, width) + 1
+        normed = unit(x, -1) * width**0.5 * gain[None, None, None]
+        alpha = jnp.tanh(normed @ self.weight("dynamic_alpha_fn", zeros, width, 1 + count))
+        alpha *= self.weight("dynamic_alpha_scale", small)
+        alpha += self.weight("static_alpha", _one_of, count, 1 + count)[None, None]
+        mixed = jnp.einsum("btsi,btsd->btid", alpha, x)
+        beta = jnp.tanh(normed @ self.weight("dynamic_beta_fn", zeros, width))
+        beta *= self.weight("dynamic_beta_scale", small)
+        beta += self.weight("static_beta", ones, count)[None, None]
+        return mixed[:, :, 0], mixed[:, :, 1:], beta
+
+
+def _one_of(key, shape, dtype) -> Array:
+    """At first a branch reads one stream, and all are kept as they are."""
+    count = shape[0]
+    read = jax.nn.one_hot(jax.random.randint(key, (), 0, count), count, dtype=dtype)
+    return jnp.concatenate([read[:, None], jnp.eye(count, dtype=dtype)], axis=1)
+
+
+class LocalHeads(HeadProjections, _LocalPart):
+    """Projections around local attention (LocalMHA). The second result is what a cache keeps: keys
+    before they are rotated."""
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], call: LayerCall
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        settings, pattern = self.settings, self.settings.pattern
+        heads, width = settings.num_attention_heads, settings.head_dim
+        y = Projection(self.context, 3 * heads * width, writes="bdt", name="qkv")(x)
+        y = y.reshape(x.shape[0], 3, heads, width, x.shape[1])
+        y = constrain(y, "batch", None, "heads", None, "length")
+        query, key, value = y[:, 0], y[:, 1], y[:, 2]
+        if settings.qk_rmsnorm:
+            query, key = (
+                unit(part, 2)
+                * self.weight(f"scale_of_{name}", nn.initializers.ones, width)[None, None, :, None]
+                for name, part in (("query", query), ("key", key))
+            )
+        if pattern.rotary is not None:  # stored by PyTorch, and always the same
+            first = lambda: jnp.asarray(frequencies(width))  # noqa: E731
+            Buffer(first, self.context.param_dtype, name="inv_freq")()
+        source, run = Source(key, value, call.mask[:, None]), self.runtime()
+        new = None
+        if call.cache is not None and call.number is not None:
+            place = (call.cache, call.number)
+            context, new = patterns.step(pattern, query, source, run, *place, bias=call.bias)
+        else:
+            context = patterns.attention(pattern, query, source, run, call.bias)
+            if slots := self.context.slots:
+                new = patterns.prefill(pattern, query, source, run, slots)
+        if settings.gate_values_per_head:
+            gate = nn.sigmoid(self.dense(heads, "gate")(x))  # [B, T, N]
+            context *= gate.swapaxes(1, 2)[:, :, None]
+        return self.merged(context), new
+
+
+class LocalLayer(_LocalPart):
+    """A layer as a scan step: its output is carried on and, if asked for, kept."""
+
+    keep_states: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T _ D"], call: LayerCall):
+        inner, kept, share = ResidualStreams(self.context, name="attention_streams")(x)
+        inner = self.layer_norm("attention_norm")(inner)
+        attended, new = LocalHeads(self.context, name="attention")(inner, call)
+        x = kept + share[..., None] * attended[:, :, None]
+        inner, kept, share = ResidualStreams(self.context, name="mlp_streams")(x)
+        x = kept + share[..., None] * self._fed_forward(inner)[:, :, None]
+        x = constrain(x, "batch", "length", None, None)
+        return x, (x.sum(axis=2) if self.keep_states else None, new)
+
+    def _fed_forward(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        settings = self.settings
+        up = Projection(self.context, 2 * settings.mlp_width, name="mlp_up")
+        wide, gate = jnp.split(up(self.layer_norm("mlp_norm")(x)), 2, axis=-1)
+        wide = self.dropout(wide * nn.gelu(gate, approximate=False), settings.ff_dropout)
+        return Projection(self.context, settings.hidden_size, name="mlp_down")(wide)
+
+
+class PositionBias(_LocalPart):
+    """A learned function of distances, of every query of a window and the keys that it sees."""
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "N Q W"]:
+        pattern, width = self.settings.pattern, self.settings.hidden_size // 2
+        size, seen = pattern.window_size, pattern.windows_seen
+        x = jnp.arange(seen * size, dtype=self.context.dtype)[:, None]
+        for number, features in enumerate((width, width, self.settings.num_attention_heads)):
+            x = self.dense(features, f"dense_{number}")(nn.silu(x) if number else x)
+        query = jnp.arange(size) + pattern.look_backward * size
+        return x.T[:, jnp.abs(query[:, None] - jnp.arange(seen * size)[None])]
+
+
+class LocalTransformer(_LocalPart):
+    """Embeddings and layers; without a vocabulary layers alone, on embeddings. Attributes are those
+    of `Encoder`."""
+
+    remat: Remat = "none"
+    unroll: int = 1
+    keep_states: bool = False
+
+    @nn.compact
+    def __call__(self, inputs: Inputs, cache: Cache | None = None) -> BodyOutput:
+        """Given a cache, the input is the next token."""
+        settings, mask = self.settings, inputs.attention_mask
+        if settings.vocab_size:
+            if cache is not None:
+                inputs = inputs._replace(position_ids=cache.position[:, None])
+            _, x, words = Embeddings(self.context, name="embeddings")(inputs)
+        else:
+            x = inputs.inputs_embeds.astype(self.context.dtype)
+            words = x[0, :0]
+        mask = jnp.ones(x.shape[:2], bool) if mask is None else mask.astype(bool)
+        bias = None
+        if settings.use_dynamic_pos_bias:
+            bias = PositionBias(self.context, name="position_bias")()
+        numbers = None if cache is None else jnp.arange(settings.num_hidden_layers)
+        call = LayerCall(mask, cache=cache, number=numbers, bias=bias)
+        streams = jnp.repeat(x[:, :, None], settings.num_residual_streams, axis=2)
+        stack = stack_of(LocalLayer, settings, self.remat, self.unroll)
+        layers = stack(self.context, keep_states=self.keep_states, name="layers")
+        streams, (states, new) = layers(streams, call)
+        if states is not None:
+            states = (x, *states)
+        body = BodyOutput(streams.sum(axis=2), states, words, None)
+        return with_cache(settings.pattern, body, call, new, inputs.position_ids)

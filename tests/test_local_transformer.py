@@ -1,0 +1,277 @@
+"""local-attention's transformer: the reference's numbers, its files both ways, a cache that is
+right, and what is refused."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from golden_data import cases, load
+from reference.local_numbers import drawn
+
+import lsg_flax
+from lsg_flax import sharding
+from lsg_flax.convert_from_torch import params_to_torch
+from lsg_flax.generation import generate
+from lsg_flax.models import Model, read_config
+from lsg_flax.patterns import frequencies
+from lsg_flax.training import loss_fn
+
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+SMALL: dict[str, Any] = {
+    "model_type": "local-transformer",
+    "num_tokens": 31,
+    "max_seq_len": 24,
+    "dim": 10,
+    "depth": 2,
+    "heads": 2,
+    "dim_head": 6,
+    "local_attn_window_size": 4,
+}
+CASES = cases("local_transformer")
+WRITERS = [name for name in CASES if "tokens" in load(name)[2]]
+
+
+def write(folder: pathlib.Path, name: str) -> dict[str, np.ndarray]:
+    """The checkpoint of a recorded case; returns its tensors."""
+    case = load(name)[0]
+    config = {"model_type": "local-transformer"} | case["options"]
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes: dict[str, list[int]] = case["report"]["state_dict"]
+    tensors = {
+        name: frequencies(2 * shape[0]) if name.endswith("inv_freq") else drawn(name, shape)
+        for name, shape in shapes.items()
+    }
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    return tensors
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_numbers_of_the_reference(name, tmp_path):
+    """Outputs, loss and gradients; and the file again, with every tensor as it was."""
+    tensors = write(tmp_path, name)
+    model, params = lsg_flax.from_pretrained(tmp_path)
+    _, inputs, outputs = load(name)
+    mask, tokens = inputs.get("mask"), "with_loss" in inputs
+    given = {"input_ids" if tokens else "inputs_embeds": inputs["x"]}
+    batch = given | {"labels": inputs["x"]}
+
+    @jax.jit
+    def run(params):
+        out = model.apply({"params": params}, **given, attention_mask=mask)
+        found = out.logits if tokens else out.last_hidden_state
+        loss = loss_fn(model, params, batch)[0] if tokens else 0.0
+        return (found * inputs["weight"]).sum() + loss, (found, loss)
+
+    gradients, (found, loss) = jax.grad(run, has_aux=True)(params)
+    real = np.ones(inputs["x"].shape[:2], bool) if mask is None else mask
+    np.testing.assert_allclose(found[real], outputs["outputs"][real], **TOLERANCE)
+    if tokens:
+        np.testing.assert_allclose(loss, outputs["loss"], **TOLERANCE)
+    ours = params_to_torch(gradients, model)
+    expected = {n.removeprefix("grad."): g for n, g in outputs.items() if n.startswith("grad.")}
+    assert len(expected) >= 3
+    for parameter, gradient in expected.items():
+        scale = max(1.0, np.abs(gradient).max())
+        np.testing.assert_allclose(
+            ours[parameter] / scale, gradient / scale, err_msg=parameter, **TOLERANCE
+        )
+    written = params_to_torch(params, model)
+    assert written.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        np.testing.assert_array_equal(written[key], tensor, err_msg=key)
+
+
+def made(**fields) -> tuple[Model, Any]:
+    """A model with random parameters, larger than at first."""
+    config = read_config(SMALL | fields)
+    model = Model(config, config.usual_task)
+    params = jax.jit(model.init)(jax.random.key(0), **model.example_inputs())["params"]
+    layers = params["encoder"]["layers"]
+    kept = {"attention": layers["attention"]}  # with the frequencies of its positions
+    params["encoder"]["layers"] = jax.tree.map(lambda x: 3 * x, layers) | kept
+    return model, params
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_cache_gives_what_the_whole_text_gives(name, tmp_path):
+    """Step by step over the ends of windows, with padding in front of one row."""
+    write(tmp_path, name)
+    model, params = lsg_flax.from_pretrained(tmp_path)
+    length, begun = SMALL["max_seq_len"], 6
+    ids = np.random.default_rng(0).integers(0, 31, (2, length))
+    mask = np.ones((2, length), np.int32)
+    mask[0, :3] = 0
+    variables = {"params": params}
+    whole = jax.jit(model.apply)(variables, ids, mask).logits
+    apply = jax.jit(model.apply, static_argnames="cache_length")
+    output = apply(variables, ids[:, :begun], mask[:, :begun], cache_length=length)
+    np.testing.assert_allclose(output.logits[:, 0], whole[:, begun - 1], **TOLERANCE)
+    for place in range(begun, length):
+        output = apply(variables, ids[:, place : place + 1], cache=output.cache)
+        np.testing.assert_allclose(
+            output.logits[:, 0], whole[:, place], err_msg=str(place), **TOLERANCE
+        )
+
+
+def test_a_step_reads_its_windows_alone():
+    """The compiled step's scores are as many as two windows, however long the cache is."""
+    model, params = made(max_seq_len=4096)
+    ids = np.ones((1, 1), np.int32)
+    cache = jax.eval_shape(
+        lambda: model.apply({"params": params}, ids, cache_length=4096).cache  # pyright: ignore
+    )
+    step = jax.jit(lambda cache: model.apply({"params": params}, ids, cache=cache).logits)
+    cost = step.lower(cache).compile().cost_analysis()
+    short = jax.eval_shape(lambda: model.apply({"params": params}, ids, cache_length=8).cache)
+    assert cost["flops"] <= 1.01 * step.lower(short).compile().cost_analysis()["flops"]
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown": ({"look_backwards": 2}, "look_backwards in config.json"),
+    "global": ({"layers_insert_global_attn": [1]}, "global attention layers"),
+    "forward": ({"look_forward": 1}, "look_forward=1 with causal=True"),
+    "window": ({"local_attn_window_size": 25}, "local_attn_window_size=25 is larger than the max"),
+    "streams": ({"num_residual_streams": 0}, "num_residual_streams=0 must be at least 1"),
+    "odd": ({"dim_head": 5}, "heads are 5 wide"),
+    "none": ({"num_tokens": 0}, "num_tokens=0"),
+    "lsg": ({"base_model_prefix": "lsg"}, "has no LSG attention"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_settings_that_do_not_fit_are_refused(name):
+    fields, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        read_config(SMALL | fields)
+
+
+def test_keywords_that_the_constructor_needs():
+    with pytest.raises(ValueError, match=r"missing are \['max_seq_len'\]"):
+        read_config({name: value for name, value in SMALL.items() if name != "max_seq_len"})
+
+
+def test_config_json_has_the_keywords_of_the_constructor(tmp_path):
+    model, params = made(num_residual_streams=1, look_backward=2)
+    lsg_flax.save_pretrained(tmp_path, model, params)
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert values == values | SMALL | {"look_backward": 2, "exact_windowsize": None}
+    assert not {"architectures", "id2label", "torch_dtype", "vocab_size"} & values.keys()
+    again, _ = lsg_flax.from_pretrained(tmp_path)
+    assert (again.config, again.task) == (model.config, "causal_lm")
+    with pytest.raises(ValueError, match="cannot become LSG"):
+        lsg_flax.convert_checkpoint(tmp_path, max_sequence_length=64)
+
+
+def test_a_file_with_other_frequencies_is_refused(tmp_path):
+    tensors = write(tmp_path, CASES[0])
+    name = next(name for name in tensors if name.endswith("inv_freq"))
+    tensors[name] = tensors[name] * 2
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="theta 10,000"):
+        lsg_flax.from_pretrained(tmp_path)
+
+
+def test_a_body_without_tokens_takes_embeddings():
+    model, params = made(num_tokens=None)
+    x = np.ones((1, 40, 10), np.float32)  # more than max_seq_len, which is of positions
+    assert model.apply({"params": params}, inputs_embeds=x).last_hidden_state.shape == x.shape
+    with pytest.raises(ValueError, match="num_tokens=None"):
+        model.apply({"params": params}, input_ids=np.ones((1, 4), np.int32))
+
+
+def test_training_draws_and_layers_may_be_recomputed():
+    model, params = made(ff_dropout=0.3, attn_dropout=0.3)
+    ids = np.random.default_rng(0).integers(0, 31, (2, 12))
+    batch = {"input_ids": ids, "labels": ids}
+    run = jax.jit(
+        jax.value_and_grad(lambda p, m, key: loss_fn(m, p, batch, key)[0]), static_argnums=1
+    )
+    one, other = (run(params, model, jax.random.key(i))[0] for i in range(2))
+    assert one != other
+    again = run(params, model.clone(remat="full"), jax.random.key(0))[0]
+    np.testing.assert_allclose(again, one, rtol=1e-5)
+
+
+def test_parameters_lie_on_a_mesh():
+    model, params = made(use_dynamic_pos_bias=True, gate_values_per_head=True, qk_rmsnorm=True)
+    ids = np.random.default_rng(0).integers(0, 31, (2, 12))
+    alone = jax.jit(model.apply)({"params": params}, ids).logits
+    mesh = sharding.make_mesh(data=2, tensor=2, devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        found = jax.jit(model.apply)({"params": sharding.shard(params, mesh)}, ids).logits
+    np.testing.assert_allclose(found, alone, **TOLERANCE)
+
+
+FEW = ("usual", "rmsnorm_scale", "everything")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n.endswith(FEW) else pytest.param(n, marks=pytest.mark.slow) for n in WRITERS],
+)
+def test_greedy_tokens_are_those_of_the_reference_without_a_cache(name, tmp_path):
+    """Beyond max_seq_len too, where it sees the last tokens alone."""
+    write(tmp_path, name)
+    model, params = lsg_flax.from_pretrained(tmp_path)
+    case, inputs, outputs = load(name)
+    tokens = generate(model, params, inputs["x"], max_new_tokens=case["generate"])
+    np.testing.assert_array_equal(tokens[:, inputs["x"].shape[1] :], outputs["tokens"])
+
+
+def test_beams_and_long_prompts_roll_too():
+    """Beyond the positions each beam has its own last tokens, and of a prompt the last are read."""
+    model, params = made()
+    prompt = np.random.default_rng(1).integers(0, 31, (2, 22))
+    found, scores = generate(
+        model, params, prompt, max_new_tokens=8, num_beams=3, return_scores=True
+    )
+    seen = jax.jit(model.apply)
+    for row, score in zip(found, scores, strict=True):
+        total = 0.0
+        for end in range(22, 30):
+            logits = seen({"params": params}, row[None, max(end - 24, 0) : end]).logits[0, -1]
+            total += jax.nn.log_softmax(logits)[row[end]]
+        np.testing.assert_allclose(total / 8, score, rtol=1e-4)
+    longer = np.concatenate([prompt, found[:, 22:]], axis=1)
+    ours = generate(model, params, longer, max_new_tokens=3)
+    np.testing.assert_array_equal(
+        ours[:, 30:], generate(model, params, longer[:, 6:], max_new_tokens=3)[:, 24:]
+    )
+
+
+def test_sampling_keeps_what_filter_thres_keeps():
+    model, params = made()
+    prompt, key = np.ones((1, 3), np.int32), jax.random.key(0)
+    options = {"max_new_tokens": 6, "do_sample": True, "key": key, "temperature": 2.0}
+    ours = generate(model, params, prompt, filter_thres=0.9, **options)
+    np.testing.assert_array_equal(ours, generate(model, params, prompt, top_k=3, **options))
+
+
+IMPOSSIBLE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "embeddings": ({"num_tokens": None}, {}, "num_tokens=None: it takes embeddings"),
+    "bidirectional": ({"causal": False}, {}, "this one has causal=False"),
+    "none kept": ({}, {"do_sample": True, "filter_thres": 0.99}, "filter_thres=0.99 keeps none"),
+    "idle": ({}, {"filter_thres": 0.5}, "need do_sample=True"),
+    "twice": ({}, {"do_sample": True, "filter_thres": 0.5, "top_k": 2}, "are one thing"),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_what_cannot_be_written(name):
+    fields, options, message = IMPOSSIBLE[name]
+    model, params = made(**fields)
+    with pytest.raises(ValueError, match=message):
+        generate(
+            model,
+            params,
+            np.ones((1, 3), np.int32),
+            max_new_tokens=2,
+            key=jax.random.key(0),
+            **options,
+        )
+    with pytest.raises(ValueError, match=r"at least one of each|num_tokens=None"):
+        generate(model, params, np.ones((1, 0), np.int32))
