@@ -81,8 +81,9 @@ def main() -> None:
         pythons = {"PyTorch": options.reference_python, "lsg_flax": sys.executable}
         sizes = folder, options.batch_size, options.length
         result = compare(__file__, pythons, sizes, options.repeats)
-    print(f"SqueezeBERT, base size, {options.batch_size} x {options.length} tokens, medians of")
-    print(f"{options.repeats} runs in turn. {result}")
+    sizes = f"{options.batch_size} x {options.length} tokens"
+    print(f"SqueezeBERT, base size, {sizes}, {options.repeats} runs in turn")
+    print(result)
 
 
 if __name__ == "__main__":
