@@ -16,11 +16,11 @@ from lsg_flax.models.families import family_of as family_of
 from lsg_flax.models.families import model_type_of as model_type_of
 from lsg_flax.models.families import modern_name as modern_name
 from lsg_flax.models.families import read_config as read_config
+from lsg_flax.models.heads import label_log_probs as label_log_probs
 from lsg_flax.models.model import Model as Model
 from lsg_flax.models.outputs import Batch as Batch
 from lsg_flax.models.outputs import ModelOutput as ModelOutput
 from lsg_flax.models.outputs import Params as Params
-from lsg_flax.models.realm import label_log_probs as label_log_probs
 from lsg_flax.models.task import IGNORED as IGNORED
 from lsg_flax.models.task import PROBLEM_SCORERS as PROBLEM_SCORERS
 from lsg_flax.models.task import SCORES as SCORES

@@ -118,6 +118,11 @@ class ModelConfig:
         return IGNORED
 
     @property
+    def hides_last_token(self) -> bool:
+        """Whether a loss of next tokens hides the last one, which is a label alone."""
+        return False
+
+    @property
     def num_labels(self) -> int:
         """Number of labels of a classification head."""
         return len(self.labels)

@@ -140,6 +140,11 @@ class LocalTransformerConfig(EncoderConfig):
         return self.ignore_index
 
     @property
+    def hides_last_token(self) -> bool:
+        """PyTorch's model is not given it, which matters where tokens see later ones."""
+        return not self.causal
+
+    @property
     def lacks(self) -> tuple[str, ...]:
         """Parts of the paths of parameters that these settings leave out."""
         parts = {

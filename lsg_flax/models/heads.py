@@ -1,4 +1,5 @@
-"""Heads: from the encoder's last state to a task's outputs, which have one type.
+"""Heads: from the encoder's last state to a task's outputs, which have one type, and what labels
+make of their logits.
 
 Axes: B batch, C choices, T tokens, D model width, E embedding width, V vocabulary, Y labels, G
 global tokens.
@@ -8,13 +9,15 @@ import functools
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lsg_flax.checks import require, short
 from lsg_flax.models.activations import activation
 from lsg_flax.models.layers import Buffer, Part
 from lsg_flax.models.outputs import ModelOutput
+from lsg_flax.models.task import IGNORED
 
 
 class Pooler(Part):
@@ -240,3 +243,21 @@ class QuestionAnsweringHead(Head):
             last = self.dropout(last, self.config.other(self.dropout_field, self.dropout_default))
         logits = self.dense(2, "outputs")(last)  # [B, T, 2]
         return ModelOutput(start_logits=logits[..., 0], end_logits=logits[..., 1])
+
+
+def label_log_probs(
+    logits: Float[Array, "*N V"], labels: Int[Array, "*#N"], smoothing: float = 0.0
+) -> Float[Array, "*N"]:
+    """log softmax(logits)[label] in float32; 0 for one of -100, NaN for one that is no class.
+
+    `smoothing`: this share of each label goes to all classes evenly, its own too.
+    """
+    logits = logits.astype(jnp.float32)
+    counted = labels != IGNORED
+    invalid = counted & ((labels < 0) | (labels >= logits.shape[-1]))
+    index = jnp.where(counted & ~invalid, labels, 0)
+    chosen = jnp.take_along_axis(logits, index[..., None], axis=-1)[..., 0]
+    if smoothing:
+        chosen += smoothing * (jnp.mean(logits, axis=-1) - chosen)
+    scores = chosen - jax.nn.logsumexp(logits, axis=-1)
+    return jnp.where(invalid, jnp.nan, jnp.where(counted, scores, 0.0))

@@ -137,12 +137,7 @@ class Model(nn.Module):
                 "the pattern use lsg_flax.attention.lsg_attention_reference."
             )
         self._check_run()
-        arrays = {name: array for name, array in arrays.items() if array is not None}
-        if unknown := sorted(arrays.keys() - {*self.task_record.arrays}):
-            raise ValueError(
-                f"task={self.task!r} does not take {', '.join(unknown)}; beside the inputs it "
-                f"takes {', '.join(self.task_record.arrays) or 'nothing'}."
-            )
+        arrays = self._given(arrays)
         inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         targets = Inputs(
             decoder_input_ids, decoder_attention_mask, inputs_embeds=decoder_inputs_embeds
@@ -164,6 +159,17 @@ class Model(nn.Module):
         if self.head_table.embedders:
             return self._compare(inputs, arrays, call)
         return self._run_one(inputs, states, call, arrays)
+
+    def _given(self, arrays: dict[str, Any]) -> dict[str, Any]:
+        """Those that are there; raises ValueError for what the task does not take."""
+        arrays = {name: array for name, array in arrays.items() if array is not None}
+        unknown = sorted(arrays.keys() - {*self.task_record.arrays})
+        require(
+            not unknown,
+            f"task={self.task!r} does not take {', '.join(unknown)}; beside the inputs it takes "
+            f"{', '.join(self.task_record.arrays) or 'nothing'}.",
+        )
+        return arrays
 
     def _compare(self, inputs: Inputs, arrays: dict[str, Any], call: Call) -> ModelOutput:
         """Queries and their candidates, each through its embedder."""

@@ -15,12 +15,12 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from lsg_flax.checks import require
 from lsg_flax.models.config import ModelConfig
 from lsg_flax.models.config_realm import RealmConfig
-from lsg_flax.models.heads import Head
+from lsg_flax.models.heads import Head, label_log_probs
 from lsg_flax.models.inputs import Inputs
 from lsg_flax.models.layers import Buffer, LayerNorm
 from lsg_flax.models.outputs import ModelOutput
@@ -119,24 +119,6 @@ def relevance(query: ModelOutput, candidates: ModelOutput, lead: Lead) -> ModelO
     many = many.reshape(*lead[:2], -1)  # [B, C, F]
     scores = jnp.einsum("bf,bcf->bc", one, many)
     return ModelOutput(relevance_score=scores, query_score=one, candidate_score=many)
-
-
-def label_log_probs(
-    logits: Float[Array, "*N V"], labels: Int[Array, "*#N"], smoothing: float = 0.0
-) -> Float[Array, "*N"]:
-    """log softmax(logits)[label] in float32; 0 for one of -100, NaN for one that is no class.
-
-    `smoothing`: this share of each label goes to all classes evenly, its own too.
-    """
-    logits = logits.astype(jnp.float32)
-    counted = labels != IGNORED
-    invalid = counted & ((labels < 0) | (labels >= logits.shape[-1]))
-    index = jnp.where(counted & ~invalid, labels, 0)
-    chosen = jnp.take_along_axis(logits, index[..., None], axis=-1)[..., 0]
-    if smoothing:
-        chosen += smoothing * (jnp.mean(logits, axis=-1) - chosen)
-    scores = chosen - jax.nn.logsumexp(logits, axis=-1)
-    return jnp.where(invalid, jnp.nan, jnp.where(counted, scores, 0.0))
 
 
 def marginal_likelihood(

@@ -222,10 +222,16 @@ class OpenQA:
         return self._question(*(encoded[name] for name in names))
 
     def retrieve(
-        self, question: Question, answer_ids: Answers | None = None, *, train: bool = False
+        self,
+        question: Question,
+        answer_ids: Answers | None = None,
+        *,
+        train: bool = False,
+        params: Params | None = None,
     ) -> Retrieved:
         """The blocks found for a question (`input_ids` and more, [1, T]), and where they have
-        answers; arguments and errors are those of the call."""
+        answers; arguments and errors are those of the call. `params` are the embedder's, in
+        training those of the step."""
         config, tokenizer = self.config, self.tokenizer
         beam = config.searcher_beam_size if train else config.reader_beam_size
         require(
@@ -237,7 +243,8 @@ class OpenQA:
             pairs.check_answers(answer_ids, config.max_span_width)
         ids = question["input_ids"][question["attention_mask"] > 0]
         text = pairs.question_text(tokenizer, ids)
-        embedded = reading.embed_question(self.params["embedder"], question, embedder=self.embedder)
+        params = self.params["embedder"] if params is None else params
+        embedded = reading.embed_question(params, question, embedder=self.embedder)
         blocks = self.search(np.asarray(embedded), beam).blocks[0]
         rows = [np.asarray(self.embeddings[n : n + 1], np.float32) for n in blocks.tolist()]
         texts, places = self.records.texts(blocks.tolist()), None

@@ -36,7 +36,8 @@ _TITLE = re.compile(r"(?:^|[.!?]\s+)$")  # what stands before a sentence's first
 
 class LiveIndex:
     """Embeddings of blocks that follow an embedder in training. Every `every` steps those of the
-    parameters of `every` steps before are taken up, and new ones begin in a thread; so runs repeat.
+    parameters of `every` steps before are taken up, and new ones begin in a thread, if one of
+    `steps` steps will use them; so runs repeat.
 
     Attributes:
         embeddings, search: the present ones; new ones are in memory and on the default device.
@@ -49,6 +50,7 @@ class LiveIndex:
         records: Records,
         *,
         every: int | None,
+        steps: int,
         start: tuple[Stored, Search] | Params,
     ):
         """Begins with what is there, or what the embedder makes of its parameters; with every=None
@@ -56,7 +58,7 @@ class LiveIndex:
         require(every is None or every > 0, f"refresh_every={every} must be at least 1, or None.")
         self._model, self._tokenizer, self._records = embedder, tokenizer, records
         self._thread, self._next = concurrent.futures.ThreadPoolExecutor(1), None
-        self._every = every
+        self._every, self._steps = every, steps
         self.embeddings, self.search = start if isinstance(start, tuple) else self._made(start)
 
     def follow(self, step: int, params: Params) -> None:
@@ -65,7 +67,8 @@ class LiveIndex:
             return
         if self._next is not None:
             self.embeddings, self.search = self._next.result()
-        self._next = self._thread.submit(self._made, params)
+        if step + self._every < self._steps:
+            self._next = self._thread.submit(self._made, params)
 
     def _made(self, params: Params) -> tuple[Stored, Search]:
         embed, count = BlockEmbedder(self._model, params, self._tokenizer), len(self._records)
@@ -118,6 +121,7 @@ def finetune(
     index = LiveIndex(
         *(qa.embedder, qa.tokenizer, qa.records),
         every=refresh_every,
+        steps=steps,
         start=(qa.embeddings, qa.search),
     )
     models = {"embedder": qa.embedder, "reader": qa.reader}
@@ -128,9 +132,8 @@ def finetune(
     params, state, losses = qa.params, optimizer.init(qa.params), []
     for step in range(steps):
         index.follow(step, params["embedder"])
-        qa = dataclasses.replace(
-            qa, params=params, embeddings=index.embeddings, search=index.search
-        )
+        if index.search is not qa.search:
+            qa = dataclasses.replace(qa, embeddings=index.embeddings, search=index.search)
         text, answers = examples[step % len(examples)]
         try:
             question = qa.encode(text)
@@ -139,7 +142,7 @@ def finetune(
                 f"the answers are {answers!r}; give a list of texts, at least one.",
             )
             ids = qa.tokenizer(list(answers), add_special_tokens=False)["input_ids"]
-            found = qa.retrieve(question, ids, train=True)
+            found = qa.retrieve(question, ids, train=True, params=params["embedder"])
         except ValueError as error:
             raise ValueError(f"example {step % len(examples)}, {text!r:.60}: {error}") from error
         blocks = reader_inputs(found, qa.config, qa.reader.max_length)
@@ -247,6 +250,7 @@ def pretrain(
         models.tokenizer,
         models.records,
         every=refresh_every,
+        steps=steps,
         start=params["embedder"],
     )
     count, generator = config.num_candidates - 1, np.random.default_rng(seed)

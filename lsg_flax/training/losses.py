@@ -19,7 +19,6 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from lsg_flax.models import (
     IGNORED,
     Batch,
-    LocalTransformerConfig,
     Loss,
     Model,
     ModelConfig,
@@ -164,9 +163,7 @@ def apply_model(model: Model, params: Params, batch: Batch, key) -> Any:
     given = {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys()
     if model.has_two_stacks and model.task_record.generates and not given:
         inputs["decoder_input_ids"] = model.shift_right(jnp.asarray(batch["labels"]))
-    config = model.config
-    if isinstance(config, LocalTransformerConfig) and not config.causal and "labels" in batch:
-        # As in PyTorch, where the model is not given the last token, which only labels need.
+    if model.config.hides_last_token and "labels" in batch:
         mask = jnp.asarray(batch.get("attention_mask", jnp.ones(_lead_shape(batch), bool)))
         inputs["attention_mask"] = mask.at[:, -1].set(jnp.zeros((), mask.dtype))
     return model.apply({"params": params}, **inputs, train=key is not None, rngs=rngs)
