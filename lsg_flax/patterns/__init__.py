@@ -15,11 +15,16 @@ from lsg_flax.patterns.config import SparsityType as SparsityType
 from lsg_flax.patterns.halo import shard_key as shard_key
 from lsg_flax.patterns.local import attend_locally as attend_locally
 from lsg_flax.patterns.local import unit as unit
+from lsg_flax.patterns.lsh import bucket_of as bucket_of
+from lsg_flax.patterns.lsh_reference import (
+    attend_by_buckets_reference as attend_by_buckets_reference,
+)
 from lsg_flax.patterns.operations import attention as attention
 from lsg_flax.patterns.operations import extend as extend
 from lsg_flax.patterns.operations import prefill as prefill
 from lsg_flax.patterns.operations import step as step
 from lsg_flax.patterns.pattern import LSG as LSG
+from lsg_flax.patterns.pattern import LSH as LSH
 from lsg_flax.patterns.pattern import Full as Full
 from lsg_flax.patterns.pattern import GlobalTokens as GlobalTokens
 from lsg_flax.patterns.pattern import Local as Local

@@ -5,12 +5,18 @@ Axes: B batch, N heads, H head width, T tokens, Q queries of a block (a window),
 windows.
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax import lax
+from jaxtyping import Array, Float, Int
 
+from lsg_flax.checks import require
 from lsg_flax.kernels import (
+    EVERYTHING,
     NEGATIVE,
+    PAST,
     Biases,
     Queries,
     Rule,
@@ -34,26 +40,68 @@ def attend_locally(
 ) -> Float[Array, "B N H T"]:
     """The pattern's context; `bias` is added to the scores of every window."""
     length, size, run = query.shape[-1], pattern.window_size, run.on_shard()
+    if pattern.wraps and length <= size:
+        size, alone = length, {"window_size": length, "look_backward": 0, "look_forward": 0}
+        pattern = replace(pattern, wraps=False, **alone)
     query, source = jax.tree.map(lambda x: pad(x, 0, -length % size), (query, source))
     if pattern.shared_qk:
         source = source._replace(key=unit(source.key, 2))
     width = query.shape[2] ** -0.5 if pattern.scale is None else pattern.scale
+    if pattern.wraps and pattern.causal:
+        source = source._replace(positions=places(query))
     sources, windows = _windows(pattern, source, run)
     spec = Spec(
         size, windows, blocks_per_step=run.blocks_per_step or 0, dropout_rate=run.dropout_rate
     )
     options = {"key": run.dropout_key, "implementation": run.implementation}
-    queries = Queries(_turn(pattern, query * width, pattern.windows_seen - 1, sign=1))
+    turned = _turn(pattern, query * width, pattern.windows_seen - 1, sign=1)
+    queries = Queries(turned, source.positions)
     context, normaliser = attend(spec, queries, sources, biases=_biases(bias, windows), **options)
-    if pattern.shared_qk:  # a token that sees no other sees itself
-        alone = (normaliser <= NEGATIVE / 2) & source.mask
-        own = source.value
-        other = run.with_other_dropout().dropout_key
-        if other is not None and run.dropout_rate:
-            kept: Array = drop(jnp.ones_like(own[:, :, :1]), other, run.dropout_rate)
-            own = own * kept
-        context = jnp.where(alone[:, :, None], own, context)
+    if pattern.shared_qk:
+        context = show_themselves(context, normaliser, source, run)
     return context[..., :length]
+
+
+def show_themselves(
+    context: Float[Array, "B N H T"],
+    normaliser: Float[Array, "B N T"],
+    source: Source,
+    run: Runtime,
+) -> Float[Array, "B N H T"]:
+    """The context in which a token that sees no other sees itself (queries and keys are shared)."""
+    alone = (normaliser <= NEGATIVE / 2) & source.mask
+    own = source.value
+    other = run.with_other_dropout().dropout_key
+    if other is not None and run.dropout_rate:
+        kept: Array = drop(jnp.ones_like(own[:, :, :1]), other, run.dropout_rate)
+        own = own * kept
+    return jnp.where(alone[:, :, None], own, context)
+
+
+def places(x: Float[Array, "B N H T"]) -> Int[Array, "B 1 T"]:
+    """Of the tokens in the array."""
+    return lax.broadcasted_iota(jnp.int32, (x.shape[0], 1, x.shape[-1]), 2)
+
+
+def put_in_ring(
+    source: Source, size: int, before: int, after: int, rule: Rule
+) -> tuple[Source, tuple[Window, ...]]:
+    """The source with its ends repeated, and what blocks of `size` see of it: so many blocks before
+    their own and behind it, in a ring.
+
+    As in the reference (`_look_adjacent`), a neighbour as far away as the ring is long, or farther,
+    is the block itself, seen once more.
+    """
+    most = source.mask.shape[-1] // size - 1
+    first, last = min(before, most) * size, min(after, most) * size
+
+    def around(x):
+        return jnp.concatenate([x[..., x.shape[-1] - first :], x, x[..., :last]], axis=-1)
+
+    again = before + after - (first + last) // size
+    windows = (Window(0, 0, size, first + size + last, rule, lead=first),)
+    own = Window(0, first, size, size, rule, lead=first)
+    return jax.tree.map(around, source), windows + (own,) * again
 
 
 def _windows(
@@ -62,6 +110,11 @@ def _windows(
     """What blocks of queries see: a run of keys, or with rotary positions, by which a key is
     rotated otherwise for each window that sees it, one run for each distance."""
     size, axis, length = pattern.window_size, run.sequence_axis, source.mask.shape[-1]
+    if pattern.wraps:
+        require(axis is None, "local attention in a ring is not cut over a sequence axis.")
+        rule = PAST if pattern.causal else EVERYTHING
+        ring, seen = put_in_ring(source, size, pattern.look_backward, pattern.look_forward, rule)
+        return (ring,), seen
     before, after = pattern.look_backward * size, pattern.look_forward * size
     wide = jax.tree.map(lambda x: halo.add_neighbours(x, before, after, axis), source)
     rule = Rule(

@@ -24,7 +24,10 @@ from lsg_flax.patterns.cache import (
 from lsg_flax.patterns.full import attend_to_all
 from lsg_flax.patterns.local import attend_locally
 from lsg_flax.patterns.lsg import attend_by_blocks
-from lsg_flax.patterns.pattern import LSG, Full, Local, Pattern, Runtime
+from lsg_flax.patterns.lsh import attend_by_buckets
+from lsg_flax.patterns.pattern import LSG, LSH, Full, Local, Pattern, Runtime
+
+NO_CACHE = "LSH attention keeps nothing of a prompt: decode without a cache."
 
 
 def attention(
@@ -42,6 +45,8 @@ def attention(
             return attend_by_blocks(pattern, query, source, run)
         case Local():
             return attend_locally(pattern, query, source, run, bias)
+        case LSH():
+            return attend_by_buckets(pattern, query, source, run)
 
 
 def prefill(
@@ -58,6 +63,8 @@ def prefill(
             return LayerCache(jax.tree.map(lambda x: pad(x, 0, slots - x.shape[-1]), source))
         case LSG():
             return keep_blocks(pattern, query, source, run, slots)
+        case LSH():
+            raise ValueError(NO_CACHE)
 
 
 def step(
@@ -93,6 +100,8 @@ def step(
         case Local():
             new = LayerCache(token)
             context = step_locally(pattern, query, token, cache, layer, bias)
+        case LSH():
+            raise ValueError(NO_CACHE)
     return jnp.where(cache.length < slots, context, jnp.nan), new
 
 

@@ -22,6 +22,12 @@ _LOCAL_RANGES = {
     "look_backward": _WINDOWS,
     "look_forward": _WINDOWS,
 }
+_LSH_RANGES = {
+    "chunk_length": whole(1, 2**20),
+    "chunks_before": _WINDOWS,
+    "chunks_after": _WINDOWS,
+    "num_hashes": whole(1, 100),
+}
 GlobalTokens = Literal["prepended", "first_token", "none"]
 
 
@@ -64,7 +70,13 @@ class LSG:
 
 @dataclass(frozen=True)
 class Local:
-    """Own window and neighbouring ones (see `lsg_flax.local_attention`, which has these names)."""
+    """Own window and neighbouring ones (see `lsg_flax.local_attention`, which has these names).
+
+    Attributes:
+        wraps: as in Reformer, windows lie in a ring: one before the first is the last, and of up to
+            one window all see each other. `causal` goes by places, so that no token sees a later
+            one through the ring either.
+    """
 
     window_size: int
     causal: bool = False
@@ -74,11 +86,17 @@ class Local:
     shared_qk: bool = False
     scale: float | None = None
     rotary: Rotary | None = None
+    wraps: bool = False
 
     def __post_init__(self):
         check_fields(self, _LOCAL_RANGES)
         require(
-            not (self.causal and self.look_forward),
+            not self.wraps or not (self.rotary or self.exact_windowsize or self.shared_qk),
+            "wraps=True is Reformer's local attention, which has no rotary positions, "
+            "exact_windowsize or shared_qk; leave these out.",
+        )
+        require(
+            self.wraps or not (self.causal and self.look_forward),
             f"look_forward={self.look_forward} with causal=True: a causal window sees none behind "
             "it; leave look_forward out.",
         )
@@ -98,7 +116,47 @@ class Local:
         return windows * self.window_size * shards - length
 
 
-Pattern = Full | LSG | Local
+@dataclass(frozen=True)
+class LSH:
+    """Reformer's attention of similar tokens: queries, which are the keys too, are hashed into
+    buckets, and sorted by these; each sees its own chunk of the order and neighbouring ones.
+
+    Attributes:
+        chunk_length: tokens of a chunk. Up to one chunk every token sees all others.
+        causal: no token sees a later one.
+        chunks_before, chunks_after: how many chunks around its own a token sees. Chunks of all
+            rounds of hashing lie in one ring.
+        num_buckets: of a round; or in factors, each hashed by itself.
+        num_hashes: rounds, whose attention is merged.
+    """
+
+    chunk_length: int
+    causal: bool = False
+    chunks_before: int = 1
+    chunks_after: int = 0
+    num_buckets: int | tuple[int, ...] = 2
+    num_hashes: int = 1
+
+    def __post_init__(self):
+        check_fields(self, _LSH_RANGES)
+        factors = self.bucket_factors
+        require(
+            bool(factors) and all(2 <= n <= 2**20 and n % 2 == 0 for n in factors),
+            f"num_buckets={self.num_buckets} must be an even number from 2 to 1,048,576, or a list "
+            "of such factors: half of the buckets are the opposites of the other half.",
+        )
+
+    @property
+    def bucket_factors(self) -> tuple[int, ...]:
+        given = self.num_buckets
+        return (given,) if isinstance(given, int) else given
+
+    def rotations_shape(self, heads: int, width: int) -> tuple[int, int, int, int]:
+        """Of what a layer hashes with: [heads, head width, hashes, rotations // 2]."""
+        return heads, width, self.num_hashes, sum(self.bucket_factors) // 2
+
+
+Pattern = Full | LSG | Local | LSH
 
 
 def pattern_of(
@@ -114,8 +172,8 @@ class Runtime:
 
     Attributes:
         dropout_rate, dropout_key: of attention weights, how likely one is dropped.
-        lsh: what "lsh" hashes with: a key to draw rotations from, or the rotations; None for a
-            fixed seed.
+        lsh: what "lsh" and LSH attention hash with: a key to draw rotations from, or the rotations
+            (LSH attention's are one array, `LSH.rotations_shape`); None for a fixed seed.
         implementation: of the kernel; None for the fastest.
         blocks_per_step: query blocks computed at once; affects speed, not numerics.
         sequence_axis: inside `jax.shard_map`, the mesh axis that tokens are spread over. The arrays
@@ -127,7 +185,7 @@ class Runtime:
 
     dropout_rate: float = 0.0
     dropout_key: PRNGKeyArray | None = None
-    lsh: PRNGKeyArray | tuple[Float[Array, "N H _"], ...] | None = None
+    lsh: PRNGKeyArray | tuple[Float[Array, "N H *_"], ...] | None = None
     implementation: Implementation | None = None
     blocks_per_step: int | None = None
     sequence_axis: str | None = None

@@ -1,0 +1,162 @@
+"""LSH attention of Reformer, of arrays with features first: tokens sorted into buckets of similar
+ones, each of which sees its chunk of that order and neighbouring ones.
+
+Axes: B batch, N heads, H head width, T tokens.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from lsg_flax.checks import require
+from lsg_flax.kernels import Queries, Rule, Source, Spec, attend, merge_softmax_parts, pad
+from lsg_flax.patterns.full import BLOCK
+from lsg_flax.patterns.local import put_in_ring, show_themselves
+from lsg_flax.patterns.pattern import LSH, Runtime
+from lsg_flax.patterns.representatives import DEFAULT_LSH_SEED
+
+
+def attend_by_buckets(
+    pattern: LSH, query_key: Float[Array, "B N H T"], source: Source, run: Runtime
+) -> Float[Array, "B N H T"]:
+    """The pattern's context. Keys are the queries, brought to one length; the source's own are not
+    read.
+
+    A token that sees no other in any round sees itself.
+
+    Raises:
+        ValueError: on a shard of a sequence, or for rotations that are not the pattern's.
+    """
+    require(run.sequence_axis is None, "LSH attention is not cut over a sequence axis.")
+    length, chunk = query_key.shape[-1], pattern.chunk_length
+    rule = rule_of(pattern)
+    options = {"key": run.dropout_key, "implementation": run.implementation}
+    if length <= chunk:
+        spec = Spec(min(length, BLOCK), shared_rule=rule, dropout_rate=run.dropout_rate)
+        shared = source._replace(key=unit_keys(query_key))
+        context, normaliser = attend(spec, Queries(query_key), shared=shared, **options)
+        return show_themselves(context, normaliser, source, run)
+    query_key, source = jax.tree.map(lambda x: pad(x, 0, -length % chunk), (query_key, source))
+    buckets = bucket_of(pattern, query_key, source.mask, run)
+    order, place = sort_by_bucket(pattern, buckets)
+
+    def sort(x: Float[Array, "B N H T"]) -> Float[Array, "B N H all"]:
+        rounds = jnp.broadcast_to(x[..., None, :], (*x.shape[:3], *order.shape[2:]))
+        return _join_rounds(permute(rounds, order, place))
+
+    queries, value = sort(query_key), sort(source.value)
+    mask = jnp.take_along_axis(source.mask[:, :, None], order, axis=-1)
+    ring = Source(unit_keys(queries), value, _join_rounds(mask), _join_rounds(order))
+    seen, windows = put_in_ring(ring, chunk, pattern.chunks_before, pattern.chunks_after, rule)
+    spec = Spec(
+        chunk, windows, blocks_per_step=run.blocks_per_step or 0, dropout_rate=run.dropout_rate
+    )
+    context, normaliser = attend(spec, Queries(queries, ring.positions), (seen,), **options)
+    context, normaliser = (
+        x.reshape(*x.shape[:-1], pattern.num_hashes, -1) for x in (context, normaliser)
+    )
+    context = permute(context, place, order)
+    normaliser = permute(normaliser[:, :, None], place, order)[:, :, 0]  # [B, N, rounds, T]
+    merge = partial(merge_softmax_parts, axis="rounds")
+    merge = jax.vmap(merge, in_axes=(3, 2), out_axes=None, axis_name="rounds")
+    context, normaliser = merge(context, normaliser)
+    return show_themselves(context, normaliser, source, run)[..., :length]
+
+
+def _join_rounds(x: Shaped[Array, "*A rounds T"]) -> Shaped[Array, "*A all"]:
+    return x.reshape(*x.shape[:-2], -1)
+
+
+def rule_of(pattern: LSH) -> Rule:
+    """A token is like itself above all, so it looks at others."""
+    return Rule(after=0 if pattern.causal else None, itself=False)
+
+
+def unit_keys(x: Float[Array, "B N H T"]) -> Float[Array, "B N H T"]:
+    """Keys of queries that are not scaled: of length 1, whatever the queries' length is (nearly: as
+    in the reference 1e-6 is added to the mean square)."""
+    exact = x.astype(jnp.float32)
+    square = jnp.mean(exact * exact, axis=2, keepdims=True)
+    return (exact * lax.rsqrt((square + 1e-6) * x.shape[2])).astype(x.dtype)
+
+
+def rotations_of(
+    pattern: LSH, heads: int, width: int, run: Runtime
+) -> Float[Array, "N H rounds half"]:
+    """What a layer hashes with.
+
+    Raises:
+        ValueError: if the run brings rotations of another shape.
+    """
+    shape = pattern.rotations_shape(heads, width)
+    if not isinstance(run.lsh, tuple):
+        key = jax.random.key(DEFAULT_LSH_SEED) if run.lsh is None else run.lsh
+        return jax.random.normal(key, shape)
+    given = [x.shape for x in run.lsh]
+    require(
+        given == [shape],
+        f"the rotations of an LSH layer must be one array [heads, head width, hashes, rotations // "
+        f"2] = {shape}, got {given}.",
+    )
+    return run.lsh[0]
+
+
+def bucket_of(
+    pattern: LSH, vectors: Float[Array, "B N H T"], mask: Bool[Array, "B 1 T"], run: Runtime
+) -> Int[Array, "B N rounds T"]:
+    """The bucket of every vector in every round, padding's behind all others. No gradient."""
+    rotations = rotations_of(pattern, vectors.shape[1], vectors.shape[2], run)
+    turned = jnp.einsum(
+        "nhrk,bnht->bnrkt",
+        rotations,
+        lax.stop_gradient(vectors),
+        preferred_element_type=jnp.float32,
+    )
+    bucket, stride, start = jnp.int32(0), 1, 0
+    for factor in pattern.bucket_factors:
+        part = turned[:, :, :, start : start + factor // 2]
+        both = jnp.concatenate([part, -part], axis=3)
+        bucket += stride * jnp.argmax(both, axis=3).astype(jnp.int32)
+        stride, start = stride * factor, start + factor // 2
+    return jnp.where(mask[:, :, None], bucket, stride)
+
+
+def sort_by_bucket(
+    pattern: LSH, buckets: Int[Array, "B N rounds T"]
+) -> tuple[Int[Array, "B N rounds T"], Int[Array, "B N rounds T"]]:
+    """The tokens of each round in the order of their buckets, those of one bucket in their own; and
+    the place of each token in it."""
+    length = buckets.shape[-1]
+    number = lax.broadcasted_iota(jnp.int32, buckets.shape, 3)
+    if (math.prod(pattern.bucket_factors) + 1) * length <= 2**32:
+        # Bucket and number as one word: measured 3.4 x faster on CPU than a stable sort of pairs.
+        words = buckets.astype(jnp.uint32) * length + number.astype(jnp.uint32)
+        order = (jnp.sort(words, axis=-1) % length).astype(jnp.int32)
+    else:
+        order = lax.sort((buckets, number), num_keys=2)[1]
+    place = jnp.put_along_axis(
+        jnp.zeros_like(order), order, number, axis=-1, inplace=False, mode="promise_in_bounds"
+    )
+    return order, place
+
+
+@jax.custom_vjp
+def permute(
+    x: Float[Array, "B N H rounds T"],
+    order: Int[Array, "B N rounds T"],
+    inverse: Int[Array, "B N rounds T"],
+) -> Float[Array, "B N H rounds T"]:
+    """The tokens in this order. Its gradient takes them back, where that of indexing would add them
+    up one by one."""
+    del inverse
+    return jnp.take_along_axis(x, order[:, :, None], axis=-1, mode="promise_in_bounds")
+
+
+permute.defvjp(
+    lambda x, order, inverse: (permute(x, order, inverse), (order, inverse)),
+    lambda saved, gradient: (permute(gradient, saved[1], saved[0]), None, None),
+)

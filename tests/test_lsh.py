@@ -1,0 +1,134 @@
+"""Reformer's two attentions: LSH attention, and local attention in a ring."""
+
+from typing import NamedTuple
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lsg_flax import patterns
+from lsg_flax.kernels import Source
+from lsg_flax.patterns import LSH, Local, Runtime, attend_by_buckets_reference, bucket_of
+
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+WIDTH, CHUNK = 6, 4
+
+
+def arrays(seed: int, batch: int, length: int, dtype="float32"):
+    """query-key, value and a cotangent."""
+    shape = (3, batch, 2, WIDTH, length)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def masks(seed: int, length: int):
+    """One with holes, one of padding alone, one with padding behind."""
+    holes = np.random.default_rng(seed).random(length) < 0.7
+    rows = (holes, np.zeros(length, bool), np.arange(length) < length * 0.6)
+    return jnp.asarray(np.stack(rows))[:, None]
+
+
+class Call(NamedTuple):
+    """What hypothesis draws."""
+
+    pattern: LSH
+    length: int
+    blocks_per_step: int | None
+    seed: int
+
+
+@st.composite
+def calls(draw) -> Call:
+    buckets = draw(st.sampled_from([2, 6, (2, 4)]))
+    sides = (draw(st.integers(0, 3)), draw(st.integers(0, 2)))
+    pattern = LSH(
+        draw(st.sampled_from([1, 4])), draw(st.booleans()), *sides, buckets, draw(st.integers(1, 3))
+    )
+    blocks = draw(st.sampled_from([None, 2]))
+    return Call(pattern, draw(st.integers(1, 19)), blocks, draw(st.integers(0, 2**16)))
+
+
+@pytest.mark.slow
+@hypothesis.settings(
+    max_examples=24,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[hypothesis.Phase.generate],  # shrinking would compile hundreds of programs
+)
+@hypothesis.given(calls())
+def test_buckets_equal_the_dense_oracle(call):
+    pattern, mask = call.pattern, masks(call.seed, call.length)
+    query_key, value, cotangent = arrays(call.seed, len(mask), call.length)
+    run = Runtime(lsh=jax.random.key(call.seed), blocks_per_step=call.blocks_per_step)
+
+    def ours(query_key, value):
+        return patterns.attention(pattern, query_key, Source(query_key, value, mask), run)
+
+    def theirs(query_key, value):
+        buckets = bucket_of(pattern, query_key, mask, run)
+        source = Source(query_key, value, mask)
+        return attend_by_buckets_reference(pattern, query_key, source, buckets)
+
+    @jax.jit
+    def both(query_key, value, cotangent):
+        results = [jax.vjp(attend, query_key, value) for attend in (ours, theirs)]
+        return [(context, *pullback(cotangent)) for context, pullback in results]
+
+    for ours, theirs in zip(*both(query_key, value, cotangent), strict=True):
+        np.testing.assert_allclose(ours, theirs, err_msg=str(call), **TOLERANCE)
+
+
+ATTENTIONS = {
+    "lsh": LSH(CHUNK, True, 1, 0, (2, 4), 2),
+    "local": Local(CHUNK, True, look_forward=0, wraps=True),
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_half_precision_is_finite_and_blind_rows_pass_nothing(dtype, name):
+    *given, cotangent = arrays(0, 3, 13, dtype)
+
+    def attend(query_key, value):
+        source = Source(query_key, value, masks(0, 13))
+        return patterns.attention(ATTENTIONS[name], query_key, source, Runtime())
+
+    context, pullback = jax.vjp(attend, *given)
+    for result in (context, *pullback(cotangent)):
+        assert result.dtype == dtype and jnp.isfinite(result).all()
+        assert not result[1].any()
+
+
+REFUSED = {
+    "odd": (lambda: LSH(4, num_buckets=7), "num_buckets=7 must be an even number"),
+    "factor": (lambda: LSH(4, num_buckets=(2, 3)), r"num_buckets=\(2, 3\) must be an even"),
+    "none": (lambda: LSH(4, num_buckets=()), r"num_buckets=\(\) must be an even"),
+    "hashes": (lambda: LSH(4, num_hashes=0), "num_hashes=0 must be at least 1"),
+    "chunk": (lambda: LSH(0), "chunk_length=0 must be at least 1"),
+    "before": (lambda: LSH(4, chunks_before=-1), "chunks_before=-1 must be a number of windows"),
+    "ring": (lambda: Local(4, shared_qk=True, wraps=True), "wraps=True is Reformer's"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_patterns_that_there_are_not_are_refused(name):
+    make, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (Runtime(lsh=(jnp.ones((2, WIDTH, 1, 3)),)), r"= \(2, 6, 2, 3\), got \[\(2, 6, 1, 3\)\]"),
+        (Runtime(sequence_axis="sequence"), "not cut over a sequence axis"),
+    ],
+)
+def test_runs_that_do_not_fit_are_refused(run, message):
+    query_key, value, _ = arrays(0, 1, 9)
+    source = Source(query_key, value, jnp.ones((1, 1, 9), bool))
+    with pytest.raises(ValueError, match=message):
+        patterns.attention(ATTENTIONS["lsh"], query_key, source, run)
