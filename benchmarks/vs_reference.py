@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 
+from plots import Panel, save_picture
 from workers import ask, serve, start, turn
 
 MODEL = {
@@ -198,34 +199,15 @@ def drawn_rows(rows: list[dict], mode: str) -> list[dict]:
 
 def plot(rows: list[dict], file: pathlib.Path) -> None:
     """Seconds over length, forward and training step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-    colours = dict(zip(RIVALS, ("tab:gray", "tab:blue", "tab:orange"), strict=True))
-    for axis, mode in zip(axes, ("forward", "train"), strict=True):
-        for rival in RIVALS:
-            points = [
-                (row["tokens"], row[rival]["seconds"])
-                for row in drawn_rows(rows, mode)
-                if rival in row
-            ]
-            if points:
-                axis.plot(
-                    *zip(*points, strict=True), "o-", color=colours[rival], label=LABELS[rival]
-                )
-        title = "training step" if mode == "train" else mode
-        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="seconds", title=title)
-        lengths = sorted({row["tokens"] for row in rows})
-        axis.set_xticks(lengths, [f"{n:,}" for n in lengths])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    next((axis for axis in axes if axis.lines), axes[0]).legend(frameon=False)
-    figure.suptitle("4 layers, 768 wide, batch 1, float32, CPU")
-    figure.savefig(file, dpi=120)
-    print(f"plot: {file}")
+    panels = []
+    for mode, title in (("forward", "forward"), ("train", "training step")):
+        drawn = drawn_rows(rows, mode)
+        curves = {
+            rival: [(row["tokens"], row[rival]["seconds"]) for row in drawn if rival in row]
+            for rival in RIVALS
+        }
+        panels.append(Panel(title, "seconds", curves))
+    save_picture(file, "4 layers, 768 wide, batch 1, float32, CPU", panels, LABELS)
 
 
 def main() -> None:

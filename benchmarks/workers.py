@@ -37,6 +37,12 @@ def turn(process: subprocess.Popen) -> dict:
     return ask(process)
 
 
+def stop(process: subprocess.Popen) -> None:
+    """Ends a worker."""
+    process.kill()
+    process.communicate()
+
+
 def serve(step: Callable[[], object], first: dict) -> None:
     """A worker's life, warm already: says `first`, then runs a step for each line on standard
     input and tells its seconds, its seconds of all processors, and the process's peak resident
@@ -63,7 +69,7 @@ def compare(script: str, pythons: dict[str, str], arguments: tuple, repeats: int
         runs = [{rival: turn(worker) for rival, worker in workers.items()} for _ in range(repeats)]
     finally:
         for worker in workers.values():
-            worker.kill()
+            stop(worker)
     parts = []
     for what, said in (("seconds", "s"), ("cpu", "CPU s"), ("mib", "MiB at the peak")):
         theirs, ours = ([run[rival][what] for run in runs] for rival in ("PyTorch", "lsg_flax"))

@@ -16,6 +16,7 @@ from golden_data import GOLDEN
 
 import lsg_flax
 from lsg_flax.attention import full_attention, lsg_attention, lsg_attention_reference
+from lsg_flax.patterns import sparsity
 from lsg_flax.patterns.config import SPARSITY_TYPES, LSGConfig
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -446,3 +447,51 @@ def test_a_mask_of_another_dtype_or_shape_is_refused(mask, given, unchecked):
 def test_options_that_do_not_fit_are_refused(options, says, unchecked):
     with pytest.raises(ValueError, match=says):
         lsg_attention(*arrays(0, 1, 6, 1, 1)[:3], **{"config": LSGConfig(**SMALL)} | options)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "device"))
+def chosen_and_gradients(arrays, mask, cotangents, *, config, device):
+    assert sparsity.device_kind() == device
+
+    def chosen(key, value):
+        *pair, real = sparsity.select(key, value, mask, config=config, bos_query=key[:, :, 0])
+        return pair, real
+
+    pair, pullback, real = jax.vjp(chosen, *arrays, has_aux=True)
+    return pair, real, pullback(list(cotangents))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("kind", sparsity.GROUPED)
+def test_a_selection_by_groups_is_that_by_order(kind, dtype, monkeypatch):
+    """The same numbers in the same order, with equal norms, masked tokens and whole chunks of
+    them, and the same gradients: what accelerators compute instead of sorting and gathering."""
+    config = LSGConfig(block_size=8, sparse_block_size=4, sparsity_factor=2, sparsity_type=kind)
+    generator = np.random.default_rng(0)
+    arrays = generator.integers(-1, 2, (2, 2, 3, 48, 2)).astype(dtype)  # few norms: many are equal
+    cotangents = generator.normal(size=(2, 2, 3, 24, 2)).astype(dtype)
+    mask = generator.random((2, 48)) < 0.7
+    mask[0, 8:16] = False
+    results = []
+    for device in ("cpu", "tpu v5 lite"):
+        monkeypatch.setattr(sparsity, "device_kind", lambda device=device: device)
+        results.append(chosen_and_gradients(arrays, mask, cotangents, config=config, device=device))
+    tolerance = 1e-3 if (kind, dtype) == ("pooling", "float16") else 1e-7  # of a mean
+    for one, other in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(other, one, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("kind", SPARSITY_TYPES)
+def test_on_cpu_one_selection_sorts(kind):
+    """Norms, where it is faster; the others neither sort nor gather nor scatter, with gradients."""
+
+    def both(*arrays):
+        config = LSGConfig(**SMALL, sparsity_type=kind)
+        context, pullback = jax.vjp(functools.partial(lsg_attention, config=config), *arrays)
+        return pullback(context)
+
+    text = jax.jit(both).lower(*[jnp.ones((1, 18, 2, 4))] * 3).as_text()
+    found = set(re.findall(r"top_k|stablehlo\.(?:sort|gather|scatter)", text))
+    assert found == (
+        {"top_k", "stablehlo.gather", "stablehlo.scatter"} if kind == "norm" else set()
+    )

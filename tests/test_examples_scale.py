@@ -24,8 +24,9 @@ TINY = str(GOLDEN / "bert_to_convert_512")
 
 @pytest.fixture
 def main(monkeypatch, tmp_path):
-    """The `main` of an example, in an empty folder and with a cache of its own."""
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    """The `main` of an example or a benchmark, in an empty folder and with a cache of its own."""
+    for folder in ("examples", "benchmarks"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
 
@@ -128,6 +129,29 @@ def test_a_long_sequence_over_eight_devices(main, capsys):
     assert numbers["loss"] == pytest.approx(math.log(257), abs=0.3)  # nothing is learned yet
     assert numbers["each"] < numbers["alone"] / 4
     assert "x collective-permute" in capsys.readouterr().out
+
+
+def test_long_models_are_of_one_size_and_measured(main, tmp_path, capsys):
+    compare = main("long_attention")
+    benchmark = sys.modules["long_attention"]
+    sizes = {}
+    for rival in benchmark.RIVALS:
+        model = benchmark.make_model(rival, 256)
+        assert model.config.num_hidden_layers == 4 and model.config.is_decoder
+        leaves = jax.tree.leaves(model.abstract_params()["encoder"])
+        sizes[rival] = sum(math.prod(leaf.shape) for leaf in leaves)
+    assert max(sizes.values()) < 1.2 * min(sizes.values()), sizes
+    assert benchmark.measure_cost(["local"], 256, limit=1, repeats=1) == {}  # not even compiled
+    options = ["--rivals", "local", "--lengths", "256", "--repeats", "2", "--output", "."]
+    compare([*options, "--training-length", "256", "--tokens", "4096", "--seconds", "0.5"])
+    found = json.loads((tmp_path / "long_attention.json").read_text())
+    assert found["cost"]["256"]["local"]["seconds"] > 0 < found["cost"]["256"]["local"]["mib"]
+    marks = found["training"]["local"]
+    assert marks[0]["tokens"] == marks[0]["seconds"] == 0
+    assert marks[0]["bits"] == pytest.approx(8, abs=0.2) and marks[-1]["bits"] < 7
+    assert marks[-1]["tokens"] >= 4096 and marks[-1]["seconds"] >= 0.5
+    assert "| 4,096 tokens | " in capsys.readouterr().out
+    assert (tmp_path / "long_attention.png").stat().st_size > 10_000
 
 
 def test_global_tokens_learn_from_files_too(main, tmp_path):

@@ -29,21 +29,26 @@ def rotations(config: LSGConfig, heads: int, width: int):
     return tuple(jnp.asarray(lsh_rotations(heads, width, buckets // 2)) for buckets in outputs)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def select(key, value, mask, bos_query, *, config):
+@functools.partial(jax.jit, static_argnames=("config", "device"))
+def select(key, value, mask, bos_query, *, config, device):
+    assert sparsity.device_kind() == device  # static, so that each has a program of its own
     _, heads, _, width = key.shape
     lsh = rotations(config, heads, width)
     return sparsity.select(key, value, mask, config=config, bos_query=bos_query, rotations=lsh)
 
 
+@pytest.mark.parametrize("device", ["cpu", "tpu v5 lite"])
 @pytest.mark.parametrize("name", cases("selection"))
-def test_selection(name):
+def test_selection(name, device, monkeypatch):
+    """As it is computed on CPU, and as on accelerators."""
+    monkeypatch.setattr(sparsity, "device_kind", lambda: device)
     case, inputs, outputs = load(name)
     config = make_config(case)
     batch, heads, length, width = inputs["key"].shape
     mask = inputs.get("mask", np.ones((batch, length), bool))
     query = inputs.get("query", np.zeros_like(inputs["key"]))
-    key, value, chosen = select(inputs["key"], inputs["value"], mask, query[:, :, 0], config=config)
+    arrays = (inputs["key"], inputs["value"], mask, query[:, :, 0])
+    key, value, chosen = select(*arrays, config=config, device=device)
     expected = np.broadcast_to(outputs["sparse_mask"][:, :, 0] == 0, chosen.shape)
     if (
         sparsity.effective_type(config) == "norm"

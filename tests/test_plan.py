@@ -3,7 +3,10 @@
 import dataclasses
 import importlib.util
 import json
+import os
+import pathlib
 import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,7 @@ from tiny_config import spelled
 
 from lsg_flax import chips, cli, sharding
 from lsg_flax.models import FAMILIES, TASKS
+from lsg_flax.patterns import SPARSITY_TYPES
 from lsg_flax.planning import plan
 from lsg_flax.planning import search as plan_search
 from lsg_flax.planning.compile import compile_plan, out_of_memory
@@ -646,3 +650,17 @@ def test_a_real_tpu_compilation_of_generation(tmp_path):
     assert found.fits and found.program.unknown_loops == 0
     assert found.program.bytes < 1.3 * found.generation.reads.total
     assert_no_cache_leaves(found)
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_real_tpu_compilation_of_attention_sorts_and_gathers_nothing():
+    """Nor scatters, forward and backward, with any selection, causal, and in shards."""
+    file = pathlib.Path(__file__).with_name("tpu_attention.py")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(file.parents[1]), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, str(file)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert len(found) == len(SPARSITY_TYPES) + 2 and not any(found.values()), found

@@ -1,5 +1,6 @@
 """Attention of blocks of queries to windows of keys: the contract, and its implementations."""
 
+from lsg_flax.kernels.device import device_kind as device_kind
 from lsg_flax.kernels.dropout import drop as drop
 from lsg_flax.kernels.engine import Implementation as Implementation
 from lsg_flax.kernels.engine import attend as attend

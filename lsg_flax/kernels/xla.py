@@ -22,6 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lsg_flax.kernels import steps
+from lsg_flax.kernels.device import device_kind
 from lsg_flax.kernels.dropout import kept
 from lsg_flax.kernels.spec import NEGATIVE, Biases, Queries, Source, Spec
 from lsg_flax.kernels.steps import Operands, View
@@ -53,13 +54,8 @@ def attend(
 
 def _blocks_per_step(query, shared: Source | None, spec: Spec, blocks: int) -> int:
     """One on CPU, where the scores then stay in cache; elsewhere as many as keep a step's scores
-    within STEP_BYTES or TPU_STEP_BYTES on each device.
-
-    The device is that of the ambient mesh, where a program is compiled for another machine.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    device = mesh.abstract_device
-    kind = (jax.default_backend() if device is None else device.device_kind).lower()
+    within STEP_BYTES or TPU_STEP_BYTES on each device."""
+    kind, mesh = device_kind(), jax.sharding.get_abstract_mesh()
     if kind == "cpu":
         return 1
     step_bytes = TPU_STEP_BYTES if "tpu" in kind else STEP_BYTES

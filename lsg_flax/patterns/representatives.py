@@ -62,8 +62,10 @@ def first_query(
     not leak. The reference's is that of position 0, which counts as real under mask_first_token."""
     if config.strict_reference or config.mask_first_token:
         return halo.share_first(query[..., 0], axis)
+    # As a masked sum, not by an index: the gradient of that would be a scatter.
     first = jnp.argmax(mask, axis=-1)[..., None, None]  # [B, 1, 1, 1]
-    chosen = jnp.take_along_axis(query, first, axis=-1)[..., 0]
+    is_first = jnp.arange(query.shape[-1])[None, None, None] == first  # [B, 1, 1, T]
+    chosen = jnp.where(is_first, query, 0).sum(axis=-1).astype(query.dtype)
     return halo.share_first_with(chosen, mask.any(axis=(1, 2)), axis)
 
 

@@ -9,14 +9,16 @@ Axes: B batch, T tokens (whole blocks, no globals), N heads, H head width, R rep
 `sparsity_factor` tokens.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from lsg_flax.kernels import NEGATIVE, masked_softmax
+from lsg_flax.kernels import NEGATIVE, device_kind, masked_softmax
 from lsg_flax.patterns.config import LSGConfig
+from lsg_flax.patterns.groups import ranks, sum_groups
 
 
 class HeadInputs(NamedTuple):
@@ -48,14 +50,17 @@ def _take(inputs: HeadInputs, index: Int[Array, "R"]) -> Selected:
     return Selected(rows(inputs.key), rows(inputs.value), rows(inputs.mask))
 
 
+def _squares(inputs: HeadInputs, chunk: int) -> Float[Array, "chunks chunk"]:
+    """The squared norms of the keys of each chunk, 0 for masked ones."""
+    key = jax.lax.stop_gradient(inputs.key).astype(jnp.float32)
+    return jnp.where(inputs.mask, jnp.sum(key * key, axis=-1), 0.0).reshape(-1, chunk)
+
+
 def norm(inputs: HeadInputs, config: LSGConfig) -> Selected:
     """Per chunk, the keys with the largest L2 norm; masked tokens count as norm 0. No gradient
     through the choice."""
     chunk, kept = config.selection_chunk, config.selection_chunk // config.sparsity_factor
-    key = jax.lax.stop_gradient(inputs.key).astype(jnp.float32)
-    squares = jnp.where(inputs.mask, jnp.sum(key * key, axis=-1), 0.0).reshape(
-        -1, chunk
-    )  # [T/chunk, chunk]
+    squares = _squares(inputs, chunk)  # [chunks, chunk]
     # Rising norms, as the reference's argsort leaves them: a window may end inside a chunk.
     index = jax.lax.top_k(squares, kept)[1][:, ::-1]
     start = jnp.arange(index.shape[0], dtype=index.dtype)[:, None] * chunk
@@ -161,8 +166,8 @@ def lsh(inputs: HeadInputs, config: LSGConfig) -> Selected:
         unit = jnp.where(count > 0, jax.lax.stop_gradient(key) / jnp.maximum(norms, 1e-12), 0.0)
         projected = unit @ rotation.astype(jnp.float32)  # [T/chunk, chunk, buckets // 2]
         bucket = jnp.argmax(jnp.concatenate([projected, -projected], axis=-1), axis=-1)
-        member = jax.nn.one_hot(bucket, buckets, dtype=jnp.float32)  # [T/chunk, chunk, buckets]
-        key, value, count = (jnp.einsum("mcb,mch->mbh", member, x) for x in (key, value, count))
+        sums: list[Array] = [sum_groups(x, bucket, buckets) for x in (key, value, count)]
+        key, value, count = sums
 
     def mean(x, like):
         return (x / (count + 1e-8)).reshape(-1, x.shape[-1]).astype(like.dtype)
@@ -170,7 +175,38 @@ def lsh(inputs: HeadInputs, config: LSGConfig) -> Selected:
     return Selected(mean(key, inputs.key), mean(value, inputs.value), (count > 0).reshape(-1))
 
 
+def by_groups(kind: str, inputs: HeadInputs, config: LSGConfig) -> Selected:
+    """What the selection of this name gives, as sums over groups of a chunk's tokens, each of which
+    goes to one representative or none: without sorting, gathering and scattering, which are slow
+    on accelerators."""
+    factor = config.sparsity_factor
+    chunk = config.selection_chunk if kind == "norm" else config.block_size
+    count, place = chunk // factor, jnp.arange(chunk)[None]
+    mask = inputs.mask.reshape(-1, chunk)  # [chunks, chunk]
+    match kind:
+        case "norm":
+            group = count - 1 - ranks(_squares(inputs, chunk))
+        case "pooling":
+            group = jnp.where(mask, place // factor, count)
+        case "stride":
+            group = jnp.where(place % factor == inputs.head % factor, place // factor, count)
+        case _:  # block_stride
+            group = place - inputs.head % factor * count
+    group = jnp.broadcast_to(group, mask.shape)
+    real: Array = sum_groups(mask.astype(jnp.float32)[..., None], group, count)  # [chunks, R, 1]
+    # A gradient divided by next to nothing would be infinite in half precision.
+    parts = jnp.where(real > 0, real + 1e-6, 1.0) if kind == "pooling" else 1.0
+
+    def rows(x):
+        total: Array = sum_groups(x.reshape(*mask.shape, -1), group, count)  # [chunks, R, H]
+        total = total / parts
+        return total.reshape(-1, x.shape[-1]).astype(x.dtype)
+
+    return Selected(rows(inputs.key), rows(inputs.value), (real > 0).reshape(-1))
+
+
 SELECTIONS = {f.__name__: f for f in (norm, pooling, lsh, stride, block_stride, bos_pooling)}
+GROUPED = ("norm", "pooling", "stride", "block_stride")  # of which `by_groups` knows
 
 
 def lsh_rotations(
@@ -247,8 +283,12 @@ def select(
     # head numbers and rotations for every row of the batch.
     over_heads, over_batch = (0, 0, None, 0, 0, None, 0), (0, 0, 0, None, 0, 0, None)
 
+    # On CPU sorting and slicing take a third of the time of products with ones and zeros.
+    grouped = kind in GROUPED and device_kind() != "cpu"
+    selection = partial(by_groups, kind) if grouped else SELECTIONS[kind]
+
     def one_head(*fields):
-        return SELECTIONS[kind](HeadInputs(*fields), config=config)
+        return selection(HeadInputs(*fields), config=config)
 
     chosen = jax.vmap(jax.vmap(one_head, in_axes=over_heads), in_axes=over_batch)(*inputs)
     return chosen.key, chosen.value, chosen.mask
