@@ -6,6 +6,7 @@ to_lsg.py's.
 """
 
 import dataclasses
+import fnmatch
 import functools
 import warnings
 from collections.abc import Callable, Mapping
@@ -213,7 +214,8 @@ def _check_body(
     """The tensors outside the body that are not read; raises ValueError if the body lacks any or
     has others."""
     unused = named.tensors.keys() - {key.torch for key in keys}
-    unused -= {named.prefix + buffer for buffer in family.ignored}
+    for pattern in family.ignored:
+        unused -= {*fnmatch.filter(unused, named.prefix + pattern)}
     outside = tuple(f"{named.prefix}{row.torch}." for row in family.pooler)
     if not named.prefix:  # names do not tell which are the body's
         outside += tuple(f"{row.torch}." for table in family.tables for row in table.rows)

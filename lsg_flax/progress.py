@@ -1,5 +1,6 @@
 """What long work tells of itself on stderr: a bar on a terminal; elsewhere (a log file, a pipe) a
-plain line every ten seconds, also while weights are read or a program compiles.
+plain line every ten seconds, also while weights are read or a program compiles, and where a `Bar`
+is asked for one.
 
 Nobody is told who has not asked: a command asks with `told`, a call with progress=True, by its
 `Bar`. Work within the other work that has asked says what it is with `doing`.
@@ -32,6 +33,7 @@ class _Lines:
         self._works: list[_Work] = []
         self._lock = threading.Lock()
         self._ended = threading.Event()
+        self._said = 0.0  # when there was a line
 
     def __bool__(self) -> bool:
         return bool(self._works)
@@ -54,12 +56,23 @@ class _Lines:
         while not ended.wait(INTERVAL):
             with self._lock:
                 words = "; ".join(work.words() for work in self._works)
-            with contextlib.suppress(OSError, ValueError):  # nobody reads stderr any more
-                if words:
-                    print(f"lsg-flax: {words}", file=sys.stderr, flush=True)
+            if words and time.monotonic() - self._said >= INTERVAL:
+                self.say(words)
+
+    def say(self, words: str) -> None:
+        """A line now, and the next one an interval later."""
+        self._said = time.monotonic()
+        with contextlib.suppress(OSError, ValueError):  # nobody reads stderr any more
+            tqdm.write(f"lsg-flax: {words}", file=sys.stderr)
+            sys.stderr.flush()
 
 
 _lines = _Lines()
+
+
+def say(words: str) -> None:
+    """A line on stderr, above the bar where there is one."""
+    _lines.say(words)
 
 
 class _Doing(_Work):
@@ -86,9 +99,12 @@ class Bar(_Work):
             shown: tell of it.
         """
         self.done, self._total, self._unit = initial, total, unit
-        self._about, self._note = about, ""
+        self._about, self._note, self._shown = about, "", shown
         self._start = self._first = time.monotonic(), initial
         terminal = sys.stderr.isatty()
+        if shown and initial:
+            done = f"{initial:,}" + ("" if total is None else f" of {total:,}")
+            say(f"goes on behind {done} {unit}, which were done before")
         self._drawn = tqdm(
             desc=about or None,
             total=total,
@@ -107,6 +123,11 @@ class Bar(_Work):
         if note:
             self._drawn.set_postfix_str(note, refresh=False)
         self._drawn.update(count)
+
+    def tell(self) -> None:
+        """Says now how far it is, on a terminal too."""
+        if self._shown:
+            say(self.words())
 
     def words(self) -> str:
         """What a line says."""

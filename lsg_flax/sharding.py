@@ -32,9 +32,10 @@ AXES = ("data", "fsdp", "tensor", SEQUENCE)
 # Optimizer states have the paths of their parameters.
 PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(embeddings/word_embeddings|shared)/embedding", ("vocab", "width")),
+    (r"embeddings/(row|column)_embeddings/embedding", (None, None)),
     (r"embeddings/\w+_embeddings/embedding", (None, "width")),
     (r"embeddings_project/kernel", (None, "width")),
-    (r"attention/(query|key|value|qkv)/kernel", ("width", "heads")),
+    (r"attention/(query|key|value|qkv|query_key)/kernel", ("width", "heads")),
     (r"attention/(query|key|value)/kernels", ("heads", "width", "heads")),
     (r"attention/(query|key|value)/bias", ("heads",)),
     (r"attention/output/kernel", ("heads", "width")),

@@ -5,10 +5,12 @@ import json
 import os
 import pathlib
 import random
+import re
 import socket
 import subprocess
 import sys
 import typing
+import warnings
 
 import compiling
 import jax
@@ -22,6 +24,8 @@ import lsg_flax
 from lsg_flax import cli, hub
 from lsg_flax.cli import train
 from lsg_flax.training import Settings
+
+PNG = b"\x89PNG"
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +63,10 @@ def test_train_then_predict(capsys, tiny, tmp_path):
     assert code == 0, err
     assert "sequence_classification after 3 steps" in out and "macro_f1" in out
     assert "metrics.jsonl" in err
+    line = r"lsg-flax: 3 of 3 steps, .*, loss \d\S*, .* tokens/s, .* GiB at most, .*eval_loss"
+    assert re.search(line, err), err
+    assert (output / "log" / "run.png").read_bytes().startswith(PNG)
+    assert f"{output}/log/metrics.jsonl" in out and f"go on from: {output}/checkpoints" in out
     documents = tmp_path / "documents.jsonl"
     documents.write_text('{"text": "w5 w6"}\n{"text": "w20", "id": "second"}\n')
     options = ["--answers", "top_k=1", "--mesh", "data=8", "--max-length", 8]
@@ -78,6 +86,73 @@ def test_train_then_predict(capsys, tiny, tmp_path):
     np.testing.assert_allclose(rows[1]["logits"], expected, atol=1e-5)
     code, _, err = run(capsys, "predict", output, documents, answers, "--answers", "topk=1")
     assert code == 2 and "--answers: 'topk' is unknown; did you mean 'top_k'" in err
+
+
+@pytest.fixture(scope="module")
+def classifier(tiny, tmp_path_factory):
+    """A head that is not trained, for the labels high and low; texts of 8 tokens."""
+    folder = tmp_path_factory.mktemp("classifier")
+    labels = {"labels": ("high", "low"), "problem_type": "single_label_classification"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, params = lsg_flax.from_pretrained(tiny, "sequence_classification", **labels)
+    tokenizer = hub.read_tokenizer(tiny)
+    tokenizer.model_max_length = 8
+    lsg_flax.save_pretrained(folder, model, params, tokenizer)
+    return folder
+
+
+def csv_of(file, labels) -> pathlib.Path:
+    """Texts of 3 words, and every other one of 20."""
+    texts = (" ".join(["w5 w6 w7"] * (1 if n % 2 else 7)) for n in range(len(labels)))
+    rows = (f"{text},{label}\n" for text, label in zip(texts, labels, strict=True))
+    file.write_text("body,area\n" + "".join(rows))
+    return file
+
+
+SCORED = """lsg-flax: 4 of 8 texts were cut at 8 tokens, and 53.6% of all tokens with them
+"""
+COLUMNS = ("--columns", "text=body,label=area")
+
+
+@pytest.mark.filterwarnings("default:.*is not drawn")
+def test_evaluate_reads_what_train_reads(capsys, classifier, tmp_path, monkeypatch):
+    data = csv_of(tmp_path / "data.csv", ["low", "high"] * 4)
+    given = (classifier, data, "--output", tmp_path / "scores", *COLUMNS)
+    cache = ("--cache", tmp_path / "cache", "--devices", 1)
+    code, out, err = run(capsys, "evaluate", *given, *cache)
+    assert (code, err) == (0, SCORED), err
+    report = json.loads((tmp_path / "scores" / "evaluation.json").read_text())
+    confusion = np.array(report["confusion"]["rows"])
+    assert (report["rows"], report["max_length"], confusion.sum()) == (8, 8, 8)
+    assert report["confusion"]["labels"] == ["high", "low"]
+    assert report["scores"]["accuracy"] == np.trace(confusion) / 8
+    for number, found in enumerate(report["by_class"]):
+        right = confusion[number, number]
+        assert found["support"] == confusion[number].sum() == 4
+        assert found["recall"] == pytest.approx(right / 4)
+        assert found["precision"] == pytest.approx(right / max(confusion[:, number].sum(), 1))
+        row = [found["name"], f"{found['recall']:.4f}", f"{found['support']}"]
+        assert re.search(rf"{row[0]} .*{row[1]} .*{row[2]}", out), out
+    assert (tmp_path / "scores" / "confusion.png").read_bytes().startswith(PNG)
+    assert re.search(r"is \(answered: ...\) .*high .*low", out) and "evaluation.json" in out
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    (tmp_path / "scores" / "confusion.png").unlink()
+    code, out, err = run(capsys, "evaluate", *given, *cache)
+    assert code == 0 and err.count("\n") == 2 and "pip install 'lsg-flax[plots]'" in err
+    assert not (tmp_path / "scores" / "confusion.png").exists()
+
+
+def test_evaluate_names_labels_that_the_model_does_not_know(capsys, classifier, tmp_path):
+    data = csv_of(tmp_path / "data.csv", ["low", "middle", "top", "low"])
+    given = ("evaluate", classifier, data, *COLUMNS, "--cache", tmp_path / "cache")
+    code, _, err = run(capsys, *given)
+    assert code == 2 and "does not know: 'middle', 'top'. It knows high, low" in err
+    assert "(--on-error skip)" in err and "give --labels, the data's names" in err
+    code, _, err = run(capsys, *given, "--labels", "low", "middle", "top")
+    assert code == 2 and "are 3 names, but" in err and "has 2 labels: high, low" in err
+    code, _, err = run(capsys, "evaluate", PLAIN, data, "--task", "sequence_classification")
+    assert code == 2 and "there is nothing to evaluate for sequence_classification" in err
 
 
 FLAGS = {  # one that is not the default for every field

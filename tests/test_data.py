@@ -394,7 +394,7 @@ def test_pairs_and_other_names_of_columns(load, tokenizer):
 
 def test_long_texts_are_cut_and_counted(load, tokenizer):
     data = load([{"text": words(n), "label": 0} for n in (5, 30, 31, 90)])
-    assert data.lengths.tolist() == [7, 32, 32, 32] and data.truncated == 2
+    assert data.lengths.tolist() == [7, 32, 32, 32] and data.truncated == data.cut.cut_texts == 2
     cut = tokenizer(words(90), truncation=True, max_length=32)["input_ids"]
     assert data[3]["input_ids"].tolist() == cut
 

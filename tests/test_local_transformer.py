@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import pytest
 import safetensors.numpy
 from golden_data import cases, load
@@ -18,7 +19,7 @@ from lsg_flax.convert_from_torch import params_to_torch
 from lsg_flax.generation import generate
 from lsg_flax.models import Model, read_config
 from lsg_flax.patterns import frequencies
-from lsg_flax.training import loss_fn
+from lsg_flax.training import evaluate, init_state, loss_fn, make_train_step
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 SMALL: dict[str, Any] = {
@@ -56,8 +57,9 @@ def test_the_numbers_of_the_reference(name, tmp_path):
     model, params = lsg_flax.from_pretrained(tmp_path)
     _, inputs, outputs = load(name)
     mask, tokens = inputs.get("mask"), "with_loss" in inputs
-    given = {"input_ids" if tokens else "inputs_embeds": inputs["x"]}
-    batch = given | {"labels": inputs["x"]}
+    limit = SMALL["max_seq_len"]  # a loss may be of one more
+    given = {"input_ids" if tokens else "inputs_embeds": inputs["x"][:, :limit]}
+    batch = {"input_ids": inputs["x"], "labels": inputs["x"]}
 
     @jax.jit
     def run(params):
@@ -67,7 +69,7 @@ def test_the_numbers_of_the_reference(name, tmp_path):
         return (found * inputs["weight"]).sum() + loss, (found, loss)
 
     gradients, (found, loss) = jax.grad(run, has_aux=True)(params)
-    real = np.ones(inputs["x"].shape[:2], bool) if mask is None else mask
+    real = np.ones(found.shape[:2], bool) if mask is None else mask
     np.testing.assert_allclose(found[real], outputs["outputs"][real], **TOLERANCE)
     if tokens:
         np.testing.assert_allclose(loss, outputs["loss"], **TOLERANCE)
@@ -181,6 +183,27 @@ def test_a_body_without_tokens_takes_embeddings():
     assert model.apply({"params": params}, inputs_embeds=x).last_hidden_state.shape == x.shape
     with pytest.raises(ValueError, match="num_tokens=None"):
         model.apply({"params": params}, input_ids=np.ones((1, 4), np.int32))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_batch_has_one_token_more_than_there_are_positions(causal):
+    """It is a label alone: for the loss, in evaluation and over microbatches."""
+    model, params = made(causal=causal)
+    ids = np.random.default_rng(0).integers(0, 31, (2, SMALL["max_seq_len"] + 1))
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": np.ones_like(ids)}
+    scores = jax.nn.log_softmax(jax.jit(model.apply)({"params": params}, ids[:, :-1]).logits)
+    right = -np.take_along_axis(scores, ids[:, 1:, None], axis=-1).mean()
+    loss, metrics = jax.jit(lambda params: loss_fn(model, params, batch))(params)
+    np.testing.assert_allclose(loss, right, rtol=1e-5)
+    assert metrics["targets"] == 2 * SMALL["max_seq_len"]
+    found = evaluate(model, params, [(batch, np.arange(2))])
+    np.testing.assert_allclose(found["eval_loss"], right, rtol=1e-5)
+    step = make_train_step(model, optax.sgd(0.0), 2)
+    state = init_state(params, optax.sgd(0.0), jax.random.key(0))
+    _, metrics = step(state, {name: array[:, None] for name, array in batch.items()})
+    np.testing.assert_allclose(metrics["loss"], right, rtol=1e-5)
+    with pytest.raises(ValueError, match="26 tokens are more than the 24 positions"):
+        loss_fn(model, params, {name: np.ones((1, 26), np.int32) for name in batch})
 
 
 def test_training_draws_and_layers_may_be_recomputed():

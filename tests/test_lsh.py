@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden_data import cases, load
 
 from lsg_flax import patterns
 from lsg_flax.kernels import Source
@@ -28,6 +29,54 @@ def masks(seed: int, length: int):
     holes = np.random.default_rng(seed).random(length) < 0.7
     rows = (holes, np.zeros(length, bool), np.arange(length) < length * 0.6)
     return jnp.asarray(np.stack(rows))[:, None]
+
+
+def golden(name: str, dtype: str):
+    """What the recorded case has, features first: ours (context, gradients of the query and of the
+    value) and theirs; and which tokens are real."""
+    case, inputs, outputs = load(f"reformer_attention_{name}_{dtype}")
+    config, kind = case["config"], "lsh" if case["lsh"] else "local"
+    sides = (config[f"{kind}_num_chunks_{side}"] for side in ("before", "after"))
+    head = (config[f"{kind}_attn_chunk_length"], config["is_decoder"], *sides)
+    names = ("query", "key", "value", "cotangent")
+    query, key, value, cotangent = (jnp.asarray(inputs[n]).swapaxes(2, 3) for n in names)
+    mask = jnp.asarray(inputs.get("mask", np.ones((len(query), query.shape[3]), bool)))[:, None]
+    run = Runtime(lsh=(jnp.asarray(inputs["rotations"]),) if case["lsh"] else None)
+
+    def attend(query, key, value):
+        if not case["lsh"]:
+            pattern = Local(*head, wraps=True)
+            return patterns.attention(pattern, query, Source(key, value, mask), run)
+        buckets = config["num_buckets"]
+        buckets = buckets if isinstance(buckets, int) else tuple(buckets)
+        pattern = LSH(*head, buckets, config["num_hashes"])
+        return patterns.attention(pattern, query, Source(query, value, mask), run)
+
+    context, pullback = jax.vjp(attend, query, key, value)
+    names = ("context", "grad_query", "grad_key", "grad_value")
+    ours, theirs = (context, *pullback(cotangent)), [outputs[n].swapaxes(2, 3) for n in names]
+    real = np.broadcast_to(np.asarray(mask)[:, :, None], context.shape)
+    return [x[real] for x in ours], [x[real] for x in theirs]
+
+
+CASES = [name.removeprefix("reformer_attention_") for name in cases("reformer_attention")]
+EXACT = [name.removesuffix("_float64") for name in CASES if name.endswith("float64")]
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n.removesuffix("_float32") not in EXACT])
+def test_the_numbers_of_the_reference(name):
+    for ours, theirs in zip(*golden(*name.rsplit("_", 1)), strict=True):
+        np.testing.assert_allclose(ours, theirs, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_the_numbers_where_float32_has_few_digits(name):
+    """Ours in float32 are the reference's in float64; its own in float32 are not."""
+    (ours, rough), exact = golden(name, "float32"), golden(name, "float64")[1]
+    for x, float32, float64 in zip(ours, rough, exact, strict=True):
+        np.testing.assert_allclose(x, float64, **TOLERANCE)
+        assert np.abs(x - float32).max() <= 3 * np.abs(float32 - float64).max()
+    assert np.abs(rough[0] - exact[0]).max() > 1e-4
 
 
 class Call(NamedTuple):

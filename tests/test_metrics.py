@@ -16,6 +16,7 @@ from lsg_flax.models import TASKS as RECORDS
 from lsg_flax.models import EncoderConfig, Model, ModelOutput
 from lsg_flax.sharding import make_mesh, shard
 from lsg_flax.training import losses, metrics
+from lsg_flax.training.classes import by_class
 from lsg_flax.training.scores import (
     ROUGE,
     answer_scores,
@@ -178,6 +179,40 @@ def test_entities_count_as_wholes(monkeypatch):
     monkeypatch.setitem(sys.modules, "seqeval", None)
     with pytest.raises(ImportError, match=r"lsg-flax\[metrics\]"):
         entity_scores(given, truth)
+
+
+def judged(predicted, labels):
+    """As of two batches."""
+    return metrics.Judged({}, [predicted[:7], predicted[7:]], [labels[:7], labels[7:]])
+
+
+def test_each_class_as_scikit_learn():
+    model, _ = make("sequence_classification")
+    model = model.clone(
+        config=model.config.with_overrides(problem_type="single_label_classification")
+    )
+    labels, predicted = GENERATOR.integers(0, 3, (2, 40))
+    given = judged(np.append(predicted, 1), np.append(labels, -100))
+    classes, names, confusion = by_class(model, given)
+    expected = sklearn.metrics.precision_recall_fscore_support(labels, predicted, zero_division=0)
+    np.testing.assert_allclose([c[1:] for c in classes], np.transpose(expected))
+    np.testing.assert_array_equal(confusion, sklearn.metrics.confusion_matrix(labels, predicted))
+    assert names == ("a", "b", "c") == tuple(c.name for c in classes)
+    several, _ = make("multi_label")
+    labels, logits = GENERATOR.integers(0, 2, (30, 2)), GENERATOR.normal(size=(30, 2))
+    classes, _, confusion = by_class(several, judged(logits, labels.astype(np.float32)))
+    expected = sklearn.metrics.precision_recall_fscore_support(labels, logits > 0)
+    np.testing.assert_allclose([c[1:] for c in classes], np.transpose(expected))
+    assert confusion is None and by_class(make("masked_lm")[0], judged(logits, labels))[0] == ()
+
+
+def test_each_entity_and_the_tags_that_are_confused():
+    model, _ = make("token_classification")  # O, B-X, I-X
+    truth = np.array([[1, 2, 0, -100], [0, 1, -100, -100]])
+    given = np.array([[1, 0, 0, 2], [0, 1, 1, 1]])  # one cut short, one right
+    classes, names, confusion = by_class(model, metrics.Judged({}, [given], [truth]))
+    assert classes == (("X", 0.5, 0.5, 0.5, 2),) and names == ("O", "B-X", "I-X")
+    np.testing.assert_array_equal(confusion, [[2, 0, 0], [0, 2, 0], [1, 0, 0]])
 
 
 def test_answers_as_squad_compares_them():

@@ -78,3 +78,14 @@ def test_a_command_tells_that_it_reads_weights(capsys, tmp_path, monkeypatch, co
     files = [tmp_path / "in.txt", tmp_path / "out.jsonl"]
     arguments = [command, GOLDEN / "bert_to_convert_512", *files, *options]
     assert cli.main([str(a) for a in arguments]) == 0 and said
+
+
+def test_a_bar_says_where_it_goes_on_and_how_far_it_is(capsys):
+    with progress.Bar("steps", total=9, initial=3, shown=True) as bar:
+        bar.update(3, "loss 0.5")
+        bar.tell()
+    with progress.Bar("steps", total=9, initial=3, shown=False) as bar:
+        bar.tell()
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "lsg-flax: goes on behind 3 of 9 steps, which were done before"
+    assert any(re.fullmatch(r"lsg-flax: 6 of 9 steps, .*, loss 0\.5", line) for line in told[1:])

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from lsg_flax import EncoderConfig, LSGConfig, Model, sharding
 from lsg_flax.attention import lsg_attention
+from lsg_flax.models import read_config
 from lsg_flax.models.architecture import Architecture
 from lsg_flax.models.layers import Context, Part
 from lsg_flax.training import losses
@@ -257,6 +258,39 @@ def test_hidden_states_and_globals_are_those_of_one_device():
         )
 
 
+# Texts that fill all windows, leave whole ones to padding, or have less than one for each shard.
+LOCAL = {
+    "causal": ({}, 96),
+    "bidirectional": ({"causal": False, "look_backward": 2, "use_xpos": True}, 88),
+    "bias": ({"use_dynamic_pos_bias": True, "gate_values_per_head": True}, 48),
+    "whole windows": ({"exact_windowsize": False, "shared_qk": True, "look_backward": 2}, 24),
+}
+
+
+def local_transformer(**fields):
+    """One with parameters as large as those of a trained one."""
+    sizes = {"num_tokens": 24, "max_seq_len": 512, "dim": 16, "depth": 2, "heads": 2, "dim_head": 8}
+    sizes |= {"local_attn_window_size": 4, "num_residual_streams": 2}
+    config = read_config({"model_type": "local-transformer"} | sizes | fields)
+    network = Model(config, "causal_lm")
+    params = initial(network)
+    layers = params["encoder"]["layers"]
+    params["encoder"]["layers"] = jax.tree.map(lambda x: 3 * x, layers) | {
+        "attention": layers["attention"]  # with the frequencies of its positions
+    }
+    return network, params
+
+
+@pytest.mark.parametrize("axes", [MESHES[3], MESHES[5]], ids=str)
+@pytest.mark.parametrize("name", list(LOCAL))
+def test_local_transformers(name, axes):
+    fields, length = LOCAL[name]
+    (network, params), rows = local_transformer(**fields), batch(length=length)
+    rows["labels"] = np.where(rows["attention_mask"], rows["input_ids"], -100)
+    expected = loss_and_gradients(network, params, rows)
+    assert_same_on(sharding.make_mesh(**axes), network, params, rows, expected)
+
+
 class Dropped(Part):
     @nn.compact
     def __call__(self, x):
@@ -320,10 +354,9 @@ def test_shards_exchange_edges_and_nothing_else(causal):
     assert max(sums) <= per_token  # of the one global
 
 
-def test_the_model_gathers_parameters_only():
-    network = model("masked_lm", max_position_embeddings=2048)
-    rows, params = batch(rows=1, length=8 * 4 * 32), initial(network)
-    mesh = sharding.make_mesh(sequence=8)
+def moved_in_training(network, params):
+    """What a step moves of one text of 1,024 tokens over eight devices."""
+    rows, mesh = batch(rows=1, length=8 * 4 * 32), sharding.make_mesh(sequence=8)
 
     def loss(params, batch):
         return losses.loss_fn(network, params, batch)[0]
@@ -331,15 +364,53 @@ def test_the_model_gathers_parameters_only():
     with jax.set_mesh(mesh):
         placed = sharding.shard(params, mesh), sharding.shard_batch(rows, mesh)
         compiled = jax.jit(jax.value_and_grad(loss)).lower(*placed).compile()
-    collectives = moved(compiled.as_text())
-    width, config = 16, network.config.lsg
+    return moved(compiled.as_text())
+
+
+@pytest.mark.parametrize("kind", ["lsg", "local"])
+def test_the_model_gathers_parameters_only(kind):
+    width = 16
+    if kind == "lsg":
+        network = model("masked_lm", max_position_embeddings=2048)
+        params, lsg = initial(network), network.config.lsg
+        halo = width * max(lsg.block_size, lsg.sparse_halo)
+    else:
+        network, params = local_transformer(max_seq_len=8 * 4 * 32)
+        halo = width * network.config.local_attn_window_size
+    collectives = moved_in_training(network, params)
     of_keys = width * 8 * 4 * 32  # K or V of the whole text
     largest = max(leaf.size for leaf in jax.tree.leaves(params["encoder"]["layers"]))
     gathered = [size for kind, size in collectives if kind == "all-gather"]
     assert max(gathered) <= max(largest, 8 * 4 * 32) < of_keys
-    halo = width * max(config.block_size, config.sparse_halo)
     permutes = [size for kind, size in collectives if kind == "collective-permute"]
     assert permutes and max(permutes) <= halo
+
+
+def test_a_local_transformer_draws_in_each_shard_and_shows_its_states():
+    network, params = local_transformer(ff_dropout=0.5)
+    rows, key = batch(rows=1, length=64), jax.random.key(0)
+    mesh = sharding.make_mesh(sequence=2, devices=jax.devices()[:2])
+    run = jax.jit(
+        lambda rows, train: (
+            network.apply(
+                {"params": params},
+                **rows,
+                train=train,
+                rngs={"dropout": key} if train else None,
+                output_hidden_states=True,
+            ).hidden_states
+        ),
+        static_argnums=1,
+    )
+    same = {"input_ids": np.tile(rows["input_ids"][:, :32], 2)}
+    expected = run(same, False)
+    with jax.set_mesh(mesh):
+        found, dropped = run(same, False), run(same, True)
+    assert len(found) == 3
+    for one, other in zip(expected, found, strict=True):
+        np.testing.assert_allclose(np.asarray(other), np.asarray(one), rtol=1e-5, atol=1e-5)
+    lost = np.asarray(dropped[1] - dropped[0])
+    assert not np.allclose(lost[:, 8:32], lost[:, 40:], atol=1e-3)
 
 
 # ------------------------------------------------------------------------------------- bad input

@@ -23,8 +23,8 @@ OF_BOTH = {
     "hidden_dropout_prob": "dropout",
     "attention_probs_dropout_prob": "attention_dropout",
 }
-# Of transformers; local-attention's has tests of its own.
-OF_TRANSFORMERS = [name for name, family in FAMILIES.items() if family.describes_itself]
+# Those that become LSG, all of transformers; LocalTransformer and Reformer have tests of their own.
+OF_TRANSFORMERS = [name for name, family in FAMILIES.items() if family.to_lsg]
 
 
 def has_two_stacks(family: str) -> bool:

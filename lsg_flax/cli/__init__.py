@@ -15,6 +15,7 @@ from lsg_flax.cli import (
     ask,
     convert,
     embed,
+    evaluate,
     generate,
     index,
     inspect,
@@ -24,14 +25,14 @@ from lsg_flax.cli import (
     train,
 )
 from lsg_flax.cli.flags import in_flags
-from lsg_flax.cli.shared import plain_warnings, say
-from lsg_flax.progress import told
+from lsg_flax.cli.shared import plain_warnings
+from lsg_flax.progress import say, told
 from lsg_flax.training import SaveError
 
 ERROR, INTERRUPTED = 2, 130
 _EXPECTED = (ValueError, OSError, ImportError, SaveError, FloatingPointError)
 _COMMANDS = (  # as in --help
-    *(convert, inspect, train, predict, summarize, embed, generate, plan, index, ask),
+    *(convert, inspect, train, evaluate, predict, summarize, embed, generate, plan, index, ask),
 )
 
 _DESCRIPTION = "LSG attention (local + sparse + global) for BERT-like checkpoints, in JAX."
@@ -41,6 +42,7 @@ _EXAMPLES = """examples:
   lsg-flax inspect ./bert-4096 --check
   lsg-flax train --model ./bert-4096 --task sequence_classification \\
       --train-data train.jsonl --eval-data eval.jsonl --output ./areas
+  lsg-flax evaluate ./areas held_out.csv --output ./scores
   lsg-flax predict ./areas documents.jsonl answers.jsonl
   lsg-flax summarize ./lsg-bart-arxiv papers/ summaries.jsonl --num-beams 4 --truncation
   lsg-flax embed ./minilm-4096 documents.jsonl vectors.npy

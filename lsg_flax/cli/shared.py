@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from types import MappingProxyType
@@ -12,6 +11,7 @@ from rich.console import Console
 
 from lsg_flax.cli.flags import in_flags
 from lsg_flax.patterns import MAX_GLOBAL_TOKENS, SPARSITY_TYPES, LSGConfig
+from lsg_flax.progress import say
 from lsg_flax.sharding import AXES
 
 # A parser, a group of its options, its commands: argparse has no public types for the latter two.
@@ -145,11 +145,6 @@ def console() -> Console:
     if not made.is_terminal:
         made.width = _PIPED_WIDTH
     return made
-
-
-def say(message: str) -> None:
-    """One message on stderr."""
-    print(f"lsg-flax: {message}", file=sys.stderr)
 
 
 @contextlib.contextmanager

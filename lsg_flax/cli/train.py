@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import types
 import typing
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -19,7 +20,15 @@ from lsg_flax.cli.shared import (
     say,
     yaml_values,
 )
-from lsg_flax.training import Finetuned, Group, Help, Settings, finetune, read_settings
+from lsg_flax.training import (
+    REQUIRED,
+    Finetuned,
+    Group,
+    Help,
+    Settings,
+    finetune,
+    read_settings,
+)
 
 _DESCRIPTION = """Fine-tune a checkpoint on files, or continue to.
 
@@ -38,6 +47,7 @@ Rows of data, by task (other names: --columns):
   multiple_choice          {"text": ..., "choices": [...], "label": 0}
   masked_lm, causal_lm     {"text": ...}, or a .txt file
   conditional_generation   {"text": ..., "target": ...}"""
+_HINTS = typing.get_type_hints(Settings, include_extras=True)
 _METAVARS = {int: "N", float: "X", str: "NAME"}
 _PATHS = {"model": "PATH", "train_data": "PATH", "eval_data": "PATH", "output": "FOLDER"}
 
@@ -46,14 +56,13 @@ def add(commands: Any) -> None:
     """Declares the command and its options."""
     command = add_command(commands, "train", _DESCRIPTION, run)
     command.add_argument("--config", metavar="FILE", help="YAML file with settings")
-    hints = typing.get_type_hints(Settings, include_extras=True)
-    fields = [f for f in dataclasses.fields(Settings) if f.name != "lsg"]
+    fields = [f.name for f in dataclasses.fields(Settings) if f.name != "lsg"]
+    needed = [name for name in fields if name in REQUIRED]
+    add_settings(command.add_argument_group("required, here or in FILE"), needed)
     for group in get_args(Group):
         options = command.add_argument_group(group)
-        for field in fields:
-            hint, about = get_args(hints[field.name])
-            if about.group == group:
-                _add_option(options, field, hint, about)
+        of_group = [name for name in fields if _about(name)[1].group == group]
+        add_settings(options, [name for name in of_group if name not in needed])
         if group == "devices":
             options.add_argument(
                 "--distributed",
@@ -64,6 +73,19 @@ def add(commands: Any) -> None:
                 "without a value found out, as on TPU pods and under Slurm",
             )
     add_pattern(command)
+
+
+def _about(name: str) -> tuple[Any, Help]:
+    """The type of a setting and what it is."""
+    hint, about = get_args(_HINTS[name])
+    return hint, about
+
+
+def add_settings(options: Any, names: Sequence[str]) -> None:
+    """Declares a flag for each of these fields of `Settings`."""
+    fields = {field.name: field for field in dataclasses.fields(Settings)}
+    for name in names:
+        _add_option(options, fields[name], *_about(name))
 
 
 def _add_option(options: Any, field: dataclasses.Field, hint: Any, about: Help) -> None:
@@ -147,5 +169,8 @@ def _show(result: Finetuned) -> None:
         for name, value in result.scores.items():
             table.add_row(name.removeprefix("eval_"), f"{value:.4f}")
         out.print(table)
+    log = result.output / "log"
+    out.print(f"log: {', '.join(sorted(str(file) for file in log.iterdir()))}")
+    out.print(f"checkpoints, to go on from: {result.output / 'checkpoints'}")
     command = "summarize" if result.model.has_two_stacks and writes else "predict"
     out.print(f"next: lsg-flax {command} {result.output} INPUT OUTPUT")

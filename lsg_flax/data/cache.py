@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from jaxtyping import Int, Shaped
 
+from lsg_flax.data.cut import Cut
 from lsg_flax.files import Json, read_json, write_json
 
 INPUT = "input"  # the stream that all rows have, the first one
@@ -154,7 +155,7 @@ class TokenizedDataset:
             one entry per row.
         examples: how many there are; pieces of joined texts count none.
         skipped: broken rows left out, the first of them in `messages`.
-        truncated: texts that were cut to `max_length`, or `max_target_length`.
+        truncated: texts that were cut to `max_length`, or `max_target_length`; `cut` says more.
         pad_token_id: what fills up a row; 0 where the tokenizer has none, for it is masked.
         mask_token_id: what hides a token; -1 where the tokenizer has none.
         special_ids: tokens that are never hidden; `ordinary_ids` are all others.
@@ -173,6 +174,7 @@ class TokenizedDataset:
             self.labels = None if about["labels"] is None else tuple(about["labels"])
             self.skipped, self.messages = about["skipped"], tuple(about["messages"])
             self.truncated: int = about["truncated"]
+            self.cut = Cut(*about.get("cut", (0, self.truncated)))  # of older ones less is known
             self.pad_token_id: int = about["pad_token_id"]
             self.mask_token_id: int = about["mask_token_id"]
             self.special_ids = np.array(about["special_ids"], np.int64)

@@ -95,12 +95,36 @@ def labels_for(
     if names := source.label_names(column):  # its numbers are places among these
         return tuple(names)
     found = labels_in(row.values.get(column) for row in source.rows(Problems("skip")))
+    return known if all(_knows(known, label) for label in found) else names_of_labels(found)
+
+
+def unknown_labels(
+    paths: Paths,
+    options: DataOptions,
+    known: tuple[str, ...],
+    *,
+    subset: str | None = None,
+    split: str = "train",
+) -> list[str | int]:
+    """The labels in the data that a head for the `known` ones does not have; of a dataset that
+    numbers its labels, also those that have another number there.
+
+    Takes a pass over the rows; arguments and errors are those of `load_examples`.
+    """
+    source = open_source(paths, subset=subset, split=split, text_unit=options.text_unit)
+    column = options.label_column or ""
+    if names := source.label_names(column):
+        return [name for place, name in enumerate(names) if known[place : place + 1] != (name,)]
+    found = labels_in(row.values.get(column) for row in source.rows(Problems("skip")))
+    return [label for label in sorted(found, key=str) if not _knows(known, label)]
+
+
+def _knows(names: tuple[str, ...], label: str | int) -> bool:
     try:
-        for label in found:
-            label_number(label, known)
+        label_number(label, names)
     except ValueError:
-        return names_of_labels(found)
-    return known
+        return False
+    return True
 
 
 def _default_cache() -> pathlib.Path:
@@ -169,7 +193,8 @@ def _tokenize(
             "labels": encoder.labels,
             "skipped": problems.skipped,
             "messages": problems.messages,
-            "truncated": encoder.truncated,
+            "truncated": encoder.cut.cut_texts,
+            "cut": encoder.cut,
             "pad_token_id": tokenizer.pad_token_id or 0,
             "mask_token_id": -1 if tokenizer.mask_token_id is None else tokenizer.mask_token_id,
             "vocab_size": len(tokenizer),

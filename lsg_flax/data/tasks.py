@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lsg_flax.data.cache import INPUT, OFFSETS, TARGET, EncodedRow, Sequences
+from lsg_flax.data.cut import Cut, cut_of
 from lsg_flax.data.files import DataRow, Problems
 from lsg_flax.data.options import DEFAULT_PROBLEM, DataOptions
 from lsg_flax.data.values import answers_in, label_number, numbers_in, text_in, texts_in, value_in
@@ -34,7 +35,7 @@ class ExampleEncoder:
     """Reads the rows of a task; a subclass says how.
 
     Attributes:
-        truncated: how many texts were cut (a slow tokenizer does not say).
+        cut: what was lost of texts that are too long.
     """
 
     fast = False  # whether the tokenizer must know words or characters
@@ -48,7 +49,7 @@ class ExampleEncoder:
     ):
         self.options, self.task, self.tokenizer = options, TASKS[options.task], tokenizer
         self.labels, self.problems = labels, problems
-        self.truncated = 0
+        self.cut = Cut()
         if self.fast and not getattr(tokenizer, "is_fast", False):
             raise ValueError(
                 f"{options.task} needs to know where in the text a token lies, which "
@@ -100,7 +101,7 @@ class ExampleEncoder:
             **given,
         )
         if not given.get("return_overflowing_tokens") and given["truncation"]:
-            self.truncated += sum(bool(e.overflowing) for e in encoded.encodings or [])
+            self.cut += cut_of(encoded.encodings)
         return encoded
 
     def inputs(self, example: Example, encoded: Any, *places: int) -> Sequences | None:

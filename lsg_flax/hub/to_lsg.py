@@ -87,8 +87,8 @@ def to_lsg(
     rule, offset = family.to_lsg, family.architecture.position_offset
     if rule is None:
         raise ValueError(
-            f"a {config.model_type} cannot become LSG: its attention is local already. Load it "
-            "with lsg_flax.from_pretrained."
+            f"a {config.model_type} cannot become LSG: its attention is local or hashed already. "
+            "Load it with lsg_flax.from_pretrained."
         )
     if config.lsg is None and (options.resize_lsg or options.keep_first_global_token):
         name = "resize_lsg" if options.resize_lsg else "keep_first_global_token"

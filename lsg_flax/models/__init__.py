@@ -5,6 +5,7 @@ from lsg_flax.models.config import ModelConfig as ModelConfig
 from lsg_flax.models.config_json import class_names as class_names
 from lsg_flax.models.config_local import LocalTransformerConfig as LocalTransformerConfig
 from lsg_flax.models.config_realm import RealmConfig as RealmConfig
+from lsg_flax.models.config_reformer import ReformerConfig as ReformerConfig
 from lsg_flax.models.config_seq2seq import EncoderDecoderConfig as EncoderDecoderConfig
 from lsg_flax.models.embeddings import sinusoids as sinusoids
 from lsg_flax.models.encoder import Remat as Remat

@@ -15,6 +15,8 @@ from lsg_flax.models.layers import Part, Projection
 from lsg_flax.patterns import Cache, LayerCache, Runtime
 from lsg_flax.sharding import constrain
 
+Hashing = PRNGKeyArray | tuple[Float[Array, "..."], ...] | None  # see `Runtime.lsh`
+
 
 class HeadProjections(Part):
     """What self- and cross-attention share."""
@@ -33,15 +35,16 @@ class HeadProjections(Part):
         output = Projection(self.context, features=features, reads="bdt", name="output")
         return output(context.reshape(context.shape[0], -1, context.shape[-1]))
 
-    def runtime(self, lsh_key: PRNGKeyArray | None = None) -> Runtime:
-        """What this call brings to its pattern."""
+    def runtime(self, lsh: Hashing = None, rate: float | None = None) -> Runtime:
+        """What this call brings to its pattern; `rate` of dropout, by default the config's."""
         context = self.context
-        rate = self.config.attention_probs_dropout_prob if context.train else 0.0
+        rate = self.config.attention_probs_dropout_prob if rate is None else rate
+        rate = rate if context.train else 0.0
         key = self.make_rng("dropout") if rate else None
         return Runtime(
             rate,
             key,
-            lsh_key,
+            lsh,
             implementation=context.implementation,
             sequence_axis=context.sequence_axis,
         )

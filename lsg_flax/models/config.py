@@ -11,6 +11,8 @@ import warnings
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
+
 from lsg_flax.checks import Range, check_fields, checked_value, require, whole
 from lsg_flax.models.activations import activation
 from lsg_flax.models.config_json import (
@@ -117,9 +119,8 @@ class ModelConfig:
         """A label of tokens that does not count; -100 never does."""
         return IGNORED
 
-    @property
-    def hides_last_token(self) -> bool:
-        """Whether a loss of next tokens hides the last one, which is a label alone."""
+    def cuts_last_token(self, length: int) -> bool:
+        """Whether a loss of the next tokens of so many reads all but the last, a label alone."""
         return False
 
     @property
@@ -209,6 +210,7 @@ class EncoderConfig(ModelConfig):
         num_hidden_groups: layers share parameters: consecutive ones use the same group of
             `inner_group_num` layers (ALBERT).
         SHARES: fields and the number of equal parts that each is cut into.
+        LENGTHENS: whether `convert_checkpoint` makes such a model read longer texts.
     """
 
     RANGES: ClassVar[dict[str, Range]] = ModelConfig.RANGES | {
@@ -226,6 +228,7 @@ class EncoderConfig(ModelConfig):
         "inner_group_num": whole(1, 100),
     }
     SHARES: ClassVar[tuple[tuple[str, str], ...]] = (("hidden_size", "num_attention_heads"),)
+    LENGTHENS: ClassVar[bool] = True
 
     model_type: str = "bert"
     num_hidden_layers: int = 12
@@ -299,6 +302,11 @@ class EncoderConfig(ModelConfig):
         return self.lsg
 
     @property
+    def position_limit(self) -> tuple[str, int]:
+        """What says how many rows of positions there are, and how many."""
+        return "max_position_embeddings", self.max_position_embeddings
+
+    @property
     def lacks(self) -> tuple[str, ...]:
         """Parts of the paths of parameters that these settings leave out."""
         parts = {
@@ -319,3 +327,8 @@ class EncoderConfig(ModelConfig):
         if self.num_hidden_groups is None:
             return (self.num_hidden_layers,)
         return (self.num_hidden_groups, self.inner_group_num or 1)
+
+    def layers_of(self, path: str) -> dict[tuple[int, ...], tuple[int, ...]]:
+        """The layers that a stacked parameter has: places in the stack -> PyTorch's numbers."""
+        del path
+        return {place: place for place in np.ndindex(*self.stack)}

@@ -42,6 +42,7 @@ class LocalTransformerConfig(EncoderConfig):
         **dict.fromkeys(("ff_mult", "qk_scale", "xpos_scale_base"), _POSITIVE),
     }
     SHARES: ClassVar[tuple[tuple[str, str], ...]] = ()  # heads have a width of their own
+    LENGTHENS: ClassVar[bool] = False
 
     model_type: str = "local-transformer"
     pad_token_id: int | None = None
@@ -139,10 +140,11 @@ class LocalTransformerConfig(EncoderConfig):
         """The label that does not count, beside -100."""
         return self.ignore_index
 
-    @property
-    def hides_last_token(self) -> bool:
-        """PyTorch's model is not given it, which matters where tokens see later ones."""
-        return not self.causal
+    def cuts_last_token(self, length: int) -> bool:
+        """As PyTorch's `return_loss` does, where it matters: if tokens see later ones, or the last
+        has no position."""
+        read = self.max_position_embeddings
+        return length == read + 1 or (not self.causal and length <= read)
 
     @property
     def lacks(self) -> tuple[str, ...]:

@@ -98,22 +98,90 @@ class LayerStep(EncoderLayer):
         return x, (x if self.keep_states else None, new)
 
 
-class Encoder(Part):
-    """Embeddings and layers.
+class Stack(Part):
+    """Layers that are run one after the other.
 
     Attributes:
-        causal: of the stack of layers.
         remat: what the backward pass recomputes: "none", "full" (a layer keeps only its input),
             "dots" (keeps its projections).
         unroll: layers per iteration of the scan; more compiles longer and may run faster.
         keep_states: also return every layer's output.
+    """
+
+    remat: Remat = "none"
+    unroll: int = 1
+    keep_states: bool = False
+
+    def shard_count(self) -> int:
+        """How many shards the tokens are in: for a new cache and while parameters are drawn one."""
+        return 1 if self.context.slots or self.is_initializing() else sequence_shards()
+
+    def run_layers(
+        self,
+        step: type[Part],
+        first: Float[Array, "B G *S D"],
+        x: Float[Array, "B T *S D"],
+        call: LayerCall,
+        shards: int,
+        **options: bool,
+    ):
+        """The layers, `step` with its options, on the globals and the tokens: the last states of
+        both, the states of all layers, and what the cache shall keep."""
+        stack, split = stack_of(step, self.config, self.remat, self.unroll), first.shape[1]
+        options |= {"keep_states": self.keep_states}
+        layers = stack(self.context, **options, name="layers")
+
+        def run(layers, first, x, mask, call):
+            whole = jnp.concatenate([first, x], axis=1)  # [B, G + T, D]
+            mask = jnp.pad(mask, ((0, 0), (split, 0)), constant_values=True)
+            numbers = None
+            if call.cache is not None:
+                numbers = jnp.arange(self.config.num_hidden_layers)
+            last, (states, new) = layers(whole, call._replace(mask=mask, number=numbers))
+            if states is not None:
+                states = self._by_layer(states)
+            return last[:, :split], last[:, split:], states, new
+
+        if shards == 1:
+            return run(layers, first, x, call.mask, call)
+        within = dataclasses.replace(self.context, sequence_axis=SEQUENCE)
+        within = stack(within, **options, parent=None)
+        rngs = {"dropout": self.make_rng("dropout")} if self.context.train else {}
+
+        def run_shard(params, rngs, first, x, mask, keys, memory, bias):
+            apply = partial(within.apply, {"params": params}, rngs=rngs)
+            call = LayerCall(mask, keys, memory, bias=bias)
+            after, last, states, _ = run(apply, first, x, mask, call)
+            if states is None:
+                return after, last
+            return after, last, states[:, :, :split], states[:, :, split:]
+
+        sharded = over_sequence(
+            run_shard,
+            in_axes=(None, None, None, 1, 1, None, None, None),
+            out_axes=(None, 1, None, 2) if self.keep_states else (None, 1),
+        )
+        arrays = (first, x, call.mask, call.lsh_key, call.memory, call.bias)
+        after, last, *states = sharded(self.variables["params"]["layers"], rngs, *arrays)
+        return after, last, jnp.concatenate(states, axis=2) if states else None, None
+
+    def _by_layer(self, states: Float[Array, "..."]) -> Float[Array, "L B T D"]:
+        """The states of all layers; of a shared group the last one's each time."""
+        config = self.config
+        if config.num_hidden_groups is None:
+            return states
+        return states[:, :, -1].reshape(config.num_hidden_layers, *states.shape[3:])
+
+
+class Encoder(Stack):
+    """Embeddings and layers.
+
+    Attributes:
+        causal: of the stack of layers.
         keep_globals: their states are returned in front of the tokens', and are not pooled.
     """
 
     causal: bool = False
-    remat: Remat = "none"
-    unroll: int = 1
-    keep_states: bool = False
     keep_globals: bool = False
 
     @nn.compact
@@ -127,7 +195,7 @@ class Encoder(Part):
         """Given a cache, the input is the next token; `words` is a table that stacks share."""
         config, architecture = self.config, self.context.architecture
         lsg = config.lsg if cache is None else None
-        length, shards = inputs.lead[1], self._shards() if lsg else 1
+        length, shards = inputs.lead[1], self.shard_count() if lsg else 1
         extra = lsg.needs_padding(length, shards) if lsg else 0  # once here, not in each layer
         inputs = self._with_positions(inputs, cache)
         if architecture.embeds_padding:
@@ -149,7 +217,9 @@ class Encoder(Part):
             x = project(x)
         first = project(first) if lsg else x[:, :0]  # with a cache they are there already
         call = LayerCall(mask, self._lsh_keys(), memory, cache)
-        after, last, states, new = self._layers(first, x, call, shards)
+        after, last, states, new = self.run_layers(
+            LayerStep, first, x, call, shards, causal=self.causal
+        )
         if architecture.final_norm:
             norm = self.layer_norm("final_norm")
             after, last = norm(after), norm(last)
@@ -174,60 +244,6 @@ class Encoder(Part):
         if self.context.architecture.positions == "behind_padding":
             return inputs._replace(position_ids=_positions_behind_padding(inputs, self.config))
         return inputs
-
-    def _layers(
-        self, first: Float[Array, "B G D"], x: Float[Array, "B T D"], call: LayerCall, shards: int
-    ):
-        """The layers on the globals and the tokens: the last states of both, the states of all
-        layers, and what the cache shall keep."""
-        stack, split = stack_of(LayerStep, self.config, self.remat, self.unroll), first.shape[1]
-        options = {"causal": self.causal, "keep_states": self.keep_states}
-        layers = stack(self.context, **options, name="layers")
-
-        def run(layers, first, x, mask, call):
-            whole = jnp.concatenate([first, x], axis=1)  # [B, G + T, D]
-            mask = jnp.pad(mask, ((0, 0), (split, 0)), constant_values=True)
-            numbers = None
-            if call.cache is not None:
-                numbers = jnp.arange(self.config.num_hidden_layers)
-            last, (states, new) = layers(whole, call._replace(mask=mask, number=numbers))
-            if states is not None:
-                states = self._by_layer(states)
-            return last[:, :split], last[:, split:], states, new
-
-        if shards == 1:
-            return run(layers, first, x, call.mask, call)
-        within = dataclasses.replace(self.context, sequence_axis=SEQUENCE)
-        within = stack(within, **options, parent=None)
-        rngs = {"dropout": self.make_rng("dropout")} if self.context.train else {}
-
-        def run_shard(params, rngs, first, x, mask, keys, memory):
-            apply = partial(within.apply, {"params": params}, rngs=rngs)
-            call = LayerCall(mask, keys, memory)
-            after, last, states, _ = run(apply, first, x, mask, call)
-            if states is None:
-                return after, last
-            return after, last, states[:, :, :split], states[:, :, split:]
-
-        sharded = over_sequence(
-            run_shard,
-            in_axes=(None, None, None, 1, 1, None, None),
-            out_axes=(None, 1, None, 2) if self.keep_states else (None, 1),
-        )
-        arrays = (first, x, call.mask, call.lsh_key, call.memory)
-        after, last, *states = sharded(self.variables["params"]["layers"], rngs, *arrays)
-        return after, last, jnp.concatenate(states, axis=2) if states else None, None
-
-    def _by_layer(self, states: Float[Array, "..."]) -> Float[Array, "L B T D"]:
-        """The states of all layers; of a shared group the last one's each time."""
-        config = self.config
-        if config.num_hidden_groups is None:
-            return states
-        return states[:, :, -1].reshape(config.num_hidden_layers, *states.shape[3:])
-
-    def _shards(self) -> int:
-        """How many shards the tokens are in: with a cache and while parameters are drawn one."""
-        return 1 if self.context.slots or self.is_initializing() else sequence_shards()
 
     def _lsh_keys(self) -> Key[Array, "..."] | None:
         """One key per layer, from the "lsh" rng or a fixed seed."""

@@ -91,12 +91,9 @@ def check_inputs(
         raise ValueError(
             f"{config.model_type} has no segments (type_vocab_size=0): leave token_type_ids out."
         )
-    for name, field in (
-        ("input_ids", "vocab_size"),
-        ("token_type_ids", "type_vocab_size"),
-        ("position_ids", "max_position_embeddings"),
-    ):
+    for name, field in (("input_ids", "vocab_size"), ("token_type_ids", "type_vocab_size")):
         check_ids(getattr(inputs, name), of + name, field, getattr(config, field))
+    check_ids(inputs.position_ids, f"{of}position_ids", *config.position_limit)
 
 
 def _check_shapes(inputs: Inputs, config: EncoderConfig, limit: int, rank: int, of: str) -> None:
@@ -109,11 +106,17 @@ def _check_shapes(inputs: Inputs, config: EncoderConfig, limit: int, rank: int, 
         )
     length, embeds = lead[-1], inputs.inputs_embeds
     if length > limit and inputs.position_ids is None:
+        says = {"max_position_embeddings": config.max_position_embeddings}
+        says |= dict((config.position_limit,))
         raise ValueError(
             f"{length} {of}tokens are more than the {limit} positions of this checkpoint "
-            f"(max_position_embeddings={config.max_position_embeddings}); truncate them, or make "
-            "the checkpoint longer: lsg_flax.convert_checkpoint(source, target, "
-            f"max_sequence_length={length})."
+            f"({', '.join(f'{name}={count}' for name, count in says.items())}); truncate them"
+            + (
+                ", or make the checkpoint longer: lsg_flax.convert_checkpoint(source, target, "
+                f"max_sequence_length={length})."
+                if config.LENGTHENS
+                else "."
+            )
         )
     if 0 in lead:
         raise ValueError(f"the inputs are {layout} = {lead}; there must be at least one of each.")
@@ -173,6 +176,7 @@ def check_ids(ids, name: str, field: str, limit: int) -> None:
     values = np.asarray(ids)
     if values.min() < 0 or values.max() >= limit:
         remedy = {
+            "prod(axial_pos_shape)": "; positions lie in its rows and columns",
             "max_position_embeddings": "; a longer table comes from "
             "lsg_flax.convert_checkpoint(..., max_sequence_length=...)",
             "vocab_size": "; tokenizer and checkpoint do not belong together",

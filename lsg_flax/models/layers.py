@@ -86,10 +86,10 @@ class Part(nn.Module):
         if not self.context.train or not rate:
             return x
         key, axis = self.make_rng("dropout"), self.context.sequence_axis
-        if axis is None or self.config.lsg is None:
-            return drop(x, key, rate)
-        split = self.config.lsg.num_global_tokens  # the globals stay the same in every shard
         own: PRNGKeyArray | None = shard_key(key, axis)
+        if axis is None or self.config.lsg is None:
+            return drop(x, own, rate)
+        split = self.config.lsg.num_global_tokens  # the globals stay the same in every shard
         return jnp.concatenate(
             [drop(x[:, :split], key, rate), drop(x[:, split:], own, rate)], axis=1
         )

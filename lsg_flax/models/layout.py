@@ -71,6 +71,21 @@ GROUPED = Storage(  # [F, D/I, 1], the weight of a convolution over one token
     _read_grouped,
 )
 
+_AXIAL_ROWS = Storage(  # [P, 1, E], spread over the columns
+    "axial",
+    2,
+    lambda shape: (shape[0], 1, shape[1]),
+    lambda ours: ours[:, None],
+    lambda tensor, index, _: tensor[index[0], 0, index[1]],
+)
+_AXIAL_COLUMNS = Storage(
+    "axial",
+    2,
+    lambda shape: (1, *shape),
+    lambda ours: ours[None],
+    lambda tensor, index, _: tensor[0, index[0], index[1]],
+)
+
 Layout = tuple[Leaf, ...]
 _BIAS = Leaf(".bias", "/bias", AS_IT_IS)
 DENSE: Layout = (Leaf(".weight", "/kernel", TRANSPOSED), _BIAS)
@@ -81,3 +96,5 @@ TABLE: Layout = (Leaf(".weight", "/embedding", AS_IT_IS),)
 TENSOR: Layout = (Leaf("", "", AS_IT_IS),)
 BUFFER: Layout = (Leaf("", "/buffer", AS_IT_IS),)
 FIXED_TABLE: Layout = (Leaf(".weight", "/buffer", AS_IT_IS),)
+AXIAL_ROWS: Layout = (Leaf("", "/embedding", _AXIAL_ROWS),)
+AXIAL_COLUMNS: Layout = (Leaf("", "/embedding", _AXIAL_COLUMNS),)

@@ -17,7 +17,7 @@ from lsg_flax.kernels import Source
 from lsg_flax.models.attention_layers import HeadProjections, LayerCall
 from lsg_flax.models.config_local import LocalTransformerConfig
 from lsg_flax.models.embeddings import Embeddings
-from lsg_flax.models.encoder import BodyOutput, Remat, stack_of, with_cache
+from lsg_flax.models.encoder import BodyOutput, Stack, with_cache
 from lsg_flax.models.inputs import Inputs
 from lsg_flax.models.layers import Buffer, Part, Projection
 from lsg_flax.patterns import Cache, LayerCache, frequencies, unit
@@ -148,13 +148,8 @@ class PositionBias(_LocalPart):
         return x.T[:, jnp.abs(query[:, None] - jnp.arange(seen * size)[None])]
 
 
-class LocalTransformer(_LocalPart):
-    """Embeddings and layers; without a vocabulary layers alone, on embeddings. Attributes are those
-    of `Encoder`."""
-
-    remat: Remat = "none"
-    unroll: int = 1
-    keep_states: bool = False
+class LocalTransformer(Stack, _LocalPart):
+    """Embeddings and layers; without a vocabulary layers alone, on embeddings."""
 
     @nn.compact
     def __call__(self, inputs: Inputs, cache: Cache | None = None) -> BodyOutput:
@@ -167,17 +162,17 @@ class LocalTransformer(_LocalPart):
         else:
             x = inputs.inputs_embeds.astype(self.context.dtype)
             words = x[0, :0]
+        length, shards = x.shape[1], 1 if cache is not None else self.shard_count()
         mask = jnp.ones(x.shape[:2], bool) if mask is None else mask.astype(bool)
+        extra = settings.pattern.needs_padding(length, shards) if shards > 1 else 0
+        x, mask = jnp.pad(x, ((0, 0), (0, extra), (0, 0))), jnp.pad(mask, ((0, 0), (0, extra)))
         bias = None
         if settings.use_dynamic_pos_bias:
             bias = PositionBias(self.context, name="position_bias")()
-        numbers = None if cache is None else jnp.arange(settings.num_hidden_layers)
-        call = LayerCall(mask, cache=cache, number=numbers, bias=bias)
+        call = LayerCall(mask, cache=cache, bias=bias)
         streams = jnp.repeat(x[:, :, None], settings.num_residual_streams, axis=2)
-        stack = stack_of(LocalLayer, settings, self.remat, self.unroll)
-        layers = stack(self.context, keep_states=self.keep_states, name="layers")
-        streams, (states, new) = layers(streams, call)
+        _, streams, states, new = self.run_layers(LocalLayer, streams[:, :0], streams, call, shards)
         if states is not None:
             states = (x, *states)
-        body = BodyOutput(streams.sum(axis=2), states, words, None)
+        body = BodyOutput(streams.sum(axis=2)[:, :length], states, words, None)
         return with_cache(settings.pattern, body, call, new, inputs.position_ids)

@@ -16,6 +16,7 @@ from jaxtyping import Array
 from lsg_flax.checks import checked_value, require, whole
 from lsg_flax.models.config import EncoderConfig, ModelConfig
 from lsg_flax.models.config_local import LocalTransformerConfig
+from lsg_flax.models.config_reformer import ReformerConfig
 from lsg_flax.models.config_seq2seq import EncoderDecoderConfig
 from lsg_flax.models.encoder import BodyOutput, Encoder, Remat
 from lsg_flax.models.families import Family, HeadTable, family_of
@@ -32,6 +33,7 @@ from lsg_flax.models.layers import Context, Implementation
 from lsg_flax.models.local_transformer import LocalTransformer
 from lsg_flax.models.outputs import ModelOutput, Params
 from lsg_flax.models.realm import candidates_of, relevance
+from lsg_flax.models.reformer import Reformer, Rotations
 from lsg_flax.models.seq2seq import EncoderDecoder, last_eos, shift_right
 from lsg_flax.models.task import IGNORED, Task
 from lsg_flax.patterns import Cache
@@ -97,6 +99,7 @@ class Model(nn.Module):
         train: bool = False,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        lsh_rotations=None,
         **arrays: Any,
     ) -> ModelOutput:
         """Runs the model.
@@ -122,6 +125,9 @@ class Model(nn.Module):
                 last token.
             train: dropout on; needs rngs={"dropout": key}.
             output_hidden_states: also return the embeddings' and every layer's output.
+            lsh_rotations: of a Reformer, one [heads, head width, hashes, rotations // 2] of each
+                LSH layer that hashes; by default, or if empty, drawn with the "lsh" rng or a fixed
+                seed.
             **arrays: what the record of the task lists beside these (`task.arrays`): of REALM the
                 candidates, relevance, masks and labels; see realm.py.
 
@@ -147,6 +153,15 @@ class Model(nn.Module):
             "encoder_hidden_states": encoder_hidden_states,
             "encoder_attention_mask": encoder_attention_mask,
         }
+        if isinstance(self.config, ReformerConfig):
+            _refuse("a Reformer keeps no cache", cache=cache, cache_length=cache_length)
+            require(
+                self.remat == "none",
+                f"remat={self.remat!r}: a Reformer's layers are computed back from their outputs, "
+                "and keep nothing that could be recomputed; leave remat out.",
+            )
+        else:
+            _refuse("they are for a Reformer", lsh_rotations=lsh_rotations or None)
         if isinstance(self.config, EncoderDecoderConfig | LocalTransformerConfig):
             _refuse("the family counts positions itself", position_ids=position_ids)
         for stack in self.config.stacks.values():
@@ -158,7 +173,8 @@ class Model(nn.Module):
         _refuse("they are for encoder-decoders", encoder_outputs=encoder_outputs, **others)
         if self.head_table.embedders:
             return self._compare(inputs, arrays, call)
-        return self._run_one(inputs, states, call, arrays)
+        rotations = tuple(map(jnp.asarray, lsh_rotations or ()))
+        return self._run_one(inputs, states, call, arrays, rotations)
 
     def _given(self, arrays: dict[str, Any]) -> dict[str, Any]:
         """Those that are there; raises ValueError for what the task does not take."""
@@ -183,7 +199,12 @@ class Model(nn.Module):
         return relevance(query, first(**flat, train=call.train), candidates.lead)
 
     def _run_one(
-        self, inputs: Inputs, states: dict[str, Any], call: Call, arrays: dict[str, Any]
+        self,
+        inputs: Inputs,
+        states: dict[str, Any],
+        call: Call,
+        arrays: dict[str, Any],
+        rotations: Rotations,
     ) -> ModelOutput:
         """An encoder, or a decoder alone."""
         stack, rank = self.answering_stack, self.task_record.input_rank
@@ -209,8 +230,10 @@ class Model(nn.Module):
                 body = stacks.decode(flat, memory, call.cache, stacks.words())
             case LocalTransformerConfig():
                 body = LocalTransformer(context, *run, name="encoder")(flat, call.cache)
+            case ReformerConfig():
+                body = Reformer(context, *run[1:], name="encoder")(flat, rotations)
             case _:
-                encoder = Encoder(context, stack.is_decoder, *run, name="encoder")
+                encoder = Encoder(context, *run, causal=stack.is_decoder, name="encoder")
                 body = encoder(flat, memory, call.cache)
         output = self._answer(context, body, body.last)
         if finish := self.head_table.finish:
@@ -393,7 +416,9 @@ class Model(nn.Module):
         stack = self.answering_stack
         if not stack.vocab_size:  # embeddings, which get no positions
             return MOST_TOKENS
-        return stack.max_position_embeddings - self.family.architecture.first_row(stack)
+        _, rows = stack.position_limit
+        rows = min(rows, stack.max_position_embeddings)
+        return rows - self.family.architecture.first_row(stack)
 
     def example_inputs(self) -> dict[str, Any]:
         """The smallest input that the model takes: what shapes are inferred from."""

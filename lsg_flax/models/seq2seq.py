@@ -50,7 +50,7 @@ class EncoderDecoder:
 
     def encode(self, inputs: Inputs, words: Float[Array, "V E"]) -> BodyOutput:
         """The encoder's states, the globals in front where the decoder sees them."""
-        run = (False, self.remat, self.unroll, self.keep_states, self.config.passed_globals > 0)
+        run = (self.remat, self.unroll, self.keep_states, False, self.config.passed_globals > 0)
         return Encoder(self.encoder, *run, name="encoder")(inputs, words=words)
 
     def decode(
@@ -61,7 +61,7 @@ class EncoderDecoder:
         words: Float[Array, "V E"],
     ) -> BodyOutput:
         """The decoder's states; a cache has what was made of `memory`."""
-        run = (True, self.remat, self.unroll, self.keep_states)
+        run = (self.remat, self.unroll, self.keep_states, True)
         return Encoder(self.decoder, *run, name="decoder")(inputs, memory, cache, words)
 
     def memory(self, states: Any, mask: Any, batch: int) -> EncoderStates:

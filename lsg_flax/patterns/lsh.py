@@ -41,7 +41,9 @@ def attend_by_buckets(
         context, normaliser = attend(spec, Queries(query_key), shared=shared, **options)
         return show_themselves(context, normaliser, source, run)
     query_key, source = jax.tree.map(lambda x: pad(x, 0, -length % chunk), (query_key, source))
-    buckets = bucket_of(pattern, query_key, source.mask, run)
+    buckets = run.buckets  # of whole chunks
+    if buckets is None:
+        buckets = bucket_of(pattern, query_key, source.mask, run)
     order, place = sort_by_bucket(pattern, buckets)
 
     def sort(x: Float[Array, "B N H T"]) -> Float[Array, "B N H all"]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import jax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from lsg_flax.checks import Range, check_fields, require, whole
 from lsg_flax.kernels import Implementation
@@ -181,6 +181,7 @@ class Runtime:
             tokens, at least as many as `LSGConfig.needs_padding` asks for. Shards exchange their
             edges and add up what the globals see; nothing else moves. Full attention is to keys
             that every shard has.
+        buckets: of whole chunks, that an earlier pass hashed into: LSH attention hashes no more.
     """
 
     dropout_rate: float = 0.0
@@ -189,6 +190,7 @@ class Runtime:
     implementation: Implementation | None = None
     blocks_per_step: int | None = None
     sequence_axis: str | None = None
+    buckets: Int[Array, "B N _ T"] | None = None
 
     def __post_init__(self):
         blocks, rate = self.blocks_per_step, self.dropout_rate

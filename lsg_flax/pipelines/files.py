@@ -428,5 +428,5 @@ def _are_ids(values: object) -> bool:
 def _tokenizer_digest(tokenizer: Tokenizer) -> str:
     """Of its vocabulary and of how it reads."""
     parts = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
-    parts.append(tokenizer(_PROBE, _PROBE)["input_ids"])
+    parts.append(tokenizer(_PROBE, _PROBE, verbose=False)["input_ids"])
     return hashlib.sha256(json_line(parts).encode()).hexdigest()

@@ -1,6 +1,8 @@
 """Training: losses, scores, the step, the loop, and fine-tuning from files."""
 
 from lsg_flax.training.coerce import check_names as check_names
+from lsg_flax.training.evaluation import EvaluationReport as EvaluationReport
+from lsg_flax.training.evaluation import evaluate_files as evaluate_files
 from lsg_flax.training.finetune import Finetuned as Finetuned
 from lsg_flax.training.finetune import finetune as finetune
 from lsg_flax.training.flops import train_flops as train_flops
@@ -16,11 +18,13 @@ from lsg_flax.training.optimizers import make_optimizer as make_optimizer
 from lsg_flax.training.scores import ROUGE as ROUGE
 from lsg_flax.training.scores import rouge_scores as rouge_scores
 from lsg_flax.training.settings import LARGEST_SEED as LARGEST_SEED
+from lsg_flax.training.settings import REQUIRED as REQUIRED
 from lsg_flax.training.settings import Group as Group
 from lsg_flax.training.settings import Help as Help
 from lsg_flax.training.settings import Precision as Precision
 from lsg_flax.training.settings import Settings as Settings
 from lsg_flax.training.settings import read_settings as read_settings
+from lsg_flax.training.settings import trained_tasks as trained_tasks
 from lsg_flax.training.states import SaveError as SaveError
 from lsg_flax.training.states import Saving as Saving
 from lsg_flax.training.states import restore_state as restore_state

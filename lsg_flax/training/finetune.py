@@ -35,11 +35,13 @@ from lsg_flax.data import (
 from lsg_flax.files import check_folder, lies_in
 from lsg_flax.models import TASKS, Model, Params
 from lsg_flax.patterns import LSGConfig
+from lsg_flax.progress import say
 from lsg_flax.sharding import check_batches, make_mesh
 from lsg_flax.training.flops import train_flops
-from lsg_flax.training.log import Logging
+from lsg_flax.training.log import SCORED
 from lsg_flax.training.loop import Evaluation, fit
 from lsg_flax.training.metrics import evaluate
+from lsg_flax.training.pictures import draw_run
 from lsg_flax.training.scores import Scores, make_rouge_scorer
 from lsg_flax.training.settings import Settings, Words
 from lsg_flax.training.source import SourceModel, open_source
@@ -101,7 +103,7 @@ def finetune(
         ImportError: without what the settings need.
         FloatingPointError, training.Preempted, training.SaveError: as `training.fit`.
     """
-    output, mesh = pathlib.Path(settings.output), _mesh(settings.devices, settings.mesh)
+    output, mesh = pathlib.Path(settings.output), mesh_of(settings.devices, settings.mesh)
     if settings.predict_with_generate:
         make_rouge_scorer()
         if jax.process_count() > 1:
@@ -140,7 +142,7 @@ def _run(
 
     # ------------------------------------------------------------- the run
     size, eval_size = settings.microbatch_size, settings.eval_batch_size
-    buckets = _buckets(settings.buckets, settings.max_length, model, (size, eval_size), mesh)
+    buckets = buckets_for(settings.buckets, settings.max_length, model, (size, eval_size), mesh)
     ladders = {INPUT: buckets, TARGET: settings.target_buckets}
     ladders = {name: lengths for name, lengths in ladders.items() if lengths is not None}
     same = {"buckets": ladders, "seed": settings.seed}
@@ -155,7 +157,7 @@ def _run(
     identity = settings.identity | _contents(model, steps, train, held_out)
     saving = settings.saving(output / "checkpoints", every, identity)
     flops = functools.partial(train_flops, model)
-    log = Logging(output / "log", settings.tensorboard, flops, progress)
+    log = settings.logging(output / "log", steps, flops=flops, progress=progress)
     smoothing = {"label_smoothing": settings.label_smoothing}
     step = make_train_step(model, optimizer, settings.accumulate, **smoothing)
     run = {"steps": steps, "mesh": mesh, "microbatches": settings.accumulate > 1}
@@ -165,6 +167,8 @@ def _run(
     begins()
     state, history = fit(step, state, batches, **run)
     batches.close()
+    if settings.picture and jax.process_index() == 0:
+        draw_run(output / "log", train.lengths, batches.buckets)
     last = history[-1] if history else {}
     if evaluation is not None and not history:  # the run had ended before
         last = evaluation.function(state)
@@ -183,7 +187,7 @@ def _result(
     """What was trained, saved; `last` are the values of the last step."""
     best = _save_best(output / "best", saving, model, state, source)
     _save(output, model, state.params, source)
-    scores = {name: value for name, value in last.items() if name.startswith("eval_")}
+    scores = {name: value for name, value in last.items() if name.startswith(SCORED)}
     return Finetuned(output, model, state.params, int(state.step), scores, best, history)
 
 
@@ -242,6 +246,9 @@ def _data(
         progress=progress and jax.process_index() == 0,
     )
     learned = load(settings.train_data, options, split=settings.train_split)
+    words = learned.cut.words(options.max_length)
+    if progress and words and jax.process_index() == 0:
+        say(words)
     if settings.eval_data is None:
         return learned, None
     if options.label_column is not None:
@@ -304,8 +311,8 @@ def _writing(
     )
 
 
-def _mesh(devices: int | None, axes: dict[str, int]) -> Mesh | None:
-    """None on a single device."""
+def mesh_of(devices: int | None, axes: dict[str, int]) -> Mesh | None:
+    """The mesh of the first `devices`, by default all; None on a single one."""
     every = jax.devices()
     count = devices or len(every)
     if count > len(every) or (count < len(every) and jax.process_count() > 1):
@@ -317,7 +324,7 @@ def _mesh(devices: int | None, axes: dict[str, int]) -> Mesh | None:
     return None if count == 1 and jax.process_count() == 1 else mesh
 
 
-def _buckets(
+def buckets_for(
     given: tuple[int, ...] | None,
     max_length: int | None,
     model: Model,

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -23,9 +24,13 @@ from lsg_flax.training.losses import Metrics
 _SHOWN = {  # by the bar
     "loss": "loss {:.4f}",
     "tokens_per_second": "{:,.0f} tokens/s",
+    "learning_rate": "learning rate {:.3g}",
+    "memory_gib": "{:.2f} GiB at most",
     "mfu": "MFU {:.1%}",
     "compilations": "compiled {}x",
 }
+_GIB = 2**30
+SCORED = "eval_"  # begins the names of an evaluation's scores
 
 
 class CompilationCounter:
@@ -61,7 +66,10 @@ class Logging:
         tensorboard: write event files there too, with the package tensorboardX.
         flops: model FLOPs of a batch, such as `partial(train_flops, model)`: gives the utilisation
             `mfu` on chips that `PEAK_FLOPS` knows.
-        progress: show a bar.
+        progress: show a bar and, where stderr is no terminal, lines.
+        every: steps between two lines; by default there is one every ten seconds. Evaluated steps
+            and the last one have a line in any case.
+        learning_rate: of each step, from 0, to be told and written too.
 
     Raises:
         ValueError: for a folder that is a file, and for tensorboard without a folder.
@@ -71,6 +79,8 @@ class Logging:
     tensorboard: bool = False
     flops: Callable[[Batch], float] | None = None
     progress: bool = True
+    every: int | None = None
+    learning_rate: Callable[[int], float] | None = None
 
     def __post_init__(self):
         if self.folder is not None:
@@ -94,6 +104,7 @@ class RunLog:
             ImportError: if tensorboardX is wanted and not installed.
         """
         speaks = jax.process_index() == 0
+        self._logging, self._steps = logging, steps
         self._lines = self._board = None
         if logging.folder is not None and speaks:
             file = pathlib.Path(logging.folder) / "metrics.jsonl"
@@ -107,13 +118,17 @@ class RunLog:
 
     def write(self, record: Metrics) -> None:
         """Tells of a step: `step`, `loss`, and whatever else the record has."""
+        number, every = record["step"], self._logging.every
         if self._lines is not None:
             self._lines.write(json.dumps(record) + "\n")
         if self._board is not None:
             for name, value in record.items():
                 if name != "step":
                     self._board.add_scalar(name, value, record["step"])
-        self._bar.update(record["step"] - self._bar.done, _summary(record))
+        self._bar.update(number - self._bar.done, _summary(record))
+        evaluated = any(name.startswith(SCORED) for name in record)
+        if evaluated or number == self._steps or (every and number % every == 0):
+            self._bar.tell()
 
     def __enter__(self) -> "RunLog":
         return self
@@ -126,7 +141,26 @@ class RunLog:
 
 
 def _summary(record: Metrics) -> str:
-    return ", ".join(text.format(record[name]) for name, text in _SHOWN.items() if name in record)
+    parts = [text.format(record[name]) for name, text in _SHOWN.items() if name in record]
+    parts += [f"{name} {record[name]:.4f}" for name in record if name.startswith(SCORED)]
+    return ", ".join(parts)
+
+
+def _peak_memory() -> float | None:
+    """The most GiB in use so far, of the fullest device of this process; where the devices do not
+    count them, as the CPU, those of the process. None where nothing says it."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    peaks = [
+        found["peak_bytes_in_use"] for found in stats if found and "peak_bytes_in_use" in found
+    ]
+    if peaks:
+        return max(peaks) / _GIB
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _GIB
 
 
 def _drop_after(file: pathlib.Path, last: int) -> None:
@@ -166,8 +200,14 @@ class StepRecorder:
     """Metrics on their way from the device to the log, read one step late, so that the device never
     waits for the host."""
 
-    def __init__(self, out: RunLog, compilations: CompilationCounter):
+    def __init__(
+        self,
+        out: RunLog,
+        compilations: CompilationCounter,
+        learning_rate: Callable[[int], float] | None = None,
+    ):
         self.history: list[Metrics] = []
+        self._learning_rate = learning_rate
         self._out, self._compilations = out, compilations
         self._start = self._last = time.perf_counter()
         self._waiting: tuple[int, Metrics, float | None, int] | None = None
@@ -192,6 +232,10 @@ class StepRecorder:
         took, self._last = max(now - self._last, 1e-9), now
         record = {"step": number, "seconds": now - self._start} | values
         record |= {"tokens_per_second": values["tokens"] / took, "compilations": compilations}
+        if self._learning_rate is not None:
+            record["learning_rate"] = self._learning_rate(number - 1)
+        if (memory := _peak_memory()) is not None:
+            record["memory_gib"] = memory
         if work is not None and self._peak:
             record["mfu"] = work / took / self._peak
         self.history.append(record)

@@ -97,8 +97,8 @@ def fit(
 
     Returns:
         The last state, and one dict per step run here: `step` (from 1), `seconds` since the start,
-        `tokens_per_second`, `compilations` of the step so far, the step's metrics and, where it was
-        evaluated, those of `evaluation`.
+        `tokens_per_second`, `memory_gib` (the most in use so far), `compilations` of the step so
+        far, the step's metrics and, where it was evaluated, those of `evaluation`.
 
     Raises:
         FloatingPointError: at a loss that is not finite; the step is named, and no checkpoint is
@@ -122,7 +122,8 @@ def fit(
         first = int(state.step)
         stop = stack.enter_context(Stop(active=saver is not None))
         out = stack.enter_context(RunLog(logging, first=first, steps=steps))
-        told = StepRecorder(out, stack.enter_context(CompilationCounter(step)))
+        counter = stack.enter_context(CompilationCounter(step))
+        told = StepRecorder(out, counter, logging.learning_rate)
         for number in range(first + 1, steps + 1):
             batch = _next(iterator, number, steps)
             work = logging.flops(batch) if logging.flops else None

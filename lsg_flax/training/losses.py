@@ -163,9 +163,8 @@ def apply_model(model: Model, params: Params, batch: Batch, key) -> Any:
     given = {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys()
     if model.has_two_stacks and model.task_record.generates and not given:
         inputs["decoder_input_ids"] = model.shift_right(jnp.asarray(batch["labels"]))
-    if model.config.hides_last_token and "labels" in batch:
-        mask = jnp.asarray(batch.get("attention_mask", jnp.ones(_lead_shape(batch), bool)))
-        inputs["attention_mask"] = mask.at[:, -1].set(jnp.zeros((), mask.dtype))
+    if "labels" in batch and model.config.cuts_last_token(_lead_shape(batch)[-1]):
+        inputs = {name: array[:, :-1] for name, array in inputs.items()}
     return model.apply({"params": params}, **inputs, train=key is not None, rngs=rngs)
 
 
@@ -180,6 +179,8 @@ def target_sums(
             sums.append(logits * jnp.sum(labels != IGNORED))
             continue
         _check_labels(model, target, logits.shape, labels, batch)
+        if target.loss == "next_token":  # the model may not have read the last one
+            labels = labels[:, : logits.shape[1]]
         problem = problem_type(model.config, labels.dtype)
         if not 0 <= label_smoothing < 1 or (label_smoothing and not smooths(target, problem)):
             raise ValueError(

@@ -16,6 +16,7 @@ from jaxtyping import Int
 
 from lsg_flax.models import IGNORED, Batch, Model, ModelOutput, Params, Scorer
 from lsg_flax.sharding import shard_batch
+from lsg_flax.training.log import SCORED
 from lsg_flax.training.losses import (
     apply_model,
     problem_type,
@@ -63,6 +64,26 @@ def evaluate(
     Raises:
         ValueError: for a task without a loss, batches that do not fit, or if nothing counts.
     """
+    return judge(model, params, batches, mesh=mesh).scores
+
+
+class Judged(NamedTuple):
+    """The scores of a model, and of each batch the answers and labels that they are of, one for
+    each real row; empty for a task that is scored by its loss alone."""
+
+    scores: Scores
+    predicted: list[np.ndarray]
+    labels: list[np.ndarray]
+
+
+def judge(
+    model: Model,
+    params: Params,
+    batches: Iterable[tuple[Batch, Int[np.ndarray, "B"]]],
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Judged:
+    """What `evaluate` gives and raises, with what it is made of."""
     program, scorer, waiting, parts = _program(model, mesh), None, None, []
     for batch, rows in batches:
         batch = dict(batch) | {"real": np.asarray(rows) >= 0}
@@ -78,8 +99,7 @@ def evaluate(
     if waiting is None:
         raise ValueError("there is nothing to evaluate: no batches.")
     parts.append(jax.device_get(waiting))
-    scores = _scores(model, parts, scorer)
-    return {f"eval_{name}": value for name, value in scores.items()}
+    return _judged(model, parts, scorer)
 
 
 def _make_program(model: Model, mesh: jax.sharding.Mesh | None) -> Any:
@@ -167,14 +187,21 @@ def _of_several_labels(logits: np.ndarray, labels: np.ndarray) -> Scores:
     return {"loss": float(losses.mean())} | multi_label_scores(logits > 0, labels)
 
 
-def _of_entities(given, labels, names: tuple[str, ...], loss: float) -> Scores:
+def named_tags(
+    given: list[np.ndarray], labels: list[np.ndarray], names: tuple[str, ...]
+) -> tuple[list[list[str]], list[list[str]]]:
+    """Predicted and right tags of the words of each text."""
     predicted, truth = [], []
     for row, right in itertools.chain.from_iterable(map(zip, given, labels)):
         counted = right != IGNORED
         if counted.any():
             predicted.append([names[i] for i in row[counted]])
             truth.append([names[i] for i in right[counted]])
-    return entity_scores(predicted, truth)
+    return predicted, truth
+
+
+def _of_entities(given, labels, names: tuple[str, ...], loss: float) -> Scores:
+    return entity_scores(*named_tags(given, labels, names))
 
 
 _SCORERS: dict[Scorer, _AnswerScorer] = {
@@ -194,16 +221,16 @@ def _scorer_of(model: Model, batch: Batch) -> _AnswerScorer | None:
     return None if chosen is None else _SCORERS[chosen]
 
 
-def _scores(model: Model, parts: list[dict[str, Any]], scorer: _AnswerScorer | None) -> Scores:
+def _judged(model: Model, parts: list[dict[str, Any]], scorer: _AnswerScorer | None) -> Judged:
     sums, counts = (
         [np.sum(values, dtype=np.float64) for values in zip(*(p[name] for p in parts), strict=True)]
         for name in ("sums", "counts")
     )
     loss = float(weighted_mean(model, sums, counts))
-    if scorer is None:
-        return {"loss": loss}
     predicted, labels = (
         [part[name][part["real"]] for part in parts if name in part]
         for name in ("predicted", "labels")
     )
-    return {"loss": loss} | scorer.scores(predicted, labels, model.config.labels, loss)
+    found = scorer.scores(predicted, labels, model.config.labels, loss) if scorer else {}
+    scores = {f"{SCORED}{name}": value for name, value in ({"loss": loss} | found).items()}
+    return Judged(scores, predicted, labels)

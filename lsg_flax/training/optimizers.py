@@ -6,11 +6,14 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.traverse_util
+import jax
+import numpy as np
 import optax
 
 from lsg_flax.models import Params
 
 Schedule = Literal["linear", "cosine", "constant"]
+_RATES = 4096  # that are computed together
 
 
 def make_schedule(
@@ -41,6 +44,18 @@ def make_schedule(
     return optax.join_schedules(
         [warmup, falling[schedule](total_steps - warmup_steps)], [warmup_steps]
     )
+
+
+def read_schedule(rates: optax.Schedule) -> Callable[[int], float]:
+    """The rates of a schedule as numbers, by the step from 0. Many steps are computed at once: to
+    ask the device at each step would be to wait for the steps that it has been given."""
+
+    @functools.lru_cache(maxsize=1)
+    def part(number: int) -> np.ndarray:
+        steps = np.arange(number * _RATES, (number + 1) * _RATES)
+        return np.broadcast_to(np.asarray(jax.jit(rates)(steps)), steps.shape)
+
+    return lambda step: float(part(step // _RATES)[step % _RATES])
 
 
 def make_optimizer(

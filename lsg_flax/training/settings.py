@@ -19,8 +19,9 @@ from lsg_flax.models import SCORES, TASKS, ProblemType, Remat
 from lsg_flax.patterns import LSGConfig
 from lsg_flax.sharding import AXES, check_axes
 from lsg_flax.training.coerce import check_names, coerced, read_yaml
+from lsg_flax.training.log import Logging
 from lsg_flax.training.losses import smooths
-from lsg_flax.training.optimizers import Schedule, make_optimizer
+from lsg_flax.training.optimizers import Schedule, make_optimizer, make_schedule, read_schedule
 from lsg_flax.training.scores import ROUGE
 from lsg_flax.training.states import Saving
 
@@ -41,6 +42,7 @@ FROZEN: dict[str, str | None] = {
 _MAY_CHANGE = (
     *("output", "cache", "train_data", "eval_data", "devices", "mesh", "evaluate_every"),
     *("eval_batch_size", "save_every", "keep", "best", "tensorboard", "remat"),
+    *("log_every", "picture"),
     *("predict_with_generate", "generation", "generation_rows"),
 )
 # Fields for texts to write. Like `label_smoothing` they came later: runs that are older have none.
@@ -52,7 +54,7 @@ _LARGEST = 2**31 - 1  # of a count on the device
 _LEAST = {
     1: (
         *("steps", "epochs", "batch_size", "accumulate", "max_length", "devices"),
-        *("evaluate_every", "eval_batch_size", "save_every", "keep"),
+        *("evaluate_every", "eval_batch_size", "save_every", "keep", "log_every"),
         *("max_target_length", "generation_rows"),
     ),
     0: ("stride", "learning_rate", "weight_decay", "max_grad_norm"),
@@ -116,7 +118,9 @@ class Settings:
     problem_type: Annotated[ProblemType, _data("of sequence_classification")] = (
         "single_label_classification"
     )
-    max_length: Annotated[int | None, _data("tokens of a row", "what the model reads")] = None
+    max_length: Annotated[
+        int | None, _data("tokens of a row", "what the model was trained at, or reads")
+    ] = None
     buckets: Annotated[
         tuple[int, ...] | None,
         _data("lengths that rows are padded to", "powers of two from 512, --max-length"),
@@ -156,7 +160,7 @@ class Settings:
     steps: Annotated[int | None, _training("optimizer steps, in place of --epochs")] = None
     batch_size: Annotated[int, _training("rows per step, over all devices and microbatches")] = 8
     accumulate: Annotated[int, _training("microbatches that the rows of a step are cut into")] = 1
-    learning_rate: Annotated[float, _training("the highest")] = 5e-5
+    learning_rate: Annotated[float, _training("peak learning rate, which warmup rises to")] = 5e-5
     schedule: Annotated[Schedule, _training("of the learning rate, after warmup")] = "linear"
     warmup: Annotated[float, _training("share of the steps in which the rate rises")] = 0.1
     weight_decay: Annotated[float, _training("of AdamW; not for biases and LayerNorms")] = 0.01
@@ -197,7 +201,23 @@ class Settings:
     generation_rows: Annotated[
         int | None, _run("it is written for the first N rows of --eval-data", "all")
     ] = None
+    log_every: Annotated[
+        int | None,
+        _run(
+            "steps between lines of progress: loss, tokens/s, time left, memory",
+            "one every ten seconds, where there is no terminal",
+        ),
+    ] = None
+    picture: Annotated[
+        bool, _run("draw loss, scores, learning rate and lengths: OUTPUT/log/run.png")
+    ] = True
     tensorboard: Annotated[bool, _run("write event files to OUTPUT/log too")] = False
+
+    @classmethod
+    def for_data(cls, *, model: str, task: str, data: Words, **given: Any) -> "Settings":
+        """Settings to read `data` for a model that is there; nothing is trained or written."""
+        places = {"model": model, "train_data": data, "eval_data": data, "output": "."}
+        return cls(task=task, **_coerced_all(places | given))
 
     def __post_init__(self):
         for name, value in _coerced_all(vars(self)).items():
@@ -351,13 +371,21 @@ class Settings:
         """AdamW for a run of so many steps."""
         return make_optimizer(
             self.learning_rate,
-            total_steps=steps,
-            warmup_steps=min(round(self.warmup * steps), steps - 1),
-            schedule=self.schedule,
+            **self._schedule(steps),
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
             frozen=FROZEN[self.train_only] if self.frozen is None else self.frozen,
         )
+
+    def _schedule(self, steps: int) -> dict[str, Any]:
+        warmup = min(round(self.warmup * steps), steps - 1)
+        return {"total_steps": steps, "warmup_steps": warmup, "schedule": self.schedule}
+
+    def logging(self, folder: pathlib.Path, steps: int, **more: Any) -> Logging:
+        """What a run of so many steps tells of itself, and writes to `folder`."""
+        rates = make_schedule(self.learning_rate, **self._schedule(steps))
+        options = {"every": self.log_every, "learning_rate": read_schedule(rates)} | more
+        return Logging(folder, self.tensorboard, **options)
 
     def saving(self, folder: pathlib.Path, every: int, identity: dict[str, Any]) -> Saving:
         """Saves in `folder`, each time that `every` steps are done if nothing else is said."""
@@ -368,6 +396,13 @@ class Settings:
     def steps_of(self, epoch_length: Callable[[int], int]) -> int:
         """How many steps the run has; `epoch_length` counts those of so many epochs."""
         return self.steps or epoch_length(self.epochs or _EPOCHS)
+
+
+REQUIRED = tuple(
+    field.name
+    for field in dataclasses.fields(Settings)
+    if field.default is field.default_factory is dataclasses.MISSING
+)
 
 
 def read_settings(
@@ -394,11 +429,7 @@ def read_settings(
             value = {**before, **value}
         values[name] = value
     check_names("settings", values, known)
-    missing = [
-        f.name
-        for f in dataclasses.fields(Settings)
-        if f.default is f.default_factory is dataclasses.MISSING and values.get(f.name) is None
-    ]
+    missing = [name for name in REQUIRED if values.get(name) is None]
     if missing:
         raise ValueError(
             f"{', '.join(missing)} must be given"

@@ -141,7 +141,8 @@ def open_source(name: str, task: str, max_length: int | None, *, convert: bool) 
 
     Args:
         name: folder or hub id.
-        max_length: tokens of a row; None takes what it reads, or will read.
+        max_length: tokens of a row; None takes what it reads, or will read: at most the tokenizer's
+            `model_max_length`, which says at how many tokens it was trained.
         convert: make it LSG, and long enough, first.
 
     Raises:
@@ -160,19 +161,20 @@ def open_source(name: str, task: str, max_length: int | None, *, convert: bool) 
             "lsg_flax.training.loss_fn, or another task of "
             f"{[n for n, head in model.family.heads.items() if head.task.examples]}."
         )
-    length = max_length or (LSGOptions.max_sequence_length if convert and plain else reads)
-    if length > reads and not convert:
-        raise ValueError(
-            f"max_length={length}, but {name} reads {reads} tokens; set convert (--convert) to "
-            f"make it read more here, or run lsg-flax convert {name} TARGET "
-            f"--max-sequence-length {length} and train TARGET."
-        )
     tokenizer = checkpoint.tokenizer
     if tokenizer is None:
         raise ValueError(
             f"{name} has no tokenizer; put its files (tokenizer.json or vocab.txt, "
             "tokenizer_config.json) beside config.json."
         )
-    tokenizer.model_max_length = max(length, reads)
+    usual = min(reads, tokenizer.model_max_length)
+    length = max_length or (LSGOptions.max_sequence_length if convert and plain else usual)
+    if length > reads and not convert:
+        raise ValueError(
+            f"max_length={length}, but {name} reads {reads} tokens; set convert (--convert) to "
+            f"make it read more here, or run lsg-flax convert {name} TARGET "
+            f"--max-sequence-length {length} and train TARGET."
+        )
+    tokenizer.model_max_length = length  # which others then read by default
     converts = convert and (plain or length > reads)
     return SourceModel(name, checkpoint, tokenizer, task, length, converts)

@@ -16,6 +16,7 @@ import functools
 import numpy as np
 import record_local
 import record_local_transformer
+import record_lsh
 import record_realm
 import record_seq2seq
 import record_squeezebert
@@ -468,6 +469,7 @@ def main():
     record_seq2seq.record(recorder)
     record_local.record(recorder)
     record_local_transformer.record(recorder)
+    record_lsh.record(recorder)
     record_squeezebert.record(recorder)
     record_realm.record(recorder)
     recorder.write()

@@ -80,6 +80,19 @@ def record(recorder):
             grad_of=GRADIENTS_OF,
             **more,
         )
+    length = SIZES["max_seq_len"]  # the loss is of a token more, which is a label alone
+    recorder.add(
+        "local_transformer_one_more",
+        "local_transformer_one_more",
+        "local_transformer",
+        dict(
+            x=token_ids(N, length + 1),
+            weight=normal(N, length, VOCABULARY),
+            with_loss=np.ones((), np.int32),
+        ),
+        options=SIZES | dict(num_residual_streams=1),
+        grad_of=GRADIENTS_OF,
+    )
 
 
 if __name__ == "__main__":

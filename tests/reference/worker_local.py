@@ -5,7 +5,8 @@ local_transformer: checkpoint (a folder with config.json and model.safetensors, 
          options (of LocalTransformer, with the parameters of local_numbers.py), scale?, grad_of?,
          out? (a folder to write such a checkpoint to), generate? (how many tokens, greedily,
          without a cache)
-    in   x [n,t] or [n,t,d], mask? [n,t], weight? of the outputs; with_loss? asks for the loss too
+    in   x [n,t] or [n,t,d], mask? [n,t], weight? of the outputs; with_loss? asks for the loss too,
+         which may be of a token more than there are positions
     out  outputs, loss, weighted_loss, grad.<parameter> of weighted_loss + loss, tokens [n,generate]
     json state_dict (name -> shape)
 """
@@ -46,7 +47,8 @@ def local_transformer(case, folder):
 def run_local_transformer(case, inputs, folder):
     model = local_transformer(case, folder)
     x, mask = worker.to_torch(inputs["x"], torch.float32), inputs.get("mask")
-    outputs = dict(outputs=model(x, mask=None if mask is None else torch.from_numpy(mask)))
+    mask = None if mask is None else torch.from_numpy(mask)
+    outputs = dict(outputs=model(x[:, : model.max_seq_len], mask=mask))
     total = 0.0
     if "weight" in inputs:
         total = outputs["weighted_loss"] = (

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-
 from lsg_flax.models.architecture import Architecture
 from lsg_flax.models.config import EncoderConfig, ModelConfig
 from lsg_flax.models.config_json import Dialect
@@ -127,7 +125,7 @@ class Family:
         encoder, pooler: rows of these parts; `encoder` has all stacks.
         config_type: what its config.json is read as.
         tf_names: what to replace in names of TensorFlow's checkpoints, as regular expressions.
-        ignored: tensors that are not parameters, by name behind the prefix.
+        ignored: tensors that are not parameters, by name behind the prefix, `*` being any text.
         other_names, other_types: further beginnings of its class names, and model_types.
         lsg_type: the model_type of LSG checkpoints where PyTorch has no LSG classes of the family;
             None where it has, which read the family's own.
@@ -212,10 +210,10 @@ class Family:
         for row in self.encoder if head.body is None else head.body:
             stack = config.stacks.get(row.path.split("/")[0])
             if stack is None or self._has(stack, row):
-                keys += _expand(row, () if stack is None else stack.stack, prefix)
+                keys += _expand(row, {} if stack is None else stack.layers_of(row.path), prefix)
         own = (*head.rows, *(() if config.tie_word_embeddings else head.untied_rows))
-        keys += [key for row in self.pooler if head.pooled for key in _expand(row, (), prefix)]
-        return keys + [key for row in own for key in _expand(row, (), "")]
+        keys += [key for row in self.pooler if head.pooled for key in _expand(row, {}, prefix)]
+        return keys + [key for row in own for key in _expand(row, {}, "")]
 
     def _has(self, stack: EncoderConfig, row: Row) -> bool:
         without = list(stack.lacks)
@@ -225,15 +223,14 @@ class Family:
     def tied_names(self, task: str, *, tied: bool) -> dict[str, str]:
         """Tensors that repeat another one, name to name; those of an own decoder kernel do not."""
         head = self.head(task)
-        own = set() if tied else {k.torch for row in head.untied_rows for k in _expand(row, (), "")}
+        own = set() if tied else {k.torch for row in head.untied_rows for k in _expand(row, {}, "")}
         return {name: source for name, source in head.tied.items() if name not in own}
 
 
-def _expand(row: Row, stack: tuple[int, ...], prefix: str) -> Iterator[Key]:
-    places = [*np.ndindex(*stack)] if "{" in row.torch else [None]
+def _expand(row: Row, layers: dict[tuple[int, ...], tuple[int, ...]], prefix: str) -> Iterator[Key]:
     for leaf in row.layout:
-        for place in places:
-            name = row.torch.format(*place or ())
+        for place, number in layers.items() if "{" in row.torch else ((None, ()),):
+            name = row.torch.format(*number)
             yield Key(prefix + name + leaf.torch, row.path + leaf.ours, leaf.storage, place)
 
 

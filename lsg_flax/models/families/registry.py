@@ -17,6 +17,7 @@ from lsg_flax.models.families.local_transformer import LOCAL_TRANSFORMER
 from lsg_flax.models.families.mbart import MBART
 from lsg_flax.models.families.pegasus import PEGASUS
 from lsg_flax.models.families.realm import REALM
+from lsg_flax.models.families.reformer import REFORMER
 from lsg_flax.models.families.roberta import ROBERTA
 from lsg_flax.models.families.squeezebert import SQUEEZEBERT
 from lsg_flax.models.families.xlm_roberta import XLM_ROBERTA
@@ -65,6 +66,7 @@ for _family in (
     SQUEEZEBERT,
     REALM,
     LOCAL_TRANSFORMER,
+    REFORMER,
 ):
     register(_family)
 

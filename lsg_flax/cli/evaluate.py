@@ -1,0 +1,89 @@
+"""`lsg-flax evaluate`: scores a checkpoint on files of data."""
+
+import argparse
+import pathlib
+from collections.abc import Sequence
+
+import jax
+from rich.table import Table
+
+from lsg_flax import hub
+from lsg_flax.cli import shared, train
+from lsg_flax.files import check_folder
+from lsg_flax.progress import say
+from lsg_flax.training import EvaluationReport, Settings, evaluate_files, trained_tasks
+
+_DESCRIPTION = """Score MODEL on DATA: loss, scores of the task and of each class, confusion.
+
+DATA is read as by `lsg-flax train`: .jsonl, .csv, .parquet or .txt files, a folder, a pattern, or a
+dataset's name, with the same columns. FOLDER (--output) gets evaluation.json and confusion.png.
+
+  lsg-flax evaluate ./areas held_out.csv --output ./scores --columns text=body,label=area"""
+# Settings of training that say how data is read and the model is run.
+_READING = (
+    *("columns", "labels", "problem_type", "max_length", "max_target_length", "stride", "pack"),
+    *("text_unit", "on_error", "subset", "eval_split", "cache"),
+)
+_RUNNING = ("batch_size", "buckets", "target_buckets", "dtype", "mesh", "devices")
+_MOST_CLASSES = 12  # whose confusion is a table
+
+
+def add(commands: shared.Commands) -> None:
+    """Declares the command and its options."""
+    command = shared.add_command(commands, "evaluate", _DESCRIPTION, run)
+    command.add_argument("model", metavar="MODEL", help="folder, or id on the Hugging Face hub")
+    command.add_argument("data", metavar="DATA", nargs="+", help="what it is scored on")
+    command.add_argument("--output", metavar="FOLDER", help="gets evaluation.json, confusion.png")
+    shared.add_choice(command, "--task", "head (default: that of MODEL)", trained_tasks())
+    train.add_settings(command.add_argument_group("how DATA is read"), _READING)
+    train.add_settings(command.add_argument_group("how it is computed"), _RUNNING)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the command."""
+    checkpoint = hub.open_checkpoint(arguments.model)
+    if arguments.output is not None:
+        check_folder("output", arguments.output)
+    given = {name: getattr(arguments, name) for name in (*_READING, *_RUNNING)}
+    settings = Settings.for_data(
+        model=arguments.model,
+        task=arguments.task or checkpoint.task,
+        data=tuple(arguments.data),
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    report = evaluate_files(settings)
+    if jax.process_index() == 0:
+        _show(report, arguments.output)
+
+
+def _show(report: EvaluationReport, folder: str | None) -> None:
+    if cut := report.cut.words(report.max_length):
+        say(cut)
+    out = shared.console()
+    scores = [(name, f"{value:.4f}") for name, value in report.scores.items()]
+    out.print(f"{report.model} on {report.rows:,} rows:")
+    out.print(_table(("score", "value"), scores))
+    classes, names, confusion = report.by_class
+    if classes:
+        rows = [
+            (found.name, *(f"{score:.4f}" for score in found[1:4]), f"{found.support:,}")
+            for found in classes
+        ]
+        out.print(_table(("class", *classes[0]._fields[1:]), rows))
+    if confusion is not None and len(names) <= _MOST_CLASSES:
+        counts = [map("{:,}".format, row) for row in confusion.tolist()]
+        rows = [(name, *row) for name, row in zip(names, counts, strict=True)]
+        out.print(_table(("is (answered: ...)", *names), rows))
+    if folder is not None:
+        written = report.save(pathlib.Path(folder))
+        out.print(f"wrote {', '.join(map(str, written))}", soft_wrap=True)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Names on the left, numbers on the right."""
+    table = Table()
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table

@@ -1,0 +1,323 @@
+"""Reformer: layers of local and of LSH attention between two residual streams that are not kept
+for the backward pass (arXiv 2001.04451).
+
+Axes: B batch, T tokens, D model width, N heads, H head width, P positions of a table, E embedding
+width, L layers, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from lsg_flax import patterns
+from lsg_flax.checks import require
+from lsg_flax.kernels import Source, drop
+from lsg_flax.models.activations import activation
+from lsg_flax.models.attention_layers import HeadProjections
+from lsg_flax.models.config_reformer import LayerKind, ReformerConfig
+from lsg_flax.models.embeddings import Embeddings
+from lsg_flax.models.encoder import BodyOutput
+from lsg_flax.models.heads import Head
+from lsg_flax.models.inputs import Inputs
+from lsg_flax.models.layers import Embedding, Part, Projection, rows
+from lsg_flax.models.outputs import ModelOutput
+from lsg_flax.models.reversible import HalfLayer, LayerArrays, LayerGroup, run_layers
+from lsg_flax.patterns import DEFAULT_LSH_SEED, LSH
+from lsg_flax.sharding import constrain, sequence_shards
+
+Rotations = tuple[Float[Array, "N H _ _"], ...]
+Half = Literal["attention", "mlp"]
+HALVES: tuple[Half, ...] = get_args(Half)
+
+
+class _ReformerPart(Part):
+    """A part with a Reformer's settings."""
+
+    @property
+    def settings(self) -> ReformerConfig:
+        """The config, as what it is."""
+        assert isinstance(self.config, ReformerConfig)
+        return self.config
+
+
+class ReformerEmbeddings(Embeddings, _ReformerPart):
+    """Words and positions, each behind its dropout."""
+
+    @nn.compact
+    def __call__(self, inputs: Inputs) -> tuple[Float[Array, "B T D"], Float[Array, "V D"]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        words = self.table(self.config.vocab_size, "word_embeddings")
+        if inputs.input_ids is None:
+            x = inputs.inputs_embeds.astype(self.context.dtype)
+        else:
+            x = rows(words, inputs.input_ids)
+        x = self.dropout(x) + self._positions(inputs.position_ids, *x.shape[:2])
+        return constrain(x, "batch", "length", None), words
+
+    def _positions(
+        self, places: Int[Array, "#B T"] | None, batch: int, length: int
+    ) -> Float[Array, "#B T D"]:
+        if not self.settings.axial_pos_embds:
+            table = self.positions(length)
+            x = table[None, :length] if places is None else rows(table, places)
+            return self.dropout(jnp.broadcast_to(x, (batch, *x.shape[1:])))
+        of_rows, of_columns = self._axis(0, "row"), self._axis(1, "column")
+        per_row = of_columns.shape[0]
+        if places is None:
+            x = _side_by_side(of_rows, of_columns, -(-length // per_row))[None]
+            x = jnp.pad(x, ((0, 0), (0, max(length - x.shape[1], 0)), (0, 0)))[:, :length]
+            places = jnp.arange(length)[None]
+        else:
+            parts = (rows(of_rows, places // per_row), rows(of_columns, places % per_row))
+            x = jnp.concatenate(parts, axis=-1)
+        if self.context.train and (rate := self.config.hidden_dropout_prob):
+            ones = jnp.ones((batch, per_row), x.dtype)
+            factor: Array = drop(ones, self.make_rng("dropout"), rate)
+            places = jnp.broadcast_to(places % per_row, (batch, length))
+            x = x * jnp.take_along_axis(factor, places, axis=1)[..., None]
+        return x
+
+    def _axis(self, number: int, name: str) -> Float[Array, "P _"]:
+        settings, dtype = self.settings, self.context.param_dtype
+        sizes = (settings.axial_pos_shape[number], settings.axial_pos_embds_dim[number])
+        table = Embedding(*sizes, settings.axial_norm_std, dtype, name=f"{name}_embeddings")
+        return table().astype(self.context.dtype)
+
+
+def _side_by_side(
+    of_rows: Float[Array, "_ _"], of_columns: Float[Array, "_ _"], count: int
+) -> Float[Array, "P E"]:
+    """The positions of the first rows, one after the other; fewer where there are fewer."""
+    first = of_rows[:count]
+    shape = (first.shape[0], of_columns.shape[0])
+    parts = (
+        jnp.broadcast_to(first[:, None], (*shape, first.shape[1])),
+        jnp.broadcast_to(of_columns[None], (*shape, of_columns.shape[1])),
+    )
+    x = jnp.concatenate(parts, axis=-1)
+    return x.reshape(-1, x.shape[-1])
+
+
+class HalfCall(NamedTuple):
+    """What a half of a layer is given beside its stream.
+
+    Attributes:
+        hashing: of LSH attention, rotations or a key to draw them from.
+        buckets: that were hashed into before; then nothing is hashed.
+    """
+
+    mask: Bool[Array, "B T"]
+    hashing: PRNGKeyArray | Rotations | None = None
+    buckets: Int[Array, "B N _ T"] | None = None
+
+
+class ReformerAttention(HeadProjections, _ReformerPart):
+    """Local or LSH attention. The second result are the buckets that were hashed into."""
+
+    kind: LayerKind = "local"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], call: HalfCall
+    ) -> tuple[Float[Array, "B T D"], Int[Array, "B N _ T"] | None]:
+        settings, length, buckets = self.settings, x.shape[1], call.buckets
+        pattern, mask = settings.pattern(self.kind, length), call.mask[:, None]
+        if isinstance(pattern, LSH):
+            query = key = self.heads(x, "query_key")
+            run = self.runtime(call.hashing, settings.lsh_attention_probs_dropout_prob)
+            if length > pattern.chunk_length and buckets is None:
+                buckets = patterns.bucket_of(pattern, query, mask, run)
+            run = dataclasses.replace(run, buckets=buckets)
+        else:
+            query, key, run = self.heads(x, "query"), self.heads(x, "key"), self.runtime()
+        source = Source(key, self.heads(x, "value"), mask)
+        return self.merged(patterns.attention(pattern, query, source, run)), buckets
+
+
+class ReformerLayer(_ReformerPart):
+    """Attention and a feed-forward part, each behind a LayerNorm."""
+
+    kind: LayerKind = "local"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], call: HalfCall, halves: tuple[Half, ...]):
+        """One half on its stream; both where parameters are drawn. The second result is what
+        `ReformerAttention` has beside its output."""
+        config, context, buckets, y = self.config, self.context, None, x
+        if "attention" in halves:
+            bare = dataclasses.replace(context.architecture, biases=False)
+            bare = dataclasses.replace(context, architecture=bare)
+            attention = ReformerAttention(bare, self.kind, name="attention")
+            y, buckets = attention(self.layer_norm("attention_norm")(x), call)
+        if "mlp" in halves:
+            up = Projection(context, config.intermediate_size, name="mlp_up")
+            act: Any = activation(config.hidden_act)
+            down = Projection(context, config.hidden_size, act=act, name="mlp_down")
+            wide = constrain(up(self.layer_norm("mlp_norm")(x)), "batch", "length", "mlp")
+            y = down(self.dropout(wide))
+        return constrain(self.dropout(y), "batch", "length", None), buckets
+
+
+Layers = dict[LayerKind, ReformerLayer]
+
+
+class LayerDraws(NamedTuple):
+    """Of a layer: keys of dropout for its halves, while training; `hashing` as in `HalfCall`."""
+
+    dropout: PRNGKeyArray | None = None
+    hashing: PRNGKeyArray | Float[Array, "N H _ _"] | None = None
+
+
+class Reformer(_ReformerPart):
+    """Embeddings, layers, and a LayerNorm over both streams. Attributes are those of `Encoder`."""
+
+    unroll: int = 1
+    keep_states: bool = False
+
+    @nn.compact
+    def __call__(self, inputs: Inputs, rotations: Rotations = ()) -> BodyOutput:
+        """`rotations`: of every LSH layer that hashes; drawn where there are none."""
+        settings, length = self.settings, inputs.lead[1]
+        require(
+            sequence_shards() == 1,
+            "a Reformer's tokens cannot be cut over a sequence axis, over which it sorts them: "
+            "choose a mesh of data, fsdp and tensor.",
+        )
+        if self.context.train:
+            settings.check_training_length(length)
+        extra, mask = settings.needs_padding(length), inputs.attention_mask
+        mask = jnp.ones(inputs.lead, bool) if mask is None else mask.astype(bool)
+        mask = jnp.pad(mask, ((0, 0), (0, extra)))
+        if extra and inputs.position_ids is not None:  # padding's do not matter
+            places = jnp.pad(inputs.position_ids, ((0, 0), (0, extra)))
+            inputs = inputs._replace(position_ids=places)
+        inputs = inputs.padded(extra, settings.filler)
+        x, words = ReformerEmbeddings(self.context, name="embeddings")(inputs)
+        layers: Layers = {
+            kind: ReformerLayer(self.context, kind, parent=None) for kind in settings.kinds
+        }
+        params, draws = self._params(layers), self._draws(mask.shape[1], rotations)
+        arrays = LayerArrays(params, draws, mask)
+        streams, states = self._layers(layers, arrays, x)
+        both = self.layer_norm("final_norm")(jnp.concatenate(streams, axis=-1))  # [B, T, 2 D]
+        last = self.dropout(both)[:, :length]
+        states = None if states is None else (x, *states.astype(x.dtype))
+        return BodyOutput(last, states, words, None)
+
+    def _layers(self, layers: Layers, arrays: LayerArrays, x: Array):
+        """The streams behind the layers, in float32 at least: what is computed back from them is as
+        exact as they are."""
+        halves, counts = [], dict.fromkeys(layers, 0)
+        for kind in self.settings.period:
+            for run in (_attend, _feed_forward):
+                halves.append(HalfLayer(kind, counts[kind], partial(run, layers[kind])))
+            counts[kind] += 1
+        groups = self.settings.num_hidden_layers // len(self.settings.period)
+        params, draws = jax.tree.map(
+            lambda leaf: leaf.reshape(groups, -1, *leaf.shape[1:]), (arrays.params, arrays.draws)
+        )
+        group = LayerGroup(tuple(halves), min(self.unroll, groups), self.keep_states)
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        run: Any = run_layers
+        return run(group, LayerArrays(params, draws, arrays.shared), (x, x))
+
+    def _params(self, layers: Layers) -> dict[LayerKind, Any]:
+        """Those of the layers of each kind, stacked."""
+        x, call = jnp.zeros((1, 1, self.config.hidden_size)), HalfCall(jnp.ones((1, 1), bool))
+        for kind, layer in layers.items() if self.is_initializing() else ():
+            init = lambda key, layer=layer: layer.init(key, x, call, HALVES)["params"]  # noqa: E731
+            keys = partial(jax.random.split, num=self.settings.attn_layers.count(kind))
+            self.param(f"{kind}_layers", lambda key: jax.vmap(init)(keys(key)))  # noqa: B023
+        return {kind: self.variables["params"][f"{kind}_layers"] for kind in layers}
+
+    def _draws(self, length: int, rotations: Rotations) -> dict[LayerKind, LayerDraws]:
+        """What is drawn for the layers of each kind."""
+        settings, draws = self.settings, {}
+        for kind in settings.kinds:
+            count, keys, hashing = settings.attn_layers.count(kind), None, None
+            if self.context.train and self.has_rng("dropout"):
+                keys = jax.random.split(self.make_rng("dropout"), (count, 2))
+            if kind == "lsh":
+                hashing = self._hashing(count, length, rotations)
+            draws[kind] = LayerDraws(keys, hashing)
+        return draws
+
+    def _hashing(self, count: int, length: int, rotations: Rotations):
+        """Rotations, or keys to draw them from, of all LSH layers."""
+        settings, pattern = self.settings, self.settings.pattern("lsh", length)
+        if rotations:
+            assert isinstance(pattern, LSH)
+            shape = pattern.rotations_shape(settings.num_attention_heads, settings.head_dim)
+            wanted = [shape] * (count if length > pattern.chunk_length else 0)
+            require(
+                [x.shape for x in rotations] == wanted,
+                f"lsh_rotations have the shapes {[x.shape for x in rotations]}; give one [heads, "
+                f"head width, hashes, rotations // 2] = {shape} for each LSH layer that hashes, of "
+                f"which there are {len(wanted)} with {length} tokens, or none, to draw them.",
+            )
+            return jnp.stack(rotations)
+        if settings.hash_seed is not None:  # which begins anew in every layer
+            return jnp.broadcast_to(jax.random.key(settings.hash_seed), (count,))
+        key = self.make_rng("lsh") if self.has_rng("lsh") else jax.random.key(DEFAULT_LSH_SEED)
+        return jax.random.split(key, count)
+
+
+def _attend(layer: ReformerLayer, params, x, draws: LayerDraws, mask, buckets):
+    keys, hashing = draws
+    rngs = None if keys is None else {"dropout": keys[0]}
+    if hashing is not None and not jax.dtypes.issubdtype(hashing.dtype, jax.dtypes.prng_key):
+        hashing = (hashing,)
+    call = HalfCall(mask, hashing, buckets)
+    return layer.apply({"params": params}, x, call, HALVES[:1], rngs=rngs)
+
+
+def _feed_forward(layer: ReformerLayer, params, x, draws: LayerDraws, mask, _):
+    def run(x, number) -> Any:
+        keys = draws.dropout
+        rngs = None if keys is None else {"dropout": jax.random.fold_in(keys[1], number)}
+        return layer.apply({"params": params}, x, HalfCall(mask), HALVES[1:], rngs=rngs)[0]
+
+    return in_chunks(run, x, layer.settings.chunk_size_feed_forward), None
+
+
+def in_chunks(
+    run: Callable[[Any, Any], Array], x: Float[Array, "B T D"], size: int
+) -> Float[Array, "B T _"]:
+    """What `run` makes of `size` tokens at a time and the number of the chunk; of all for 0. The
+    backward pass keeps what goes in."""
+    batch, length, width = x.shape
+    if not 0 < size < length:
+        return run(x, 0)
+    count = -(-length // size)
+    x = jnp.pad(x, ((0, 0), (0, count * size - length), (0, 0)))
+    x = x.reshape(batch, count, size, width).swapaxes(0, 1)  # [chunks, B, size, D]
+    y = lax.map(jax.checkpoint(lambda chunk: run(*chunk)), (x, jnp.arange(count)))
+    return y.swapaxes(0, 1).reshape(batch, count * size, -1)[:, :length]
+
+
+class ReformerScoresHead(Head):
+    """Scores over the vocabulary by an own kernel, of a decoder or of a model that is none."""
+
+    causal: bool = True
+
+    @nn.compact
+    def __call__(self, last, pooled, words):
+        config, context = self.config, self.context
+        assert isinstance(config, ReformerConfig)
+        require(
+            config.is_decoder == self.causal,
+            f"is_decoder={config.is_decoder}: causal_lm is for a decoder, masked_lm for a model "
+            f"that sees all tokens; give is_decoder={self.causal}.",
+        )
+        init, dtype = nn.initializers.normal(config.initializer_range), context.param_dtype
+        kernel = self.param("kernel", init, (last.shape[-1], config.vocab_size), dtype)
+        bias = self.param("bias", nn.initializers.zeros, (config.vocab_size,), dtype)
+        kernel, bias = (x.astype(context.dtype) for x in (kernel, bias[None, None]))
+        run = lambda x, _: x @ kernel + bias  # noqa: E731
+        return ModelOutput(logits=in_chunks(run, last, config.chunk_size_lm_head))

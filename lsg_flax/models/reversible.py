@@ -1,0 +1,134 @@
+"""Layers between two residual streams, each half of which reads one and is added to the other: what
+went into a layer is computed back from what came out, so that the memory of training does not grow
+with depth (arXiv 1707.04585).
+
+Axes: B batch, T tokens, D model width, L layers.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+Streams = tuple[Float[Array, "B T D"], Float[Array, "B T D"]]
+
+
+class HalfLayer(NamedTuple):
+    """A branch. They write to the first and to the second stream in turn.
+
+    Attributes:
+        stack, place: of its layer's parameters, among those that a group has of the stack.
+        run: from parameters, the other stream, what is drawn for the layer, what all layers share,
+            and what the branch kept when it was run before (None the first time) to its output and
+            what it keeps.
+    """
+
+    stack: str
+    place: int
+    run: Callable[[Any, Array, Any, Any, Any], tuple[Array, Any]]
+
+
+class LayerGroup(NamedTuple):
+    """Halves of layers, repeated with other parameters; the others are attributes of `Encoder`."""
+
+    halves: tuple[HalfLayer, ...]
+    unroll: int = 1
+    keep_states: bool = False
+
+
+class LayerArrays(NamedTuple):
+    """Of all layers: `params` and `draws` by stack, [groups, layers of the stack in one, ...]; only
+    parameters have a gradient."""
+
+    params: Any
+    draws: Any
+    shared: Any
+
+    def of(self, half: HalfLayer, stream: Array) -> tuple[Any, Array, Any, Any]:
+        """The arguments of a half, from the arrays of its group."""
+        params, draws = jax.tree.map(
+            lambda x: x[half.place], (self.params[half.stack], self.draws[half.stack])
+        )
+        return params, stream, draws, self.shared
+
+
+def _scan(one: Callable, group: LayerGroup, arrays: LayerArrays, carry: Any, more: Any, **options):
+    def step(carry, inputs):
+        (params, draws), more = inputs
+        return one(carry, LayerArrays(params, draws, arrays.shared), more)
+
+    inputs = ((arrays.params, arrays.draws), more)
+    return lax.scan(step, carry, inputs, unroll=group.unroll, **options)
+
+
+def _run(group: LayerGroup, arrays: LayerArrays, streams: Streams):
+    def one(carry, arrays, _):
+        streams, states, kept = list(carry), [], []
+        for number, half in enumerate(group.halves):
+            to = number % 2
+            arguments: Any = (*arrays.of(half, streams[1 - to]), None)
+            y, keep = half.run(*arguments)
+            streams[to] = streams[to] + y
+            kept.append(keep)
+            states += [streams[1]] if to and group.keep_states else []
+        return tuple(streams), (jnp.stack(states) if states else None, kept)
+
+    streams, (states, kept) = _scan(one, group, arrays, streams, None)
+    states = None if states is None else states.reshape(-1, *states.shape[2:])
+    return (streams, states), kept
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def run_layers(
+    group: LayerGroup, arrays: LayerArrays, streams: Streams
+) -> tuple[Streams, Float[Array, "L B T D"] | None]:
+    """The streams behind the last layer and, if kept, the second one behind every layer. The
+    backward pass keeps the former, and what branches keep."""
+    return _run(group, arrays, streams)[0]
+
+
+def _forward(group, arrays, streams):
+    (streams, states), kept = _run(group, arrays, streams)
+    return (streams, states), (arrays, streams, kept)
+
+
+def _backward(group, saved, gradients):
+    arrays, streams, kept = saved
+    of_streams, of_states = gradients
+    if of_states is not None:
+        of_states = of_states.reshape(-1, len(group.halves) // 2, *of_states.shape[1:])
+
+    def one(carry, arrays, more):
+        (streams, gradients), (kept, of_states) = map(list, carry), more
+        of_params: dict[str, dict[int, Any]] = {}
+        for number, half in reversed([*enumerate(group.halves)]):
+            to = number % 2
+            if to and of_states is not None:
+                gradients[1] = gradients[1] + of_states[number // 2]
+            params, stream, *others = arrays.of(half, streams[1 - to])
+            run = lambda params, x: half.run(params, x, *others, kept[number])[0]  # noqa: B023, E731
+            y, pull = jax.vjp(run, params, stream)
+            streams[to] = streams[to] - y
+            of_layer, of_stream = pull(gradients[to].astype(y.dtype))
+            gradients[1 - to] = gradients[1 - to] + of_stream
+            layers = of_params.setdefault(half.stack, {})
+            if half.place in layers:
+                of_layer = jax.tree.map(jnp.add, layers[half.place], of_layer)
+            layers[half.place] = of_layer
+        stacked = {
+            stack: jax.tree.map(lambda *x: jnp.stack(x), *(layers[i] for i in sorted(layers)))
+            for stack, layers in of_params.items()
+        }
+        return (tuple(streams), tuple(gradients)), stacked
+
+    carry = (streams, of_streams)
+    options = {"reverse": True}
+    (_, of_streams), of_params = _scan(one, group, arrays, carry, (kept, of_states), **options)
+    return LayerArrays(of_params, None, None), of_streams
+
+
+run_layers.defvjp(_forward, _backward)

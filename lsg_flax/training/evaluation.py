@@ -1,0 +1,172 @@
+"""How good a checkpoint is on files of data, as `lsg-flax evaluate` tells it."""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lsg_flax.data import (
+    INPUT,
+    TARGET,
+    Cut,
+    DataOptions,
+    EvalBatch,
+    EvalBatches,
+    eval_batches,
+    load_examples,
+    unknown_labels,
+)
+from lsg_flax.files import write_json
+from lsg_flax.hub import open_checkpoint
+from lsg_flax.models import TASKS
+from lsg_flax.progress import Bar
+from lsg_flax.training.classes import ByClass, by_class
+from lsg_flax.training.finetune import buckets_for, mesh_of
+from lsg_flax.training.log import SCORED
+from lsg_flax.training.metrics import judge
+from lsg_flax.training.pictures import draw_confusion
+from lsg_flax.training.scores import Scores
+from lsg_flax.training.settings import Settings
+from lsg_flax.training.source import SourceModel, open_source
+
+REPORT, CONFUSION = "evaluation.json", "confusion.png"
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationReport:
+    """What is known of a checkpoint on some data.
+
+    Attributes:
+        rows: how many were scored; windows of questions and pieces of joined texts count each.
+        max_length: tokens of a row at most.
+        cut: what was lost of longer texts.
+        scores: the loss and the task's scores, as `training.evaluate` describes them.
+        by_class: those of each class, where they have names.
+    """
+
+    model: str
+    task: str
+    rows: int
+    max_length: int
+    cut: Cut
+    scores: Scores
+    by_class: ByClass
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON holds it."""
+        fields = dataclasses.asdict(dataclasses.replace(self, by_class=ByClass(())))
+        classes, names, confusion = self.by_class
+        fields |= {"cut": self.cut._asdict(), "by_class": [row._asdict() for row in classes]}
+        if confusion is not None:
+            fields["confusion"] = {"labels": list(names), "rows": confusion.tolist()}
+        return fields
+
+    def save(self, folder: pathlib.Path) -> list[pathlib.Path]:
+        """Writes evaluation.json and, of classes, confusion.png; returns what was written."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder, {REPORT: self.to_dict()})
+        written, (_, names, confusion) = [folder / REPORT], self.by_class
+        if confusion is not None and draw_confusion(folder / CONFUSION, names, confusion):
+            written.append(folder / CONFUSION)
+        return written
+
+
+def evaluate_files(settings: Settings, *, progress: bool = True) -> EvaluationReport:
+    """Scores `settings.model` for `settings.task` on `settings.eval_data`, which is read as in
+    training; what is for training alone does nothing.
+
+    Raises:
+        FileNotFoundError: for a model or data that are not there.
+        ValueError: for a model without the task's head, labels that it does not know, and settings
+            that do not fit the model, the data or the devices.
+        ImportError: without what the scores need.
+    """
+    assert settings.eval_data is not None
+    source = _source(settings)
+    options = _options(settings, source)
+    part = {"subset": settings.subset, "split": settings.eval_split}
+    if options.labels is not None:
+        _check_labels(settings, options, source, part)
+    more = {"cache": settings.cache, "progress": progress}
+    tokenizer = source.tokenizer
+    data = load_examples(settings.eval_data, options, tokenizer=tokenizer, **part, **more)
+    source.check_tokens(data)
+    mesh = mesh_of(settings.devices, settings.mesh)
+    head: dict[str, Any] = {"labels": options.labels} if options.labels else {}
+    if any(target.loss == "problem_type" for target in TASKS[settings.task].targets):
+        head["problem_type"] = options.problem_type
+    model, params = source.load(head, {}, jnp.dtype(settings.dtype).type, mesh)
+    rows = (settings.batch_size, None)
+    lengths = buckets_for(settings.buckets, source.length, model, rows, mesh)
+    ladders = {INPUT: lengths, TARGET: settings.target_buckets}
+    batches = eval_batches(
+        data,
+        batch_size=settings.batch_size,
+        buckets={name: given for name, given in ladders.items() if given is not None},
+        seed=settings.seed,
+    )
+    judged = judge(model, params, _counted(batches, progress), mesh=mesh)
+    scores = {name.removeprefix(SCORED): value for name, value in judged.scores.items()}
+    found = by_class(model, judged)
+    about = (settings.model, settings.task, len(data), source.length, data.cut)
+    return EvaluationReport(*about, scores, found)
+
+
+def _source(settings: Settings) -> SourceModel:
+    """The checkpoint, if it can do the task as it is."""
+    checkpoint = open_checkpoint(settings.model)
+    if checkpoint.head != settings.task:
+        names = ", ".join(checkpoint.architectures) or "a model without a head"
+        raise ValueError(
+            f"{settings.model} is {names}, so there is nothing to evaluate for {settings.task}: "
+            "train that head first (lsg-flax train), or give the task that the model has."
+        )
+    return open_source(settings.model, settings.task, settings.max_length, convert=False)
+
+
+def _options(settings: Settings, source: SourceModel) -> DataOptions:
+    """How rows are read, by the labels of the head."""
+    config, task = source.config, TASKS[settings.task]
+    if any(target.loss == "problem_type" for target in task.targets):
+        problem = config.problem_type or settings.problem_type
+        settings = dataclasses.replace(settings, problem_type=problem)
+    options = settings.data_options(source.length, None, token_type_ids=config.segments > 1)
+    if settings.problem_type == "regression":
+        return dataclasses.replace(options, width=config.num_labels)
+    if options.label_column is None:
+        return options
+    labels = settings.labels or config.labels
+    if len(labels) != len(config.labels):
+        raise ValueError(
+            f"labels={labels} are {len(labels)} names, but {settings.model} has "
+            f"{len(config.labels)} labels: {', '.join(config.labels)}; name each of them, in this "
+            "order."
+        )
+    return dataclasses.replace(options, labels=labels)
+
+
+def _check_labels(
+    settings: Settings, options: DataOptions, source: SourceModel, part: dict[str, Any]
+) -> None:
+    """Raises ValueError for labels in the data that the head does not have."""
+    known = options.labels or ()
+    unknown = unknown_labels(settings.eval_data or (), options, known, **part)
+    if unknown and settings.on_error == "raise":
+        shown = ", ".join(map(repr, unknown[:8])) + (", ..." if len(unknown) > 8 else "")
+        raise ValueError(
+            f"the data has labels that {source.name} does not know: {shown}. It knows "
+            f"{', '.join(known[:8])}{', ...' if len(known) > 8 else ''}. Rename them in the data, "
+            "leave such rows out (on_error='skip'), or, if the model's are called otherwise there, "
+            "give labels=, the data's names in the order of the model's labels."
+        )
+
+
+def _counted(batches: EvalBatches, progress: bool) -> Iterator[EvalBatch]:
+    shown = progress and jax.process_index() == 0
+    with Bar("batches", about="evaluating", total=len(batches), shown=shown) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(1)

@@ -1,0 +1,103 @@
+"""Pictures of runs and scores, by matplotlib; without it there are none, and a warning says so.
+
+Axes: O rows, Y labels.
+"""
+
+import json
+import pathlib
+import warnings
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from lsg_flax.files import Json
+from lsg_flax.training.log import SCORED
+
+RUN = "run.png"
+_MOST_NAMES = 40  # of labels that are written beside a matrix
+_PLAIN = {"step", "seconds", "loss", "learning_rate", f"{SCORED}loss"}
+
+
+def _figure(size: tuple[float, float], file: pathlib.Path) -> Any:
+    """An empty figure; None, and a warning, without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        warnings.warn(
+            f"{file} is not drawn: it needs matplotlib, pip install 'lsg-flax[plots]'.",
+            stacklevel=3,
+        )
+        return None
+    return Figure(figsize=size, layout="constrained")
+
+
+def draw_run(
+    log: pathlib.Path, lengths: Int[np.ndarray, "O"], buckets: tuple[int, ...]
+) -> pathlib.Path | None:
+    """Draws the loss, the scores, the learning rate and the lengths of a run.
+
+    Args:
+        log: the folder with metrics.jsonl; gets run.png.
+        lengths: tokens of the rows that are learned from.
+        buckets: the lengths that they are padded to.
+
+    Returns:
+        The picture; None without matplotlib.
+    """
+    lines = (log / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    figure = _figure((10.0, 7.0), log / RUN)
+    if figure is None:
+        return None
+    (loss, score), (rate, length) = figure.subplots(2, 2)
+    _curve(loss, records, "loss", label="training")
+    _curve(loss, records, f"{SCORED}loss", label="evaluation", marker="o")
+    names = sorted({name for record in records for name in record} - _PLAIN)
+    names = [name for name in names if name.startswith(SCORED)]
+    for name in names:
+        _curve(score, records, name, label=name.removeprefix(SCORED), marker="o")
+    _curve(rate, records, "learning_rate")
+    length.hist(lengths, bins=min(40, max(int(lengths.max()), 1)), color="C0")
+    for bucket in buckets:
+        length.axvline(bucket, color="C1", linewidth=1)
+    titles = ("loss", "scores on held-out data", "learning rate", "tokens of a row; buckets")
+    for axes, title in zip((loss, score, rate, length), titles, strict=True):
+        axes.set_title(title)
+        if axes is not length:
+            axes.set_xlabel("step")
+    loss.legend()
+    if names:
+        score.legend()
+    figure.savefig(log / RUN, dpi=100)
+    return log / RUN
+
+
+def _curve(axes: Any, records: list[Json], name: str, **style: Any) -> None:
+    points = [(record["step"], record[name]) for record in records if name in record]
+    if points:
+        axes.plot(*zip(*points, strict=True), **style)
+
+
+def draw_confusion(
+    file: pathlib.Path, names: tuple[str, ...], confusion: Int[np.ndarray, "Y Y"]
+) -> bool:
+    """Draws how often the class of a row was answered by that of a column, shaded by its share of
+    the row; returns whether it could."""
+    side = 2.5 + 0.45 * min(len(names), _MOST_NAMES)
+    figure = _figure((side + 1, side), file)
+    if figure is None:
+        return False
+    axes = figure.subplots()
+    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if len(names) <= _MOST_NAMES:
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
+        for (row, column), count in np.ndenumerate(confusion):
+            color = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, f"{count:,}", ha="center", va="center", color=color)
+    axes.set_xlabel("answered")
+    axes.set_ylabel("right")
+    figure.savefig(file, dpi=100)
+    return True

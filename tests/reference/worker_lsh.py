@@ -1,0 +1,46 @@
+"""One more kind of worker.py's cases, known to it where this module is imported. Runs in the
+reference environment.
+
+reformer_attention: lsh (or else local), config (of ReformerConfig), dtype?
+    in   query (of lsh the keys too), key, value [n,h,t,d]; mask? [n,t], rotations? [h,d,hashes,
+         rotations // 2]; cotangent [n,h,t,d]
+    out  context, grad_query, grad_key (of lsh zeros), grad_value
+"""
+
+from unittest import mock
+
+import torch
+import transformers
+import worker
+from transformers.models.reformer.modeling_reformer import LocalSelfAttention, LSHSelfAttention
+
+
+def run_reformer_attention(case, inputs, folder):
+    dtype, (_, h, _, d) = worker.torch_dtype(case), inputs["query"].shape
+    names = ("query_key", "value") if case["lsh"] else ("query", "key", "value")
+    fields = dict(num_attention_heads=h, attention_head_size=d, hidden_size=len(names) * h * d)
+    config = transformers.ReformerConfig(
+        **fields, **case["config"], axial_pos_embds=False, local_attention_probs_dropout_prob=0.0
+    )
+    module = (LSHSelfAttention if case["lsh"] else LocalSelfAttention)(config).eval().to(dtype)
+    parts = torch.eye(fields["hidden_size"], dtype=dtype).chunk(len(names))
+    for name, part in zip(names, parts, strict=True):  # each projection picks its own features
+        getattr(module, name).weight.data = part
+    mask = torch.from_numpy(inputs["mask"]) if "mask" in inputs else None
+    rotations = torch.from_numpy(inputs.get("rotations", worker.np.zeros(0))).to(dtype)
+
+    def drawn(shape, **_):
+        return rotations.reshape(shape)
+
+    def forward(query, key, value):
+        given = (query, value + 0 * key) if case["lsh"] else (query, key, value)
+        states = torch.cat([x.transpose(1, 2).flatten(2) for x in given], dim=-1)
+        with mock.patch.object(torch, "randn", drawn):
+            context = module(states, attention_mask=mask).hidden_states
+        return context.unflatten(2, (h, d)).transpose(1, 2)
+
+    outputs = worker.with_gradients(forward, inputs, dtype)
+    return {name: x.astype("float32") for name, x in outputs.items()}, {}
+
+
+worker.KINDS["reformer_attention"] = run_reformer_attention
