@@ -13,10 +13,10 @@ NEWER := $(firstword $(wildcard $(foreach minor,15 14 13 12,$(HOME)/.pyenv/versi
 	$(foreach minor,15 14 13 12,$(shell command -v python3.$(minor))))
 PYTEST := -m pytest --numprocesses 2 --dist worksteal --quiet
 
-.PHONY: help demo check test newest oldest parity tpu crash families lint format bench golden clean
+.PHONY: help demo check test newest oldest parity tpu tpu-report gpu-plan crash families lint format bench golden clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -69,7 +69,18 @@ parity: .venv/installed .venv-reference/installed  ## live comparison with PyTor
 	@touch $@
 
 tpu: .venv/installed .libtpu/installed  ## compile for a TPU on this machine, as lsg-flax plan does
-	PYTHONPATH=.libtpu $(BIN)/python -m pytest tests/test_plan.py -k a_real_tpu_compilation --quiet
+	PYTHONPATH=.libtpu $(BIN)/python -m pytest tests/test_plan.py tests/test_pallas.py -k a_real_tpu_compilation --quiet
+
+tpu-report: .venv/installed .libtpu/installed  ## what TPU compilers make of attention, its gradient and a step
+	PYTHONPATH=.libtpu $(BIN)/python benchmarks/plan_facts.py --report
+
+# Beside .venv too, where JAX would look for a GPU; it needs neither a driver nor CUDA.
+.cuda_plugin/installed: .venv/installed
+	$(PIP) --constraint constraints.txt --no-deps --target .cuda_plugin jax-cuda12-plugin jax-cuda12-pjrt
+	@touch $@
+
+gpu-plan: .venv/installed .cuda_plugin/installed  ## compile for a GPU on this machine, as lsg-flax plan does
+	PYTHONPATH=.cuda_plugin $(BIN)/python -m pytest tests/test_plan_gpu.py --quiet
 
 crash: .venv/installed  ## kill two processes that train, 20 times; train, predict and embed, 10 times each
 	$(BIN)/python tests/crash.py --times 20
@@ -95,4 +106,4 @@ golden: .venv-reference/installed  ## record tests/golden anew from the PyTorch 
 	$(REFERENCE) tests/reference/record_golden.py
 
 clean:  ## remove what make made
-	rm -rf .venv .venv-reference .venv-newest .venv-oldest .libtpu demo_output
+	rm -rf .venv .venv-reference .venv-newest .venv-oldest .libtpu .cuda_plugin demo_output

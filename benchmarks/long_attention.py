@@ -7,7 +7,9 @@ All are causal, 4 layers, 128 wide, 4 heads of 32, feed-forward parts of as many
 no dropout, and one text at a time. Full, LSG and local attention are one BERT-like decoder; local
 is LSG without its sparse tokens. A token of these sees all before it, or those of its block of 128
 and the block before, and of LSG 128 representatives of the 512 tokens before those.
-LocalTransformer has the same windows in a body of its own.
+LocalTransformer has the same windows in a body of its own. Reformer has layers of local and of LSH
+attention in turn, chunks of 128 of which a token sees its own and the one before, in LSH layers of
+tokens sorted by one round of hashing; its positions are axial, and its layers reversible.
 
 The cost is that of a loss with the gradients of all parameters. Each rival has a process of its
 own, and those of a length take turns. A rival whose first run, compilation included, takes longer
@@ -21,6 +23,7 @@ long_attention.{json,png}.
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import signal
@@ -40,41 +43,48 @@ SIZES = {
     "vocab_size": 256, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
 }  # fmt: skip
 BLOCK = 128
-RIVALS = {name: name for name in ("full", "LSG", "local", "LocalTransformer")}
+RIVALS = {name: name for name in ("full", "LSG", "local", "LocalTransformer", "Reformer")}
 RATE, WARM_UP = 1e-3, 10  # of learning; steps
 HELD_OUT, MARKS = 4, 6  # texts; how often it is measured in the time there is
 SLOW = 10.0  # seconds of a step, beyond which it is run once
 
 
 def make_model(rival: str, length: int):
-    """The rival that reads so many tokens."""
+    """The rival that reads so many tokens, a power of two."""
     from lsg_flax import EncoderConfig, LSGConfig, Model
-    from lsg_flax.models import LocalTransformerConfig
+    from lsg_flax.models import LocalTransformerConfig, ReformerConfig
 
     sizes = SIZES | {"max_position_embeddings": length}
-    if rival == "LocalTransformer":
-        config = LocalTransformerConfig(
-            **sizes,
-            dim_head=sizes["hidden_size"] // sizes["num_attention_heads"],
-            local_attn_window_size=BLOCK,
-            exact_windowsize=False,
-            num_residual_streams=1,
-        )
-        return Model(config, "causal_lm")
-    patterns = {
-        "full": None,
-        "LSG": LSGConfig(block_size=BLOCK, sparse_block_size=BLOCK, sparsity_factor=4),
-        "local": LSGConfig(block_size=BLOCK, sparsity_type="none"),
-    }
-    config = EncoderConfig(
-        **sizes,
-        intermediate_size=4 * sizes["hidden_size"],
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        type_vocab_size=1,
-        is_decoder=True,
-        lsg=patterns[rival],
-    )
+    width, head = sizes["hidden_size"], sizes["hidden_size"] // sizes["num_attention_heads"]
+    mlp = {"intermediate_size": 4 * width}
+    plain = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "is_decoder": True}
+    bert = functools.partial(EncoderConfig, **sizes, **mlp, **plain, type_vocab_size=1)
+    match rival:
+        case "full":
+            config = bert()
+        case "LSG":
+            pattern = LSGConfig(block_size=BLOCK, sparse_block_size=BLOCK, sparsity_factor=4)
+            config = bert(lsg=pattern)
+        case "local":
+            config = bert(lsg=LSGConfig(block_size=BLOCK, sparsity_type="none"))
+        case "LocalTransformer":
+            window = {"local_attn_window_size": BLOCK, "exact_windowsize": False}
+            config = LocalTransformerConfig(
+                **sizes, **window, dim_head=head, num_residual_streams=1
+            )
+        case _:
+            layers = ("local", "lsh") * (sizes.pop("num_hidden_layers") // 2)
+            rows = 2 ** (length.bit_length() // 2)
+            config = ReformerConfig(
+                **sizes, **mlp, **plain,
+                attn_layers=layers,
+                attention_head_size=head,
+                local_attn_chunk_length=BLOCK,
+                lsh_attn_chunk_length=BLOCK,
+                axial_pos_shape=(rows, length // rows),
+                axial_pos_embds_dim=(width // 2, width // 2),
+                axial_norm_std=0.02,  # as the other tables
+            )  # fmt: skip
     return Model(config, "causal_lm")
 
 

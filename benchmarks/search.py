@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lsg_flax.chips import devices_of, environment_for, parse_topology
+from lsg_flax.chips import parse_topology
 from lsg_flax.open_qa import best_blocks, device_search
 from lsg_flax.sharding import AXES, make_mesh
+from lsg_flax.topologies import devices_of, environment_for
 
 WIDTH, MIB = 128, 2**20
 PUBLISHED = 13_353_718  # blocks of Wikipedia in REALM's index

@@ -161,9 +161,9 @@ def make_checkpoint(folder: str, longest: int, fields: dict) -> None:
     import jax
 
     import lsg_flax
-    from lsg_flax.models import Model
+    from lsg_flax.models import Model, read_config
 
-    model = Model(lsg_flax.EncoderConfig.from_dict(fields | {"max_position_embeddings": longest}))
+    model = Model(read_config(fields | {"max_position_embeddings": longest}))
     params = model.init(jax.random.key(0), **model.example_inputs())["params"]
     lsg_flax.save_pretrained(folder, model, params)
 

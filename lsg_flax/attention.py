@@ -81,7 +81,8 @@ def lsg_attention(
         lsh_key: for sparsity_type "lsh", the key its rotations are drawn from; a fixed seed by
             default, so that results repeat.
         lsh_rotations: the rotations themselves, instead of a key (see `sparsity.lsh_rotations`).
-        implementation: None picks the fastest correct one for the device.
+        implementation: "xla"; "pallas", the fused kernels for TPUs; "pallas_interpret", the same
+            without a TPU, slowly; None picks the fastest correct one for the device.
         blocks_per_step: query blocks computed at once. Trades memory for parallelism; affects
             speed, not numerics.
 

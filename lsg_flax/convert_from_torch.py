@@ -279,7 +279,7 @@ def _mismatch(
 
     lines = [
         f"the checkpoint does not match its config ({family.model_type}, "
-        f"{'LSG' if config.lsg else 'full'} attention):"
+        f"{config.attention} attention):"
     ]
     lines += [f"missing from the file: {len(missing)}", *listing("-", missing)]
     lines += [f"in the file but not in the model: {len(unexpected)}", *listing("+", unexpected)]

@@ -6,6 +6,8 @@ import os
 import pathlib
 import random
 import re
+import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -141,6 +143,46 @@ def test_evaluate_reads_what_train_reads(capsys, classifier, tmp_path, monkeypat
     code, out, err = run(capsys, "evaluate", *given, *cache)
     assert code == 0 and err.count("\n") == 2 and "pip install 'lsg-flax[plots]'" in err
     assert not (tmp_path / "scores" / "confusion.png").exists()
+
+
+DOCS = pathlib.Path(__file__).parent.parent / "docs" / "training.md"
+
+
+def example_of(command: str) -> tuple[list[str], str]:
+    """The command as docs/training.md has it, and what stands below."""
+    blocks = re.findall(r"```\w*\n(.*?)```", DOCS.read_text(), flags=re.DOTALL)
+    number = next(n for n, block in enumerate(blocks) if block.startswith(f"lsg-flax {command} "))
+    return shlex.split(blocks[number].replace("\\\n", ""))[1:], blocks[number + 1]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "data"])
+def test_an_example_says_what_stands_in_the_docs(
+    capsys, classifier, tmp_path, monkeypatch, command
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    shutil.copytree(classifier, "areas")
+    csv_of(pathlib.Path("held_out.csv"), ["low", "high"] * 4)
+    arguments, expected = example_of(command)
+    code, out, err = run(capsys, *arguments)
+    assert (code, err + out) == (0, expected)
+    if command == "data":
+        arguments = ["train", "--dry-run", "--output", "none", *arguments[1:]]
+        assert run(capsys, *arguments) == (0, out, err) and not pathlib.Path("none").exists()
+
+
+def test_predict_reads_what_train_reads_at_the_length_of_training(capsys, classifier, tmp_path):
+    data = csv_of(tmp_path / "data.csv", ["low", "high"] * 2)
+    given = ("predict", classifier, data, tmp_path / "out.jsonl", "--columns", "text=body")
+    assert run(capsys, *given, "--no-truncation")[2].count("23 tokens, more than 8") == 1
+    code, out, err = run(capsys, *given)
+    assert code == 0 and "4 documents" in out, err
+    assert err == SCORED.replace("4 of 8", "2 of 4")
+    answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [answer["id"] for answer in answers] == [0, 1, 2, 3]
+    assert answers[0]["answer"] == answers[2]["answer"] != answers[1]["answer"]
+    code, _, err = run(capsys, *given[:-1], "text=title")
+    assert code == 2 and "must have 'title'" in err
 
 
 def test_evaluate_names_labels_that_the_model_does_not_know(capsys, classifier, tmp_path):

@@ -436,7 +436,7 @@ def test_the_command_embeds_lines_and_objects(make, tmp_path, capsys):
     ("name", "text", "output", "says"),
     [
         ("in.txt", "a", "out.csv", "out.csv must end in .npy or .jsonl"),
-        ("in.csv", "a", "out.npy", "in.csv must end in .txt or .jsonl"),
+        ("in.xlsx", "a", "out.npy", "in.xlsx must end in .jsonl, .csv, .parquet, .txt"),
         ("in.jsonl", '{"text": "a"}\n{', "out.npy", "in.jsonl:2: not valid JSON"),
         ("in.jsonl", '{"text": ""}', "out.npy", "in.jsonl:1: its text is empty. Mend it, or pass"),
         ("in.jsonl", '{"text": "\\u200b "}', "out.npy", "in.jsonl:1: its text is empty. Mend it"),
@@ -444,7 +444,7 @@ def test_the_command_embeds_lines_and_objects(make, tmp_path, capsys):
             "in.jsonl",
             '{"words": "a"}',
             "out.npy",
-            "in.jsonl:1: it has ['words'] and must have a \"text\"",
+            "in.jsonl:1: it has ['words'] and must have input_ids; or question",
         ),
     ],
 )

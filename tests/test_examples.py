@@ -102,6 +102,21 @@ def test_the_documentation_has_blocks_of_one_place_and_one_for_each_question(exa
         assert [other for other in blocks if f"{question.answer}(" in other][:1] in ([block], [])
 
 
+@pytest.mark.parametrize("flags", [[], ["--reformer"]], ids=str)
+def test_bytes_are_learned_and_written(example, capsys, tmp_path, flags):
+    """Of a file a nineteenth is held out; compressors are told beside it."""
+    file = tmp_path / "bytes"
+    file.write_bytes(b"the quick brown fox jumps over the lazy dog. " * 400)
+    arguments = ["--data", str(file), "--small", "--steps", "4", "--written", "8", *flags]
+    found = example("enwik8").main(arguments)
+    out = capsys.readouterr().out
+    assert found.keys() == {"model", "zlib", "lzma"} and found["zlib"] < 2
+    bits = [float(line.split()[2]) for line in out.splitlines() if line.startswith("step ")]
+    assert len(bits) == 4 and 8.5 > bits[0] > bits[-1] > 0
+    written = "the quick brown fox jumps over the lazy dog." in out
+    assert written == (not flags)
+
+
 def test_every_short_example_is_at_most_100_lines():
     files = [f for f in EXAMPLES.glob("*.py") if not f.name.startswith("demo")]
     assert {f.name for f in files} >= {

@@ -131,6 +131,19 @@ def test_a_long_sequence_over_eight_devices(main, capsys):
     assert "x collective-permute" in capsys.readouterr().out
 
 
+def test_a_reformer_that_is_deeper_needs_no_more_memory(main, capsys):
+    sizes = ["--tokens", "2048", "--layers", "2", "8", "--width", "16"]
+    found = main("reformer_long")(sizes)
+    assert list(found) == [(512, 2), (512, 8), (2048, 2), (2048, 8)]
+    for tokens in (512, 2048):
+        shallow, deep = found[tokens, 2], found[tokens, 8]
+        assert deep["temporaries"] < 1.2 * shallow["temporaries"]
+        assert deep["loss"] == pytest.approx(math.log(256), abs=0.3)  # nothing is learned yet
+    assert found[2048, 2]["peak"] > 100 and "2,048 tokens, 8 layers: " in capsys.readouterr().out
+    planned = main("reformer_long")([*sizes[:4], *sizes[-2:], "--topology", "cpu:1"])
+    assert planned[2048, 2]["all"] > planned[2048, 2]["temporaries"] > 1
+
+
 def test_long_models_are_of_one_size_and_measured(main, tmp_path, capsys):
     compare = main("long_attention")
     benchmark = sys.modules["long_attention"]
@@ -138,6 +151,7 @@ def test_long_models_are_of_one_size_and_measured(main, tmp_path, capsys):
     for rival in benchmark.RIVALS:
         model = benchmark.make_model(rival, 256)
         assert model.config.num_hidden_layers == 4 and model.config.is_decoder
+        assert model.config.hidden_size == 128
         leaves = jax.tree.leaves(model.abstract_params()["encoder"])
         sizes[rival] = sum(math.prod(leaf.shape) for leaf in leaves)
     assert max(sizes.values()) < 1.2 * min(sizes.values()), sizes

@@ -20,8 +20,8 @@ from lsg_flax.files import check_output, read_json, write_aside, written_aside
 from lsg_flax.hub import Checkpoint, open_checkpoint
 from lsg_flax.locks import PlaceTaken, holds, locked, locked_file
 from lsg_flax.pipelines import Embedder
+from lsg_flax.pipelines.documents import DocumentFile
 from lsg_flax.pipelines.embeddings import read_texts
-from lsg_flax.pipelines.files import DocumentFile
 
 
 def to_train(file: pathlib.Path) -> list[str]:

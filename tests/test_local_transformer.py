@@ -12,14 +12,17 @@ import pytest
 import safetensors.numpy
 from golden_data import cases, load
 from reference.local_numbers import drawn
+from tiny_tokenizers import write_words
 
 import lsg_flax
-from lsg_flax import sharding
+from lsg_flax import cli, sharding
 from lsg_flax.convert_from_torch import params_to_torch
 from lsg_flax.generation import generate
+from lsg_flax.hub import read_tokenizer
 from lsg_flax.models import Model, read_config
 from lsg_flax.patterns import frequencies
-from lsg_flax.training import evaluate, init_state, loss_fn, make_train_step
+from lsg_flax.training import Settings, evaluate, finetune, init_state, loss_fn, make_train_step
+from lsg_flax.training.flops import train_flops
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 SMALL: dict[str, Any] = {
@@ -204,6 +207,63 @@ def test_a_batch_has_one_token_more_than_there_are_positions(causal):
     np.testing.assert_allclose(metrics["loss"], right, rtol=1e-5)
     with pytest.raises(ValueError, match="26 tokens are more than the 24 positions"):
         loss_fn(model, params, {name: np.ones((1, 26), np.int32) for name in batch})
+
+
+def spelled(folder: pathlib.Path, **fields) -> pathlib.Path:
+    """A checkpoint with a tokenizer of 31 words."""
+    write_words(folder)
+    lsg_flax.save_pretrained(folder, *made(**fields), tokenizer=read_tokenizer(folder))
+    return folder
+
+
+def test_fine_tuning_and_the_command_line(tmp_path, capsys):
+    """Prompts that are continued together are continued as each alone, beyond max_seq_len too."""
+    source, data = spelled(tmp_path / "source"), tmp_path / "data.txt"
+    data.write_text("w5 w6 w7 w8 w9 w10\n" * 30)
+    settings = {
+        "train_data": (str(data),),
+        "eval_data": (str(data),),
+        "output": str(tmp_path / "out"),
+    }
+    settings |= {"batch_size": 2, "steps": 2, "buckets": (24,), "devices": 1}
+    run = finetune(Settings(model=str(source), task="causal_lm", **settings), progress=False)
+    assert run.step == 2 and run.scores["eval_perplexity"] > 1
+    prompts = ["w5 w6 w7", "w8", "w9"]
+    asked = [part for prompt in prompts for part in ("--prompt", prompt)]
+    assert cli.main(["generate", str(tmp_path / "out"), *asked, "--max-new-tokens", "24"]) == 0
+    together = capsys.readouterr().out.splitlines()
+    model, params = lsg_flax.from_pretrained(tmp_path / "out")
+    tokenizer = read_tokenizer(tmp_path / "out")
+    for prompt, text in zip(prompts, together, strict=True):
+        ids = np.array([tokenizer(prompt)["input_ids"][:-1]])
+        ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": 1}
+        alone = generate(model, params, ids, max_new_tokens=24, **ends)
+        new = alone[0, ids.shape[1] :].tolist()
+        assert tokenizer.decode(new, skip_special_tokens=True) == text
+    assert cli.main(["inspect", str(tmp_path / "out")]) == 0
+    assert "local " in capsys.readouterr().out
+
+
+def test_what_reads_tokens_refuses_a_model_without_them(tmp_path):
+    folder = spelled(tmp_path, num_tokens=None)
+    model, params = lsg_flax.from_pretrained(folder)
+    settings = Settings(model=str(folder), task="causal_lm", train_data=("x",), output="y")
+    for call in (
+        lambda: lsg_flax.inference.predict(model, params, [{"input_ids": [1]}]),
+        lambda: lsg_flax.pipeline("feature-extraction", folder),
+        lambda: finetune(settings),
+    ):
+        with pytest.raises(ValueError, match="num_tokens=None"):
+            call()
+
+
+def test_model_flops_count_the_windows():
+    """Four products of each query with its keys, three times; and no more keys with more tokens."""
+    model, _ = made()
+    batch = {"input_ids": np.ones((1, 24), np.int32)}
+    wider = model.clone(config=model.config.with_overrides(local_attn_window_size=6))
+    pairs = (train_flops(wider, batch) - train_flops(model, batch)) / 24
+    assert pairs == 12 * 2 * (2 * 6) * (7 - 5)  # layers, heads x width, keys
 
 
 def test_training_draws_and_layers_may_be_recomputed():

@@ -16,7 +16,7 @@ import tiny_config
 from jax.sharding import NamedSharding, PartitionSpec
 from tiny_config import spelled
 
-from lsg_flax import chips, cli, sharding
+from lsg_flax import chips, cli, sharding, topologies
 from lsg_flax.models import FAMILIES, TASKS
 from lsg_flax.patterns import SPARSITY_TYPES
 from lsg_flax.planning import plan
@@ -443,6 +443,7 @@ def test_a_decoder_has_a_length_of_its_own(bart, mode):
         ({"max_length": 0}, "must be at least 1"),
         ({"lsg": {"block_size": 15}}, "not divisible by"),
         ({"mode": "generate"}, "writes texts, and task='sequence_classification' does not"),
+        ({"attention": "local", "lsg": {}}, "attention='local': a bert has none"),
         ({"max_target_length": 8}, "max_target_length=8 is for an encoder-decoder's task"),
         (
             {"mode": "generate", "task": "causal_lm", "max_new_tokens": 128},
@@ -471,6 +472,42 @@ def test_settings_that_do_not_fit_raise(source, changes, says):
 def test_settings_that_cannot_be_raise_at_once(source, changes, says):
     with pytest.raises(ValueError, match=says):
         settings_of(source, **changes)
+
+
+LOCAL = {
+    "model_type": "local-transformer",
+    **{"num_tokens": 64, "max_seq_len": 64, "dim": 16, "depth": 2, "heads": 2, "dim_head": 8},
+    "local_attn_window_size": 16,
+}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"mode": "generate", "max_new_tokens": 8, "mesh": {"data": 8}}], ids=str
+)
+def test_a_local_transformer_is_planned_as_it_is(tmp_path, changes):
+    (tmp_path / "config.json").write_text(json.dumps(LOCAL))
+    usual = {"task": None, "max_length": None, "lsg": {}, "mesh": {"data": 4, "sequence": 2}}
+    found = compile_plan(settings_of(str(tmp_path), **usual | changes))
+    assert (found.settings.attention, found.settings.max_length) == ("local", 64)
+    assert (found.settings.task, found.notes) == ("causal_lm", ())
+    again = Plan.from_json(found.to_json()).settings
+    assert again == found.settings and planned_model(again)[0].config.attention == "local"
+
+
+@pytest.mark.parametrize(
+    ("fields", "changes", "says"),
+    [
+        ({}, {"max_length": 65}, "local attention and 64 positions, .* leave max_length=65 out"),
+        ({}, {"lsg": LSG}, "leave block_size, sparse_block_size out"),
+        ({}, {"attention": "full"}, "leave attention='full' out"),
+        ({"num_tokens": None}, {}, "num_tokens=None"),
+    ],
+)
+def test_what_a_local_transformer_is_not_planned_as(tmp_path, fields, changes, says):
+    (tmp_path / "config.json").write_text(json.dumps(LOCAL | fields))
+    usual = {"task": None, "max_length": None, "lsg": {}}
+    with pytest.raises(ValueError, match=says):
+        planned_model(settings_of(str(tmp_path), **usual | changes))
 
 
 def test_a_missing_libtpu_is_asked_for(source, monkeypatch):
@@ -657,7 +694,8 @@ def test_a_real_tpu_compilation_of_generation(tmp_path):
 def test_a_real_tpu_compilation_of_attention_sorts_and_gathers_nothing():
     """Nor scatters, forward and backward, with any selection, causal, and in shards."""
     file = pathlib.Path(__file__).with_name("tpu_attention.py")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(file.parents[1]), *sys.path])}
+    environment = topologies.environment_for(chips.parse_topology("v5e:2x2"))
+    environment |= {"PYTHONPATH": os.pathsep.join([str(file.parents[1]), *sys.path])}
     done = subprocess.run(
         [sys.executable, str(file)], env=environment, capture_output=True, text=True
     )

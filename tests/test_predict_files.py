@@ -20,7 +20,8 @@ from lsg_flax import LSGConfig, inference
 from lsg_flax.inference import ResumableLines
 from lsg_flax.inference.program import Program
 from lsg_flax.models import EncoderConfig, Model
-from lsg_flax.pipelines.files import ANSWERS, DocumentFile, Written, predict_file
+from lsg_flax.pipelines.documents import DocumentFile
+from lsg_flax.pipelines.files import ANSWERS, Written, predict_file
 from lsg_flax.pipelines.tasks import FillMask, TextClassification
 
 WORDS = "paris is the capital of france and a small town with long roads ##s ##er . , ?"
@@ -322,5 +323,5 @@ def test_what_does_not_fit(document, options, message, tmp_path):
 def test_sources_that_cannot_be_read(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no\.jsonl is no file"):
         DocumentFile(tmp_path / "no.jsonl")
-    with pytest.raises(ValueError, match=r"must end in \.jsonl or \.txt"):
-        DocumentFile(tmp_path / "in.csv")
+    with pytest.raises(ValueError, match=r"must end in .jsonl, .csv, .parquet, .txt, or"):
+        DocumentFile(tmp_path / "in.xlsx")

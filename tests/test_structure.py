@@ -28,7 +28,8 @@ TREES = pathlib.Path(__file__).parent / "golden" / "parameter_trees.json"
 MAY_IMPORT = {
     **dict.fromkeys(("buckets", "checks", "chips", "kernels", "locks", "progress", "sharding"), ""),
     "files": "locks",
-    "patterns": "checks kernels",
+    "topologies": "chips",
+    "patterns": "checks kernels sharding",
     "attention": "checks kernels patterns sharding",
     "adapters": "attention patterns",
     "models": "checks kernels patterns sharding",
@@ -40,10 +41,10 @@ MAY_IMPORT = {
     "inference": "buckets files locks models progress sharding",
     "training": "buckets checks chips data files generation hub locks models patterns progress "
     "sharding",
-    "pipelines": "buckets files generation hub inference locks models progress",
+    "pipelines": "buckets data files generation hub inference locks models progress",
     "open_qa": "buckets checks convert_from_torch files hub inference locks models pipelines "
     "progress sharding",
-    "planning": "chips generation hub inference models patterns sharding training",
+    "planning": "chips generation hub inference models patterns sharding topologies training",
     "__init__": "attention generation hub models open_qa patterns pipelines",
     "cli": "__init__ chips files generation hub inference locks models open_qa patterns pipelines "
     "planning progress sharding training",

@@ -330,6 +330,24 @@ def test_remat_changes_memory_only():
     )
 
 
+@pytest.mark.parametrize("lsg", [None, LSGConfig(block_size=8, sparse_block_size=8)])
+def test_what_a_layer_keeps_for_the_backward_pass(lsg):
+    """Eleven arrays of [tokens, width], four of them for the wide projection: its input, and what
+    products and attention gave. Padded copies, representatives and norms are made again."""
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3}
+    model = Model(config(lsg=lsg, max_position_embeddings=512, **sizes), "masked_lm")
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), **model.example_inputs()))
+    batch = random_batch(rows=1, length=512, labels=np.zeros((1, 512), int))
+
+    def pullback(params):
+        loss = functools.partial(losses.loss_fn, model, batch=batch, dropout_key=jax.random.key(0))
+        return jax.vjp(lambda params: loss(params)[0], params)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(pullback, params["params"]))
+    arrays = [x.shape for x in kept if x.shape[:1] == (3,) and x.size >= 3 * 512 * 64]
+    assert round(sum(map(np.prod, arrays)) / (3 * 512 * 64), 1) == 11.0, arrays
+
+
 def test_frozen_parameters_keep_every_bit():
     model, params = make()
     optimizer = training.make_optimizer(0.01, total_steps=10, frozen="^encoder/embeddings/")

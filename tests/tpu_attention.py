@@ -1,41 +1,38 @@
 """Compiles attention with its gradients for a TPU that is not there, and prints as JSON which
-instructions that TPUs are slow at the programs have. `test_plan.py` starts it.
-
-    python tests/tpu_attention.py
+instructions that TPUs are slow at the programs have. `test_plan.py` starts it, in the environment
+that `topologies.environment_for` names.
 """
 
-import os
+import functools
+import json
+import re
 
-from lsg_flax import chips
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lsg_flax import LSGConfig, chips, lsg_attention, sharding, topologies
+from lsg_flax.patterns import SPARSITY_TYPES
 
 SLICE = chips.parse_topology("v5e:2x2")
-os.environ.update(chips.environment_for(SLICE))  # before jax
-
-import functools  # noqa: E402
-import json  # noqa: E402
-import re  # noqa: E402
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-from jax.sharding import NamedSharding  # noqa: E402
-from jax.sharding import PartitionSpec as P  # noqa: E402
-
-from lsg_flax import LSGConfig, lsg_attention, sharding  # noqa: E402
-from lsg_flax.patterns import SPARSITY_TYPES  # noqa: E402
-
 SLOW = re.compile(r" (sort|gather|scatter)\(")
 
 
 def slow_instructions(kind: str, axes: dict[str, int], **options) -> list[str]:
     """Those of forward and backward pass together."""
-    mesh = sharding.make_mesh(**axes, devices=chips.devices_of(SLICE))
+    mesh = sharding.make_mesh(**axes, devices=topologies.devices_of(SLICE))
     on = functools.partial(NamedSharding, mesh)
     rows = jax.ShapeDtypeStruct((4, 1537, 2, 64), jnp.bfloat16, sharding=on(P("data")))
     mask = jax.ShapeDtypeStruct(rows.shape[:2], jnp.bool_, sharding=on(P("data")))
 
     def both(query, key, value, mask, cotangent):
         attend = functools.partial(
-            lsg_attention, mask=mask, config=LSGConfig(sparsity_type=kind), **options
+            lsg_attention,
+            mask=mask,
+            config=LSGConfig(sparsity_type=kind),
+            implementation="xla",
+            **options,
         )
         context, pullback = jax.vjp(attend, query, key, value)
         return context, pullback(cotangent)

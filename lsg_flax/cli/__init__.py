@@ -14,6 +14,7 @@ import lsg_flax
 from lsg_flax.cli import (
     ask,
     convert,
+    data,
     embed,
     evaluate,
     generate,
@@ -32,7 +33,20 @@ from lsg_flax.training import SaveError
 ERROR, INTERRUPTED = 2, 130
 _EXPECTED = (ValueError, OSError, ImportError, SaveError, FloatingPointError)
 _COMMANDS = (  # as in --help
-    *(convert, inspect, train, evaluate, predict, summarize, embed, generate, plan, index, ask),
+    *(
+        convert,
+        inspect,
+        data,
+        train,
+        evaluate,
+        predict,
+        summarize,
+        embed,
+        generate,
+        plan,
+        index,
+        ask,
+    ),
 )
 
 _DESCRIPTION = "LSG attention (local + sparse + global) for BERT-like checkpoints, in JAX."

@@ -22,7 +22,8 @@ from lsg_flax.pipelines import (
 
 _DESCRIPTION = """Write one vector for each text of INPUT.
 
-INPUT is a .txt with one text per line, or a .jsonl of objects with "text" and, if wanted, "id".
+INPUT is a .txt with one text per line, a folder of .txt with a text each, or a .jsonl, .csv or
+.parquet (a file, a folder or a pattern) with "text" and maybe "id"; --columns names others.
 OUTPUT is a .npy array [texts, width], or a .jsonl of objects with "id" and "embedding"; it gets its
 name when it is complete. MODEL is a folder of sentence-transformers, converted or not; with
 --pooling any base checkpoint."""
@@ -40,7 +41,9 @@ def add(commands: shared.Commands) -> None:
         action=argparse.BooleanOptionalAction,
         help="scale vectors to length 1, or do not (default: as MODEL says)",
     )
-    add_number(command, "--max-length", "tokens after which a text is cut")
+    shared.add_columns(command)
+    about = "tokens after which a text is cut (default: as MODEL says)"
+    add_number(command, "--max-length", about)
     add_number(command, "--batch-size", "texts at once", 8)
     add_choice(command, "--broken-lines", "what they do", get_args(BrokenLines), "raise")
 
@@ -50,7 +53,8 @@ def run(arguments: argparse.Namespace) -> None:
     shared.check_positive(arguments, "batch_size", "max_length")
     check_suffix(arguments.output, VECTORS)  # before the work, not after
     check_output(arguments.output, arguments.input)
-    lines = read_texts(arguments.input, broken_lines=arguments.broken_lines)
+    columns = arguments.columns or {}
+    lines = read_texts(arguments.input, broken_lines=arguments.broken_lines, columns=columns)
     with locked_file(pathlib.Path(arguments.output)):
         _embed(lines, arguments)
 

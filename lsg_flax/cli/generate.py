@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 import jax
@@ -21,7 +21,7 @@ from lsg_flax.cli.shared import add_choice, add_command, check_positive, console
 from lsg_flax.files import check_apart, check_output, valid_text, write_aside
 from lsg_flax.generation import Sample
 from lsg_flax.locks import locked_file
-from lsg_flax.models import TASKS, Model, Params
+from lsg_flax.models import MOST_TOKENS, TASKS, Model, Params
 from lsg_flax.pipelines import (
     TEXTS,
     BrokenLines,
@@ -134,7 +134,8 @@ def _continued(lines: TextLines, arguments: argparse.Namespace) -> tuple[list[An
     model, params = checkpoint.load(dtype=jnp.dtype(arguments.dtype).type)
     ends = _ends(model, tokenizer)
     prompts = _encode(tokenizer, lines.texts, ends)
-    fitting = _fitting(lines.places, prompts, model.max_length, arguments)
+    longest = MOST_TOKENS if model.rolls else model.max_length
+    fitting = _fitting(lines.places, prompts, longest, arguments)
     written = _continue(model, params, [prompts[i] for i in fitting], ends, arguments)
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
     return [lines.names[i] for i in fitting], texts
@@ -227,18 +228,16 @@ def _continue(
     names = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p")
     options = {name: getattr(arguments, name) for name in names}
     options |= {"eos_token_id": ends or None, "pad_token_id": pad}
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     found: list[list[int]] = [[] for _ in prompts]
-    with Bar("texts", total=len(order), shown=True) as bar:
-        for start in range(0, len(order), size):
-            places = order[start : start + size]
+    with Bar("texts", total=len(prompts), shown=True) as bar:
+        for number, places in enumerate(_batches(model, prompts, size)):
             width = len(prompts[places[0]])
             ids = np.full((len(places), width), pad)
             mask = np.zeros(ids.shape, bool)
             for row, place in enumerate(places):
                 ids[row, width - len(prompts[place]) :] = prompts[place]
                 mask[row, width - len(prompts[place]) :] = True
-            key = jax.random.key(arguments.seed + start // size)
+            key = jax.random.key(arguments.seed + number)
             inputs = {"attention_mask": mask, "position_ids": _positions(model, mask), "key": key}
             tokens = lsg_flax.generate(model, params, ids, **inputs, **options)[:, width:]
             for place, row in zip(places, tokens.tolist(), strict=True):
@@ -247,8 +246,20 @@ def _continue(
     return found
 
 
+def _batches(
+    model: Model, prompts: Sequence[Sequence[int]], size: int
+) -> Iterator[tuple[int, ...]]:
+    """The numbers of the prompts of each batch, the longest first. Only prompts of one length are
+    together where padding in front would shift their positions."""
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    alike = (lambda i: len(prompts[i])) if model.counts_positions else (lambda i: 0)
+    for _, group in itertools.groupby(order, key=alike):
+        places = tuple(group)
+        yield from (places[start : start + size] for start in range(0, len(places), size))
+
+
 def _positions(model: Model, mask: np.ndarray) -> np.ndarray | None:
     """[B, T], counted from each row's first real token; None for a family that does so itself."""
-    if model.family.architecture.positions == "behind_padding":
+    if model.counts_positions or model.family.architecture.positions == "behind_padding":
         return None
     return np.maximum(np.cumsum(mask, axis=1) - 1, 0)

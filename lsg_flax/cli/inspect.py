@@ -48,7 +48,7 @@ def _config_table(checkpoint: hub.Checkpoint) -> Table:
     table.add_row("architectures", ", ".join(classes))
     table.add_row("tasks", ", ".join(family_of(config.model_type).heads))
     table.add_row("in PyTorch", hub.in_pytorch(checkpoint))
-    table.add_row("attention", "LSG" if config.lsg else "full")
+    table.add_row("attention", config.attention)
     for f in fields(config):
         if f.name not in ("lsg", "extra", "labels"):
             table.add_row(f.name, _shown(getattr(config, f.name)))

@@ -1,4 +1,4 @@
-"""`lsg-flax plan`: what a run needs of a TPU that is not there yet."""
+"""`lsg-flax plan`: what a run needs of TPUs or GPUs that are not there yet."""
 
 import argparse
 import dataclasses
@@ -39,7 +39,7 @@ from lsg_flax.progress import doing
 from lsg_flax.sharding import AXES
 from lsg_flax.training import Precision
 
-_DESCRIPTION = """Compile training, inference or generation for a TPU slice without having one.
+_DESCRIPTION = """Compile training, inference or generation for TPUs or GPUs without having them.
 
 SOURCE is a checkpoint's folder, a hub id, or a config.json; weights are not read. A checkpoint
 with full attention is planned as `lsg-flax convert` makes it, and so is a --max-length beyond its
@@ -63,7 +63,7 @@ _TIMES = {
     "compute": "FLOPs at the chip's peak",
     "memory": "memory traffic at peak bandwidth",
     "communication": "collectives, by rings over all links",
-    "compiler": "sum of XLA's own cycle estimates",
+    "compiler": "XLA's cycle estimates; sorts, gathers, scatters, kernels count 0",
 }
 _WHAT = {False: "the nearest setting that fits", True: "the largest batch that fits"}
 _UNITS = ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
@@ -78,7 +78,8 @@ def add(commands: Any) -> None:
         "--topology",
         required=True,
         metavar="CHIP:SHAPE",
-        help=f"such as v5e:2x4; chips are {', '.join(CHIPS)}; cpu:8 for devices on this machine",
+        help=f"such as v5e:2x4 or h100:8; chips are {', '.join(CHIPS)}; cpu:8 for devices on this "
+        "machine",
     )
     command.add_argument(
         "--mesh",
@@ -146,7 +147,7 @@ def _add_search(command: argparse.ArgumentParser) -> None:
 def _add_choices(command: argparse.ArgumentParser) -> None:
     for name, kind, text in (
         ("--mode", RunKind, "what runs"),
-        ("--attention", AttentionKind, "LSG, or the full attention of the same checkpoint"),
+        ("--attention", AttentionKind, "LSG, full, or that of a family which has its own alone"),
         ("--remat", Remat, "what the backward pass recomputes"),
         ("--dtype", Precision, "of the computation"),
         ("--param-dtype", Precision, "of parameters and optimizer state"),
@@ -227,7 +228,8 @@ def _verdict(found: Plan) -> str:
     needed = f"{_bytes(found.needed)} per chip"
     if found.capacity is None:
         return f"{needed}, {found.compile_seconds:.0f} s to compile"
-    word, at_least = ("fits", "") if found.fits else ("does not fit", "at least ")
+    word = "fits" if found.fits else "does not fit"
+    at_least = "at least " if found.refusal else ""
     room = f"{_bytes(found.capacity)} usable"
     return f"{word}: {at_least}{needed}, {room}; {found.compile_seconds:.0f} s to compile"
 
@@ -241,7 +243,7 @@ def _show(found: Plan, out: Console) -> None:
     table.add_column("per chip and step")
     table.add_column("", justify="right")
     for kind, size in dataclasses.asdict(found.memory).items():
-        if size and (found.fits or kind in ("parameters", "optimizer", "batch")):
+        if size and (found.program or kind in ("parameters", "optimizer", "batch")):
             table.add_row(_KINDS[kind], _bytes(size))
     table.add_row("memory in all", _bytes(found.needed))
     if found.generation:
@@ -273,14 +275,16 @@ def _add_work(table: Table, found: Plan) -> None:
         total = _bytes(sum(c.runs * c.bytes for c in rest))
         table.add_row(f"{sum(c.runs for c in rest):,} smaller collectives", total)
     if program.kernels:
-        table.add_row("custom kernels, FLOPs as they declare", f"{program.kernels:,}")
+        table.add_row("custom kernels", f"{program.kernels:,}")
+    if program.unknown_kernels:
+        table.add_row("kernels of unknown work, no FLOPs counted", f"{program.unknown_kernels:,}")
     if program.unknown_loops:
         table.add_row("loops of unknown length, counted once", f"{program.unknown_loops}")
     table.add_section()
     for name, seconds in found.times.items():
         table.add_row(_TIMES[name], f"{1e3 * seconds:.2f} ms")
     if found.roofline is not None:
-        table.add_row("a step takes at least", f"{1e3 * found.roofline:.2f} ms")
+        table.add_row("the largest: a step takes at least", f"{1e3 * found.roofline:.2f} ms")
         if found.generation:
             _add_prefill(table, found.generation, found.roofline, found.settings)
 

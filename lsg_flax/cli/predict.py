@@ -24,8 +24,9 @@ from lsg_flax.training import Precision, check_names
 
 _DESCRIPTION = """Write an answer for each document of a file.
 
-INPUT is a .txt with one text per line, a folder of .txt with a text each, or a .jsonl of objects
-with "text" (and maybe "text_pair"), "question" and "context", or "input_ids", and maybe "id".
+INPUT is a .txt with one text per line, a folder of .txt with a text each, or a .jsonl, .csv or
+.parquet (a file, a folder or a pattern) with "text" (and maybe "text_pair"), "question" and
+"context", or "input_ids", and maybe "id"; --columns names others.
 OUTPUT gets one line of JSON for each: {"id", "answer"} as the pipelines of transformers answer, or
 the model's outputs (--outputs). It gets its name when it is complete; a command that was stopped
 goes on when it is given again.
@@ -51,13 +52,22 @@ def add(commands: shared.Commands) -> None:
 def add_files(command: argparse.ArgumentParser) -> None:
     """Declares what is read and written."""
     command.add_argument("model", metavar="MODEL", help="folder, or id on the Hugging Face hub")
-    command.add_argument("input", metavar="INPUT", help=".jsonl, .txt, or a folder of .txt")
+    command.add_argument(
+        "input",
+        metavar="INPUT",
+        help=".jsonl, .csv, .parquet, .txt, or a folder or pattern of them",
+    )
     command.add_argument("output", metavar="OUTPUT", help="lines of JSON")
 
 
 def add_reading(group: shared.Options) -> None:
     """Declares what happens to texts that are too long, to broken lines, and to earlier work."""
-    add_switch(group, "--truncation", "cut texts that are longer")
+    group.add_argument(
+        "--truncation",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="cut texts that are longer and say how many, or stop at one (default: cut)",
+    )
     add_choice(group, "--broken-lines", "what they do", get_args(BrokenLines), "raise")
     add_switch(group, "--restart", "begin anew where a part of OUTPUT is there")
 
@@ -76,7 +86,9 @@ def _add_what(group: shared.Options) -> None:
         metavar="NAME",
         help="write the model's outputs in place of answers, such as logits; all without a NAME",
     )
-    add_number(group, "--max-length", "tokens (default: the model's)")
+    shared.add_columns(group)
+    about = "tokens read at most (default: what the model was trained at, or reads)"
+    add_number(group, "--max-length", about)
     add_reading(group)
 
 
@@ -108,9 +120,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.outputs:
         check_fields(Model(checkpoint.config_for(task), task), arguments.outputs)
     fields = arguments.outputs or None
-    write_answers(
-        arguments, checkpoint, task, answers, fields=fields, max_length=arguments.max_length
-    )
+    reading = {"max_length": arguments.max_length, "columns": arguments.columns or {}}
+    write_answers(arguments, checkpoint, task, answers, fields=fields, **reading)
 
 
 def write_answers(
@@ -124,7 +135,8 @@ def write_answers(
     # All that can be wrong is found before the weights are read.
     shared.check_positive(arguments, "batch_size", "buckets")
     mesh = None if arguments.mesh is None else make_mesh(**arguments.mesh)
-    DocumentFile(arguments.input, text_column=reading.get("text_column"))
+    named = {name: reading[name] for name in ("text_column", "columns") if name in reading}
+    DocumentFile(arguments.input, **named)
     check_output(arguments.output, arguments.input)
     check_apart(arguments.output, checkpoint.root)
     tokenizer = checkpoint.tokenizer

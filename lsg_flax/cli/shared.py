@@ -11,6 +11,7 @@ from rich.console import Console
 
 from lsg_flax.cli.flags import in_flags
 from lsg_flax.patterns import MAX_GLOBAL_TOKENS, SPARSITY_TYPES, LSGConfig
+from lsg_flax.pipelines import COLUMNS
 from lsg_flax.progress import say
 from lsg_flax.sharding import AXES
 
@@ -127,6 +128,12 @@ def name_values(text: str) -> dict[str, str]:
     if not all(name.strip() and equals for name, equals, _ in pairs):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE,...")
     return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def add_columns(options: Options) -> None:
+    """Declares what the columns of INPUT are called."""
+    about = f"what columns are called, such as text=body; {', '.join(COLUMNS)} (default: so)"
+    options.add_argument("--columns", type=name_values, metavar="NAME=VALUE,...", help=about)
 
 
 def yaml_values(text: str) -> dict[str, Any]:

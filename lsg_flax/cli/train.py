@@ -13,6 +13,7 @@ from rich.table import Table
 from lsg_flax.cli.shared import (
     add_command,
     add_pattern,
+    add_switch,
     console,
     given_pattern,
     mesh_axes,
@@ -22,12 +23,15 @@ from lsg_flax.cli.shared import (
 )
 from lsg_flax.training import (
     REQUIRED,
+    DataSurvey,
     Finetuned,
     Group,
     Help,
+    RunSurvey,
     Settings,
     finetune,
     read_settings,
+    survey,
 )
 
 _DESCRIPTION = """Fine-tune a checkpoint on files, or continue to.
@@ -56,6 +60,7 @@ def add(commands: Any) -> None:
     """Declares the command and its options."""
     command = add_command(commands, "train", _DESCRIPTION, run)
     command.add_argument("--config", metavar="FILE", help="YAML file with settings")
+    add_switch(command, "--dry-run", "show rows, lengths, labels and buckets, and train nothing")
     fields = [f.name for f in dataclasses.fields(Settings) if f.name != "lsg"]
     needed = [name for name in fields if name in REQUIRED]
     add_settings(command.add_argument_group("required, here or in FILE"), needed)
@@ -81,14 +86,16 @@ def _about(name: str) -> tuple[Any, Help]:
     return hint, about
 
 
-def add_settings(options: Any, names: Sequence[str]) -> None:
+def add_settings(options: Any, names: Sequence[str], *, required: bool = False) -> None:
     """Declares a flag for each of these fields of `Settings`."""
     fields = {field.name: field for field in dataclasses.fields(Settings)}
     for name in names:
-        _add_option(options, fields[name], *_about(name))
+        _add_option(options, fields[name], *_about(name), needed=required)
 
 
-def _add_option(options: Any, field: dataclasses.Field, hint: Any, about: Help) -> None:
+def _add_option(
+    options: Any, field: dataclasses.Field, hint: Any, about: Help, *, needed: bool
+) -> None:
     """A flag for a field; unset flags are None, so that those of the YAML file stay."""
     kinds = [kind for kind in get_args(hint) if kind is not types.NoneType]
     kind = kinds[-1] if isinstance(hint, types.UnionType) else hint
@@ -113,7 +120,8 @@ def _add_option(options: Any, field: dataclasses.Field, hint: Any, about: Help) 
     else:
         shape["type"] = origin
     shape["help"] = f"{text} ({'required' if required else f'default: {unset}'})".replace("%", "%%")
-    options.add_argument("--" + field.name.replace("_", "-"), default=None, **shape)
+    flag = "--" + field.name.replace("_", "-")
+    options.add_argument(flag, default=None, **shape, **({"required": True} if needed else {}))
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -124,6 +132,9 @@ def run(arguments: argparse.Namespace) -> None:
     if lsg := given_pattern(arguments):
         given["lsg"] = lsg
     settings = read_settings(arguments.config, given)
+    if arguments.dry_run:
+        show_survey(survey(settings))
+        return
     if arguments.distributed:
         _join(arguments.distributed)
     first = jax.process_index() == 0
@@ -155,6 +166,33 @@ def _join(text: str) -> None:
         raise ValueError(
             f"--distributed: {error} Give HOST:PORT,COUNT,INDEX where nothing says it by itself."
         ) from error
+
+
+def show_survey(found: RunSurvey) -> None:
+    """Prints what a run would learn from."""
+    out = console()
+    for name, part in (("training", found.train), ("evaluation", found.held_out)):
+        if part is not None:
+            for line in _survey_lines(name, part):
+                out.print(line, soft_wrap=True)
+    out.print(f"steps: {found.steps:,}, {found.epoch:,} in an epoch")
+
+
+def _survey_lines(name: str, part: DataSurvey) -> list[str]:
+    skipped = f", {part.skipped:,} broken ones left out" if part.skipped else ""
+    words = ("shortest", "half", "90 %", "longest")
+    lengths = [f"{w} {n:,}" for w, n in zip(words, part.lengths, strict=True)]
+    total = max(sum(part.labels.values()), 1)
+    labels = [f"{label} {n:,} ({n / total:.0%})" for label, n in part.labels.items()]
+    shown = labels[:20] + [f"and {len(labels) - 20:,} more"] * (len(labels) > 20)
+    buckets = [f"{length:,}: {n:,} rows" for length, n in part.buckets.items()]
+    return [
+        f"{name}: {part.rows:,} rows{skipped}",
+        f"  tokens: {', '.join(lengths)}",
+        f"  cut: {part.cut or 'nothing'}",
+        *([f"  labels: {', '.join(shown)}"] if labels else []),
+        f"  buckets: {', '.join(buckets)}; {part.real:.0%} of their places are no padding",
+    ]
 
 
 def _show(result: Finetuned) -> None:

@@ -21,9 +21,12 @@ from lsg_flax.data.cache import RowInfo as RowInfo
 from lsg_flax.data.cache import TokenizedDataset as TokenizedDataset
 from lsg_flax.data.cut import Cut as Cut
 from lsg_flax.data.cut import cut_of as cut_of
+from lsg_flax.data.files import KINDS as KINDS
 from lsg_flax.data.files import OnError as OnError
+from lsg_flax.data.files import Problems as Problems
 from lsg_flax.data.files import TextUnit as TextUnit
 from lsg_flax.data.files import files_at as files_at
+from lsg_flax.data.files import open_source as open_source
 from lsg_flax.data.load import labels_for as labels_for
 from lsg_flax.data.load import load_examples as load_examples
 from lsg_flax.data.load import unknown_labels as unknown_labels

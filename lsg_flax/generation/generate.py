@@ -44,6 +44,7 @@ from lsg_flax.generation.steps import (
     Decoder,
     ModelDecoder,
     Prompt,
+    RereadingDecoder,
     RollingDecoder,
     rolls,
     two_stacks,
@@ -113,9 +114,19 @@ def generate(
     require(searches or not return_scores, "return_scores=True needs num_beams > 1.")
     if mesh is not None:
         check_mesh(mesh, params, len(ready.text.tokens))
-    decoder = ModelDecoder(params, model)
+    own = ModelDecoder(params, model)
     beyond = rolls(model) and ready.text.tokens.shape[-1] - 1 > model.max_length
-    found = _written(RollingDecoder(decoder) if beyond else decoder, ready, call)
+    decoder: Decoder[Any] = RollingDecoder(own) if beyond else own
+    if not call.get("use_cache", True):
+        names = ("position_ids", "encoder_hidden_states", "encoder_attention_mask")
+        used = [name for name in names if call.get(name) is not None]
+        require(
+            not (two_stacks(model) or beyond or used),
+            "use_cache=False is for a decoder alone, within its positions, given nothing but "
+            f"prompts and their mask (here: {used}); leave it out.",
+        )
+        decoder = RereadingDecoder(own)
+    found = _written(decoder, ready, call)
     check_scored(np.asarray(found.broken))
     tokens = _laid_out(found, int(ready.text.limit), ready.how)
     tokens = tokens.astype(np.asarray(input_ids).dtype)

@@ -73,6 +73,8 @@ class GenerateCall(GenerateOptions, total=False):
         key: what sampling draws with.
         stream: is called with each new token of a single row as soon as it is there.
         bucket: prompts are filled up to a multiple of so many tokens.
+        use_cache: False reads all tokens anew for each one: a Reformer's cache is the reference's
+            approximation. Other models write the same either way.
         mesh: of `sharding.make_mesh`: rows lie over its axes data and fsdp, an encoder's tokens
             over sequence. `params` must lie on it, as `from_pretrained(mesh=mesh)` loads them.
     """
@@ -84,6 +86,7 @@ class GenerateCall(GenerateOptions, total=False):
     key: PRNGKeyArray | None
     stream: Callable[[int], object] | None
     bucket: int
+    use_cache: bool
     mesh: Mesh | None
 
 

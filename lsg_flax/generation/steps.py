@@ -153,10 +153,49 @@ class RollingDecoder:
         return logits, Rolling(cache, ids, mask)
 
     def take(self, state: Rolling, parents: Int[Array, "B Beams"]) -> Rolling:
-        def of_beams(x):
-            texts = x.reshape(*parents.shape, x.shape[-1])
-            return jnp.take_along_axis(texts, parents[..., None], axis=1).reshape(x.shape)
+        cache = self.decoder.take(state.cache, parents)
+        return Rolling(cache, _of_beams(state.ids, parents), _of_beams(state.mask, parents))
 
-        return Rolling(
-            self.decoder.take(state.cache, parents), of_beams(state.ids), of_beams(state.mask)
+
+def _of_beams(x: Array, parents: Int[Array, "B Beams"]) -> Array:
+    texts = x.reshape(*parents.shape, x.shape[-1])
+    return jnp.take_along_axis(texts, parents[..., None], axis=1).reshape(x.shape)
+
+
+class Reread(NamedTuple):
+    """A state with all tokens, and how many places are in use."""
+
+    ids: Int[Array, "Rows _"]
+    mask: Bool[Array, "Rows _"]
+    length: Int[Array, ""]
+
+
+@flax.struct.dataclass
+class RereadingDecoder:
+    """A causal model as a decoder that keeps nothing and reads all tokens anew in each step: for a
+    model whose cache is an approximation, a Reformer."""
+
+    decoder: ModelDecoder
+
+    def start(self, prompt: Prompt, room: int, beams: int) -> tuple[Float[Array, "B V"], Reread]:
+        ids, mask = (jnp.asarray(prompt[name]) for name in ("input_ids", "attention_mask"))
+        logits, _ = self.decoder.start(prompt, room, 1)
+        ends = jnp.where(mask.astype(bool), jnp.arange(1, mask.shape[1] + 1)[None], 0)
+        ids, mask = (
+            jnp.repeat(jnp.pad(x, ((0, 0), (0, room - x.shape[1]))), beams, axis=0)
+            for x in (ids.astype(jnp.int32), mask.astype(bool))
         )
+        return logits, Reread(ids, mask, jnp.max(ends))
+
+    def step(
+        self, state: Reread, tokens: Int[Array, "B Beams"]
+    ) -> tuple[Float[Array, "B Beams V"], Reread]:
+        ids = state.ids.at[:, state.length].set(tokens.ravel().astype(jnp.int32))
+        state = Reread(ids, state.mask.at[:, state.length].set(True), state.length + 1)
+        prompt = {"input_ids": state.ids, "attention_mask": state.mask}
+        logits, _ = self.decoder.start(prompt, ids.shape[1], 1)
+        return logits.reshape(*tokens.shape, -1), state
+
+    def take(self, state: Reread, parents: Int[Array, "B Beams"]) -> Reread:
+        ids, mask = (_of_beams(x, parents) for x in state[:2])
+        return Reread(ids, mask, state.length)

@@ -74,6 +74,7 @@ class Predictor:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1.")
+        model.config.check_tokens()
         limit = model.max_length
         buckets = default_buckets(limit) if buckets is None else tuple(sorted(set(buckets)))
         if not buckets or buckets[0] < 1 or buckets[-1] > limit:

@@ -17,4 +17,10 @@ from lsg_flax.kernels.spec import Rule as Rule
 from lsg_flax.kernels.spec import Source as Source
 from lsg_flax.kernels.spec import Spec as Spec
 from lsg_flax.kernels.spec import Window as Window
+from lsg_flax.kernels.tpu import attend_fused as attend_fused
+from lsg_flax.kernels.tpu import plan_fused as plan_fused
+from lsg_flax.kernels.tpu_plan import FusedPlan as FusedPlan
+from lsg_flax.kernels.tpu_plan import FusedSpec as FusedSpec
+from lsg_flax.kernels.tpu_plan import Selecting as Selecting
 from lsg_flax.kernels.windows import pad as pad
+from lsg_flax.kernels.xla import ATTENDED as ATTENDED

@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, UInt32
 
 
 def kept(key: PRNGKeyArray, shape: tuple[int, ...], rate: float) -> Float[Array, "..."]:
@@ -20,6 +20,11 @@ def kept(key: PRNGKeyArray, shape: tuple[int, ...], rate: float) -> Float[Array,
     place = jnp.zeros(shape, jnp.uint32)
     for axis, size in enumerate(shape):
         place = place * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, shape, axis)
+    return kept_at(place, seed, rate)
+
+
+def kept_at(place: UInt32[Array, "..."], seed, rate: float) -> Float[Array, "..."]:
+    """The same for numbered places; `seed` holds two numbers of 32 bits."""
     bits = place ^ seed[0]
     bits = (bits ^ (bits >> 16)) * jnp.uint32(0x7FEB352D)
     bits = (bits ^ (bits >> 15) ^ seed[1]) * jnp.uint32(0x846CA68B)

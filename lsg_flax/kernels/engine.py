@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from lsg_flax.kernels import xla
 from lsg_flax.kernels.spec import EVERYTHING, NO_BIASES, Biases, Queries, Source, Spec
 
-Implementation = Literal["xla"]
+Implementation = Literal["xla", "pallas", "pallas_interpret"]
 
 
 def attend(
@@ -41,9 +41,12 @@ def attend(
         ValueError: for an unknown implementation, dropout without a key, biases of other windows,
             and a rule without the positions it needs.
     """
-    if implementation not in (None, *get_args(Implementation)):
+    check_implementation(implementation)
+    if implementation not in (None, "xla"):
         raise ValueError(
-            f"implementation={implementation!r} is unknown; choose 'xla', or None for the fastest."
+            f"implementation={implementation!r} computes LSG attention of more than two blocks of "
+            "tokens, and this is full or local attention, or LSG attention of fewer; choose 'xla', "
+            "or None, which takes the fused kernels wherever they are faster."
         )
     if spec.dropout_rate and key is None:
         raise ValueError(f"dropout_rate={spec.dropout_rate} needs a key.")
@@ -65,6 +68,15 @@ def attend(
                 "queries does: by place that is a rule for each block; give positions."
             )
     return xla.attend(spec, queries, sources, shared, biases, key if spec.dropout_rate else None)
+
+
+def check_implementation(implementation: str | None) -> None:
+    """Raises ValueError for one that there is not."""
+    if implementation not in (None, *get_args(Implementation)):
+        raise ValueError(
+            f"implementation={implementation!r} is unknown; choose 'xla', 'pallas', "
+            "'pallas_interpret', or None for the fastest."
+        )
 
 
 def merge_softmax_parts(

@@ -18,6 +18,7 @@ from lsg_flax.models.families import model_type_of as model_type_of
 from lsg_flax.models.families import modern_name as modern_name
 from lsg_flax.models.families import read_config as read_config
 from lsg_flax.models.heads import label_log_probs as label_log_probs
+from lsg_flax.models.model import MOST_TOKENS as MOST_TOKENS
 from lsg_flax.models.model import Model as Model
 from lsg_flax.models.outputs import Batch as Batch
 from lsg_flax.models.outputs import ModelOutput as ModelOutput

@@ -107,7 +107,21 @@ class ModelConfig:
     @property
     def filler(self) -> int:
         """The row of the word table that stands where a mask hides what it is."""
+        self.check_tokens()
         return (self.pad_token_id or 0) % self.vocab_size
+
+    def check_tokens(self) -> None:
+        """Raises ValueError for a model without a table of tokens, which takes embeddings alone."""
+        require(
+            self.vocab_size > 0,
+            "this model has num_tokens=None, so no table of tokens and no scores of them: give "
+            "model.apply inputs_embeds, and task='base'.",
+        )
+
+    @property
+    def attention(self) -> str:
+        """The kind of attention, in a word."""
+        return "LSG" if self.lsg else "full"
 
     @property
     def usual_task(self) -> str:

@@ -136,6 +136,11 @@ class LocalTransformerConfig(EncoderConfig):
         return "causal_lm" if self.vocab_size else "base"
 
     @property
+    def attention(self) -> str:
+        """The kind of attention, in a word."""
+        return "local"
+
+    @property
     def ignored_label(self) -> int:
         """The label that does not count, beside -100."""
         return self.ignore_index

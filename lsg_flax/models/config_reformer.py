@@ -13,7 +13,6 @@ from lsg_flax.patterns import LSH, Local
 _Same = TypeVar("_Same", bound="ReformerConfig")
 LayerKind = Literal["local", "lsh"]
 KINDS: tuple[LayerKind, ...] = get_args(LayerKind)
-_CHUNKS = whole(0, 2**10)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +31,10 @@ class ReformerConfig(EncoderConfig):
     """
 
     RANGES: ClassVar[dict[str, Range]] = EncoderConfig.RANGES | {
-        **dict.fromkeys(("attention_head_size", "lsh_attn_chunk_length"), whole(1, 2**20)),
-        "local_attn_chunk_length": whole(1, 2**20),
-        **{f"{kind}_num_chunks_{side}": _CHUNKS for kind in KINDS for side in ("before", "after")},
+        "attention_head_size": whole(1, 2**20),
+        **{f"{kind}_attn_chunk_length": whole(1, 2**20) for kind in KINDS},
+        **{f"{kind}_num_chunks_before": whole(0, 2**10) for kind in KINDS},
+        **{f"{kind}_num_chunks_after": whole(0, 2**10) for kind in KINDS},
         **dict.fromkeys(("chunk_size_feed_forward", "chunk_size_lm_head"), whole(0, 2**28)),
         "lsh_attention_probs_dropout_prob": RATE,
         "num_hashes": whole(1, 100),
@@ -56,7 +56,7 @@ class ReformerConfig(EncoderConfig):
     max_position_embeddings: int = 4096
     type_vocab_size: int = 0
     attention_head_size: int = 64
-    attn_layers: tuple[LayerKind, ...] = ("local", "lsh") * 3
+    attn_layers: tuple[str, ...] = ("local", "lsh") * 3
     axial_norm_std: float = 1.0
     axial_pos_embds: bool = True
     axial_pos_shape: tuple[int, ...] = (64, 64)
@@ -99,11 +99,12 @@ class ReformerConfig(EncoderConfig):
 
     def _check_buckets(self) -> None:
         given = self.num_buckets
-        factors = given if isinstance(given, tuple) else () if given is None else (given,)
-        fits = given is None or bool(factors)
-        fits = fits and all(2 <= n <= 2**20 and n % 2 == 0 for n in factors)
+        if isinstance(given, tuple):
+            fits = bool(given) and all(2 <= n <= 2**20 and n % 2 == 0 for n in given)
+        else:
+            fits = given is None or (2 <= given <= 2**20 and given & (given - 1) == 0)
         require(
-            fits and not (isinstance(given, int) and given & (given - 1)),
+            fits,
             f"num_buckets={given} must be a power of two, or a list of even factors such as "
             "[64, 128], each of them hashed by itself; or null, to choose by the number of tokens.",
         )
@@ -129,9 +130,14 @@ class ReformerConfig(EncoderConfig):
     @property
     def period(self) -> tuple[LayerKind, ...]:
         """The shortest beginning of the layers that the others repeat."""
-        layers = self.attn_layers
+        layers: Any = self.attn_layers
         sizes = (n for n in range(1, len(layers) + 1) if len(layers) % n == 0)
         return next(layers[:n] for n in sizes if layers[:n] * (len(layers) // n) == layers)
+
+    @property
+    def attention(self) -> str:
+        """The kind of attention, in a word."""
+        return "lsh" if "lsh" in self.kinds else "local"
 
     @property
     def head_dim(self) -> int:
@@ -198,6 +204,15 @@ class ReformerConfig(EncoderConfig):
             return Local(chunk, causal, before, after, wraps=True)
         before, after = self.lsh_num_chunks_before, self.lsh_num_chunks_after
         return LSH(chunk, causal, before, after, self.buckets(length), self.num_hashes)
+
+    def keys_seen(self, length: int) -> float:
+        """By a token, in the mean of the layers."""
+        seen = {"local": 1, "lsh": self.num_hashes}
+        for kind in KINDS:
+            sides = (getattr(self, f"{kind}_num_chunks_{side}") for side in ("before", "after"))
+            chunk = self.chunk_length(kind)
+            seen[kind] *= min((1 + sum(sides)) * chunk, length)
+        return sum(seen[kind] for kind in self.attn_layers) / self.num_hidden_layers
 
     @property
     def lacks(self) -> tuple[str, ...]:

@@ -15,17 +15,22 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from lsg_flax.checks import require
+from lsg_flax.kernels import ATTENDED
 from lsg_flax.models.activations import activation
 from lsg_flax.models.attention_layers import CrossAttention, EncoderStates, LayerCall, SelfAttention
 from lsg_flax.models.config import EncoderConfig
 from lsg_flax.models.embeddings import Embeddings
 from lsg_flax.models.inputs import Inputs
-from lsg_flax.models.layers import Part, Projection
+from lsg_flax.models.layers import PROJECTED, Part, Projection
 from lsg_flax.patterns import DEFAULT_LSH_SEED, Cache, LayerCache, Pattern, extend, pattern_of
 from lsg_flax.sharding import SEQUENCE, constrain, over_sequence, sequence_shards
 
 Remat = Literal["none", "full", "dots"]
-REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+REMAT_POLICIES = {  # what the backward pass is given
+    "none": jax.checkpoint_policies.save_only_these_names(PROJECTED, ATTENDED),
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
 class BodyOutput(NamedTuple):
@@ -102,8 +107,9 @@ class Stack(Part):
     """Layers that are run one after the other.
 
     Attributes:
-        remat: what the backward pass recomputes: "none", "full" (a layer keeps only its input),
-            "dots" (keeps its projections).
+        remat: what the backward pass recomputes: "none" (neither products nor attention; what lies
+            between them is cheaper made again than kept), "dots" (attention too), "full" (all but
+            a layer's input).
         unroll: layers per iteration of the scan; more compiles longer and may run faster.
         keep_states: also return every layer's output.
     """
@@ -285,8 +291,7 @@ def stack_of(step: Any, config: EncoderConfig, remat: Remat, unroll: int) -> Any
     not grow with depth."""
     if remat not in get_args(Remat):
         raise ValueError(f"remat={remat!r} is unknown; choose one of {', '.join(get_args(Remat))}.")
-    if remat != "none":
-        step = nn.remat(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    step = nn.remat(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
     stack = _scan(step, config.stack[-1], min(unroll, config.num_hidden_layers))
     if config.num_hidden_groups is not None:  # group, times that it is used, layer within
         groups, _ = config.stack

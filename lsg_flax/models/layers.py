@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from lsg_flax.kernels import Implementation, drop
@@ -23,6 +24,7 @@ from lsg_flax.patterns import shard_key
 from lsg_flax.sharding import constrain
 
 AxisOrder = Literal["btd", "bdt"]
+PROJECTED = "projected"  # under which `jax.checkpoint` knows the results of projections
 FEW = 16  # tokens of which results are turned: else XLA on CPU turns the kernel, 5 x slower
 
 
@@ -225,12 +227,8 @@ project.defvjp(_project_forward, _project_backward)
 
 
 class Projection(Part):
-    """A dense layer with BERT's initialisation between the layouts of `project`.
-
-    Attributes:
-        act: applied to the input and recomputed in the backward pass, which then keeps only what
-            went into it.
-    """
+    """A dense layer with BERT's initialisation between the layouts of `project`; `act` is applied
+    to its input."""
 
     features: int = 0
     reads: AxisOrder = "btd"
@@ -249,16 +247,14 @@ class Projection(Part):
             run = project_groups
         kernel = self.param(name, init, shape, context.param_dtype).astype(context.dtype)
 
-        def apply(x, kernel):
-            return run(self.act(x) if self.act else x, kernel, self.reads, self.writes)
-
-        y = (jax.checkpoint(apply) if self.act else apply)(x.astype(context.dtype), kernel)
-        if not architecture.biases:
-            return y
-        zeros = nn.initializers.zeros
-        bias = self.param("bias", zeros, (self.features,), context.param_dtype)
-        shape = (1, -1, 1) if self.writes == "bdt" else (1, 1, -1)
-        return y + bias.astype(context.dtype).reshape(shape)
+        x = self.act(x) if self.act else x
+        y = run(x.astype(context.dtype), kernel, self.reads, self.writes)
+        if architecture.biases:
+            zeros = nn.initializers.zeros
+            bias = self.param("bias", zeros, (self.features,), context.param_dtype)
+            shape = (1, -1, 1) if self.writes == "bdt" else (1, 1, -1)
+            y += bias.astype(context.dtype).reshape(shape)
+        return checkpoint_name(y, PROJECTED)
 
 
 def project_groups(

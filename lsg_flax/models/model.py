@@ -154,7 +154,6 @@ class Model(nn.Module):
             "encoder_attention_mask": encoder_attention_mask,
         }
         if isinstance(self.config, ReformerConfig):
-            _refuse("a Reformer keeps no cache", cache=cache, cache_length=cache_length)
             require(
                 self.remat == "none",
                 f"remat={self.remat!r}: a Reformer's layers are computed back from their outputs, "
@@ -162,7 +161,7 @@ class Model(nn.Module):
             )
         else:
             _refuse("they are for a Reformer", lsh_rotations=lsh_rotations or None)
-        if isinstance(self.config, EncoderDecoderConfig | LocalTransformerConfig):
+        if self.counts_positions:
             _refuse("the family counts positions itself", position_ids=position_ids)
         for stack in self.config.stacks.values():
             check_heads(stack.num_attention_heads)
@@ -209,11 +208,8 @@ class Model(nn.Module):
         """An encoder, or a decoder alone."""
         stack, rank = self.answering_stack, self.task_record.input_rank
         rank -= self.task_record.alone and inputs.rank == rank - 1
-        require(
-            bool(stack.vocab_size) or (inputs.input_ids is None and self.task == "base"),
-            "this model has num_tokens=None, so no table of tokens and no scores of them: give "
-            "inputs_embeds, and task='base'.",
-        )
+        if inputs.input_ids is not None or self.task != "base":
+            stack.check_tokens()
         check_inputs(inputs, stack, self.max_length, rank=rank)
         context = self._context(stack, call, self._slots(inputs, call))
         batch, width = inputs.lead[0], stack.hidden_size
@@ -231,7 +227,7 @@ class Model(nn.Module):
             case LocalTransformerConfig():
                 body = LocalTransformer(context, *run, name="encoder")(flat, call.cache)
             case ReformerConfig():
-                body = Reformer(context, *run[1:], name="encoder")(flat, rotations)
+                body = Reformer(context, *run[1:], name="encoder")(flat, rotations, call.cache)
             case _:
                 encoder = Encoder(context, *run, causal=stack.is_decoder, name="encoder")
                 body = encoder(flat, memory, call.cache)
@@ -374,6 +370,11 @@ class Model(nn.Module):
     def has_two_stacks(self) -> bool:
         """Whether the model is an encoder and a decoder."""
         return isinstance(self.config, EncoderDecoderConfig) and not self._is_causal
+
+    @property
+    def counts_positions(self) -> bool:
+        """Whether the family counts positions itself, from the first place on."""
+        return isinstance(self.config, EncoderDecoderConfig | LocalTransformerConfig)
 
     @property
     def rolls(self) -> bool:

@@ -28,8 +28,8 @@ from lsg_flax.models.heads import Head
 from lsg_flax.models.inputs import Inputs
 from lsg_flax.models.layers import Embedding, Part, Projection, rows
 from lsg_flax.models.outputs import ModelOutput
-from lsg_flax.models.reversible import HalfLayer, LayerArrays, LayerGroup, run_layers
-from lsg_flax.patterns import DEFAULT_LSH_SEED, LSH
+from lsg_flax.models.reversible import HalfLayer, LayerArrays, LayerGroup, run_and_keep, run_layers
+from lsg_flax.patterns import DEFAULT_LSH_SEED, LSH, Cache, LayerCache
 from lsg_flax.sharding import constrain, sequence_shards
 
 Rotations = tuple[Float[Array, "N H _ _"], ...]
@@ -104,40 +104,86 @@ def _side_by_side(
     return x.reshape(-1, x.shape[-1])
 
 
+class RowCall(NamedTuple):
+    """Decoding, in which every row is as it is alone, its tokens from place 0 on.
+
+    Attributes:
+        length: of each row's prompt.
+        padded: what it is filled up to by itself.
+        cache: of earlier tokens; the input is then the next one.
+    """
+
+    length: Int[Array, "B"]
+    padded: Int[Array, "B"]
+    cache: Cache | None = None
+
+
 class HalfCall(NamedTuple):
     """What a half of a layer is given beside its stream.
 
     Attributes:
         hashing: of LSH attention, rotations or a key to draw them from.
         buckets: that were hashed into before; then nothing is hashed.
+        own, number: decoding, and the number of the layer in a cache.
     """
 
     mask: Bool[Array, "B T"]
     hashing: PRNGKeyArray | Rotations | None = None
     buckets: Int[Array, "B N _ T"] | None = None
+    own: RowCall | None = None
+    number: Int[Array, ""] | None = None
+
+
+class Shared(NamedTuple):
+    """What is the same for all layers."""
+
+    mask: Bool[Array, "B T"]
+    own: RowCall | None = None
 
 
 class ReformerAttention(HeadProjections, _ReformerPart):
-    """Local or LSH attention. The second result are the buckets that were hashed into."""
+    """Local or LSH attention. The second result are the buckets that were hashed into; in decoding
+    what the layer shall keep of x."""
 
     kind: LayerKind = "local"
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T D"], call: HalfCall
-    ) -> tuple[Float[Array, "B T D"], Int[Array, "B N _ T"] | None]:
-        settings, length, buckets = self.settings, x.shape[1], call.buckets
+    ) -> tuple[Float[Array, "B T D"], Int[Array, "B N _ T"] | LayerCache | None]:
+        settings, length, buckets, own = self.settings, x.shape[1], call.buckets, call.own
         pattern, mask = settings.pattern(self.kind, length), call.mask[:, None]
         if isinstance(pattern, LSH):
             query = key = self.heads(x, "query_key")
             run = self.runtime(call.hashing, settings.lsh_attention_probs_dropout_prob)
-            if length > pattern.chunk_length and buckets is None:
+            if buckets is None and (length > pattern.chunk_length or own is not None):
                 buckets = patterns.bucket_of(pattern, query, mask, run)
-            run = dataclasses.replace(run, buckets=buckets)
+            lengths = None if own is None else own.padded
+            run = dataclasses.replace(run, buckets=buckets, own_lengths=lengths)
         else:
             query, key, run = self.heads(x, "query"), self.heads(x, "key"), self.runtime()
         source = Source(key, self.heads(x, "value"), mask)
-        return self.merged(patterns.attention(pattern, query, source, run)), buckets
+        if own is None:
+            return self.merged(patterns.attention(pattern, query, source, run)), buckets
+        if own.cache is None or call.number is None:
+            context = patterns.attention(pattern, query, source, run)
+            first = own.length
+            if isinstance(pattern, LSH):
+                first = patterns.windows_from(pattern, own.length, own.padded)
+            kept = self._buckets(source, buckets)
+            return self.merged(context), patterns.keep_rows(source, self.context.slots, kept, first)
+        where = (own.cache, call.number)
+        if isinstance(pattern, LSH):
+            context, buckets = patterns.step_by_buckets(pattern, query, source, run, *where)
+        else:
+            context = patterns.step_in_ring(pattern, query, source, *where)
+        return self.merged(context), LayerCache(source, buckets=self._buckets(source, buckets))
+
+    def _buckets(self, source: Source, buckets: Int[Array, "B N _ T"] | None) -> Array:
+        """Buckets as every layer keeps them: of local attention zeros."""
+        batch, heads, _, length = source.key.shape
+        zeros = jnp.zeros((batch, heads, self.settings.num_hashes, length), jnp.int32)
+        return zeros if buckets is None else buckets
 
 
 class ReformerLayer(_ReformerPart):
@@ -181,7 +227,9 @@ class Reformer(_ReformerPart):
     keep_states: bool = False
 
     @nn.compact
-    def __call__(self, inputs: Inputs, rotations: Rotations = ()) -> BodyOutput:
+    def __call__(
+        self, inputs: Inputs, rotations: Rotations = (), cache: Cache | None = None
+    ) -> BodyOutput:
         """`rotations`: of every LSH layer that hashes; drawn where there are none."""
         settings, length = self.settings, inputs.lead[1]
         require(
@@ -191,8 +239,11 @@ class Reformer(_ReformerPart):
         )
         if self.context.train:
             settings.check_training_length(length)
-        extra, mask = settings.needs_padding(length), inputs.attention_mask
+        mask = inputs.attention_mask
         mask = jnp.ones(inputs.lead, bool) if mask is None else mask.astype(bool)
+        own, extra = None, settings.needs_padding(length) if cache is None else 0
+        if self.context.slots or cache is not None:
+            inputs, mask, own = self._alone(inputs, mask, cache)
         mask = jnp.pad(mask, ((0, 0), (0, extra)))
         if extra and inputs.position_ids is not None:  # padding's do not matter
             places = jnp.pad(inputs.position_ids, ((0, 0), (0, extra)))
@@ -202,13 +253,63 @@ class Reformer(_ReformerPart):
         layers: Layers = {
             kind: ReformerLayer(self.context, kind, parent=None) for kind in settings.kinds
         }
-        params, draws = self._params(layers), self._draws(mask.shape[1], rotations)
-        arrays = LayerArrays(params, draws, mask)
-        streams, states = self._layers(layers, arrays, x)
+        hashed = mask.shape[1] if own is None else settings.lsh_attn_chunk_length + 1
+        params, draws = self._params(layers), self._draws(hashed, rotations)
+        arrays = LayerArrays(params, draws, Shared(mask, own))
+        streams, states, new = self._layers(layers, arrays, x)
+        if own is not None:
+            states, last = None, (0 if cache is not None else own.length - 1)
+            streams = [x[jnp.arange(len(x)), last][:, None] for x in streams]
+            cache, length = self._written(new, own), 1
         both = self.layer_norm("final_norm")(jnp.concatenate(streams, axis=-1))  # [B, T, 2 D]
         last = self.dropout(both)[:, :length]
         states = None if states is None else (x, *states.astype(x.dtype))
-        return BodyOutput(last, states, words, None)
+        return BodyOutput(last, states, words, cache)
+
+    def _alone(
+        self, inputs: Inputs, mask: Bool[Array, "B T"], cache: Cache | None
+    ) -> tuple[Inputs, Bool[Array, "B T"], RowCall]:
+        """The inputs of decoding, each row's tokens from place 0 on, at positions from 0 on."""
+        settings = self.settings
+        require(
+            inputs.position_ids is None,
+            "position_ids with a cache: a Reformer's chunks and positions are counted from each "
+            "row's first token; leave position_ids out.",
+        )
+        require(
+            settings.num_buckets is not None or "lsh" not in settings.kinds,
+            "num_buckets=null with a cache: PyTorch's class fixes it by the first text that it "
+            "hashes; give it, as config.buckets(number of tokens) says.",
+        )
+        if cache is not None:
+            inputs = inputs._replace(position_ids=cache.position[:, None])
+            return inputs, mask, RowCall(cache.position, cache.position, cache)
+        batch, width = mask.shape
+        first = jnp.argmax(mask, axis=1).astype(jnp.int32)
+        length = (width - jnp.argmax(mask[:, ::-1], axis=1)).astype(jnp.int32) - first
+        place = (first[:, None] + jnp.arange(width)[None]) % width
+
+        def moved(x):
+            return None if x is None else x[jnp.arange(batch)[:, None], place]
+
+        ids, embeds = moved(inputs.input_ids), moved(inputs.inputs_embeds)
+        inputs = inputs._replace(input_ids=ids, inputs_embeds=embeds, attention_mask=None)
+        multiple, chunk = settings.chunk_multiple, settings.lsh_attn_chunk_length
+        least = min(map(settings.chunk_length, settings.kinds))
+        unit = jnp.where(length <= least, chunk, multiple)
+        mask = jnp.take_along_axis(mask, place, axis=1)
+        return inputs, mask, RowCall(length, -(-length // unit) * unit)
+
+    def _written(self, new: Any, own: RowCall) -> Cache:
+        """The cache with what the layers keep: a list of halves, stacked over groups."""
+
+        def by_layer(*x: Array) -> Array:
+            return jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:])
+
+        layers = jax.tree.map(by_layer, *new[::2])
+        if own.cache is not None:
+            return patterns.write_rows(own.cache, layers)
+        return Cache(layers, jnp.max(own.length), own.length)
 
     def _layers(self, layers: Layers, arrays: LayerArrays, x: Array):
         """The streams behind the layers, in float32 at least: what is computed back from them is as
@@ -219,13 +320,21 @@ class Reformer(_ReformerPart):
                 halves.append(HalfLayer(kind, counts[kind], partial(run, layers[kind])))
             counts[kind] += 1
         groups = self.settings.num_hidden_layers // len(self.settings.period)
+        numbers, own = None, arrays.shared.own
+        if own is not None and own.cache is not None:
+            numbers = jnp.arange(self.settings.num_hidden_layers).reshape(groups, -1)
+            numbers = [x for n in range(numbers.shape[1]) for x in (numbers[:, n], None)]
         params, draws = jax.tree.map(
             lambda leaf: leaf.reshape(groups, -1, *leaf.shape[1:]), (arrays.params, arrays.draws)
         )
         group = LayerGroup(tuple(halves), min(self.unroll, groups), self.keep_states)
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        arrays = LayerArrays(params, draws, arrays.shared)
+        if own is not None:
+            (streams, states), kept = run_and_keep(group, arrays, (x, x), numbers)
+            return streams, states, kept
         run: Any = run_layers
-        return run(group, LayerArrays(params, draws, arrays.shared), (x, x))
+        return *run(group, arrays, (x, x)), None
 
     def _params(self, layers: Layers) -> dict[LayerKind, Any]:
         """Those of the layers of each kind, stacked."""
@@ -268,20 +377,25 @@ class Reformer(_ReformerPart):
         return jax.random.split(key, count)
 
 
-def _attend(layer: ReformerLayer, params, x, draws: LayerDraws, mask, buckets):
+def _attend(layer: ReformerLayer, params, x, draws: LayerDraws, shared: Shared, kept):
     keys, hashing = draws
     rngs = None if keys is None else {"dropout": keys[0]}
     if hashing is not None and not jax.dtypes.issubdtype(hashing.dtype, jax.dtypes.prng_key):
         hashing = (hashing,)
-    call = HalfCall(mask, hashing, buckets)
+    call = HalfCall(shared.mask, hashing)
+    call = (
+        call._replace(buckets=kept)
+        if shared.own is None
+        else call._replace(own=shared.own, number=kept)
+    )
     return layer.apply({"params": params}, x, call, HALVES[:1], rngs=rngs)
 
 
-def _feed_forward(layer: ReformerLayer, params, x, draws: LayerDraws, mask, _):
+def _feed_forward(layer: ReformerLayer, params, x, draws: LayerDraws, shared: Shared, _):
     def run(x, number) -> Any:
         keys = draws.dropout
         rngs = None if keys is None else {"dropout": jax.random.fold_in(keys[1], number)}
-        return layer.apply({"params": params}, x, HalfCall(mask), HALVES[1:], rngs=rngs)[0]
+        return layer.apply({"params": params}, x, HalfCall(shared.mask), HALVES[1:], rngs=rngs)[0]
 
     return in_chunks(run, x, layer.settings.chunk_size_feed_forward), None
 

@@ -65,19 +65,23 @@ def _scan(one: Callable, group: LayerGroup, arrays: LayerArrays, carry: Any, mor
     return lax.scan(step, carry, inputs, unroll=group.unroll, **options)
 
 
-def _run(group: LayerGroup, arrays: LayerArrays, streams: Streams):
-    def one(carry, arrays, _):
+def run_and_keep(group: LayerGroup, arrays: LayerArrays, streams: Streams, given: Any = None):
+    """What `run_layers` gives, and what branches keep, stacked over the groups; `given` are the
+    last arguments of the branches, stacked likewise. Without a backward pass of its own."""
+
+    def one(carry, arrays, given):
         streams, states, kept = list(carry), [], []
         for number, half in enumerate(group.halves):
             to = number % 2
-            arguments: Any = (*arrays.of(half, streams[1 - to]), None)
+            last = None if given is None else given[number]
+            arguments: Any = (*arrays.of(half, streams[1 - to]), last)
             y, keep = half.run(*arguments)
             streams[to] = streams[to] + y
             kept.append(keep)
             states += [streams[1]] if to and group.keep_states else []
         return tuple(streams), (jnp.stack(states) if states else None, kept)
 
-    streams, (states, kept) = _scan(one, group, arrays, streams, None)
+    streams, (states, kept) = _scan(one, group, arrays, streams, given)
     states = None if states is None else states.reshape(-1, *states.shape[2:])
     return (streams, states), kept
 
@@ -88,11 +92,11 @@ def run_layers(
 ) -> tuple[Streams, Float[Array, "L B T D"] | None]:
     """The streams behind the last layer and, if kept, the second one behind every layer. The
     backward pass keeps the former, and what branches keep."""
-    return _run(group, arrays, streams)[0]
+    return run_and_keep(group, arrays, streams)[0]
 
 
 def _forward(group, arrays, streams):
-    (streams, states), kept = _run(group, arrays, streams)
+    (streams, states), kept = run_and_keep(group, arrays, streams)
     return (streams, states), (arrays, streams, kept)
 
 

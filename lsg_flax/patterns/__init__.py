@@ -8,6 +8,11 @@ from lsg_flax.patterns.arguments import tokens_first as tokens_first
 from lsg_flax.patterns.cache import Cache as Cache
 from lsg_flax.patterns.cache import LayerCache as LayerCache
 from lsg_flax.patterns.cache import slots_for as slots_for
+from lsg_flax.patterns.cache_rows import keep_rows as keep_rows
+from lsg_flax.patterns.cache_rows import step_by_buckets as step_by_buckets
+from lsg_flax.patterns.cache_rows import step_in_ring as step_in_ring
+from lsg_flax.patterns.cache_rows import windows_from as windows_from
+from lsg_flax.patterns.cache_rows import write_rows as write_rows
 from lsg_flax.patterns.config import MAX_GLOBAL_TOKENS as MAX_GLOBAL_TOKENS
 from lsg_flax.patterns.config import SPARSITY_TYPES as SPARSITY_TYPES
 from lsg_flax.patterns.config import LSGConfig as LSGConfig
@@ -16,6 +21,7 @@ from lsg_flax.patterns.halo import shard_key as shard_key
 from lsg_flax.patterns.local import attend_locally as attend_locally
 from lsg_flax.patterns.local import unit as unit
 from lsg_flax.patterns.lsh import bucket_of as bucket_of
+from lsg_flax.patterns.lsh import sort_by_bucket as sort_by_bucket
 from lsg_flax.patterns.lsh_reference import (
     attend_by_buckets_reference as attend_by_buckets_reference,
 )

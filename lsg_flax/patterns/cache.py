@@ -36,12 +36,15 @@ class LayerCache(NamedTuple):
             part.
         bos_query: what "bos_pooling" weighs with.
         memory: keys and values of the encoder's states, for cross-attention.
+        buckets, first: of Reformer (see `cache_rows.py`).
     """
 
     tokens: Source
     chosen: Source | None = None
     bos_query: Float[Array, "*L B N H"] | None = None
     memory: Source | None = None
+    buckets: Int[Array, "*L B N _ S"] | None = None
+    first: Int[Array, "*L B"] | None = None
 
 
 class Cache(NamedTuple):

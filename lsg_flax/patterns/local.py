@@ -10,7 +10,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from lsg_flax.checks import require
 from lsg_flax.kernels import (
@@ -78,24 +78,38 @@ def show_themselves(
     return jnp.where(alone[:, :, None], own, context)
 
 
+def take_tokens(x: Shaped[Array, "B *A T"], place: Int[Array, "B _"]) -> Shaped[Array, "B *A _"]:
+    """The tokens at each row's places."""
+    place = place.reshape(len(place), *[1] * (x.ndim - 2), -1)
+    return jnp.take_along_axis(x, place, axis=-1, mode="promise_in_bounds")
+
+
 def places(x: Float[Array, "B N H T"]) -> Int[Array, "B 1 T"]:
     """Of the tokens in the array."""
     return lax.broadcasted_iota(jnp.int32, (x.shape[0], 1, x.shape[-1]), 2)
 
 
 def put_in_ring(
-    source: Source, size: int, before: int, after: int, rule: Rule
+    source: Source,
+    size: int,
+    before: int,
+    after: int,
+    rule: Rule,
+    end: Int[Array, "B"] | None = None,
 ) -> tuple[Source, tuple[Window, ...]]:
     """The source with its ends repeated, and what blocks of `size` see of it: so many blocks before
     their own and behind it, in a ring.
 
     As in the reference (`_look_adjacent`), a neighbour as far away as the ring is long, or farther,
-    is the block itself, seen once more.
+    is the block itself, seen once more. `end`: where each row's ring ends, if not with the source.
     """
     most = source.mask.shape[-1] // size - 1
     first, last = min(before, most) * size, min(after, most) * size
 
     def around(x):
+        if end is not None:
+            place = (end[:, None] - first + jnp.arange(first)[None]) % end[:, None]
+            return jnp.concatenate([take_tokens(x, place), x, x[..., :last]], axis=-1)
         return jnp.concatenate([x[..., x.shape[-1] - first :], x, x[..., :last]], axis=-1)
 
     again = before + after - (first + last) // size

@@ -3,12 +3,27 @@
 Axes: B batch, N heads, H head width, T tokens, S keys.
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lsg_flax.kernels import EVERYTHING, PAST, Source, Spec, Window, attend, merge_softmax_parts
-from lsg_flax.patterns import halo
+from lsg_flax.kernels import (
+    EVERYTHING,
+    PAST,
+    FusedPlan,
+    FusedSpec,
+    Selecting,
+    Source,
+    Spec,
+    Window,
+    attend,
+    attend_fused,
+    merge_softmax_parts,
+    plan_fused,
+)
+from lsg_flax.patterns import halo, sparsity
 from lsg_flax.patterns.full import attend_to_all, scale
 from lsg_flax.patterns.pattern import LSG, Runtime
 from lsg_flax.patterns.representatives import (
@@ -17,6 +32,7 @@ from lsg_flax.patterns.representatives import (
     representatives_of,
     right_offset,
 )
+from lsg_flax.sharding import MESH_AXES
 
 
 def attend_by_blocks(
@@ -46,6 +62,7 @@ def _full_rows(
 ) -> Float[Array, "B N H _"]:
     """Full attention of the globals: the `split` prepended ones, or the first token."""
     axis, run = run.sequence_axis, run.with_other_dropout()
+    run = replace(run, implementation=None)  # few rows
     if axis is None:
         return attend_to_all(query, source, run)[0]
     if split:  # every shard has them: they are keys once
@@ -67,9 +84,18 @@ def _token_rows(
         if not split:  # the global is in the first shard
             shared = jax.tree.map(lambda x: halo.share_first(x, axis), shared)
     query, source = jax.tree.map(lambda x: x[..., split:], (query, source))
-    length = query.shape[-1]
+    length, plan = query.shape[-1], _fused_plan(pattern, query, shared, run)
     query, source = pad_to_blocks(config, query, source)
     local = hide_global(pattern, source, run)  # seen once, as the global
+    if plan is not None:
+        given = plan.selecting.kind == "given"
+        chosen = representatives_of(pattern, query, source, run) if given else None
+        if axis is not None:
+            local = _with_neighbours(local, plan.before * block, pattern, axis)
+        if axis is not None and chosen is not None:
+            chosen = _with_neighbours(chosen, plan.before * config.sparse_step, pattern, axis)
+        context = attend_fused(plan, query, local, shared, chosen, run.dropout_key)
+        return context[..., :length]
     sources = [_with_neighbours(local, block, pattern, axis)]
     width, rule = (2, PAST) if pattern.causal else (3, EVERYTHING)
     windows = [Window(0, 0, block, width * block, rule, lead=block)]
@@ -84,6 +110,25 @@ def _token_rows(
     options = {"key": run.dropout_key, "implementation": run.implementation}
     context, _ = attend(spec, scale(query), tuple(sources), shared, **options)
     return context[..., :length]
+
+
+def _fused_plan(
+    pattern: LSG, query: Float[Array, "B N H _"], shared: Source | None, run: Runtime
+) -> FusedPlan | None:
+    """How the fused kernels compute the rows of the tokens; None where XLA does."""
+    config, selecting = pattern.config, Selecting()
+    if config.is_sparse:
+        kind = sparsity.effective_type(config)
+        if config.strict_reference or kind in ("lsh", "bos_pooling"):
+            kind = "given"
+        elif config.sparsity_factor == 1:
+            kind = "stride"  # every token
+        step, right, chunk = config.sparse_step, right_offset(config), config.selection_chunk
+        selecting = Selecting(kind, step, config.sparse_block_size, right, chunk)
+    spec = FusedSpec(config.block_size, selecting, pattern.causal, run.dropout_rate)
+    axes = MESH_AXES["batch"], MESH_AXES["heads"]
+    extended = run.sequence_axis is not None
+    return plan_fused(spec, query, shared, run.implementation, axes=axes, extended=extended)
 
 
 def _with_neighbours(source: Source, size: int, pattern: LSG, axis: str | None) -> Source:

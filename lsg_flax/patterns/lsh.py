@@ -4,7 +4,6 @@ ones, each of which sees its chunk of that order and neighbouring ones.
 Axes: B batch, N heads, H head width, T tokens.
 """
 
-import math
 from functools import partial
 
 import jax
@@ -15,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from lsg_flax.checks import require
 from lsg_flax.kernels import Queries, Rule, Source, Spec, attend, merge_softmax_parts, pad
 from lsg_flax.patterns.full import BLOCK
-from lsg_flax.patterns.local import put_in_ring, show_themselves
+from lsg_flax.patterns.local import put_in_ring, show_themselves, take_tokens
 from lsg_flax.patterns.pattern import LSH, Runtime
 from lsg_flax.patterns.representatives import DEFAULT_LSH_SEED
 
@@ -53,24 +52,46 @@ def attend_by_buckets(
     queries, value = sort(query_key), sort(source.value)
     mask = jnp.take_along_axis(source.mask[:, :, None], order, axis=-1)
     ring = Source(unit_keys(queries), value, _join_rounds(mask), _join_rounds(order))
-    seen, windows = put_in_ring(ring, chunk, pattern.chunks_before, pattern.chunks_after, rule)
+    back, end = None, None
+    if run.own_lengths is not None:
+        flat, back = close_gaps(pattern, run.own_lengths, order.shape[-1])
+        queries, ring = jax.tree.map(lambda x: take_tokens(x, flat), (queries, ring))
+        end = run.own_lengths * pattern.num_hashes
+    sides = (pattern.chunks_before, pattern.chunks_after)
+    seen, windows = put_in_ring(ring, chunk, *sides, rule, end)
     spec = Spec(
         chunk, windows, blocks_per_step=run.blocks_per_step or 0, dropout_rate=run.dropout_rate
     )
     context, normaliser = attend(spec, Queries(queries, ring.positions), (seen,), **options)
+    if back is not None:
+        context, normaliser = (take_tokens(x, back) for x in (context, normaliser))
     context, normaliser = (
         x.reshape(*x.shape[:-1], pattern.num_hashes, -1) for x in (context, normaliser)
     )
     context = permute(context, place, order)
     normaliser = permute(normaliser[:, :, None], place, order)[:, :, 0]  # [B, N, rounds, T]
-    merge = partial(merge_softmax_parts, axis="rounds")
-    merge = jax.vmap(merge, in_axes=(3, 2), out_axes=None, axis_name="rounds")
-    context, normaliser = merge(context, normaliser)
+    if pattern.num_hashes == 1:
+        context, normaliser = context[:, :, :, 0], normaliser[:, :, 0]
+    else:
+        merge = partial(merge_softmax_parts, axis="rounds")
+        merge = jax.vmap(merge, in_axes=(3, 2), out_axes=None, axis_name="rounds")
+        context, normaliser = merge(context, normaliser)
     return show_themselves(context, normaliser, source, run)[..., :length]
 
 
 def _join_rounds(x: Shaped[Array, "*A rounds T"]) -> Shaped[Array, "*A all"]:
     return x.reshape(*x.shape[:-2], -1)
+
+
+def close_gaps(
+    pattern: LSH, own_lengths: Int[Array, "B"], length: int
+) -> tuple[Int[Array, "B all"], Int[Array, "B all"]]:
+    """The order in which the tokens of all rounds' own lengths come first, and the places in it."""
+    place, own = jnp.arange(pattern.num_hashes * length)[None], own_lengths[:, None]
+    number, inside = place // length, place % length
+    behind = (pattern.num_hashes - number) * own + number * length + inside - own
+    back = jnp.where(inside < own, number * own + inside, behind)
+    return jnp.argsort(back, axis=-1), back
 
 
 def rule_of(pattern: LSH) -> Rule:
@@ -134,10 +155,11 @@ def sort_by_bucket(
     the place of each token in it."""
     length = buckets.shape[-1]
     number = lax.broadcasted_iota(jnp.int32, buckets.shape, 3)
-    if (math.prod(pattern.bucket_factors) + 1) * length <= 2**32:
+    bits = (length - 1).bit_length()
+    if (pattern.all_buckets + 1) << bits <= 2**32:
         # Bucket and number as one word: measured 3.4 x faster on CPU than a stable sort of pairs.
-        words = buckets.astype(jnp.uint32) * length + number.astype(jnp.uint32)
-        order = (jnp.sort(words, axis=-1) % length).astype(jnp.int32)
+        words = (buckets.astype(jnp.uint32) << bits) | number.astype(jnp.uint32)
+        order = (jnp.sort(words, axis=-1) & (2**bits - 1)).astype(jnp.int32)
     else:
         order = lax.sort((buckets, number), num_keys=2)[1]
     place = jnp.put_along_axis(

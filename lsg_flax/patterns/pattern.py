@@ -4,6 +4,7 @@ brings.
 Axes: N heads, H head width.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -151,6 +152,11 @@ class LSH:
         given = self.num_buckets
         return (given,) if isinstance(given, int) else given
 
+    @property
+    def all_buckets(self) -> int:
+        """Of a round; padding's is one more."""
+        return math.prod(self.bucket_factors)
+
     def rotations_shape(self, heads: int, width: int) -> tuple[int, int, int, int]:
         """Of what a layer hashes with: [heads, head width, hashes, rotations // 2]."""
         return heads, width, self.num_hashes, sum(self.bucket_factors) // 2
@@ -181,6 +187,8 @@ class Runtime:
             tokens, at least as many as `LSGConfig.needs_padding` asks for. Shards exchange their
             edges and add up what the globals see; nothing else moves. Full attention is to keys
             that every shard has.
+        own_lengths: LSH attention of each row as if it had so many tokens, whole chunks, and no
+            padding behind these: the ring of its chunks ends there.
         buckets: of whole chunks, that an earlier pass hashed into: LSH attention hashes no more.
     """
 
@@ -191,6 +199,7 @@ class Runtime:
     blocks_per_step: int | None = None
     sequence_axis: str | None = None
     buckets: Int[Array, "B N _ T"] | None = None
+    own_lengths: Int[Array, "B"] | None = None
 
     def __post_init__(self):
         blocks, rate = self.blocks_per_step, self.dropout_rate

@@ -4,6 +4,8 @@ from lsg_flax.pipelines.broken import BrokenLines as BrokenLines
 from lsg_flax.pipelines.broken import line_number as line_number
 from lsg_flax.pipelines.broken import unskipped as unskipped
 from lsg_flax.pipelines.broken import warn_of_skipped as warn_of_skipped
+from lsg_flax.pipelines.documents import COLUMNS as COLUMNS
+from lsg_flax.pipelines.documents import DocumentFile as DocumentFile
 from lsg_flax.pipelines.embeddings import TEXTS as TEXTS
 from lsg_flax.pipelines.embeddings import VECTORS as VECTORS
 from lsg_flax.pipelines.embeddings import Embedder as Embedder
@@ -13,7 +15,6 @@ from lsg_flax.pipelines.embeddings import pool as pool
 from lsg_flax.pipelines.embeddings import read_texts as read_texts
 from lsg_flax.pipelines.embeddings import write_vectors as write_vectors
 from lsg_flax.pipelines.files import ANSWERS as ANSWERS
-from lsg_flax.pipelines.files import DocumentFile as DocumentFile
 from lsg_flax.pipelines.files import Written as Written
 from lsg_flax.pipelines.files import check_fields as check_fields
 from lsg_flax.pipelines.files import predict_file as predict_file

@@ -10,7 +10,8 @@ import json
 import os
 import pathlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, get_args
 
 import jax.numpy as jnp
@@ -21,11 +22,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lsg_flax import hub
 from lsg_flax.buckets import default_buckets
+from lsg_flax.data import KINDS, cut_of
 from lsg_flax.files import (
     file_aside,
-    id_in,
-    is_blank,
-    read_lines,
     valid_text,
     written_aside,
 )
@@ -33,10 +32,11 @@ from lsg_flax.hub import Pooling, SentenceSettings, Tokenizer, write_sentence_se
 from lsg_flax.inference import Predictor
 from lsg_flax.locks import holds, locked_file
 from lsg_flax.models import Model, Params
-from lsg_flax.pipelines.broken import BrokenLines, unskipped, warn_of_skipped
-from lsg_flax.pipelines.tasks import check_choice
+from lsg_flax.pipelines.broken import BrokenLines, warn_of_skipped
+from lsg_flax.pipelines.documents import DocumentFile
+from lsg_flax.progress import say
 
-TEXTS, VECTORS = (".txt", ".jsonl"), (".npy", ".jsonl")
+TEXTS, VECTORS = KINDS, (".npy", ".jsonl")
 _SHORT_BUCKETS = (32, 128)  # sentences and queries; inference's own begin at 512
 
 
@@ -207,13 +207,13 @@ class Embedder:
             fields=("last_hidden_state",),
             select=_Pooled(self.pooling, self.normalize),
         )
-        results = predictor(self._encode(texts), progress=progress)
+        results = predictor(self._encode(texts, progress), progress=progress)
         vectors = np.zeros((len(texts), self.model.config.hidden_size), np.float32)
         for place, result in enumerate(results):
             vectors[place] = result["embedding"]
         return vectors
 
-    def _encode(self, texts: Sequence[str]) -> list[dict[str, list[int]]]:
+    def _encode(self, texts: Sequence[str], progress: bool) -> list[dict[str, list[int]]]:
         wrong = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
         if isinstance(texts, str) or wrong is not None:
             found = "one string" if wrong is None else f"a {type(texts[wrong]).__name__} at {wrong}"
@@ -233,9 +233,15 @@ class Embedder:
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
-        )["input_ids"]
+        )
+        words = cut_of(encoded.encodings).words(self.max_length)
+        if progress and words:
+            say(words)
         nothing = {"input_ids": [self.model.config.filler], "attention_mask": [0]}
-        return [{"input_ids": i, "attention_mask": [1] * len(i)} if i else nothing for i in encoded]
+        return [
+            {"input_ids": i, "attention_mask": [1] * len(i)} if i else nothing
+            for i in encoded["input_ids"]
+        ]
 
     def _cleaned(self, text: str) -> str:
         return text.strip().lower() if self.do_lower_case else text.strip()
@@ -266,37 +272,28 @@ class TextLines(NamedTuple):
 
 
 def read_texts(
-    file: str | os.PathLike, *, broken_lines: BrokenLines = "raise", skippable: bool = True
+    file: str | os.PathLike,
+    *,
+    broken_lines: BrokenLines = "raise",
+    skippable: bool = True,
+    columns: Mapping[str, str] = MappingProxyType({}),
 ) -> TextLines:
-    """Names and texts: of .txt each line, empty ones too; of .jsonl each object's "id" (else the
-    line's place from 0) and "text", which is not empty, blank lines passed over.
-
-    Args:
-        broken_lines: raise for a line that is none of this, or skip it, with a warning.
-        skippable: whether the caller's caller may choose that, which the error then says.
+    """Names and texts of the documents of a `DocumentFile`, whose arguments these are.
 
     Raises:
         FileNotFoundError, ValueError: if there is no such file, or it holds something else.
     """
-    file, found, skipped = check_suffix(file, TEXTS), TextLines([], [], []), []
-    check_choice("broken_lines", broken_lines, get_args(BrokenLines))
-    for line in read_lines(file, blank=file.suffix == ".txt"):
-        try:
-            content = {"text": line.text()} if file.suffix == ".txt" else line.json_object()
-            if not isinstance(content.get("text"), str):
-                raise ValueError(f'it has {sorted(content)} and must have a "text" that is a text')
-            text, name = valid_text(content["text"]), id_in(content, line.number - 1)
-            if file.suffix != ".txt" and is_blank(text):
-                raise ValueError("its text is empty")
-        except ValueError as error:
-            if broken_lines == "raise":
-                raise unskipped(line.place, error, skippable=skippable) from error
-            skipped.append(line.number)
+    documents = DocumentFile(file, broken_lines=broken_lines, skippable=skippable, columns=columns)
+    found = TextLines([], [], [])
+    for document in documents:
+        if "text" not in document.content:
+            error = ValueError(f'it has {sorted(document.content)} and must have a "text"')
+            documents.leave_out(document.place, error)
             continue
-        found.names.append(name)
-        found.texts.append(text)
-        found.places.append(line.place)
-    warn_of_skipped(skipped, file)
+        found.names.append(document.name)
+        found.texts.append(document.content["text"])
+        found.places.append(document.place)
+    warn_of_skipped(documents.skipped, file)
     return found
 
 

@@ -5,23 +5,17 @@ How lines survive a kill is inference/lines.py's; texts are read, and answers ma
 
 import functools
 import hashlib
-import json
 import os
-import pathlib
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, get_args
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
+from lsg_flax.data import Cut, cut_of
 from lsg_flax.files import (
-    Line,
     check_output,
-    id_in,
-    is_blank,
-    read_lines,
-    valid_text,
-    whole_file,
 )
 from lsg_flax.hub import Tokenizer
 from lsg_flax.inference import (
@@ -37,7 +31,8 @@ from lsg_flax.inference import (
     predict_lines,
 )
 from lsg_flax.models import Model, Params
-from lsg_flax.pipelines.broken import BrokenLines, line_number, unskipped, warn_of_skipped
+from lsg_flax.pipelines.broken import BrokenLines, unskipped, warn_of_skipped
+from lsg_flax.pipelines.documents import DocumentFile
 from lsg_flax.pipelines.generate import Text2TextGeneration
 from lsg_flax.pipelines.spans import QuestionAnswering, TokenClassification
 from lsg_flax.pipelines.tasks import (
@@ -47,12 +42,10 @@ from lsg_flax.pipelines.tasks import (
     PipelineTask,
     Reader,
     TextClassification,
-    check_choice,
     in_float32,
 )
-from lsg_flax.progress import Bar
+from lsg_flax.progress import Bar, say
 
-SOURCES = (".jsonl", ".txt")
 # A model's task -> what its answers are without further options.
 ANSWERS: dict[str, PipelineTask] = {
     "sequence_classification": TextClassification(top_k=None),
@@ -60,7 +53,6 @@ ANSWERS: dict[str, PipelineTask] = {
     "question_answering": QuestionAnswering(),
     "conditional_generation": Text2TextGeneration(),
 }
-_KINDS = (("input_ids",), ("question", "context"), ("text",))  # what a line has of a document
 _PROBE = "Él NAÏVE 12.5% 日本 [MASK]\n it's"  # tells apart tokenizers of the same vocabulary
 
 
@@ -70,103 +62,6 @@ class Written(NamedTuple):
     documents: int  # lines of the target
     computed: int  # of these by this call; the others were finished before
     skipped: tuple[int | str, ...]  # broken lines of the source by number, from 1, or its files
-
-
-class DocumentFile:
-    """The documents of a .jsonl, a .txt, or a folder of .txt files, read lazily.
-
-    Attributes:
-        broken_lines: what is done with them.
-        skipped: numbers of the broken lines that were passed over so far; of a folder its files.
-    """
-
-    def __init__(
-        self,
-        source: str | os.PathLike,
-        *,
-        broken_lines: BrokenLines = "raise",
-        text_column: str | None = None,
-    ):
-        """Names the file.
-
-        Args:
-            source: .txt with one text per line, empty ones too, or .jsonl of objects with "text"
-                (and maybe "text_pair"), "question" and "context", or "input_ids" (and maybe
-                "attention_mask" and "token_type_ids"), and maybe "id", else the line's place from
-                0. Texts in it are not empty. Other entries, and blank lines of a .jsonl, are
-                ignored. Of a folder each .txt is one text, in the order of their names, which are
-                the ids.
-            broken_lines: raise for a line that is none of this, or skip it.
-            text_column: the entry of a .jsonl that is the text, in place of all these.
-
-        Raises:
-            FileNotFoundError, ValueError: for no such file, another kind, or another choice.
-        """
-        self.source, self.skipped = pathlib.Path(source), []
-        check_choice("broken_lines", broken_lines, get_args(BrokenLines))
-        found = (file for file in self.source.glob("*.txt") if file.is_file())
-        self._files = sorted(found) if self.source.is_dir() else None
-        if self._files == []:
-            raise FileNotFoundError(f"{source} is a folder without .txt files.")
-        if self._files is None and self.source.suffix not in SOURCES:
-            absent = "" if self.source.exists() else "; nothing is there now"
-            raise ValueError(
-                f"{source} must end in {' or '.join(SOURCES)}, or be a folder of .txt{absent}."
-            )
-        if self._files is None and not self.source.is_file():
-            raise FileNotFoundError(f"{source} is no file.")
-        self.broken_lines, self._text_column = broken_lines, text_column
-        self._of_texts = self.source.suffix == ".txt" or self._files is not None
-        if self._of_texts and text_column is not None:
-            raise ValueError(
-                f"text_column={text_column!r} is for a .jsonl; {source} has texts alone."
-            )
-
-    def __iter__(self) -> Iterator[Document]:
-        """Raises ValueError for a broken line, by its place."""
-        for line in self._lines():
-            try:
-                content = self._content_of(line)
-                name = id_in(content, self._name_of(line))
-            except ValueError as error:
-                self.leave_out(line.place, error)
-            else:
-                yield Document(name, line.raw, line.place, content)
-
-    def leave_out(self, place: str, error: ValueError) -> None:
-        """Raises, unless broken lines are skipped, for the line at FILE:NUMBER."""
-        if self.broken_lines == "raise":
-            raise unskipped(place, error) from error
-        of_folder = self._files is not None
-        self.skipped.append(pathlib.Path(place).name if of_folder else line_number(place))
-
-    def count_lines(self) -> int:
-        """Those with documents, broken ones too."""
-        return sum(1 for _ in self._lines()) if self._files is None else len(self._files)
-
-    def _lines(self) -> Iterator[Line]:
-        """An empty line of a .txt is a text like others; in a .jsonl it is nothing. A file of a
-        folder counts as one line."""
-        if self._files is None:
-            yield from read_lines(self.source, blank=self._of_texts)
-        else:
-            for number, file in enumerate(self._files, 1):
-                yield whole_file(file, number)
-
-    def _name_of(self, line: Line) -> int | str:
-        return line.number - 1 if self._files is None else self._files[line.number - 1].name
-
-    def _content_of(self, line: Line) -> dict[str, Any]:
-        """Raises ValueError for what is no document."""
-        if self._of_texts:
-            return {"text": line.text()}
-        content, column = line.json_object(), self._text_column
-        if column is None:
-            return _content(content)
-        if not isinstance(content.get(column), str):
-            raise ValueError(f"it has {sorted(content)} and must have {column!r}, a text")
-        named = {name: content[name] for name in ("id",) if name in content}
-        return _content(named | {"text": content[column]})
 
 
 def predict_file(
@@ -186,6 +81,7 @@ def predict_file(
     window: int = 256,
     broken_lines: BrokenLines = "raise",
     text_column: str | None = None,
+    columns: Mapping[str, str] = MappingProxyType({}),
     unfinished: Unfinished = "continue",
     progress: bool = True,
 ) -> Written:
@@ -198,14 +94,15 @@ def predict_file(
     round differently).
 
     Args:
-        source, broken_lines, text_column: see `DocumentFile`.
+        source, broken_lines, text_column, columns: see `DocumentFile`.
         tokenizer: of transformers, for documents that are not `input_ids`.
         answers: write `{"id", "answer"}`, the answer of this task of pipelines (`{"id",
             "summary"}` of `Summarization`); `ANSWERS` has one for each model's task that has
             labels or places, or writes.
         fields: without `answers`, the outputs wanted, such as `("logits",)`; all by default.
-        max_length: tokens read at most, what the model reads by default.
-        truncation: cut longer texts; without it they raise.
+        max_length: tokens read at most; by default the tokenizer's `model_max_length`, at which the
+            model was trained, or what the model reads if that is less.
+        truncation: cut longer texts, which is said at the end; without it they raise.
         batch_size, buckets, mesh: of `Predictor`; batches are no larger than the file or a window.
         window: documents sorted, held in memory and written together: what a kill may cost.
         broken_lines: raise for a line that is no document or that the model cannot read, such as a
@@ -222,7 +119,8 @@ def predict_file(
             another source, saying what differs.
         OSError: if `target` cannot be written, as on a full disk; what is finished is kept.
     """
-    documents = DocumentFile(source, broken_lines=broken_lines, text_column=text_column)
+    named = {"text_column": text_column, "columns": columns}
+    documents = DocumentFile(source, broken_lines=broken_lines, **named)
     check_output(target, source)
     _check_answers(answers, model, fields)
     total = documents.count_lines()
@@ -235,9 +133,10 @@ def predict_file(
         mesh=mesh,
         program=None if answers is None else answers.program(model, tokenizer, mesh),
     )
-    limit = _limit_for(max_length, predictor)
+    limit = _limit_for(max_length, predictor, tokenizer)
     codec = _DocumentCodec(predictor, Reader(tokenizer, model.config, limit, truncation), answers)
     settings = predictor.settings() | codec.settings() | {"text_column": text_column}
+    settings |= {"columns": dict(columns)} if columns else {}
     with ResumableLines(target, settings, unfinished=unfinished) as file:
         before = file.finished
         with Bar("documents", total=total, initial=before, shown=progress) as bar:
@@ -251,12 +150,15 @@ def predict_file(
                 bar=bar,
             )
     warn_of_skipped(documents.skipped, source)
+    if progress and (words := codec.cut.words(limit)):
+        say(words)
     return Written(file.finished, file.finished - before, tuple(documents.skipped))
 
 
-def _limit_for(max_length: int | None, predictor: Predictor) -> int:
+def _limit_for(max_length: int | None, predictor: Predictor, tokenizer: Tokenizer | None) -> int:
     longest = predictor.buckets[-1]
-    limit = longest if max_length is None else max_length
+    usual = longest if tokenizer is None else min(longest, tokenizer.model_max_length)
+    limit = usual if max_length is None else max_length
     if not 1 <= limit <= longest:
         raise ValueError(f"max_length={limit} must lie in 1..{longest}, the buckets.")
     return limit
@@ -279,6 +181,7 @@ class _DocumentCodec:
     def __init__(self, predictor: Predictor, reader: Reader, answers: PipelineTask | None):
         self.predictor, self.reader, self.answers = predictor, reader, answers
         self._first: Encoding | None = None
+        self.cut = Cut()  # what was lost of long texts
 
     def rows(self, document: Document) -> list[ModelRow]:
         """Raises ValueError, with the document's place, for one that does not fit."""
@@ -294,6 +197,8 @@ class _DocumentCodec:
         except ValueError as error:
             raise unskipped(document.place, error) from error
         self._first = like
+        if self.reader.truncation and not isinstance(self.answers, QuestionAnswering):
+            self.cut += cut_of([row.encoding for row in rows if row.encoding is not None])
         return rows
 
     def fitting(self, documents: DocumentFile) -> Iterator[Document]:
@@ -383,46 +288,12 @@ def _check_answers(
         raise ValueError("fields= are of outputs; give either answers or fields.")
 
 
-def _content(content: dict[str, Any]) -> dict[str, Any]:
-    """What a line says; ValueError if it is no document."""
-    kind = next((names for names in _KINDS if content.keys() >= set(names)), None)
-    if kind is None:
-        kinds = "; or ".join(" and ".join(names) for names in _KINDS)
-        raise ValueError(
-            f"it has {sorted(content)} and must have {kinds}; text_column= names another entry "
-            "that is the text"
-        )
-    if content.get("text_pair", "") in (None, ""):  # no pair, as in training
-        content = {name: value for name, value in content.items() if name != "text_pair"}
-    for name in ("text", "text_pair", "question", "context"):
-        if not isinstance(content.get(name, ""), str):
-            raise ValueError(f"its {name} must be a text, got {json.dumps(content[name]):.60}")
-        if name in content and is_blank(valid_text(content[name])):
-            raise ValueError(f"its {name} is empty")
-    for name in ("input_ids", "attention_mask", "token_type_ids"):
-        if not _are_ids(content.get(name, [0])):
-            raise ValueError(f"its {name} are no list of whole numbers")
-    masks = content.get("attention_mask", [1])
-    if not all(map(any, masks if isinstance(masks[0], list) else [masks])):
-        raise ValueError("its attention_mask is 0 everywhere, so there is nothing to read")
-    return content
-
-
 def _item(content: dict[str, Any]) -> Any:
     """What a pipeline would be given: a text or a dict of two; nothing for input_ids."""
     asks = content.keys() >= {"question", "context"}
     kind = ("question", "context") if asks else ("text", "text_pair")
     item = {name: content[name] for name in kind if name in content}
     return item["text"] if item.keys() == {"text"} else item
-
-
-def _are_ids(values: object) -> bool:
-    """A list of whole numbers, or of such lists for multiple choice."""
-    if not isinstance(values, list) or not values:
-        return False
-    if all(isinstance(value, list) for value in values):
-        return all(value and all(type(v) is int for v in value) for value in values)
-    return all(type(value) is int for value in values)
 
 
 def _tokenizer_digest(tokenizer: Tokenizer) -> str:

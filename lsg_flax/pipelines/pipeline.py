@@ -45,6 +45,7 @@ TASKS: dict[str, type[PipelineTask]] = {
     "summarization": Summarization,
     "translation": Translation,
 }
+ALIASES = {"ner": "token-classification", "sentiment-analysis": "text-classification"}
 
 
 class Pipeline:
@@ -149,8 +150,8 @@ def pipeline(
     question answering are as long as the model reads, not 384 tokens; features are arrays.
 
     Args:
-        task: one of `TASKS`, whose classes describe options and answers; "translation_en_to_ro" is
-            a translation with these src_lang and tgt_lang.
+        task: one of `TASKS`, whose classes describe options and answers, or of `ALIASES`;
+            "translation_en_to_ro" is a translation with these src_lang and tgt_lang.
         model: a folder or hub id, or a model with its parameters.
         tokenizer: an object or a folder; by default that of the model's folder.
         batch_size: rows at once; a single one runs alone.
@@ -169,7 +170,8 @@ def pipeline(
     if len(parts := task.split("_")) == 4 and parts[0::2] == ["translation", "to"]:
         task = parts[0]
         options = {"src_lang": parts[1], "tgt_lang": parts[3]} | options
-    check_choice("task", task, TASKS)
+    task = ALIASES.get(task, task)
+    check_choice("task", task, (*TASKS, *ALIASES))
     chosen = TASKS[task]()
     if "max_length" in chosen.option_names and max_length is not None:
         options["max_length"], max_length = max_length, None
@@ -183,23 +185,29 @@ def pipeline(
         checkpoint = hub.open_checkpoint(model)
         network, params = _load(task, checkpoint, jnp.float32 if dtype is None else dtype)
         tokenizer = checkpoint.folder if tokenizer is None else tokenizer
-    if isinstance(tokenizer, str | os.PathLike):
-        folder = hub.resolve(tokenizer, hub.TOKENIZER_ALONE)
-        tokenizer = hub.read_tokenizer(folder)
-        if tokenizer is None:
-            raise ValueError(f"{folder} has no tokenizer; pass tokenizer=, an object or a folder.")
-    if tokenizer is None:
-        raise ValueError("a model with its parameters needs tokenizer=, an object or a folder.")
-    limit = network.max_length
-    max_length = limit if max_length is None else max_length
+    found, limit = _tokenizer_of(tokenizer), network.max_length
+    usual = min(limit, found.model_max_length)  # what it was trained at
+    max_length = usual if max_length is None else max_length
     if not 1 <= max_length <= limit:
         raise ValueError(f"max_length={max_length} must lie in 1..{limit}, what this model reads.")
     if buckets is None:
         buckets = default_buckets(max_length, SENTENCE_BUCKET)
     reader = Reader(
-        tokenizer, network.config, min(max_length, max(buckets, default=max_length)), truncation
+        found, network.config, min(max_length, max(buckets, default=max_length)), truncation
     )
     return Pipeline(chosen, network, params, reader, batch_size=batch_size, buckets=buckets)
+
+
+def _tokenizer_of(given: Any) -> Any:
+    """The object itself, or that of a folder."""
+    if isinstance(given, str | os.PathLike):
+        folder = hub.resolve(given, hub.TOKENIZER_ALONE)
+        given = hub.read_tokenizer(folder)
+        if given is None:
+            raise ValueError(f"{folder} has no tokenizer; pass tokenizer=, an object or a folder.")
+    if given is None:
+        raise ValueError("a model with its parameters needs tokenizer=, an object or a folder.")
+    return given
 
 
 def _rows_of(

@@ -1,4 +1,4 @@
-"""The plan of a run on a TPU that is not there."""
+"""The plan of a run on TPUs or GPUs that are not there."""
 
 from lsg_flax.planning.plan import plan as plan
 from lsg_flax.planning.search import largest_batch as largest_batch

@@ -8,14 +8,15 @@ from typing import Any
 import jax
 
 from lsg_flax import sharding
-from lsg_flax.chips import Topology, devices_of, parse_topology
+from lsg_flax.chips import Gpu, Topology, Tpu, parse_topology
 from lsg_flax.planning.hlo import ProgramReport, read_loop, read_program
 from lsg_flax.planning.program import planned_model, sharded_program
 from lsg_flax.planning.settings import ChipMemory, GenerationPlan, Plan, PlanSettings
+from lsg_flax.topologies import capacity_of, devices_of, memory_share
 
 
 def compile_plan(settings: PlanSettings) -> Plan:
-    """Compiles in this process, whose environment must be that of `chips.environment_for`.
+    """Compiles in this process, whose environment must be that of `topologies.environment_for`.
 
     Raises:
         ValueError, FileNotFoundError, ImportError: as `plan`.
@@ -41,7 +42,13 @@ def compile_plan(settings: PlanSettings) -> Plan:
         return Plan(settings, notes, memory, capacity, needed, False, said, None, seconds, {})
     seconds = time.perf_counter() - start
     memory = _measured(memory, compiled.memory_analysis(), topology)
-    room = topology.chip.memory if topology.chip else None
+    room = capacity_of(topology)
+    fits = room is None or memory.total <= room  # XLA refuses for a TPU, and takes all for a GPU
+    if topology.chip and isinstance(topology.chip.compiler, Gpu):
+        notes += (
+            f"JAX takes {memory_share():.0%} of a GPU's memory, unless XLA_CLIENT_MEM_FRACTION "
+            "says otherwise",
+        )
     text, generation = compiled.as_text() or "", None
     if planned.reads is None:
         program = read_program(text)
@@ -50,7 +57,7 @@ def compile_plan(settings: PlanSettings) -> Plan:
         generation = GenerationPlan(planned.reads, prefill, _times(topology, prefill))
     times, needed = _times(topology, program), memory.total
     return Plan(
-        *(settings, notes, memory, room, needed, True, None, program, seconds, times, generation)
+        *(settings, notes, memory, room, needed, fits, None, program, seconds, times, generation)
     )
 
 
@@ -58,13 +65,15 @@ def _measured(memory: ChipMemory, stats: Any, topology: Topology) -> ChipMemory:
     known = memory.parameters + memory.optimizer + memory.batch
     outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
     # Of a TPU that at the program's peak: XLA accepts or refuses by this number, and the sum of
-    # all temporaries counts places that are used one after the other. A CPU's temporaries are one
-    # piece of memory, in which such places are shared already, and its peak leaves them out.
+    # all temporaries counts places that are used one after the other. The temporaries of a CPU
+    # and of a GPU are one piece of memory, in which such places are shared already; a CPU's peak
+    # leaves them out.
     peak = stats.peak_memory_in_bytes - stats.argument_size_in_bytes - outputs
+    on_tpu = topology.chip and isinstance(topology.chip.compiler, Tpu)
     return dataclasses.replace(
         memory,
         outputs=outputs,
-        temporaries=peak if topology.chip else stats.temp_size_in_bytes,
+        temporaries=peak if on_tpu else stats.temp_size_in_bytes,
         code=stats.generated_code_size_in_bytes,
         padding=max(stats.argument_size_in_bytes - known, 0),
     )
@@ -96,4 +105,6 @@ def _times(topology: Topology, program: ProgramReport) -> dict[str, float]:
         "memory": program.bytes / chip.bandwidth,
         "communication": sum(c.wire_bytes for c in program.collectives) / chip.links,
     }
-    return times | ({"compiler": program.cycles / chip.clock} if program.cycles else {})
+    if isinstance(chip.compiler, Tpu) and program.cycles:
+        times["compiler"] = program.cycles / chip.compiler.clock
+    return times

@@ -15,9 +15,17 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lsg_flax.planning.custom_calls import (
+    KernelWork,
+    is_kernel,
+    is_own_kernel,
+    target_of,
+    work_of,
+)
 from lsg_flax.planning.hlo_text import (
     Computation,
     Instruction,
+    arrays_of,
     called_by,
     conditions_of,
     parse,
@@ -38,8 +46,7 @@ _FREE |= {"conditional", "call", "partition-id", "replica-id", "opt-barrier", "a
 _FREE |= {"async-update", "async-done"}
 _VIEWS = {"bitcast", "reshape", "copy", "transpose", "convert"}
 _PARTIAL = {"dynamic-slice", "slice", "gather"}
-_BYTES = {"pred": 1, "token": 0, "opaque": 0}
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
+_SORTS = ("TopK", "__gpu$TopK", "__cub$", "xla.gpu.ext.cub_sort")
 
 
 class Collective(NamedTuple):
@@ -74,8 +81,11 @@ class ProgramReport(NamedTuple):
             inside a fusion does not count.
         collectives: the largest total first.
         cycles: sum of the compiler's estimates (TPU), 0 where it gives none.
-        kernels: how often custom kernels run, whose FLOPs are those that they declare, or unknown.
+        kernels: how often kernels of one's own (Pallas) run.
+        unknown_kernels: how often kernels run, a library's too, whose work nobody says: they count
+            no FLOPs, and their arrays as read and written once.
         unknown_loops: loops whose number of rounds is not known; they count as one round.
+        sorts, gathers, scatters: how often they run. A compiler's cycles count none of them.
     """
 
     flops: float
@@ -83,7 +93,11 @@ class ProgramReport(NamedTuple):
     collectives: tuple[Collective, ...]
     cycles: float
     kernels: int
+    unknown_kernels: int
     unknown_loops: int
+    sorts: int
+    gathers: int
+    scatters: int
 
 
 class _Run(NamedTuple):
@@ -130,15 +144,19 @@ def _report(runs: list[_Run], computations: dict[str, Computation]) -> ProgramRe
             size, group = _payload(run), _group_size(run.instruction.attributes)
             counts[kind, size, group] += run.times
     found = (Collective(kind, n, size, group) for (kind, size, group), n in counts.items())
-    kernels = [r for r in runs if "tpu_custom_call" in r.instruction.attributes]
+    kernels = [r for r in runs if is_kernel(r.instruction)]
     loops = [r.instruction for r in runs if r.instruction.opcode == "while"]
     return ProgramReport(
         flops=float(sum(r.times * _flops(r) for r in runs)),
         bytes=float(sum(r.times * _moved(r, computations) for r in runs if not r.fused)),
         collectives=tuple(sorted(found, key=lambda c: -c.runs * c.bytes)),
         cycles=float(sum(r.times * _cycles(r.instruction) for r in runs if not r.fused)),
-        kernels=sum(r.times for r in kernels),
+        kernels=sum(r.times for r in kernels if is_own_kernel(r.instruction)),
+        unknown_kernels=sum(r.times for r in kernels if _work(r) is None),
         unknown_loops=sum(rounds_of(loop, computations) is None for loop in loops),
+        sorts=sum(r.times for r in runs if _sorts(r.instruction)),
+        gathers=sum(r.times for r in runs if r.instruction.opcode == "gather"),
+        scatters=sum(r.times for r in runs if r.instruction.opcode == "scatter"),
     )
 
 
@@ -179,28 +197,9 @@ def _walk(
 # Sizes
 
 
-class _Array(NamedTuple):
-    dims: tuple[int, ...]
-    bytes: int
-    in_memory: bool  # the chip's main memory, not its on-chip ones: layouts say S(1) for those
-
-
-def _arrays(shape: str) -> list[_Array]:
-    """The arrays of a shape, more than one for a tuple."""
-    found = []
-    for dtype, dims, layout in _ARRAY.findall(shape):
-        sizes = tuple(int(d.lstrip("<=")) for d in dims.split(",") if d)
-        bits = re.search(r"\d+", dtype)
-        width = _BYTES.get(dtype, int(bits[0]) / 8 if bits else 0)
-        if dtype.startswith("f8"):
-            width = 1
-        found.append(_Array(sizes, math.ceil(math.prod(sizes) * width), "S(" not in layout))
-    return found
-
-
 def _size(shape: str, *, everywhere: bool = False) -> int:
     """Bytes of a shape in main memory, or `everywhere`."""
-    return sum(a.bytes for a in _arrays(shape) if a.in_memory or everywhere)
+    return sum(a.bytes for a in arrays_of(shape) if a.in_memory or everywhere)
 
 
 # FLOPs and cycles
@@ -212,21 +211,29 @@ def _flops(run: _Run) -> float:
         return _dot_flops(run)
     if instruction.opcode == "convolution":
         return _convolution_flops(run)
-    if "tpu_custom_call" in instruction.attributes:
-        declared = re.search(r'"flops":"?(\d+)', instruction.attributes)
-        return float(declared[1]) if declared else 0.0
-    return 0.0
+    work = _work(run) if is_kernel(instruction) else None
+    return work.flops if work else 0.0
+
+
+def _work(run: _Run) -> KernelWork | None:
+    """Of a kernel."""
+    shapes = (run.computation[o].shape for o in run.instruction.operands)
+    return work_of(run.instruction, tuple(a for shape in shapes for a in arrays_of(shape)))
+
+
+def _sorts(instruction: Instruction) -> bool:
+    return instruction.opcode == "sort" or target_of(instruction).startswith(_SORTS)
 
 
 def _operand_dims(run: _Run) -> list[tuple[int, ...]]:
-    return [_arrays(run.computation[o].shape)[0].dims for o in run.instruction.operands]
+    return [arrays_of(run.computation[o].shape)[0].dims for o in run.instruction.operands]
 
 
 def _dot_flops(run: _Run) -> float:
     left = _operand_dims(run)[0]
     contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", run.instruction.attributes)
     axes = [int(a) for a in contracted[1].split(",") if a] if contracted else []
-    out = _arrays(run.instruction.shape)[0].dims
+    out = arrays_of(run.instruction.shape)[0].dims
     return 2.0 * math.prod(out) * math.prod(left[a] for a in axes)
 
 
@@ -236,7 +243,7 @@ def _convolution_flops(run: _Run) -> float:
     attributes, (left, right) = run.instruction.attributes, _operand_dims(run)[:2]
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
     assert labels is not None, run.instruction
-    out = _arrays(run.instruction.shape)[0].dims
+    out = arrays_of(run.instruction.shape)[0].dims
     axes = sorted(label for label in labels[3] if label.isdigit())
     window = dict(re.findall(r"(\w+)=([\dx_\-]+)", _braces(attributes, "window=")))
     parts = {name: value.split("x") for name, value in window.items()}
@@ -298,6 +305,8 @@ def _moved(run: _Run, computations: dict[str, Computation]) -> int:
         return 2 * _size(own[instruction.operands[1]].shape)
     if instruction.opcode == "fusion":
         return _fusion_bytes(run, computations)
+    if is_kernel(instruction) and (work := _work(run)):
+        return work.bytes
     return _size(instruction.shape) + sum(_size(own[o].shape) for o in instruction.operands)
 
 
@@ -310,7 +319,7 @@ def _fusion_bytes(run: _Run, computations: dict[str, Computation]) -> int:
     )
     body = computations[inner]
     root = next(i for i in body.values() if i.is_root)
-    arrays = _arrays(run.instruction.shape)
+    arrays = arrays_of(run.instruction.shape)
     # A root that is no tuple may make several arrays itself, as a reduction of pairs does.
     tuples = root.opcode == "tuple"
     roots = [body[o] for o in root.operands] if tuples else [root] * len(arrays)

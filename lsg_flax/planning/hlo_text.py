@@ -1,7 +1,12 @@
-"""The text of a compiled program as computations of instructions, and what it says of its loops."""
+"""The text of a compiled program as computations of instructions, and what it says of its arrays
+and its loops."""
 
+import math
 import re
 from typing import NamedTuple
+
+_BYTES = {"pred": 1, "token": 0, "opaque": 0}
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -38,7 +43,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     """
     computations: dict[str, Computation] = {}
     entry, current = "", None
-    for line in text.splitlines():
+    for line in _lines(text):
         if header := _HEADER.match(line):
             current = computations.setdefault(header[2], {})
             entry = header[2] if header[1] else entry
@@ -48,6 +53,18 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     if not entry:
         raise ValueError("this is not the text of a compiled program: it has no ENTRY computation.")
     return computations, entry
+
+
+def _lines(text: str) -> list[str]:
+    """One for each instruction, whose attributes (a kernel's metadata) may hold line breaks."""
+    lines: list[str] = []
+    for line in text.splitlines():
+        begins = not line or line == "}" or line.startswith(" ")
+        if lines and lines[-1].startswith(" ") and not begins:
+            lines[-1] += line
+        else:
+            lines.append(line)
+    return lines
 
 
 def _instruction(is_root: bool, name: str, rest: str) -> Instruction:
@@ -67,6 +84,31 @@ def _closing(text: str, opening: int) -> int:
         if depth == 0:
             return place
     raise ValueError(f"brackets do not close in {text[:80]!r}.")
+
+
+class Array(NamedTuple):
+    """One array of a shape.
+
+    Attributes:
+        in_memory: in the chip's main memory, not in its on-chip ones: layouts say S(1) for those.
+    """
+
+    dims: tuple[int, ...]
+    bytes: int
+    in_memory: bool
+
+
+def arrays_of(shape: str) -> list[Array]:
+    """The arrays of a shape, more than one for a tuple."""
+    found = []
+    for dtype, dims, layout in _ARRAY.findall(shape):
+        sizes = tuple(int(d.lstrip("<=")) for d in dims.split(",") if d)
+        bits = re.search(r"\d+", dtype)
+        width = _BYTES.get(dtype, int(bits[0]) / 8 if bits else 0)
+        if dtype.startswith("f8"):
+            width = 1
+        found.append(Array(sizes, math.ceil(math.prod(sizes) * width), "S(" not in layout))
+    return found
 
 
 def called_by(instruction: Instruction) -> list[str]:

@@ -1,9 +1,9 @@
-"""A plan before the TPU is rented: the real training step or inference program, compiled for a
+"""A plan before the machine is rented: the real training step or inference program, compiled for a
 described topology, and what it needs of memory, arithmetic and communication.
 
-No weights are read and nothing runs. TPU settings must stand in the environment before jax is
-imported, so `plan` compiles in a process of its own (`python -m lsg_flax.planning`), which also
-keeps a crash of the compiler apart; `compile_plan` does it in this one.
+No weights are read and nothing runs. The settings of a compiler must stand in the environment
+before jax is imported, so `plan` compiles in a process of its own (`python -m lsg_flax.planning`),
+which also keeps a crash of the compiler apart; `compile_plan` does it in this one.
 """
 
 import dataclasses
@@ -13,9 +13,10 @@ import pathlib
 import subprocess
 import sys
 
-from lsg_flax.chips import check_libtpu, environment_for, parse_topology
+from lsg_flax.chips import parse_topology
 from lsg_flax.planning.compile import compile_plan
 from lsg_flax.planning.settings import Plan, PlanSettings
+from lsg_flax.topologies import check_compiler, environment_for
 
 
 def plan(settings: PlanSettings) -> Plan:
@@ -24,12 +25,11 @@ def plan(settings: PlanSettings) -> Plan:
     Raises:
         ValueError: for settings that do not fit the model, the mesh or the topology.
         FileNotFoundError: if there is no checkpoint.
-        ImportError: if the topology needs libtpu and it is missing.
+        ImportError: if the compiler that the topology needs is missing.
         RuntimeError: if the compiler crashed; its last words are given.
     """
     topology = parse_topology(settings.topology)
-    if topology.chip:
-        check_libtpu()
+    check_compiler(topology)
     package = str(pathlib.Path(__file__).parents[2])
     environment = environment_for(topology)
     environment["PYTHONPATH"] = os.pathsep.join(

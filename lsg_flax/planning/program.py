@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from lsg_flax import hub, inference, sharding, training
 from lsg_flax.generation import ModelDecoder
-from lsg_flax.models import Model, family_of
+from lsg_flax.models import Model, ModelConfig, family_of
 from lsg_flax.patterns import LSGConfig
 from lsg_flax.planning.generation import (
     generate_arguments,
@@ -36,14 +36,20 @@ def planned_model(settings: PlanSettings) -> tuple[Model, PlanSettings, tuple[st
     checkpoint = hub.open_checkpoint(settings.source, hub.CONFIG_FILES)
     task = settings.task or checkpoint.task
     config = checkpoint.config_for(task)
-    reads = Model(config, task).max_length
+    config.check_tokens()
+    reads, fixed = Model(config, task).max_length, family_of(config.model_type).to_lsg is None
     length = settings.max_length
     if length is None:
-        length = reads if config.lsg else DEFAULT_LENGTH
+        length = reads if config.lsg or fixed else DEFAULT_LENGTH
     if length < 1:
         raise ValueError(f"max_length={length} must be at least 1.")
     notes = []
-    if settings.attention == "full":
+    if fixed:
+        settings = _as_it_is(settings, config, length, reads)
+    elif settings.attention in ("local", "lsh"):
+        own = settings.attention
+        raise ValueError(f"attention={own!r}: a {config.model_type} has none; give lsg or full.")
+    elif settings.attention == "full":
         config = dataclasses.replace(config, lsg=None)
     else:
         if config.lsg is None:
@@ -65,6 +71,20 @@ def planned_model(settings: PlanSettings) -> tuple[Model, PlanSettings, tuple[st
         settings, task=task, max_length=length, **_written(model, settings)
     )
     return model, settings, tuple(notes)
+
+
+def _as_it_is(settings: PlanSettings, config: ModelConfig, length: int, reads: int) -> PlanSettings:
+    """With the attention of a family that cannot become LSG, whose checkpoints are planned as they
+    are; raises ValueError for settings that ask for more."""
+    own = config.attention
+    if settings.lsg or settings.attention == "full" or length > reads:
+        asked = [*settings.lsg, *([] if length <= reads else [f"max_length={length}"])]
+        asked += [] if settings.attention != "full" else ["attention='full'"]
+        raise ValueError(
+            f"a {config.model_type} has {own} attention and {reads} positions, and lsg_flax makes "
+            f"no other of it: leave {', '.join(asked)} out, or plan a config.json with other sizes."
+        )
+    return dataclasses.replace(settings, attention=own)
 
 
 def _written(model: Model, settings: PlanSettings) -> dict[str, int]:

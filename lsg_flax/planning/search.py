@@ -98,7 +98,7 @@ def largest_batch(
     """
     settings = first.settings
     if first.capacity is None:
-        raise ValueError(f"{settings.topology} has no known memory to fill; give a TPU topology.")
+        raise ValueError(f"{settings.topology} has no known memory to fill; give a TPU's or GPU's.")
     tried: list[Plan] = []
     unit = batch_shards(settings) * settings.accumulate
 

@@ -10,7 +10,7 @@ from lsg_flax.sharding import check_axes
 from lsg_flax.training import Precision
 
 RunKind = Literal["train", "inference", "generate"]
-AttentionKind = Literal["lsg", "full"]
+AttentionKind = Literal["lsg", "full", "local", "lsh"]
 TARGET_LENGTH = 128  # tokens that are written, where nothing says how many
 # What belongs to some modes alone, with the value that it has in the others.
 _BELONGS: dict[str, tuple[Any, tuple[RunKind, ...]]] = {
@@ -28,7 +28,7 @@ class PlanSettings:
 
     Attributes:
         source: a checkpoint's folder or hub id, or a config.json; weights are not read.
-        topology: such as "v5e:2x4", or "cpu:8".
+        topology: such as "v5e:2x4", "h100:8", or "cpu:8".
         task: which head; None takes that of the checkpoint.
         mode: a training step (forward, backward, AdamW), batched inference, or `generate`.
         max_length: tokens per row, of an encoder-decoder those of the encoder; None is what an LSG
@@ -39,7 +39,8 @@ class PlanSettings:
         batch_size: rows per step over all chips, all microbatches together.
         mesh: devices along "data", "fsdp", "tensor", "sequence"; one may be -1, and "data" takes
             what is left.
-        attention: "lsg" plans the checkpoint as `lsg-flax convert` makes it, "full" the dense one.
+        attention: "lsg" plans the checkpoint as `lsg-flax convert` makes it, "full" the dense one;
+            of a family that has its own alone a plan says that, "local" or "lsh".
         lsg: fields of `LSGConfig` to change.
         remat: what the backward pass recomputes.
         accumulate: microbatches per step.
@@ -153,8 +154,9 @@ class Plan:
         memory: per chip; only of the arguments where the program was refused.
         capacity: bytes a program can use on a chip, None for a CPU.
         needed: bytes per chip, by the compiler's own refusal where it refused.
-        fits: whether the compiler accepted it.
-        refusal: the compiler's words.
+        fits: whether the compiler accepted it, for a GPU whether `needed` is no more than
+            `capacity`.
+        refusal: the compiler's words, where it refused.
         program: the work of one chip in a step, of generation that for one more token of each text;
             None where the program was refused.
         compile_seconds: on this machine.

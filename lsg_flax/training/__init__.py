@@ -35,3 +35,6 @@ from lsg_flax.training.step import TrainStep as TrainStep
 from lsg_flax.training.step import init_state as init_state
 from lsg_flax.training.step import make_train_step as make_train_step
 from lsg_flax.training.stopping import Preempted as Preempted
+from lsg_flax.training.survey import DataSurvey as DataSurvey
+from lsg_flax.training.survey import RunSurvey as RunSurvey
+from lsg_flax.training.survey import survey as survey

@@ -111,7 +111,7 @@ def finetune(
                 f"predict_with_generate=True writes in one process, not {jax.process_count()}; "
                 "leave it out, and write with the finished model (lsg-flax summarize)."
             )
-    source = _source(settings)
+    source = source_for(settings)
     _check_output(output, source.checkpoint, (settings.train_data, settings.eval_data))
     if settings.cache is not None:
         _check_cache(pathlib.Path(settings.cache), source.checkpoint, settings.train_data)
@@ -133,7 +133,10 @@ def _run(
     options, tokenizer = options_for(settings, source), source.tokenizer
     if settings.writes_targets:
         tokenizer = source.reader(settings.src_lang, settings.tgt_lang)
-    train, held_out = _data(settings, options, tokenizer, progress)
+    train, held_out = load_data(settings, options, tokenizer, progress)
+    words = train.cut.words(options.max_length)
+    if progress and words and jax.process_index() == 0:
+        say(words)
     for data in filter(None, (train, held_out)):
         source.check_tokens(data)
     dtype, head = jnp.dtype(settings.dtype).type, _head_for(train, options)
@@ -191,7 +194,7 @@ def _result(
     return Finetuned(output, model, state.params, int(state.step), scores, best, history)
 
 
-def _source(settings: Settings) -> SourceModel:
+def source_for(settings: Settings) -> SourceModel:
     """The checkpoint to begin with; raises ValueError if it lacks what is to be trained, or cannot
     have the pattern that is asked for."""
     length, convert = settings.max_length, settings.convert
@@ -234,7 +237,7 @@ def options_for(settings: Settings, source: SourceModel) -> DataOptions:
     return dataclasses.replace(options, labels=labels)
 
 
-def _data(
+def load_data(
     settings: Settings, options: DataOptions, tokenizer: hub.Tokenizer, progress: bool
 ) -> tuple[TokenizedDataset, TokenizedDataset | None]:
     """What is learned from and, if given, what is held out, with the same labels."""
@@ -246,9 +249,6 @@ def _data(
         progress=progress and jax.process_index() == 0,
     )
     learned = load(settings.train_data, options, split=settings.train_split)
-    words = learned.cut.words(options.max_length)
-    if progress and words and jax.process_index() == 0:
-        say(words)
     if settings.eval_data is None:
         return learned, None
     if options.label_column is not None:

@@ -12,20 +12,17 @@ import flax.traverse_util
 import numpy as np
 
 from lsg_flax.chips import CHIPS
-from lsg_flax.models import IGNORED, Batch, EncoderConfig, Model
+from lsg_flax.models import IGNORED, Batch, EncoderConfig, Model, ReformerConfig
+from lsg_flax.patterns import Local
 
-# Peak dense bfloat16 FLOP/s of one chip by what `device_kind` contains; NVIDIA's from its data
-# sheets (SXM). A device of JAX is one chip (two cores of v4 and v5p together).
-PEAK_FLOPS = {kind: chip.flops for chip in CHIPS.values() for kind in chip.kinds} | {
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-}
+# Peak dense bfloat16 FLOP/s of one chip by words of its `device_kind`. A device of JAX is one chip
+# (two cores of v4 and v5p together).
+PEAK_FLOPS = {kind: chip.flops for chip in CHIPS.values() for kind in chip.kinds}
 
 
 def peak_flops(device_kind: str) -> float | None:
     """Peak bfloat16 FLOP/s of a device by JAX's name for it; None for one that is not known."""
-    matching = [name for name in PEAK_FLOPS if name.lower() in device_kind.lower()]
+    matching = [k for k in PEAK_FLOPS if re.search(rf"\b{k}\b", device_kind, re.IGNORECASE)]
     return PEAK_FLOPS[max(matching, key=len)] if matching else None
 
 
@@ -37,10 +34,11 @@ def train_flops(model: Model, batch: Batch) -> float:
     vocabulary's included) and 4 D for each of S keys seen (scores and values, L layers, width D),
     three times for forward and backward. S is T with full attention; with LSG attention
     the globals, three local blocks and two sparse ones, and g more for the g rows that see all;
-    never more than T. A decoder's tokens, as many as labels, see each other and the encoder's,
-    which the keys and values of cross-attention are made of. Padding, recomputation (remat),
-    dropout and gradients that freezing spares are left out, so the utilisation computed from it
-    compares like with like.
+    with local attention its windows; of a Reformer the chunks of each layer, in every round of
+    hashing; never more than T. A decoder's tokens, as many as labels, see each other and the
+    encoder's, which the keys and values of cross-attention are made of. Padding, recomputation
+    (remat), dropout and gradients that freezing spares are left out, so the utilisation computed
+    from it compares like with like.
 
     Args:
         batch: [B, T] or [M, B, T] by Hugging Face's names.
@@ -55,14 +53,19 @@ def train_flops(model: Model, batch: Batch) -> float:
         stack, length = model.config.stacks[part], shape[-1]
         tokens = math.prod(shape) if real is None else int(np.count_nonzero(np.asarray(real)))
         keys = _keys_seen(stack, length) + seen
-        attention = 12 * stack.num_hidden_layers * stack.hidden_size * keys
+        attention = 12 * stack.num_hidden_layers * stack.num_attention_heads * stack.head_dim * keys
         total += float(tokens) * (6 * _matmul_parameters(model, part) + attention)
         seen = length
     return total
 
 
-def _keys_seen(config: EncoderConfig, length: int) -> int:
-    lsg = config.lsg
+def _keys_seen(config: EncoderConfig, length: int) -> float:
+    if isinstance(config, ReformerConfig):
+        return config.keys_seen(length)
+    lsg, pattern = config.lsg, config.kept_pattern
+    if isinstance(pattern, Local):
+        others = (pattern.windows_seen - 1) * pattern.window_size
+        return min(length, others + (1 if pattern.exact_windowsize else pattern.window_size))
     if lsg is None:
         return length
     sparse = 0 if lsg.sparsity_type in (None, "none") else 2 * lsg.sparse_block_size

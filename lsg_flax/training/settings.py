@@ -217,7 +217,7 @@ class Settings:
     def for_data(cls, *, model: str, task: str, data: Words, **given: Any) -> "Settings":
         """Settings to read `data` for a model that is there; nothing is trained or written."""
         places = {"model": model, "train_data": data, "eval_data": data, "output": "."}
-        return cls(task=task, **_coerced_all(places | given))
+        return read_settings(None, {"task": task} | places | given)
 
     def __post_init__(self):
         for name, value in _coerced_all(vars(self)).items():

@@ -152,6 +152,7 @@ def open_source(name: str, task: str, max_length: int | None, *, convert: bool) 
     """
     checkpoint = open_checkpoint(name)
     config = checkpoint.config
+    config.check_tokens()
     model = Model(checkpoint.config_for(task), task)
     reads, plain = model.max_length, config.lsg is None
     if model.task_record.examples is None:

@@ -10,7 +10,7 @@ Axes: n batch, h heads, t tokens, d head size.
 
 import numpy as np
 import worker_lsh  # noqa: F401 (makes its kind known)
-from recorder import normal, query_key_value, ragged, record_alone
+from recorder import VOCABULARY, normal, query_key_value, ragged, record_alone, token_ids
 
 N, HEADS, WIDTH, CHUNK, T = 2, 2, 6, 4, 24
 FACTORS = dict(num_buckets=[2, 4])
@@ -44,6 +44,25 @@ LSH = {
     "causal_hashes_masked": (1, 1, True, T, True, dict(num_hashes=2)),
     "causal_around": (3, 0, True, 2 * CHUNK, True, dict(num_hashes=2)),
 }
+GENERATION = dict(
+    vocab_size=VOCABULARY,
+    attention_head_size=6,
+    num_attention_heads=2,
+    hidden_size=10,
+    feed_forward_size=14,
+    axial_pos_shape=[8, 6],
+    axial_pos_embds_dim=[4, 6],
+    max_position_embeddings=48,
+    is_decoder=True,
+    num_buckets=[2, 4],
+)
+CHUNKS = {  # of local and LSH attention
+    "mixed": dict(local_attn_chunk_length=4, lsh_attn_chunk_length=6, num_hashes=2),
+    "alike": dict(local_attn_chunk_length=4, lsh_attn_chunk_length=4, num_hashes=3),
+    "lsh": dict(lsh_attn_chunk_length=4, lsh_num_chunks_before=2),
+    "local": dict(local_attn_chunk_length=4),
+}
+PROMPTS, COUNT = (3, 4, 5, 6, 9, 12, 19), 20
 EXACT = ("causal_hashes", "causal_hashes_masked", "causal_around")
 
 
@@ -72,6 +91,17 @@ def record(recorder):
                     **fields,
                     dtype=dtype,
                 )
+    for name, chunks in CHUNKS.items():
+        kinds = [name] if name in ("lsh", "local") else ["local", "lsh", "lsh"]
+        for t in PROMPTS:
+            recorder.add(
+                "reformer_attention",
+                f"reformer_attention_generation_{name}_{t}",
+                "reformer_generation",
+                dict(prompt=token_ids(t)),
+                config=GENERATION | chunks | dict(attn_layers=kinds),
+                count=COUNT,
+            )
 
 
 if __name__ == "__main__":

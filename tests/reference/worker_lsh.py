@@ -5,6 +5,10 @@ reformer_attention: lsh (or else local), config (of ReformerConfig), dtype?
     in   query (of lsh the keys too), key, value [n,h,t,d]; mask? [n,t], rotations? [h,d,hashes,
          rotations // 2]; cotangent [n,h,t,d]
     out  context, grad_query, grad_key (of lsh zeros), grad_value
+reformer_generation: config, count; with the parameters of reformer_numbers.py, and its rotations
+         number 0 in every layer and step
+    in   prompt [t]
+    out  tokens [t + count], written greedily with a cache, in float64
 """
 
 from unittest import mock
@@ -12,6 +16,7 @@ from unittest import mock
 import torch
 import transformers
 import worker
+from reformer_numbers import drawn, rotations
 from transformers.models.reformer.modeling_reformer import LocalSelfAttention, LSHSelfAttention
 
 
@@ -43,4 +48,27 @@ def run_reformer_attention(case, inputs, folder):
     return {name: x.astype("float32") for name, x in outputs.items()}, {}
 
 
+def run_reformer_generation(case, inputs, folder):
+    model = transformers.ReformerModelWithLMHead(transformers.ReformerConfig(**case["config"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.from_numpy(drawn(name, parameter.shape)))
+    model.double().eval()
+
+    def same(shape, **_):
+        return torch.from_numpy(rotations(0, shape)).double()
+
+    with mock.patch.object(torch, "randn", same):
+        tokens = model.generate(
+            worker.to_torch(inputs["prompt"], torch.float64)[None],
+            max_new_tokens=case["count"],
+            do_sample=False,
+            eos_token_id=None,
+            use_cache=True,
+        )
+    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+    return {"tokens": tokens[0].numpy()}, {"parameters": shapes}
+
+
+worker.KINDS["reformer_generation"] = run_reformer_generation
 worker.KINDS["reformer_attention"] = run_reformer_attention

@@ -1,0 +1,201 @@
+"""The backward kernel of fused LSG attention on a TPU: all gradients in one pass.
+
+Scores are transposed here, [keys, queries], so that log-normalisers lie along the lanes. No mask is
+needed: keys that nobody sees are zeros on the chip, so what they give to the queries is zero, and
+what they get is dropped at the end.
+
+Axes: B batch, N heads, T tokens, Q queries of a block, W keys of a block's windows, G global
+tokens, R representatives.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+from lsg_flax.kernels import tpu_forward
+from lsg_flax.kernels import tpu_select as select
+from lsg_flax.kernels.tpu_plan import GROUP, LANES, FusedArrays, FusedPlan, OnChip, cost_of
+
+
+class Results(NamedTuple):
+    """References to what the forward pass gave, and to the gradient of its context."""
+
+    context: Any  # [B, T, D]
+    gradient: Any  # [B, T, D]
+    normaliser: Any  # [B, N, T / Q, Q]
+
+
+class Gradients(NamedTuple):
+    """Of what has one; inside of the kernel references to it."""
+
+    query: Any
+    key: Any
+    value: Any
+    shared: tuple[Any, Any] | None
+    given: tuple[Any, Any] | None
+
+
+class Scratch(NamedTuple):
+    """References to what stays on the chip: the operands, their gradients, what `select.choice`
+    said, and the gradients of the shared keys and values."""
+
+    memory: OnChip
+    sums: OnChip
+    choices: Any
+    shared: tuple[Any, Any] | None
+
+
+def _kernel(plan: FusedPlan, trees, *refs) -> None:
+    parts, first = [], 0
+    for tree in trees:
+        parts.append(jax.tree.unflatten(tree, refs[first : first + tree.num_leaves]))
+        first += tree.num_leaves
+    inputs, results, gradients, scratch = parts
+    step = tpu_forward.this_step(plan, inputs)
+
+    @pl.when(step.first == 0)
+    def _():
+        select.fill(plan, step.numbers, inputs, scratch.memory, scratch.choices)
+        for array in jax.tree.leaves((scratch.sums, scratch.shared)):
+            array[...] = jnp.zeros(array.shape, jnp.float32)
+
+    def one_block(place, _):
+        _one_block(plan, step, place, inputs, results, gradients, scratch)
+        return 0
+
+    lax.fori_loop(0, tpu_forward.blocks_here(plan, step), one_block, 0)
+
+    @pl.when(step.first == (plan.steps - 1) * GROUP)
+    def _():
+        _finish(plan, inputs, gradients, scratch)
+
+
+def _one_block(plan, step, place, inputs, results, gradients, scratch) -> None:
+    """The gradients of the block in that place of this step, and what its keys get of them."""
+    block = step.first + place
+    key, value = select.gather(plan, block, inputs, scratch.memory)
+    rows = select.part_of(plan.block, place)
+    query, gradient = inputs.query[0, rows, :], results.gradient[0, rows, :]
+    both = gradient.astype(jnp.float32) * results.context[0, rows, :].astype(jnp.float32)
+    of_queries: list[Array] = []
+    of_keys: list[Array] = []  # of keys and values, [W, 128]
+    for head in range(plan.group_heads):
+        mine = select.of_head(plan, head)
+        own_query = tpu_forward.scaled(plan, query, head)
+        own_gradient = jnp.where(mine, gradient, 0).astype(plan.dtype)
+        delta = select.to_row(jnp.where(mine, both, 0.0).sum(axis=1, keepdims=True))  # [1, Q]
+        scores = select.product(key, own_query, (1, 1))  # [W, Q]
+        normaliser = results.normaliser[0, head, pl.ds(place, 1), :]
+        weights = jnp.exp(jnp.minimum(scores - normaliser, 0.0))
+        if plan.spec.causal:
+            weights = jnp.where(tpu_forward.allowed(plan, transposed=True), weights, 0.0)
+        of_weights = select.product(value, own_gradient, (1, 1))
+        kept = weights
+        if plan.spec.dropout_rate:
+            factor = tpu_forward.dropped(plan, step, inputs.seeds, block, head, transposed=True)
+            kept, of_weights = weights * factor, of_weights * factor
+        of_scores = (weights * (of_weights - delta)).astype(plan.dtype)
+        parts = (
+            select.product(of_scores, own_query, (1, 0)),  # [W, 128]
+            select.product(kept.astype(plan.dtype), own_gradient, (1, 0)),
+        )
+        of_queries.append(select.product(of_scores, key, (0, 0)))  # [Q, 128]
+        of_keys = [x + y for x, y in zip(of_keys, parts, strict=True)] if head else list(parts)
+    of_query = select.join_heads(plan, of_queries) * plan.width**-0.5
+    gradients.query[0, rows, :] = of_query.astype(plan.dtype)
+    _add(plan, block, of_keys, scratch)
+
+
+def _add(plan: FusedPlan, block, parts: list[Array], scratch: Scratch) -> None:
+    """Adds what a block's keys get to where they were read from."""
+    first = 0
+    for which, start, count in select.seen(plan, block):
+        for i, part in enumerate(parts):
+            scratch.sums[2 * which + i][pl.ds(start, count), :] += part[first : first + count]
+        first += count
+    if scratch.shared is not None:
+        for array, part in zip(scratch.shared, parts, strict=True):
+            array[...] += part[first:]
+
+
+def _finish(plan: FusedPlan, inputs, gradients: Gradients, scratch: Scratch) -> None:
+    """Writes the gradients of keys and values, those of their representatives added."""
+    sums, step = scratch.sums, plan.selecting.step
+    if gradients.shared is not None and scratch.shared is not None:
+        for ref, total in zip(gradients.shared, scratch.shared, strict=True):
+            ref[0] = total[...].astype(plan.dtype)
+
+    def one_block(block, _):
+        row = inputs.real[0, pl.ds(block, 1), :]
+        real, here = select.to_column(row), select.part_of(plan.block, block)
+        there = select.part_of(plan.block, block, plan.first_key_block)
+        totals, chosen = [sums.keys[there, :], sums.values[there, :]], []
+        if step:
+            there = select.part_of(step, block, plan.first_key_block)
+            chosen = [sums.chosen_keys[there, :], sums.chosen_values[there, :]]
+        if gradients.given is not None:
+            for ref, x in zip(gradients.given, chosen, strict=True):
+                ref[0, select.part_of(step, block), :] = x.astype(plan.dtype)
+        elif step:
+            for head in range(plan.group_heads):
+                place = block * plan.group_heads + head
+                matrix = select.one_hot(plan, scratch.choices[pl.ds(place, 1), :], plan.dtype)
+                weight = select.per_representative(plan, matrix, row)
+                for i, x in enumerate(chosen):
+                    part = select.exact_product(matrix, (x * weight).astype(plan.dtype), (0, 0))
+                    totals[i] += jnp.where(select.of_head(plan, head), part, 0.0)
+        for ref, total in zip((gradients.key, gradients.value), totals, strict=True):
+            ref[0, here, :] = jnp.where(real > 0, total, 0.0).astype(plan.dtype)
+        return 0
+
+    lax.fori_loop(0, plan.key_blocks, one_block, 0)
+
+
+def backward(
+    plan: FusedPlan,
+    arrays: FusedArrays,
+    results: tuple[Float[Array, "B T D"], Float[Array, "B N _ Q"]],
+    gradient: Float[Array, "B T D"],
+) -> Gradients:
+    """The gradients of queries, keys and values."""
+    context, normaliser = results
+    specs = tpu_forward.block_specs(plan, arrays)
+    given = Results(context, gradient, normaliser)
+    given_specs = Results(specs.query, specs.query, tpu_forward.normaliser_spec(plan))
+    wanted = Gradients(arrays.query, arrays.key, arrays.value, arrays.shared, arrays.given)
+    wanted_specs = Gradients(specs.query, specs.key, specs.value, specs.shared, specs.given)
+    scratch = _scratch(plan)
+    trees = tuple(jax.tree.structure(x) for x in (arrays, given, wanted, scratch))
+    read = jax.tree.leaves((arrays, given))
+    written = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.tree.leaves(wanted)]
+    outputs = pl.pallas_call(
+        partial(_kernel, plan, trees),
+        out_shape=written,
+        grid=(context.shape[0], plan.heads // plan.group_heads, plan.steps),
+        in_specs=jax.tree.leaves((specs, given_specs)),
+        out_specs=jax.tree.leaves(wanted_specs),
+        scratch_shapes=jax.tree.leaves(scratch),
+        compiler_params=tpu_forward.parameters(plan, backward=True),
+        cost_estimate=cost_of(plan, 5, [*read, *written]),
+        interpret=plan.interpret,
+        name="lsg_backward",
+    )(*read)
+    return jax.tree.unflatten(trees[2], outputs)
+
+
+def _scratch(plan: FusedPlan) -> Scratch:
+    inside = plan.selecting.step and plan.selecting.kind != "given"
+    rows = plan.key_blocks * plan.group_heads
+    shared = pltpu.VMEM((plan.shared, LANES), jnp.float32)
+    return Scratch(
+        tpu_forward.on_chip(plan, plan.dtype),
+        tpu_forward.on_chip(plan, jnp.float32),
+        pltpu.VMEM((rows, plan.block), jnp.int32) if inside else None,
+        (shared, shared) if plan.shared else None,
+    )

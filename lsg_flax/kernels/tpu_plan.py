@@ -1,0 +1,278 @@
+"""What is static about a fused call of LSG attention on a TPU: its geometry, the memory that it
+needs on the chip, and which cases the kernels are made for.
+
+Axes: B batch, N heads, H head width, T tokens, R representatives, Q queries of a block, W keys of a
+block's windows.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+LANES = 128  # of a register: as many features of neighbouring heads are computed together
+GROUP = 8  # blocks of queries in a step of the grid: their log-normalisers fill a tile
+BLOCKS, WIDTHS, DTYPES = (64, 128, 256), (32, 64, 128), ("float32", "bfloat16")
+MIB = 2**20
+# What a kernel may use of a chip's vector memory, by what `device_kind` contains: its size in the
+# refusals of libtpu 0.0.42, less 1/16 that the compiler keeps for spilled registers.
+VECTOR_MEMORY = {"v5p": 60 * MIB, "v5 lite": 120 * MIB, "v5e": 120 * MIB, "v6": 120 * MIB}
+_LEAST_MEMORY = 15 * MIB
+
+
+@dataclass(frozen=True)
+class Selecting:
+    """The sparse part of a pattern.
+
+    Attributes:
+        kind: how a block's representatives are chosen: "norm", "pooling", "stride", "block_stride",
+            "none", or "given", outside of the kernel.
+        step: representatives of a block.
+        width: how many of them a query sees on each side.
+        right: how far behind a block's first representative its right-hand window begins.
+        chunk: tokens of which "norm" takes the longest keys.
+    """
+
+    kind: str = "none"
+    step: int = 0
+    width: int = 0
+    right: int = 0
+    chunk: int = 0
+
+    @property
+    def reach(self) -> int:
+        """Blocks in front of a query's own that it sees, and behind it."""
+        return max(1, -(-(self.width + self.step) // self.step)) if self.step else 1
+
+
+@dataclass(frozen=True)
+class FusedSpec:
+    """What a pattern asks of the kernels: Q = `block` queries see their own block and its
+    neighbours, representatives and the shared keys."""
+
+    block: int
+    selecting: Selecting = Selecting()
+    causal: bool = False
+    dropout_rate: float = 0.0
+
+
+@dataclass(frozen=True)
+class FusedPlan:
+    """A call: the pattern, and the sizes of its arrays.
+
+    Attributes:
+        blocks: of queries, in a range.
+        shared: keys that all see, filled up to a whole tile.
+        heads: filled up to whole groups.
+        all_heads: of all shards.
+        width: of a head.
+        row_axes, head_axes: of the mesh, along which rows of the batch and heads lie.
+        extended: whether keys and given representatives come with those of `before` blocks in
+            front and `after` behind, as those of a shard do; else there are none.
+        ranges: into how many of `blocks` each the tokens are cut first, as if they were shards.
+        interpret: run it without a TPU, slowly.
+    """
+
+    spec: FusedSpec
+    blocks: int
+    shared: int
+    heads: int
+    all_heads: int
+    width: int
+    dtype: str
+    row_axes: tuple[str, ...] = ()
+    head_axes: tuple[str, ...] = ()
+    extended: bool = False
+    ranges: int = 1
+    interpret: bool = False
+
+    @property
+    def block(self) -> int:
+        return self.spec.block
+
+    @property
+    def selecting(self) -> Selecting:
+        return self.spec.selecting
+
+    @property
+    def group_heads(self) -> int:
+        """Heads that share the lanes."""
+        return LANES // self.width
+
+    @property
+    def before(self) -> int:
+        """Blocks of keys in front of the first query's."""
+        return self.selecting.reach
+
+    @property
+    def after(self) -> int:
+        """Blocks of keys behind the last query's."""
+        return 0 if self.spec.causal else self.selecting.reach
+
+    @property
+    def scratch_blocks(self) -> int:
+        return self.before + self.blocks + self.after
+
+    @property
+    def key_blocks(self) -> int:
+        """Blocks of keys that a call has."""
+        return self.scratch_blocks if self.extended else self.blocks
+
+    @property
+    def first_key_block(self) -> int:
+        """Where they begin on the chip."""
+        return 0 if self.extended else self.before
+
+    @property
+    def near(self) -> int:
+        """Tokens of the blocks that a query sees whole."""
+        return (2 if self.spec.causal else 3) * self.block
+
+    @property
+    def window(self) -> int:
+        """Keys that a block of queries sees."""
+        sides = 1 if self.spec.causal else 2
+        return self.near + sides * self.selecting.width + self.shared
+
+    @property
+    def steps(self) -> int:
+        """Of the grid, for one group of heads."""
+        return -(-self.blocks // GROUP)
+
+    def memory(self, backward: bool) -> int:
+        """Bytes of vector memory, arrays that are moved while others are worked on counted
+        twice."""
+        size, row = jnp.dtype(self.dtype).itemsize, LANES
+        tokens, chosen = self.key_blocks * self.block, self.key_blocks * self.selecting.step
+        scratch = self.scratch_blocks * (self.block + self.selecting.step)
+        moved = 2 * tokens + 2 * GROUP * self.block + 2 * self.shared
+        if self.selecting.kind == "given":
+            moved += 2 * chosen
+        total = 2 * scratch * row * size
+        if backward:
+            moved += moved + GROUP * self.block
+            total += 2 * scratch * row * 4 + self.scratch_blocks * self.group_heads * self.block * 4
+        total += 2 * moved * row * size + 2 * self.key_blocks * self.block * 4
+        hidden = GROUP * self.group_heads * (-(-self.window // LANES) * LANES) * 4
+        work = 6 * self.block * self.window * 4  # scores and what becomes of them
+        return total + 2 * hidden + work
+
+
+def cost_of(plan: FusedPlan, products: int, moved: list[Any]) -> pl.CostEstimate:
+    """What a kernel tells of its work, of which a compiler sees nothing: `products` over all
+    scores, an exponential for each score, and arrays of main memory that are `moved` once."""
+    scores = moved[-1].shape[0] * plan.heads * plan.blocks * plan.block * plan.window
+    return pl.CostEstimate(
+        flops=2 * products * scores * plan.width,
+        transcendentals=scores,
+        bytes_accessed=sum(x.size * x.dtype.itemsize for x in moved),
+    )
+
+
+class FusedArrays(NamedTuple):
+    """What both kernels read, None where a call has no such array; inside of a kernel references to
+    it. Heads lie side by side, D = N * H; S keys are the tokens, R their representatives.
+
+    Attributes:
+        seeds: of dropout, and the number of the first row among those of all shards.
+        numbers: of the heads among those of all shards.
+        real: 1 for tokens that may be seen, else 0.
+        hidden: what is added to the scores of what a block sees: 0, or a number so low that it is
+            not seen; for all heads or each.
+        shared, given: keys and values that all see, and representatives chosen outside.
+    """
+
+    seeds: Any  # [3]
+    numbers: Any  # [N]
+    query: Any  # [B, T, D]
+    key: Any  # [B, T, D]
+    value: Any  # [B, T, D]
+    real: Any  # [B, T / Q, Q]
+    hidden: Any  # [B, #N, T / Q, W]
+    shared: tuple[Any, Any] | None  # [B, G, D]
+    given: tuple[Any, Any] | None  # [B, R, D]
+
+
+class OnChip(NamedTuple):
+    """Arrays [tokens or representatives, 128] of a group of heads that stay on the chip, with as
+    many rows in front and behind as queries look at; or their gradients."""
+
+    keys: Any
+    values: Any
+    chosen_keys: Any = None
+    chosen_values: Any = None
+
+
+def tile(dtype: str) -> int:
+    """Rows of a tile: where slices of rows may begin."""
+    return 32 // jnp.dtype(dtype).itemsize
+
+
+def refusal(plan: FusedPlan, chip: str | None) -> str | None:
+    """Why the kernels cannot compute a call, or None: what is given, what is allowed, what to do.
+
+    Args:
+        chip: `device_kind` of the TPU; None if it is not one, and the memory is not asked for.
+    """
+    spec, sparse = plan.spec, plan.selecting
+    other = "or implementation='xla'"
+    if plan.dtype not in DTYPES:
+        return f"dtype {plan.dtype} is none of {', '.join(DTYPES)}; cast the inputs, {other}."
+    if plan.block not in BLOCKS:
+        return f"block_size={plan.block} is none of {_listed(BLOCKS)}; use one of them, {other}."
+    if plan.width not in WIDTHS:
+        return f"heads of width {plan.width} are none of {_listed(WIDTHS)}; use {other[3:]}."
+    rows = tile(plan.dtype)
+    if sparse.step % rows or sparse.width % rows:
+        return (
+            f"{sparse.step} representatives per block (block_size / sparsity_factor) and "
+            f"sparse_block_size={sparse.width} must both be multiples of {rows} in {plan.dtype}; "
+            f"choose such ones, {other}."
+        )
+    if sparse.kind == "norm" and plan.block % sparse.chunk:
+        return (
+            f"sparse_block_size={sparse.width}, from which 'norm' picks, must divide "
+            f"block_size={spec.block} or be larger; choose such a one, {other}."
+        )
+    return None if chip is None else _too_large(plan, chip, other)
+
+
+def _too_large(plan: FusedPlan, chip: str, other: str) -> str | None:
+    allowed, needed = vector_memory(chip), plan.memory(backward=True)
+    if needed <= allowed:
+        return None
+    return (
+        f"{plan.blocks} blocks of {plan.block} tokens need {needed / MIB:.0f} MiB "
+        "of vector memory, "
+        f"and a kernel may use {allowed / MIB:.0f} MiB on {chip}; use smaller blocks, {other}."
+    )
+
+
+def cut_to_fit(plan: FusedPlan, chip: str) -> FusedPlan:
+    """The plan with its blocks in as few ranges as make each fit the chip; as it is if none do."""
+    for count in range(1, plan.blocks + 1):
+        blocks = -(-plan.blocks // count)
+        cut = replace(plan, blocks=blocks, ranges=count, extended=plan.extended or count > 1)
+        if cut.memory(backward=True) <= vector_memory(chip):
+            return replace(cut, extended=plan.extended)
+    return plan
+
+
+def vector_memory(chip: str) -> int:
+    """Bytes that a kernel may use on the chip that a `device_kind` names."""
+    kind = chip.lower()
+    if kind.endswith("v5"):  # JAX's name of v5p
+        return VECTOR_MEMORY["v5p"]
+    return next((size for name, size in VECTOR_MEMORY.items() if name in kind), _LEAST_MEMORY)
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def padded_heads(heads: int, width: int) -> int:
+    """Heads that fill whole groups."""
+    group = max(1, LANES // width)
+    return math.ceil(heads / group) * group

@@ -1,0 +1,100 @@
+"""The work of kernels that XLA sees from outside: products of NVIDIA's libraries, and kernels of
+one's own (Pallas).
+
+A kernel's FLOPs and bytes come from its formula in `FORMULAS`, else from what it declared when it
+was called (`pallas_call(cost_estimate=...)`, which reaches a TPU's program, not a GPU's), less the
+arrays that the compiler keeps on the chip.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+from lsg_flax.planning.hlo_text import Array, Instruction, arrays_of
+
+# What the targets of kernels begin with; other custom calls allocate, place and sort.
+_PALLAS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu")
+_LIBRARIES = ("__cublas$", "__cudnn$")
+
+
+class KernelCall(NamedTuple):
+    """One kernel's call.
+
+    Attributes:
+        operands, results: the arrays as the program has them.
+        attributes: as they are printed.
+    """
+
+    operands: tuple[Array, ...]
+    results: tuple[Array, ...]
+    attributes: str
+
+
+class KernelWork(NamedTuple):
+    """Of one call: matrix FLOPs, and bytes of main memory that it reads and writes."""
+
+    flops: float
+    bytes: int
+
+
+Formula = Callable[[KernelCall], KernelWork]
+
+
+def target_of(instruction: Instruction) -> str:
+    """What a custom call runs; empty for other instructions."""
+    found = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
+    return found[1] if found else ""
+
+
+def is_kernel(instruction: Instruction) -> bool:
+    """Whether it is a kernel of one's own, or one of a library."""
+    return target_of(instruction).startswith(_PALLAS + _LIBRARIES)
+
+
+def is_own_kernel(instruction: Instruction) -> bool:
+    """Whether it is a kernel of one's own."""
+    return target_of(instruction).startswith(_PALLAS)
+
+
+def name_of(instruction: Instruction) -> str:
+    """The name that a kernel was given (`pallas_call(name=...)`), or that of the library's."""
+    given = re.search(r'op_name="(?:[^"]*/)?([^"/]+)/pallas_call', instruction.attributes)
+    return given[1] if given else target_of(instruction)
+
+
+def work_of(instruction: Instruction, operands: tuple[Array, ...]) -> KernelWork | None:
+    """The work of one call of a kernel; None where nobody says it.
+
+    Args:
+        operands: its arrays.
+    """
+    call = KernelCall(operands, tuple(arrays_of(instruction.shape)), instruction.attributes)
+    if formula := FORMULAS.get(name_of(instruction)):
+        return formula(call)
+    declared = {
+        name: re.search(rf'"{name}":"?(\d+)', instruction.attributes)
+        for name in ("flops", "bytes_accessed")
+    }
+    flops, moved = declared.values()
+    if flops is None or moved is None:
+        return None
+    on_chip = sum(a.bytes for a in (*call.operands, *call.results) if not a.in_memory)
+    return KernelWork(float(flops[1]), max(0, int(moved[1]) - on_chip))
+
+
+def _product(call: KernelCall) -> KernelWork:
+    """cuBLAS: the last of several results is its workspace, of which nothing comes or stays."""
+    axes = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', call.attributes)
+    contracted = [int(axis) for axis in re.findall(r"\d+", axes[1])] if axes else []
+    left, results = call.operands[0], call.results[:-1] or call.results
+    flops = 2.0 * math.prod(results[0].dims) * math.prod(left.dims[axis] for axis in contracted)
+    return KernelWork(flops, sum(a.bytes for a in (*call.operands, *results) if a.in_memory))
+
+
+# By a kernel's name; of Pallas kernels, those that declare nothing, as on GPUs.
+FORMULAS: dict[str, Formula] = {
+    "__cublas$gemm": _product,
+    "__cublas$lt$matmul": _product,
+    "__cublas$lt$matmul$f8": _product,
+}
