@@ -102,6 +102,7 @@ def compile_one(topology: str, what: str, passes: str) -> dict[str, Any]:
     program = read_program(text)
     return {
         "gigabytes": program.bytes / 1e9,
+        "flops": program.flops,
         "temporaries": memory.temp_size_in_bytes / 1e6,
         "seconds": time.perf_counter() - start,
         "xla_cycles": program.cycles,

@@ -16,9 +16,9 @@ own, and those of a length take turns. A rival whose first run, compilation incl
 than --limit seconds is stopped, and not tried on longer texts. Memory is the process's peak
 resident size once it is warm.
 
-Then each trains alone on the standard library's sources, until it has had both budgets, that of
+Then each trains alone on the texts of examples/enwik8.py, until it has had both budgets, that of
 tokens and that of seconds (compilation and measuring apart), at one constant rate of learning after
-some warm-up. Bits per byte are those of a held-out tenth. Prints a table; writes
+some warm-up. Bits per byte are those of held-out texts, every twentieth. Prints a table; writes
 long_attention.{json,png}.
 """
 
@@ -37,7 +37,7 @@ from plots import Curves, Panel, save_picture
 from workers import ask, serve, start, stop, turn
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
-from at_hand import sources
+from enwik8_data import read_bytes, stretches
 
 SIZES = {
     "vocab_size": 256, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -95,27 +95,13 @@ def make_params(model):
     return jax.jit(model.init)(jax.random.key(0), **model.example_inputs())["params"]
 
 
-def make_texts() -> tuple[np.ndarray, np.ndarray]:
-    """Bytes to train on, and a tenth that is held out."""
-    text = np.frombuffer("".join(row["text"] for row in sources()).encode(), np.uint8)
-    first, last = np.split(text, [len(text) * 9 // 10])
-    return first, last
-
-
-def make_batch(text: np.ndarray, length: int, count: int, seed: int) -> dict[str, np.ndarray]:
-    """So many pieces of a text, from places drawn by the seed."""
-    starts = np.random.default_rng(seed).integers(0, len(text) - length, (count, 1))
-    ids = text[starts + np.arange(length)].astype(np.int32)  # [B, T]
-    return {"input_ids": ids, "labels": ids}
-
-
 def cost_step(rival: str, length: int):
     """A function that computes a loss with its gradients and returns the loss."""
     import jax
 
     from lsg_flax import training
 
-    model, batch = make_model(rival, length), make_batch(make_texts()[0], length, 1, seed=0)
+    model, batch = make_model(rival, length), stretches(read_bytes(None)[0], length, (1,), seed=0)
     params = make_params(model)
 
     def loss(params, batch):
@@ -131,13 +117,13 @@ def train(rival: str, length: int, budget: dict[str, float]) -> list[dict[str, f
 
     from lsg_flax import training
 
-    model, (text, held_out) = make_model(rival, length), make_texts()
+    model, (text, held_out) = make_model(rival, length), read_bytes(None)
     schedule = {"total_steps": 2**30, "warmup_steps": WARM_UP, "schedule": "constant"}
     optimizer = training.make_optimizer(RATE, **schedule)
     state = training.init_state(make_params(model), optimizer, jax.random.key(1))
     step = training.make_train_step(model, optimizer)
-    step = step.lower(state, make_batch(text, length, 1, seed=0)).compile()
-    asked = make_batch(held_out, length, HELD_OUT, seed=0)
+    step = step.lower(state, stretches(text, length, (1,), seed=0)).compile()
+    asked = stretches(held_out, length, (HELD_OUT,), seed=0)
     loss = jax.jit(lambda params: training.loss_fn(model, params, asked)[0])
     marks: list[dict[str, float]] = []
     had = {"tokens": 0, "seconds": 0.0}
@@ -149,7 +135,7 @@ def train(rival: str, length: int, budget: dict[str, float]) -> list[dict[str, f
             marks.append(had | {"bits": float(loss(state.params) / np.log(2))})
         if not (due := left):
             return marks
-        batch = make_batch(text, length, 1, seed=had["tokens"])
+        batch = stretches(text, length, (1,), seed=had["tokens"])
         began = time.perf_counter()
         state, _ = jax.block_until_ready(step(state, batch))
         passed = time.perf_counter() - began

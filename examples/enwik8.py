@@ -37,10 +37,10 @@ REFORMER = {"model_type": "reformer", "vocab_size": 256, "is_decoder": True, "nu
 REFORMER |= dict.fromkeys(("hidden_dropout_prob", "lsh_attention_probs_dropout_prob"), 0.0)
 REFORMER |= {"local_attention_probs_dropout_prob": 0.0, "axial_pos_shape": (32, 64)}
 REFORMER |= {"hidden_size": 512, "feed_forward_size": 2048, "axial_pos_embds_dim": (256, 256)}
-REFORMER |= {"num_attention_heads": 8, "max_position_embeddings": 2048}
+REFORMER |= {"num_attention_heads": 8, "max_position_embeddings": 2048, "num_buckets": 64}
 LITTLE = {"hidden_size": 128, "feed_forward_size": 512, "axial_pos_embds_dim": (64, 64)}
 LITTLE |= {"num_attention_heads": 4, "attention_head_size": 32, "axial_pos_shape": (16, 16)}
-LITTLE |= {"attn_layers": ("local", "lsh") * 2, "max_position_embeddings": 256}
+LITTLE |= {"attn_layers": ("local", "lsh") * 2, "max_position_embeddings": 256, "num_buckets": 8}
 ROWS, MICROBATCHES, PRIME = 4, 4, 128
 
 
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=pathlib.Path, help="enwik8.gz, or another file")
     parser.add_argument("--small", action="store_true", help="a small model that reads 256 bytes")
-    parser.add_argument("--reformer", action="store_true", help="a Reformer, which writes nothing")
+    parser.add_argument("--reformer", action="store_true", help="a Reformer in its place")
     parser.add_argument("--steps", type=int, help="100,000 by default, with --small 300")
     parser.add_argument("--rate", type=float, help="2e-4 by default, with --small 2e-3")
     parser.add_argument("--written", type=int, default=512, help="bytes to write at the end")
@@ -86,11 +86,11 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     )
     print(", ".join(f"{name} {value:.2f}" for name, value in found.items()))
 
-    if options.reformer:
-        return found
     prime = held[:PRIME][None].astype(np.int32)
     sampled = {"do_sample": True, "filter_thres": 0.9, "key": jax.random.key(2)}
-    ids = generate(model, state.params, prime, max_new_tokens=options.written, **sampled)
+    room = options.written if model.rolls else model.max_length - PRIME  # a Reformer's positions
+    count = min(options.written, room)
+    ids = generate(model, state.params, prime, max_new_tokens=count, **sampled)
     print(bytes(ids[0].astype(np.uint8)).decode(errors="replace"))
     return found
 

@@ -3,20 +3,13 @@
     python examples/reformer_long.py [--tokens 65536] [--layers 2 12] [--width 64]
     PYTHONPATH=.libtpu python examples/reformer_long.py --topology v5e:1x1
 
-Measures a quarter of the tokens and all of them, with each number of layers, in a process of its
-own: what goes into a layer is computed back from what came out of it, so that the memory does not
-grow with depth. The second command compiles a training step for a TPU that need not be there; `make
-tpu` installs what it needs. Measured on 2 CPU cores that were busy with other work:
-
-    16,384 tokens, 2 layers: loss 5.57, seconds 0.99, temporaries 229.76, peak 815.63
-    16,384 tokens, 12 layers: loss 5.57, seconds 1.26, temporaries 160.93, peak 777.52
-    65,536 tokens, 2 layers: loss 5.57, seconds 1.95, temporaries 919.85, peak 1,668.98
-    65,536 tokens, 12 layers: loss 5.56, seconds 9.20, temporaries 635.69, peak 1,344.18
-
-and for the chip: 2 layers 381 MiB of temporaries, 12 layers 340.
+Measures a quarter of the tokens and all of them, each in a process of its own: what goes into a
+layer is computed back from what came out, so that memory does not grow with depth. The second
+command compiles for a TPU that need not be there; `make tpu` installs what it needs.
 """
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
@@ -27,8 +20,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
-import numpy as np
-from at_hand import sources
+from enwik8_data import read_bytes, stretches
 
 MIB = 2**20
 
@@ -36,34 +28,23 @@ MIB = 2**20
 def config_of(tokens: int, layers: int, width: int) -> dict[str, Any]:
     """config.json of a Reformer whose positions are a grid, a square where tokens are one."""
     rows = max(n for n in range(1, math.isqrt(tokens) + 1) if tokens % n == 0)
-    return {
-        "model_type": "reformer",
-        "architectures": ["ReformerModelWithLMHead"],
-        "is_decoder": True,
-        "vocab_size": 256,
-        "attn_layers": ["local", "lsh"] * (layers // 2),
-        "hidden_size": width,
-        "num_attention_heads": 2,
-        "attention_head_size": width // 2,
-        "feed_forward_size": 4 * width,
-        "max_position_embeddings": tokens,
-        "axial_pos_shape": [rows, tokens // rows],
-        "axial_pos_embds_dim": [width // 4, width - width // 4],
-    }
+    config = {"model_type": "reformer", "architectures": ["ReformerModelWithLMHead"]}
+    config |= {"is_decoder": True, "attn_layers": ["local", "lsh"] * (layers // 2)}
+    config |= {"vocab_size": 256, "hidden_size": width, "feed_forward_size": 4 * width}
+    config |= {"num_attention_heads": 2, "attention_head_size": width // 2}
+    config |= {"max_position_embeddings": tokens, "axial_pos_shape": [rows, tokens // rows]}
+    return config | {"axial_pos_embds_dim": [width // 4, width - width // 4]}
 
 
 def measure(tokens: int, layers: int, width: int) -> dict[str, float]:
     """Loss, seconds of its gradients and MiB, of the program's temporaries and of this process."""
     import jax
 
-    from lsg_flax import Model, training
-    from lsg_flax.models import read_config
+    from lsg_flax import Model, models, training
 
-    model = Model(read_config(config_of(tokens, layers, width)), "causal_lm")
+    model = Model(models.read_config(config_of(tokens, layers, width)), "causal_lm")
     params = jax.jit(model.init)(jax.random.key(0), **model.example_inputs())["params"]
-    text = "".join(row["text"] for row in sources()).encode()
-    ids = np.resize(np.frombuffer(text, np.uint8), (1, tokens)).astype(np.int32)
-    batch = {"input_ids": ids, "labels": ids}
+    batch = stretches(read_bytes(None)[0], tokens, (1,), seed=0)
 
     def loss(params):
         return training.loss_fn(model, params, batch, jax.random.key(1))[0]
@@ -71,24 +52,21 @@ def measure(tokens: int, layers: int, width: int) -> dict[str, float]:
     compiled = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
     began = time.perf_counter()
     value, _ = jax.block_until_ready(compiled(params))
-    return {
-        "loss": float(value),
-        "seconds": time.perf_counter() - began,
-        "temporaries": compiled.memory_analysis().temp_size_in_bytes / MIB,
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    }
+    seconds = time.perf_counter() - began
+    temporaries = compiled.memory_analysis().temp_size_in_bytes / MIB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"loss": float(value), "seconds": seconds, "temporaries": temporaries, "peak": peak}
 
 
 def plan(tokens: int, layers: int, width: int, topology: str) -> dict[str, float]:
     """MiB of a training step's temporaries on a chip, and the least milliseconds that it takes."""
-    from lsg_flax.planning import PlanSettings
-    from lsg_flax.planning import plan as compile_for
+    from lsg_flax import planning
 
     with tempfile.TemporaryDirectory() as folder:
-        config = config_of(tokens, layers, width)
-        pathlib.Path(folder, "config.json").write_text(json.dumps(config))
-        shape = {"max_length": tokens, "batch_size": 1, "attention": "full"}
-        found = compile_for(PlanSettings(folder, topology, **shape))
+        config = json.dumps(config_of(tokens, layers, width))
+        pathlib.Path(folder, "config.json").write_text(config)
+        settings = planning.PlanSettings(folder, topology, max_length=tokens, batch_size=1)
+        found = planning.plan(settings)
     if not found.fits:
         raise SystemExit(f"{layers} layers do not fit: {found.refusal}")
     least = 1e3 * (found.roofline or math.nan)
@@ -105,18 +83,16 @@ def main(arguments: list[str] | None = None) -> dict[tuple[int, int], dict[str, 
     options = parser.parse_args(arguments)
     lengths = [options.tokens] if options.topology else [options.tokens // 4, options.tokens]
     found: dict[tuple[int, int], dict[str, float]] = {}
-    for tokens in lengths:
-        for layers in options.layers:
-            size = (tokens, layers, options.width)
-            if options.topology:
-                row = plan(*size, options.topology)
-            else:  # a peak is that of a process
-                context = multiprocessing.get_context("spawn")
-                with ProcessPoolExecutor(1, context) as pool:
-                    row = pool.submit(measure, *size).result()
-            found[tokens, layers] = row
-            told = ", ".join(f"{name} {value:,.2f}" for name, value in row.items())
-            print(f"{tokens:,} tokens, {layers} layers: {told}", flush=True)
+    for tokens, layers in itertools.product(lengths, options.layers):
+        size = (tokens, layers, options.width)
+        if options.topology:
+            row = plan(*size, options.topology)
+        else:  # a peak is that of a process
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                row = pool.submit(measure, *size).result()
+        found[tokens, layers] = row
+        told = ", ".join(f"{name} {value:,.2f}" for name, value in row.items())
+        print(f"{tokens:,} tokens, {layers} layers: {told}", flush=True)
     return found
 
 

@@ -64,7 +64,8 @@ def params_from_torch(
             name: params_from_torch(of_part(tensors, name), part, place)
             for name, part in model.embedders.items()
         }
-    keys, shapes = family.keys(model.task, config), _leaf_shapes(model)
+    shapes = _leaf_shapes(model)
+    keys = family.keys(model.task, config) + family.given_keys(config, shapes)
     _check_rows(keys, shapes, family)
     tensors = of_part(tensors, model.head_table.part)
     named = name_tensors(tensors, family, config, model.task)
@@ -133,7 +134,7 @@ def params_to_torch(params: Params, model: Model) -> dict[str, np.ndarray]:
             "of another shape "
             f"{[(path, tuple(leaves[path].shape), shapes[path]) for path in wrong[:_LISTED]]}."
         )
-    keys = family.keys(model.task, config)
+    keys = family.keys(model.task, config) + family.given_keys(config, shapes)
     _check_rows(keys, shapes, family)
     tensors = {}
     for path, of_leaf in _by_path(keys).items():
@@ -223,7 +224,11 @@ def _check_body(
     known = {named.prefix + key.torch for key in family.keys("base", config)}
     unexpected = {name for name in unused - known if name.startswith(named.prefix)}
     unexpected = {name for name in unexpected if not name.startswith(outside)}
-    missing = [key.torch for key in keys if _is_of_body(key) and key.torch not in named.tensors]
+    wanted = [key.torch for key in keys if _is_of_body(key)]
+    around = family.given.torch.partition("{")[0] if family.given else None
+    if around and not any(name.startswith(around) for name in named.tensors):  # they are added
+        wanted = [name for name in wanted if not name.startswith(around)]
+    missing = [name for name in wanted if name not in named.tensors]
     if missing or unexpected:
         rest = unused - unexpected if missing else set()  # may be the missing ones, misnamed
         there = [*sorted(unexpected), *sorted(rest)]
@@ -285,6 +290,8 @@ def _mismatch(
     lines += [f"in the file but not in the model: {len(unexpected)}", *listing("+", unexpected)]
     if any("global_embeddings" in name for name in unexpected):
         lines.append('This is an LSG checkpoint: its config.json needs "base_model_prefix": "lsg".')
+    if any(name.startswith("global_layers.") for name in (*missing, *unexpected)):
+        lines.append("global_attention= needs parts named as in the file (docs/checkpoints.md).")
     return "\n".join(lines)
 
 

@@ -31,6 +31,7 @@ AXES = ("data", "fsdp", "tensor", SEQUENCE)
 # stacked layers, are whole, and one that stands twice is cut at the first place that divides.
 # Optimizer states have the paths of their parameters.
 PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"global_layers/attention/.+", ()),  # the user's module
     (r"(embeddings/word_embeddings|shared)/embedding", ("vocab", "width")),
     (r"embeddings/(row|column)_embeddings/embedding", (None, None)),
     (r"embeddings/\w+_embeddings/embedding", (None, "width")),

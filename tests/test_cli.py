@@ -1,12 +1,17 @@
 """The command line: what it writes, what it shows, and that errors are one message."""
 
+import email.message
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -14,7 +19,7 @@ from golden_data import GOLDEN, load
 
 import lsg_flax
 from lsg_flax import LSGConfig, cli, hub, training
-from lsg_flax.cli import train
+from lsg_flax.cli import doctor, train
 
 SOURCE, LSG_SOURCE = GOLDEN / "bert_to_convert_512", GOLDEN / "bert_to_convert_lsg"
 
@@ -361,6 +366,123 @@ def test_wrong_usage_exits_with_2(capsys, arguments, says):
     with pytest.raises(SystemExit) as error:
         cli.main(arguments)
     assert error.value.code == 2 and says in capsys.readouterr().err
+
+
+ASKS_FOR = {  # what must be given, in this order
+    "convert": "SOURCE TARGET",
+    "inspect": "PATH",
+    "data": "--model --task --train-data",
+    "train": "--model --train-data --output --task",
+    "evaluate": "MODEL DATA",
+    "predict": "MODEL INPUT OUTPUT",
+    "summarize": "MODEL INPUT OUTPUT",
+    "embed": "MODEL INPUT OUTPUT",
+    "generate": "MODEL INPUT OUTPUT",
+    "plan": "SOURCE --topology --batch-size",
+    "index": "MODEL CORPUS FOLDER",
+    "ask": "FOLDER QUESTION",
+    "doctor": "",
+}
+SCREEN = 24  # lines of 80 characters
+
+
+def help_of(capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as end:
+        cli.main([*arguments, "--help"])
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_every_command_has_a_line_in_the_list_of_what_is_asked_for(capsys):
+    commands = re.findall(r"^    ([a-z]+)\b", help_of(capsys), re.MULTILINE)
+    assert commands == list(ASKS_FOR)
+
+
+@pytest.mark.parametrize("command", ASKS_FOR)
+def test_help_has_what_is_required_first_and_on_one_screen(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown, asked = help_of(capsys, command), ASKS_FOR[command].split()
+    usage, _, _ = shown.partition("\n\n")
+    assert all(name in usage for name in asked) and usage.endswith("[options]")
+    assert len(re.findall(r"--[a-z]", usage)) == ASKS_FOR[command].count("--")
+    places = [
+        (name, number)
+        for number, line in enumerate(shown.splitlines())
+        for name in re.findall(r"^  (--[a-z]\S+|[A-Z]+|-h)\b", line)
+    ]
+    assert [name for name, _ in places[: len(asked) + 1]] == [*asked, "-h"]
+    assert places[len(asked)][1] < SCREEN, shown  # all that is said of them stands above
+
+
+PROJECT = tomllib.loads((pathlib.Path(__file__).parent.parent / "pyproject.toml").read_text())
+
+
+def installed_with(extras: list[str], *more: str) -> email.message.Message:
+    """The metadata of lsg-flax as pyproject.toml has it, with these extras alone."""
+    package, optional = email.message.Message(), PROJECT["project"]["optional-dependencies"]
+    for line in (*PROJECT["project"]["dependencies"], *more):
+        package["Requires-Dist"] = line
+    for extra in extras:
+        package["Provides-Extra"] = extra
+        for line in optional[extra]:
+            name, _, marker = line.partition(";")
+            system = f"({marker}) and " if marker else ""
+            package["Requires-Dist"] = f"{name}; {system}extra == '{extra}'"
+    return package
+
+
+def test_doctor_says_what_is_here_and_what_is_missing(capsys, monkeypatch):
+    of_users = PROJECT["project"]["optional-dependencies"].keys() - {"demo", "check", "test", "dev"}
+    assert doctor.EXTRAS.keys() == of_users
+    package = installed_with(sorted(of_users - {"plots"}), "numpy>=99", "no-such-package>=1")
+    versions = {"torch": None, "pyarrow": "1.0", "libtpu": None}
+
+    def version(name):
+        found = versions[name] if name in versions else find(name)
+        if found is None:
+            raise metadata.PackageNotFoundError(name)
+        return found
+
+    find = metadata.version
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(metadata, "metadata", lambda name: package)
+    monkeypatch.setattr(doctor.glob, "glob", lambda files: ["/dev/nvidia0"] * ("nvidia" in files))
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    code, out, err = run(capsys, "doctor")
+    assert (code, err) == (0, "")
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines()]
+    shown = {row[0]: row[1] for row in rows if len(row) == 2}
+    for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy"):
+        assert shown[name] == find(name)
+    assert shown["lsg_flax"].startswith(lsg_flax.__version__) and "python" in shown
+    states = {row[0]: row[2] for row in rows if len(row) == 3 and row[0]}
+    assert states["torch"] == "missing torch: pip install 'lsg-flax[torch]'"
+    assert states["data"] == "missing pyarrow: pip install 'lsg-flax[data]'"
+    assert states["plots"].startswith("missing all of it, newer than this installation")
+    assert states["metrics"] == states["export"] == "there"
+    assert f"devices: {jax.device_count()} x cpu (cpu)\n" in out
+    remedy = f"pip install 'jax[cuda12]=={jax.__version__}'"
+    assert out.splitlines()[-4:] == [
+        f"problem: /dev/nvidia0: JAX computes on cpu; {remedy}",
+        f"problem: numpy is {np.__version__}: pip install 'numpy>=99'",
+        "problem: no-such-package is missing: pip install 'no-such-package>=1'",
+        "problems: 3",
+    ]
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert "JAX computes on cpu; JAX_PLATFORMS=cpu keeps it" in run(capsys, "doctor")[1]
+
+
+def test_doctor_says_that_no_device_was_found(capsys, monkeypatch):
+    def none():
+        raise RuntimeError("Unable to initialize backend 'nonsense'.")
+
+    monkeypatch.setattr(jax, "devices", none)
+    monkeypatch.setenv("JAX_PLATFORMS", "nonsense")
+    code, out, _ = run(capsys, "doctor")
+    assert (
+        code == 0
+        and "no JAX_PLATFORMS=nonsense here. Unable to initialize backend 'nonsense'." in out
+    )
 
 
 def test_help_and_version_in_a_process_of_their_own():

@@ -25,7 +25,8 @@ from tiny_run import PLAIN, save_tiny, write
 import lsg_flax
 from lsg_flax import cli, hub
 from lsg_flax.cli import train
-from lsg_flax.training import Settings
+from lsg_flax.models import EncoderConfig
+from lsg_flax.training import Finetuned, Settings
 
 PNG = b"\x89PNG"
 
@@ -57,8 +58,8 @@ def config_of(folder, tiny, **values) -> pathlib.Path:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default:weights for task")  # the command shows it
-def test_train_then_predict(capsys, tiny, tmp_path):
+@pytest.mark.filterwarnings("default:weights for task", "default:.*is not drawn")  # are shown
+def test_train_then_predict(capsys, tiny, tmp_path, monkeypatch):
     output, answers = tmp_path / "model", tmp_path / "answers.jsonl"
     file = config_of(tmp_path, tiny, steps=100, learning_rate="1e-3")
     code, out, err = run(capsys, "train", "--config", file, "--output", output, "--steps", 3)
@@ -69,6 +70,14 @@ def test_train_then_predict(capsys, tiny, tmp_path):
     assert re.search(line, err), err
     assert (output / "log" / "run.png").read_bytes().startswith(PNG)
     assert f"{output}/log/metrics.jsonl" in out and f"go on from: {output}/checkpoints" in out
+    (output / "log" / "run.png").unlink()
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        again = run(capsys, "train", "--config", file, "--output", output, "--steps", 3)
+    assert again[0] == 0 and "next: lsg-flax predict" in again[1] and "run.png" not in again[1]
+    warned = "run.png is not drawn: it needs matplotlib, pip install 'lsg-flax[plots]'."
+    assert [line for line in again[2].splitlines() if "warning" in line][-1].endswith(warned)
+    assert again[2].count("is not drawn") == 1 and not (output / "log" / "run.png").exists()
     documents = tmp_path / "documents.jsonl"
     documents.write_text('{"text": "w5 w6"}\n{"text": "w20", "id": "second"}\n')
     options = ["--answers", "top_k=1", "--mesh", "data=8", "--max-length", 8]
@@ -389,3 +398,21 @@ def test_two_processes_train_one_model(tiny, tmp_path):
     )
     two, one = (lsg_flax.from_pretrained(tmp_path / name)[1] for name in ("two", "one"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), two, one)
+
+
+@pytest.mark.parametrize(
+    ("task", "command"),
+    [
+        ("sequence_classification", "predict out INPUT OUTPUT"),
+        ("masked_lm", "predict out INPUT OUTPUT --outputs"),
+        ("causal_lm", "generate out INPUT OUTPUT"),
+    ],
+)
+def test_train_names_a_command_that_takes_the_model(capsys, monkeypatch, tmp_path, task, command):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out" / "log").mkdir(parents=True)
+    model = lsg_flax.Model(EncoderConfig(is_decoder=task == "causal_lm"), task)
+    result = Finetuned(pathlib.Path("out"), model, {}, 1, {}, None, [])
+    monkeypatch.setattr(train, "finetune", lambda *_, **__: result)
+    given = ("--model", "m", "--task", task, "--train-data", "x", "--output", "out")
+    assert run(capsys, "train", *given)[1].endswith(f"next: lsg-flax {command}\n")

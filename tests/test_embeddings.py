@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
+import pyarrow.parquet
 import pytest
 from golden_data import GOLDEN
 
@@ -430,6 +431,27 @@ def test_the_command_embeds_lines_and_objects(make, tmp_path, capsys):
     own = Embedder.from_pretrained(folder, pooling="cls", normalize=True, max_length=9)
     vectors = [line["embedding"] for line in written]
     np.testing.assert_allclose(vectors, own.embed(texts[:2], progress=False), rtol=1e-4, atol=1e-5)
+
+
+def test_the_command_reads_parquet_and_patterns_as_train_does(make, tmp_path, capsys):
+    folder = make()
+    embedder = Embedder.from_pretrained(folder)
+    texts = [words(embedder.tokenizer, n, n) for n in (3, 50, 2)]
+    for name, part in (("a.parquet", texts[:2]), ("b.parquet", texts[2:])):
+        rows = [{"key": f"{name}{n}", "body": text} for n, text in enumerate(part)]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / name)
+    expected = embedder.embed(texts, progress=False)
+    for source, count in (("a.parquet", 2), ("*.parquet", 3)):
+        out = tmp_path / "out.jsonl"
+        line = ["embed", folder, tmp_path / source, out, "--columns", "text=body,id=key"]
+        assert cli.main([str(part) for part in line]) == 0
+        err = capsys.readouterr().err
+        assert f"1 of {count} texts were cut at 24 tokens" in err and err.count("\n") == 1
+        written = [json.loads(line) for line in out.read_text().splitlines()]
+        names = ["a.parquet0", "a.parquet1", "b.parquet0"]
+        assert [line["id"] for line in written] == names[:count]
+        vectors = [line["embedding"] for line in written]
+        np.testing.assert_allclose(vectors, expected[:count], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -113,8 +113,7 @@ def test_bytes_are_learned_and_written(example, capsys, tmp_path, flags):
     assert found.keys() == {"model", "zlib", "lzma"} and found["zlib"] < 2
     bits = [float(line.split()[2]) for line in out.splitlines() if line.startswith("step ")]
     assert len(bits) == 4 and 8.5 > bits[0] > bits[-1] > 0
-    written = "the quick brown fox jumps over the lazy dog." in out
-    assert written == (not flags)
+    assert "the quick brown fox jumps over the lazy dog." in out
 
 
 def test_every_short_example_is_at_most_100_lines():

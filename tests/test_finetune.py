@@ -215,7 +215,10 @@ def test_the_same_command_goes_on_bit_for_bit(tiny, tmp_path):
     weights = (whole.output / hub.WEIGHTS).read_bytes()
     best = (whole.output / "best" / hub.WEIGHTS).read_bytes()
     without_the_end(whole.output)
-    rest = run(dataclasses.replace(settings, keep=3))  # how it is kept may change
+    how = {"keep": 3, "log_every": 1, "picture": False}  # how it is kept and shown may change
+    stored = json.loads((whole.output / "checkpoints" / "run.json").read_text())
+    assert not how.keys() & stored.keys()  # so that runs go on which are older than a field of it
+    rest = run(dataclasses.replace(settings, **how))
     assert [record["step"] for record in rest.history] == [3, 4]
     losses = [[r["loss"] for r in history] for history in (whole.history[2:], rest.history)]
     assert losses[0] == losses[1] and rest.scores == whole.scores and rest.best == whole.best

@@ -5,7 +5,9 @@ import json
 import pathlib
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -37,6 +39,34 @@ SMALL: dict[str, Any] = {
 }
 CASES = cases("local_transformer")
 WRITERS = [name for name in CASES if "tokens" in load(name)[2]]
+GLOBAL = [name for name in CASES if "global_attn_layer" in load(name)[0]]
+CACHED = [name for name in WRITERS if name not in GLOBAL]
+
+
+class Causal(nn.Module):
+    """A global attention layer, of one head: that of the reference's worker."""
+
+    @nn.compact
+    def __call__(self, x):
+        dim = x.shape[-1]
+        normed = nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name="norm")(x)
+        query, key, value = jnp.split(
+            nn.Dense(3 * dim, use_bias=False, name="to_qkv")(normed), 3, axis=-1
+        )
+        scores = query @ key.mT / dim**0.5
+        scores = jnp.where(jnp.tri(x.shape[1], dtype=bool)[None], scores, -1e9)
+        return nn.Dense(dim, name="to_out")(nn.softmax(scores) @ value)
+
+
+class Means(nn.Module):
+    """Of the real tokens so far; or, while it is trained, less of them."""
+
+    @nn.compact
+    def __call__(self, x, attention_mask, train):
+        real = attention_mask[..., None]
+        y = jnp.cumsum(nn.Dense(x.shape[-1], name="to_v")(x) * real, axis=1)
+        y /= jnp.maximum(jnp.cumsum(real, axis=1), 1)
+        return nn.Dropout(0.5, deterministic=not train)(y)
 
 
 def write(folder: pathlib.Path, name: str) -> dict[str, np.ndarray]:
@@ -57,7 +87,8 @@ def write(folder: pathlib.Path, name: str) -> dict[str, np.ndarray]:
 def test_the_numbers_of_the_reference(name, tmp_path):
     """Outputs, loss and gradients; and the file again, with every tensor as it was."""
     tensors = write(tmp_path, name)
-    model, params = lsg_flax.from_pretrained(tmp_path)
+    module = Causal() if name in GLOBAL else None
+    model, params = lsg_flax.from_pretrained(tmp_path, global_attention=module)
     _, inputs, outputs = load(name)
     mask, tokens = inputs.get("mask"), "with_loss" in inputs
     limit = SMALL["max_seq_len"]  # a loss may be of one more
@@ -90,10 +121,10 @@ def test_the_numbers_of_the_reference(name, tmp_path):
         np.testing.assert_array_equal(written[key], tensor, err_msg=key)
 
 
-def made(**fields) -> tuple[Model, Any]:
+def made(module: nn.Module | None = None, **fields) -> tuple[Model, Any]:
     """A model with random parameters, larger than at first."""
     config = read_config(SMALL | fields)
-    model = Model(config, config.usual_task)
+    model = Model(config, config.usual_task, global_attention=module)
     params = jax.jit(model.init)(jax.random.key(0), **model.example_inputs())["params"]
     layers = params["encoder"]["layers"]
     kept = {"attention": layers["attention"]}  # with the frequencies of its positions
@@ -101,7 +132,7 @@ def made(**fields) -> tuple[Model, Any]:
     return model, params
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", CACHED)
 def test_a_cache_gives_what_the_whole_text_gives(name, tmp_path):
     """Step by step over the ends of windows, with padding in front of one row."""
     write(tmp_path, name)
@@ -137,7 +168,8 @@ def test_a_step_reads_its_windows_alone():
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown": ({"look_backwards": 2}, "look_backwards in config.json"),
-    "global": ({"layers_insert_global_attn": [1]}, "global attention layers"),
+    "global": ({"global_attn_layer": "Attention"}, "given beside the folder"),
+    "no layer": ({"layers_insert_global_attn": [0, 3]}, r"=\[0, 3\] must be .* 1 to depth=2"),
     "forward": ({"look_forward": 1}, "look_forward=1 with causal=True"),
     "window": ({"local_attn_window_size": 25}, "local_attn_window_size=25 is larger than the max"),
     "streams": ({"num_residual_streams": 0}, "num_residual_streams=0 must be at least 1"),
@@ -294,7 +326,7 @@ FEW = ("usual", "rmsnorm_scale", "everything")
 
 @pytest.mark.parametrize(
     "name",
-    [n if n.endswith(FEW) else pytest.param(n, marks=pytest.mark.slow) for n in WRITERS],
+    [n if n.endswith(FEW) else pytest.param(n, marks=pytest.mark.slow) for n in CACHED],
 )
 def test_greedy_tokens_are_those_of_the_reference_without_a_cache(name, tmp_path):
     """Beyond max_seq_len too, where it sees the last tokens alone."""
@@ -358,3 +390,59 @@ def test_what_cannot_be_written(name):
         )
     with pytest.raises(ValueError, match=r"at least one of each|num_tokens=None"):
         generate(model, params, np.ones((1, 0), np.int32))
+
+
+@pytest.mark.parametrize("name", GLOBAL)
+def test_texts_with_global_layers_are_written_without_a_cache(name, tmp_path):
+    write(tmp_path, name)
+    model, params = lsg_flax.from_pretrained(tmp_path, global_attention=Causal())
+    case, inputs, outputs = load(name)
+    prompt, count = inputs["x"], case["generate"]
+    tokens = generate(model, params, prompt, max_new_tokens=count, use_cache=False)
+    np.testing.assert_array_equal(tokens[:, prompt.shape[1] :], outputs["tokens"])
+    with pytest.raises(ValueError, match=r"has no cache, .* use_cache=False"):
+        generate(model, params, prompt, max_new_tokens=count)
+
+
+def test_global_layers_are_told_of_padding_and_training_and_lie_on_a_mesh():
+    model, params = made(Means(), layers_insert_global_attn=[2], dim=12)
+    ids = np.random.default_rng(0).integers(0, 31, (2, 12))
+    mask = np.ones_like(ids)
+    mask[:, :4] = 0
+    apply = jax.jit(model.apply, static_argnames="train")
+    alone = apply({"params": params}, ids, mask).logits
+    other = apply({"params": params}, np.where(mask, ids, 3), mask).logits
+    np.testing.assert_allclose(other[:, 4:], alone[:, 4:], **TOLERANCE)
+    rngs = [{"dropout": jax.random.key(i)} for i in range(2)]
+    one, two = (apply({"params": params}, ids, mask, train=True, rngs=r).logits for r in rngs)
+    assert not np.allclose(one, two)
+    mesh = sharding.make_mesh(fsdp=2, sequence=2, devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        found = jax.jit(model.apply)({"params": sharding.shard(params, mesh)}, ids, mask).logits
+    np.testing.assert_allclose(found, alone, **TOLERANCE)
+
+
+def test_global_layers_are_added_to_a_checkpoint_and_kept_in_it(tmp_path):
+    lsg_flax.save_pretrained(tmp_path, *made(num_residual_streams=2))
+    with pytest.warns(
+        UserWarning, match="drawn from seed 0: .*global_layers/attention/to_v/kernel"
+    ):
+        model, params = lsg_flax.from_pretrained(tmp_path, global_attention=Means())
+    assert params["encoder"]["global_layers"]["attention"]["to_v"]["kernel"].shape == (2, 10, 10)
+    lsg_flax.save_pretrained(tmp_path / "with", model, params)
+    again = lsg_flax.from_pretrained(tmp_path / "with", global_attention=Means())
+    assert again[0] == model
+    jax.tree.map(np.testing.assert_array_equal, again[1], params)
+    with pytest.raises(ValueError, match=r"NoneType with layers_insert_global_attn=\[1, 2\]"):
+        lsg_flax.from_pretrained(tmp_path / "with")
+    with pytest.raises(
+        ValueError, match=r"(?s)- \S+to_qkv.weight.*\+ \S+to_v.bias.*named as in the file"
+    ):
+        lsg_flax.from_pretrained(tmp_path / "with", global_attention=Causal())
+    module = nn.Sequential([nn.Dense(10), nn.gelu, nn.Dense(10)])
+    tree = made(module, layers_insert_global_attn=[1])[1]["encoder"]["global_layers"]
+    assert tree["attention"]["layers_2"]["kernel"].shape == (1, 10, 10)
+    with pytest.raises(ValueError, match=r"gave \(1, 2, 3\) for states \(1, 2, 10\)"):
+        made(nn.Dense(3), layers_insert_global_attn=[1])
+    with pytest.raises(ValueError, match=r"Dense with layers_insert_global_attn=\[\]"):
+        made(nn.Dense(10))

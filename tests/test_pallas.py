@@ -264,3 +264,6 @@ def test_a_real_tpu_compilation_of_the_kernels():
         assert row["sort"] == row["gather"] == row["scatter"] == 0
         assert 1.0e6 < row["forward"] < 1.2e6
     assert 1.8e6 < both["backward"] < 2.1e6
+    seen = 3 * 128 + 2 * 128 + 16  # local, sparse, and the global in a tile
+    product = 2 * 4 * 12 * 4096 * seen * 64
+    assert forward["flops"] == 2 * product and both["flops"] == 7 * product

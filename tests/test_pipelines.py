@@ -258,6 +258,16 @@ def test_best_spans_are_those_of_all_pairs():
 # ----------------------------------------------------------------------------------- long documents
 
 
+@pytest.mark.parametrize("alias", ["ner", "sentiment-analysis"])
+def test_an_alias_is_the_task_that_it_names(tokenizer, alias):
+    name = {"ner": "token-classification", "sentiment-analysis": "text-classification"}[alias]
+    pair = make(TASKS[name])
+    aliased, run = (
+        lsg_flax.pipeline(task, pair, tokenizer, buckets=BUCKETS) for task in (alias, name)
+    )
+    assert aliased.task == run.task and aliased(TEXTS[0]) == run(TEXTS[0])
+
+
 def test_a_long_text_is_refused_or_cut(pipe):
     run = pipe("text-classification")
     long = TEXTS[4] * 3

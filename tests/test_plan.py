@@ -702,3 +702,13 @@ def test_a_real_tpu_compilation_of_attention_sorts_and_gathers_nothing():
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert len(found) == len(SPARSITY_TYPES) + 2 and not any(found.values()), found
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_real_tpu_compilation_of_a_reformer_whose_memory_does_not_grow_with_depth(monkeypatch):
+    """A training step's temporaries, of 12 layers and of 2."""
+    monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[1] / "examples")
+    example = importlib.import_module("reformer_long")
+    few, many = (example.plan(4096, n, 64, "v5e:1x1")["temporaries"] for n in (2, 12))
+    assert 0 < many <= 1.2 * few, (few, many)

@@ -79,7 +79,7 @@ def test_products_of_cublas_count_without_their_workspace():
 def kernel(target: str, config: str = "") -> str:
     return (
         f'%k = bf16[6,100,64]{{2,1,0}} custom-call(%x), custom_call_target="{target}", '
-        f'metadata={{op_name="jit(f)/layers/lsg_forward/pallas_call"}}{config}'
+        f'metadata={{op_name="jit(f)/layers/transpose(jvp(some_kernel))/pallas_call"}}{config}'
     )
 
 
@@ -103,7 +103,7 @@ def test_a_kernel_of_unknown_work_is_told_and_one_with_a_formula_is_counted(targ
     def formula(call: custom_calls.KernelCall) -> custom_calls.KernelWork:
         return custom_calls.KernelWork(5.0 * call.operands[0].dims[1], call.results[0].bytes)
 
-    monkeypatch.setitem(custom_calls.FORMULAS, "lsg_forward", formula)
+    monkeypatch.setitem(custom_calls.FORMULAS, "some_kernel", formula)
     report = read_program(text)
     assert (report.flops, report.bytes) == (4 * 500, 4 * array)
     assert (report.kernels, report.unknown_kernels) == (4, 0)

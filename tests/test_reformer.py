@@ -12,14 +12,16 @@ import numpy as np
 import optax
 import pytest
 import safetensors.numpy
+import tiny_run
 from golden_data import cases, load
 from reference.reformer_numbers import drawn, rotations
 
 import lsg_flax
-from lsg_flax import cli, sharding, training
+from lsg_flax import cli, hub, sharding, training
 from lsg_flax.convert_from_torch import params_to_torch
 from lsg_flax.models import Model, read_config, reformer, reversible
-from lsg_flax.training import loss_fn, losses
+from lsg_flax.training import Settings, finetune, loss_fn, losses, survey
+from lsg_flax.training.finetune import training_buckets
 from lsg_flax.training.flops import train_flops
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
@@ -381,3 +383,41 @@ def test_a_training_step_counts_the_keys_that_are_seen():
     seen = (2 * 8 + 3 * 12) / 3  # own chunk and the one before, in each round
     found = train_flops(model, {"input_ids": text()["input_ids"]})
     np.testing.assert_allclose(found, 2 * 24 * (6 * kernels + 12 * 3 * 8 * seen))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:weights for task")
+def test_rows_that_it_is_trained_on_are_padded_to_the_length_that_it_trains_on(tmp_path):
+    sizes = {"attn_layers": ["local"], "axial_pos_shape": [4, 8], "max_position_embeddings": 32}
+    model = Model(read_config(SMALL | sizes), "base")
+    limit = model.max_length
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 3), np.int32))["params"]
+    lsg_flax.save_pretrained(tmp_path / "m", model, params, hub.read_tokenizer(tiny_run.PLAIN))
+    settings = Settings(
+        model=str(tmp_path / "m"),
+        task="sequence_classification",
+        train_data=tiny_run.write(tmp_path, "single_label_classification", rows=8),
+        output=str(tmp_path / "out"),
+        max_length=limit // 2,
+        steps=1,
+    )
+    assert survey(settings, progress=False).train.buckets == {limit: 8}
+    assert finetune(settings, progress=False).step == 1
+    with pytest.raises(ValueError, match=rf"give at most max_length={limit}\.$"):
+        survey(dataclasses.replace(settings, max_length=limit + 1), progress=False)
+    with pytest.raises(ValueError, match=rf"{limit // 2} tokens while training"):
+        survey(dataclasses.replace(settings, buckets=(limit // 2, limit)), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "longest", "lengths"),
+    [
+        ({"local_attn_chunk_length": 16}, 900, (1024,)),
+        ({"axial_pos_embds": False}, 1000, (520, 1000)),
+        ({"axial_pos_embds": False}, 30, (40,)),
+    ],
+)
+def test_batches_have_lengths_that_it_trains_on(fields, longest, lengths):
+    axes = {"axial_pos_shape": [32, 32], "local_attn_chunk_length": 20, "attn_layers": ["local"]}
+    config = read_config(SMALL | axes | fields)
+    assert training_buckets(None, longest, config) == lengths

@@ -313,6 +313,17 @@ def test_a_stopped_command_goes_on_and_writes_the_same_bytes(
     assert {p.name for p in tmp_path.iterdir()} == {"in.txt", "out.jsonl", "whole.jsonl"}
 
 
+def test_a_long_document_is_cut_and_said_once(capsys, writers, tmp_path):
+    source, target = tmp_path / "in.txt", tmp_path / "out.jsonl"
+    source.write_text(f"{TEXTS[0]}\n" + "w5 w6 " * 46)
+    code, _, err = run(capsys, "summarize", writers["plain"], source, target, *FLAGS)
+    assert code == 0 and err.count("\n") == 1, err
+    assert f"lsg-flax: 1 of 2 texts were cut at {LIMIT} tokens, and " in err
+    cut = " ".join(["w5 w6"] * ((LIMIT - 2) // 2))
+    (text,) = by_hand(writers["plain"], cut, **GIVEN, length_penalty=2.0)
+    assert lines(target)[1] == {"id": 1, "summary": text}
+
+
 def test_predict_answers_with_texts(capsys, writers, tmp_path):
     source, target = tmp_path / "in.txt", tmp_path / "out.jsonl"
     source.write_text(TEXTS[0])
@@ -356,11 +367,17 @@ def _devices(count):
             "in.jsonl:1: it has ['id', 'text'] and must have 'body', a text. Mend it, or pass --br",
         ),
         ("summarize WRITER in.txt --text-column body", "--text-column body is for a .jsonl"),
-        ("summarize WRITER empty", "empty is a folder without .txt files"),
+        ("summarize WRITER empty", "empty is no file, and no folder or pattern with files of"),
         ("summarize WRITER no.jsonl", "no.jsonl is no file"),
-        ("summarize WRITER in.csv", "in.csv must end in .jsonl or .txt, or be a folder of .txt"),
-        ("summarize WRITER papers", "or be a folder of .txt; nothing is there now."),
-        ("summarize WRITER long.txt", "more than 48, which this pipeline reads: pass --truncation"),
+        (
+            "summarize WRITER in.xml",
+            "in.xml must end in .jsonl, .csv, .parquet, .txt, or be a folder",
+        ),
+        ("summarize WRITER papers", "or a pattern of such files; nothing is there now."),
+        (
+            "summarize WRITER long.txt --no-truncation",
+            "more than 48, which this pipeline reads: pass --truncation",
+        ),
         ("summarize WRITER in.txt --num-beams 0", "--num-beams 0 must be"),
         ("summarize WRITER in.txt --batch-size 0", "--batch-size 0 must be at least 1"),
         ("summarize WRITER in.txt --min-length 30", "--min-length 30 is more than the 20 tokens"),

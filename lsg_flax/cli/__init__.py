@@ -15,6 +15,7 @@ from lsg_flax.cli import (
     ask,
     convert,
     data,
+    doctor,
     embed,
     evaluate,
     generate,
@@ -46,6 +47,7 @@ _COMMANDS = (  # as in --help
         plan,
         index,
         ask,
+        doctor,
     ),
 )
 
@@ -58,7 +60,7 @@ _EXAMPLES = """examples:
       --train-data train.jsonl --eval-data eval.jsonl --output ./areas
   lsg-flax evaluate ./areas held_out.csv --output ./scores
   lsg-flax predict ./areas documents.jsonl answers.jsonl
-  lsg-flax summarize ./lsg-bart-arxiv papers/ summaries.jsonl --num-beams 4 --truncation
+  lsg-flax summarize ./lsg-bart-arxiv papers/ summaries.jsonl --num-beams 4
   lsg-flax embed ./minilm-4096 documents.jsonl vectors.npy
   lsg-flax generate ./writer --prompt "Once upon a time" --do-sample --top-p 0.9
   lsg-flax index ./realm corpus.jsonl ./realm-corpus

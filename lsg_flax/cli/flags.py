@@ -21,8 +21,9 @@ def in_flags(message: str, arguments: argparse.Namespace) -> str:
     file of settings keeps its name there."""
     for words, flags in arguments.spelled.items():
         message = message.replace(words, flags)
-    usage = arguments.command.format_usage()
-    flags = {flag[2:].replace("-", "_"): flag for flag in re.findall(r"--[a-z][\w-]*", usage)}
+    options = re.findall(r"^  (-.*)", arguments.command.format_help(), re.MULTILINE)
+    found = re.findall(r"--[a-z][\w-]*", " ".join(options))
+    flags = {flag[2:].replace("-", "_"): flag for flag in found}
     if getattr(arguments, "config", None) is not None:
         given = {name for name, value in vars(arguments).items() if value is not None}
         flags = {name: flag for name, flag in flags.items() if name in given}

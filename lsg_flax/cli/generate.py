@@ -36,11 +36,12 @@ from lsg_flax.training import LARGEST_SEED, Precision
 
 _DESCRIPTION = """Continue texts with a decoder.
 
-With --prompt the continuation is printed. INPUT is a .txt with one text per line, or a .jsonl of
-objects with "text" and maybe "id"; OUTPUT gets one line of JSON for each, {"id", "text"}, and its
-name when it is complete. MODEL is a causal_lm with its tokenizer; the texts that it writes end with
-the tokenizer's end of a text. Prompts of about the same length are read together, padded on the
-left; LSG attention then has its blocks elsewhere in a padded prompt, which --batch-size 1 avoids.
+With --prompt the continuation is printed. INPUT is a .txt with one text per line, or a .jsonl, .csv
+or .parquet (a file, a folder or a pattern) with "text" and maybe "id"; OUTPUT gets one line of JSON
+for each, {"id", "text"}, and its name when it is complete. MODEL is a causal_lm with its tokenizer;
+the texts that it writes end with the tokenizer's end of a text. Prompts of about the same length
+are read together, padded on the left; LSG attention then has its blocks elsewhere in a padded
+prompt, which --batch-size 1 avoids.
 
   lsg-flax generate ./writer --prompt "Once upon a time" --do-sample --top-p 0.9
   lsg-flax generate ./writer prompts.jsonl continuations.jsonl --max-new-tokens 100"""

@@ -19,8 +19,25 @@ from lsg_flax.sharding import AXES
 Options = Any
 Commands = Any
 
+NEEDED = "(required"  # in the help of an option that argparse does not ask for by itself
 _PIPED_WIDTH = 120
 _NUMBERS = ("num_global_tokens", "block_size", "sparse_block_size", "sparsity_factor")
+
+
+class _RequiredFirst(argparse.RawDescriptionHelpFormatter):
+    """What must be given, maybe in a file of settings, comes first, and is the usage."""
+
+    def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: str | None = None) -> None:
+        needed = [a for a in actions if _is_needed(a) or not a.option_strings]
+        rest = argparse.Action([], "options", nargs="?", metavar="options")
+        super().add_usage(usage, [*needed, rest], [], prefix)
+
+    def add_arguments(self, actions: Any) -> None:
+        super().add_arguments(sorted(actions, key=lambda action: not _is_needed(action)))
+
+
+def _is_needed(action: argparse.Action) -> bool:
+    return action.required or NEEDED in (action.help or "")
 
 
 def add_command(
@@ -31,13 +48,12 @@ def add_command(
     spelled: Mapping[str, str] = MappingProxyType({}),
 ) -> argparse.ArgumentParser:
     """Declares a command; its `run` gets the parsed arguments. The first line of the description
-    is its help in the list of commands; `spelled` says what of the library's messages the command
-    calls otherwise, where its flags have not the names of arguments."""
+    is its help in the list of commands, and stands above its options, the rest below; `spelled`
+    says what of the library's messages the command calls otherwise, where its flags have not the
+    names of arguments."""
+    about, _, more = description.partition("\n\n")
     command = commands.add_parser(
-        name,
-        help=description.split("\n")[0],
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        name, help=about, description=about, epilog=more, formatter_class=_RequiredFirst
     )
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     command.set_defaults(run=run, command=command, spelled=spelled)

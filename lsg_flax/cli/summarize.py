@@ -9,12 +9,13 @@ from lsg_flax.pipelines import Summarization
 
 _DESCRIPTION = """Write a summary of each document.
 
-INPUT is a .jsonl of objects with "text" (--text-column) and maybe "id", a folder of .txt files, a
-document each, or a .txt with a document per line. OUTPUT gets one line of JSON for each, {"id",
-"summary"}, and its name when it is complete; a command that was stopped goes on when it is given
-again. What is not given of --num-beams to --no-repeat-ngram-size is as the checkpoint says.
+INPUT is a .jsonl, .csv or .parquet (a file, a folder or a pattern) with "text" (--text-column) and
+maybe "id", a folder of .txt files, a document each, or a .txt with a document per line. OUTPUT gets
+one line of JSON for each, {"id", "summary"}, and its name when it is complete; a command that was
+stopped goes on when it is given again. What is not given of --num-beams to --no-repeat-ngram-size
+is as the checkpoint says.
 
-  lsg-flax summarize ./lsg-bart-arxiv papers/ summaries.jsonl --num-beams 4 --truncation"""
+  lsg-flax summarize ./lsg-bart-arxiv papers/ summaries.jsonl --num-beams 4"""
 _WINDOW = 4  # batches that are sorted and written together, and lost by a kill at most
 _WRITTEN = ("num_beams", "max_length", "min_length", "length_penalty", "no_repeat_ngram_size")
 
@@ -30,7 +31,7 @@ def add(commands: shared.Commands) -> None:
     about = "over 0 for longer summaries; with beams"
     what.add_argument("--length-penalty", type=float, metavar="X", help=about)
     add_number(what, "--no-repeat-ngram-size", "so many tokens do not come twice in a row")
-    about = 'entry of a .jsonl that is the document (default: "text")'
+    about = 'entry or column that is the document (default: "text")'
     what.add_argument("--text-column", metavar="NAME", help=about)
     predict.add_reading(what)
     predict.add_how(command.add_argument_group("how it is computed"))

@@ -11,6 +11,7 @@ import jax
 from rich.table import Table
 
 from lsg_flax.cli.shared import (
+    NEEDED,
     add_command,
     add_pattern,
     add_switch,
@@ -21,6 +22,7 @@ from lsg_flax.cli.shared import (
     say,
     yaml_values,
 )
+from lsg_flax.pipelines import ANSWERS
 from lsg_flax.training import (
     REQUIRED,
     DataSurvey,
@@ -59,11 +61,11 @@ _PATHS = {"model": "PATH", "train_data": "PATH", "eval_data": "PATH", "output": 
 def add(commands: Any) -> None:
     """Declares the command and its options."""
     command = add_command(commands, "train", _DESCRIPTION, run)
-    command.add_argument("--config", metavar="FILE", help="YAML file with settings")
-    add_switch(command, "--dry-run", "show rows, lengths, labels and buckets, and train nothing")
     fields = [f.name for f in dataclasses.fields(Settings) if f.name != "lsg"]
     needed = [name for name in fields if name in REQUIRED]
-    add_settings(command.add_argument_group("required, here or in FILE"), needed)
+    add_settings(command, needed)
+    command.add_argument("--config", metavar="FILE", help="YAML file with settings")
+    add_switch(command, "--dry-run", "show rows, lengths, labels and buckets, and train nothing")
     for group in get_args(Group):
         options = command.add_argument_group(group)
         of_group = [name for name in fields if _about(name)[1].group == group]
@@ -119,7 +121,8 @@ def _add_option(
         shape["metavar"] = "AXIS=N,..." if sizes else "NAME=VALUE,..."
     else:
         shape["type"] = origin
-    shape["help"] = f"{text} ({'required' if required else f'default: {unset}'})".replace("%", "%%")
+    needs = f"{NEEDED})" if needed else f"{NEEDED}, or in FILE)"
+    shape["help"] = f"{text} {needs if required else f'(default: {unset})'}".replace("%", "%%")
     flag = "--" + field.name.replace("_", "-")
     options.add_argument(flag, default=None, **shape, **({"required": True} if needed else {}))
 
@@ -210,5 +213,7 @@ def _show(result: Finetuned) -> None:
     log = result.output / "log"
     out.print(f"log: {', '.join(sorted(str(file) for file in log.iterdir()))}")
     out.print(f"checkpoints, to go on from: {result.output / 'checkpoints'}")
-    command = "summarize" if result.model.has_two_stacks and writes else "predict"
-    out.print(f"next: lsg-flax {command} {result.output} INPUT OUTPUT")
+    writer = "summarize" if result.model.has_two_stacks else "generate"
+    unanswered = "" if writes or result.model.task in ANSWERS else " --outputs"
+    command = f"{writer if writes else 'predict'} {result.output} INPUT OUTPUT{unanswered}"
+    out.print(f"next: lsg-flax {command}")

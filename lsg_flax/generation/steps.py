@@ -46,7 +46,8 @@ class Decoder(Protocol[State]):
 @runtime_checkable
 class CausalModel(Protocol):
     """What `generate` needs of a model, as `lsg_flax.Model` has it for the task causal_lm: `apply`
-    gives a cache, and `cache.take(parents)` what `Decoder.take` says.
+    gives a cache, and `cache.take(parents)` what `Decoder.take` says. With `cache_length=0` it
+    gives the same logits alone.
 
     An encoder-decoder has `has_two_stacks = True` besides. Its `apply` takes the encoder's inputs
     with `decoder_input_ids`, `decoder_attention_mask` and `cache_length`, and then
@@ -101,6 +102,10 @@ class ModelDecoder:
 
     def take(self, state: Any, parents: Int[Array, "B Beams"]) -> Any:
         return state.take(parents)
+
+    def read(self, prompt: Prompt) -> Float[Array, "B V"]:
+        """The logits of the token behind the prompts, of which nothing is kept."""
+        return self._read(prompt, cache_length=0)[0]
 
     def _read(self, inputs: Prompt, **cache: Any) -> tuple[Float[Array, "Rows V"], Any]:
         output = self.model.apply({"params": self.params}, **inputs, **cache)
@@ -179,7 +184,7 @@ class RereadingDecoder:
 
     def start(self, prompt: Prompt, room: int, beams: int) -> tuple[Float[Array, "B V"], Reread]:
         ids, mask = (jnp.asarray(prompt[name]) for name in ("input_ids", "attention_mask"))
-        logits, _ = self.decoder.start(prompt, room, 1)
+        logits = self.decoder.read(prompt)
         ends = jnp.where(mask.astype(bool), jnp.arange(1, mask.shape[1] + 1)[None], 0)
         ids, mask = (
             jnp.repeat(jnp.pad(x, ((0, 0), (0, room - x.shape[1]))), beams, axis=0)
@@ -193,8 +198,7 @@ class RereadingDecoder:
         ids = state.ids.at[:, state.length].set(tokens.ravel().astype(jnp.int32))
         state = Reread(ids, state.mask.at[:, state.length].set(True), state.length + 1)
         prompt = {"input_ids": state.ids, "attention_mask": state.mask}
-        logits, _ = self.decoder.start(prompt, ids.shape[1], 1)
-        return logits.reshape(*tokens.shape, -1), state
+        return self.decoder.read(prompt).reshape(*tokens.shape, -1), state
 
     def take(self, state: Reread, parents: Int[Array, "B Beams"]) -> Reread:
         ids, mask = (_of_beams(x, parents) for x in state[:2])

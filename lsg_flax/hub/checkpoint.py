@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from lsg_flax.hub.sentence_files import Modules, read_modules
 from lsg_flax.hub.tokenizer_files import Tokenizer, read_tokenizer
 from lsg_flax.hub.weights import CONFIG, GENERATION, Tensors, open_tensors
 from lsg_flax.models import (
+    LocalTransformerConfig,
     Model,
     ModelConfig,
     Params,
@@ -116,12 +118,15 @@ class Checkpoint:
         param_dtype: Dtype = jnp.float32,
         mesh: Mesh | None = None,
         check: bool = False,
+        global_attention: nn.Module | None = None,
         **config_overrides: Any,
     ) -> tuple[Model, Params]:
         """The model and its parameters; arguments and errors are those of `from_pretrained`."""
         task = task or self.task
         config = self.config_for(task, **(self._own_parts(task) | config_overrides))
-        model = Model(config, task, dtype=dtype, param_dtype=param_dtype)
+        if global_attention is not None and isinstance(config, LocalTransformerConfig):
+            config = config.with_global_layers()
+        model = Model(config, task, dtype, param_dtype, global_attention=global_attention)
         place = None if mesh is None else functools.partial(_place, mesh)
         with doing("reading the weights"):
             params = params_from_torch(self.tensors, model, place)

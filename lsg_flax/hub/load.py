@@ -6,6 +6,7 @@ import warnings
 from dataclasses import fields, replace
 from typing import Any
 
+import flax.linen as nn
 import jax.numpy as jnp
 from flax.typing import Dtype
 from jax.sharding import Mesh
@@ -28,6 +29,7 @@ def from_pretrained(
     param_dtype: Dtype = jnp.float32,
     check: bool = False,
     mesh: Mesh | None = None,
+    global_attention: nn.Module | None = None,
     **config_overrides: Any,
 ) -> tuple[Model, Params]:
     """Loads a model and its parameters from a local folder or a hub id: plain, LSG, or saved by
@@ -44,6 +46,9 @@ def from_pretrained(
         check: also look for NaN and infinity in the weights.
         mesh: place the parameters on it as `sharding.shardings_for` says; of safetensors every
             device then reads its part, and no host ever holds the whole.
+        global_attention: the Flax module of a LocalTransformer's global attention layers, see
+            `Model`; in front of all layers where config.json names none. A checkpoint without
+            such layers gets them drawn from a seed, and one warning names them.
         **config_overrides: fields of config.json to change, such as `num_labels=3` or
         `sparsity_type="lsh"`.
 
@@ -57,7 +62,13 @@ def from_pretrained(
     """
     checkpoint = open_checkpoint(path_or_id, model_type=config_overrides.pop("model_type", None))
     return checkpoint.load(
-        task, dtype=dtype, param_dtype=param_dtype, mesh=mesh, check=check, **config_overrides
+        task,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        mesh=mesh,
+        check=check,
+        global_attention=global_attention,
+        **config_overrides,
     )
 
 

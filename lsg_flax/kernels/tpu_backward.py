@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from lsg_flax.kernels import tpu_forward
 from lsg_flax.kernels import tpu_select as select
-from lsg_flax.kernels.tpu_plan import GROUP, LANES, FusedArrays, FusedPlan, OnChip, cost_of
+from lsg_flax.kernels.tpu_plan import GROUP, LANES, FusedArrays, FusedPlan, OnChip
 
 
 class Results(NamedTuple):
@@ -172,20 +172,17 @@ def backward(
     wanted_specs = Gradients(specs.query, specs.key, specs.value, specs.shared, specs.given)
     scratch = _scratch(plan)
     trees = tuple(jax.tree.structure(x) for x in (arrays, given, wanted, scratch))
-    read = jax.tree.leaves((arrays, given))
-    written = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.tree.leaves(wanted)]
     outputs = pl.pallas_call(
         partial(_kernel, plan, trees),
-        out_shape=written,
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.tree.leaves(wanted)],
         grid=(context.shape[0], plan.heads // plan.group_heads, plan.steps),
         in_specs=jax.tree.leaves((specs, given_specs)),
         out_specs=jax.tree.leaves(wanted_specs),
         scratch_shapes=jax.tree.leaves(scratch),
         compiler_params=tpu_forward.parameters(plan, backward=True),
-        cost_estimate=cost_of(plan, 5, [*read, *written]),
         interpret=plan.interpret,
         name="lsg_backward",
-    )(*read)
+    )(*jax.tree.leaves((arrays, given)))
     return jax.tree.unflatten(trees[2], outputs)
 
 

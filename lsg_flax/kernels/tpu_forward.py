@@ -19,15 +19,7 @@ from jaxtyping import Array, Float
 
 from lsg_flax.kernels import tpu_select as select
 from lsg_flax.kernels.dropout import kept_at
-from lsg_flax.kernels.tpu_plan import (
-    GROUP,
-    LANES,
-    MIB,
-    FusedArrays,
-    FusedPlan,
-    OnChip,
-    cost_of,
-)
+from lsg_flax.kernels.tpu_plan import GROUP, LANES, MIB, FusedArrays, FusedPlan, OnChip
 
 HIDDEN = -1e30  # added to scores of keys that must not be seen; far from overflow
 NOTHING = 1e30  # log-normaliser of a query that sees nothing: exp(score - it) is 0
@@ -181,19 +173,17 @@ def forward(
     leaves, tree = jax.tree.flatten(arrays)
     normalisers = (batch, plan.heads, plan.blocks, plan.block)
     specs = block_specs(plan, arrays)
-    results = (
-        jax.ShapeDtypeStruct((batch, length, width), plan.dtype),
-        jax.ShapeDtypeStruct(normalisers, jnp.float32),
-    )
     return pl.pallas_call(
         partial(_kernel, plan, tree),
-        out_shape=results,
+        out_shape=(
+            jax.ShapeDtypeStruct((batch, length, width), plan.dtype),
+            jax.ShapeDtypeStruct(normalisers, jnp.float32),
+        ),
         grid=(batch, plan.heads // plan.group_heads, plan.steps),
         in_specs=jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, pl.BlockSpec)),
         out_specs=(specs.query, normaliser_spec(plan)),
         scratch_shapes=[x for x in on_chip(plan, plan.dtype) if x is not None],
         compiler_params=parameters(plan, backward=False),
-        cost_estimate=cost_of(plan, 2, [*leaves, *results]),
         interpret=plan.interpret,
         name="lsg_forward",
     )(*leaves)

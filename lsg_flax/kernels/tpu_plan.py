@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
 LANES = 128  # of a register: as many features of neighbouring heads are computed together
 GROUP = 8  # blocks of queries in a step of the grid: their log-normalisers fill a tile
@@ -158,17 +157,6 @@ class FusedPlan:
         hidden = GROUP * self.group_heads * (-(-self.window // LANES) * LANES) * 4
         work = 6 * self.block * self.window * 4  # scores and what becomes of them
         return total + 2 * hidden + work
-
-
-def cost_of(plan: FusedPlan, products: int, moved: list[Any]) -> pl.CostEstimate:
-    """What a kernel tells of its work, of which a compiler sees nothing: `products` over all
-    scores, an exponential for each score, and arrays of main memory that are `moved` once."""
-    scores = moved[-1].shape[0] * plan.heads * plan.blocks * plan.block * plan.window
-    return pl.CostEstimate(
-        flops=2 * products * scores * plan.width,
-        transcendentals=scores,
-        bytes_accessed=sum(x.size * x.dtype.itemsize for x in moved),
-    )
 
 
 class FusedArrays(NamedTuple):

@@ -4,7 +4,7 @@ Axes: B batch, T tokens, S keys (an encoder's states), D model width, N heads, H
 queries of a block, W keys of a block's windows.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
@@ -67,6 +67,8 @@ class LayerCall(NamedTuple):
         cache: of all layers; the input is then the next token.
         number: of this layer in the cache.
         bias: added to the scores of every window of local attention.
+        given: parameters of the user's module in front of this layer, and whether it has one; None
+            where all have.
     """
 
     mask: Bool[Array, "B T"]
@@ -75,6 +77,7 @@ class LayerCall(NamedTuple):
     cache: Cache | None = None
     number: Int[Array, ""] | None = None
     bias: Float[Array, "N Q W"] | None = None
+    given: tuple[Any, Bool[Array, ""] | None] | None = None
 
 
 class SelfAttention(HeadProjections):

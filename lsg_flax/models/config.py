@@ -44,6 +44,7 @@ class ModelConfig:
         extra: every field of config.json that lsg_flax does not use, as canonical JSON, so that it
             survives a round trip.
         RANGES: of the fields that are numbers. The upper ends are beyond every real model.
+        LENGTHENS: whether `convert_checkpoint` makes such a model read longer texts.
     """
 
     RANGES: ClassVar[dict[str, Range]] = {
@@ -51,6 +52,7 @@ class ModelConfig:
         "hidden_size": whole(1, 2**20),
         "initializer_range": Range(0.0, 100.0, "must be 0 or positive, at most 100"),
     }
+    LENGTHENS: ClassVar[bool] = True
 
     model_type: str
     vocab_size: int = 30522
@@ -136,6 +138,14 @@ class ModelConfig:
     def cuts_last_token(self, length: int) -> bool:
         """Whether a loss of the next tokens of so many reads all but the last, a label alone."""
         return False
+
+    @property
+    def training_unit(self) -> int:
+        """What the tokens of a row that it trains on are a multiple of."""
+        return 1
+
+    def check_training_length(self, length: int) -> None:
+        """Raises ValueError for a number of tokens that it cannot be trained on; few have any."""
 
     @property
     def num_labels(self) -> int:
@@ -224,7 +234,6 @@ class EncoderConfig(ModelConfig):
         num_hidden_groups: layers share parameters: consecutive ones use the same group of
             `inner_group_num` layers (ALBERT).
         SHARES: fields and the number of equal parts that each is cut into.
-        LENGTHENS: whether `convert_checkpoint` makes such a model read longer texts.
     """
 
     RANGES: ClassVar[dict[str, Range]] = ModelConfig.RANGES | {
@@ -242,7 +251,6 @@ class EncoderConfig(ModelConfig):
         "inner_group_num": whole(1, 100),
     }
     SHARES: ClassVar[tuple[tuple[str, str], ...]] = (("hidden_size", "num_attention_heads"),)
-    LENGTHENS: ClassVar[bool] = True
 
     model_type: str = "bert"
     num_hidden_layers: int = 12

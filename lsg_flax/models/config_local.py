@@ -3,7 +3,7 @@ where they say what other models have."""
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 from lsg_flax.checks import Range, require, whole
@@ -32,6 +32,8 @@ class LocalTransformerConfig(EncoderConfig):
         exact_windowsize: None is True.
         look_forward: None is 0 for a causal model, else 1.
         ignore_index: a label that does not count, beside -100.
+        layers_insert_global_attn: numbers, from 1 on, of the layers behind a global attention
+            layer; None or () for none.
     """
 
     RANGES: ClassVar[dict[str, Range]] = EncoderConfig.RANGES | {
@@ -70,6 +72,7 @@ class LocalTransformerConfig(EncoderConfig):
     look_backward: int = 1
     look_forward: int | None = None
     shared_qk: bool = False
+    layers_insert_global_attn: tuple[int, ...] | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -78,8 +81,14 @@ class LocalTransformerConfig(EncoderConfig):
         require(
             not unknown,
             f"{', '.join(unknown)} in config.json: local-transformer has no such keywords, or they "
-            "change the computation and are not supported (global attention layers among them); "
-            "take them out.",
+            "change the computation and are not supported; take them out. A `global_attn_layer` "
+            "is given beside the folder: from_pretrained(..., global_attention=module).",
+        )
+        depth = self.num_hidden_layers
+        require(
+            all(1 <= number <= depth for number in self.global_layers),
+            f"layers_insert_global_attn={list(self.global_layers)} must be numbers of layers, from "
+            f"1 to depth={depth}.",
         )
         window, limit = self.local_attn_window_size, self.max_position_embeddings
         assert self.pattern.window_size == window  # made here, so that it is checked
@@ -114,6 +123,23 @@ class LocalTransformerConfig(EncoderConfig):
                 base=self.xpos_scale_base if xpos else None,
             ),
         )
+
+    @property
+    def global_layers(self) -> tuple[int, ...]:
+        """Numbers, from 1 on, of the layers behind a global attention layer, in order."""
+        return tuple(sorted({*(self.layers_insert_global_attn or ())}))
+
+    def with_global_layers(self: _Own) -> _Own:
+        """With one in front of every layer, unless it says which."""
+        named = self.layers_insert_global_attn
+        every = tuple(range(1, self.num_hidden_layers + 1))
+        return replace(self, layers_insert_global_attn=every if named is None else named)
+
+    def layers_of(self, path: str) -> dict[tuple[int, ...], tuple[int, ...]]:
+        """Of global attention layers those that there are."""
+        if "/global_layers/" not in path:
+            return super().layers_of(path)
+        return {(place,): (number - 1,) for place, number in enumerate(self.global_layers)}
 
     @property
     def kept_pattern(self) -> Local:
@@ -157,6 +183,7 @@ class LocalTransformerConfig(EncoderConfig):
         parts = {
             "embeddings": bool(self.vocab_size),
             "streams": self.num_residual_streams > 1,
+            "global_layers": bool(self.global_layers),
             "scale_of": self.qk_rmsnorm,
             "gate": self.gate_values_per_head,
             "inv_freq": self.pattern.rotary is not None,
@@ -174,7 +201,10 @@ class LocalTransformerConfig(EncoderConfig):
             f"for a model of embeddings); missing are {missing}, num_tokens="
             f"{values.get('num_tokens')!r}.",
         )
-        return super().from_dict(values | {"num_tokens": values["num_tokens"] or 0})
+        read: dict[str, Any] = {"num_tokens": values["num_tokens"] or 0}
+        if isinstance(layers := values.get("layers_insert_global_attn"), list):
+            read["layers_insert_global_attn"] = tuple(layers)
+        return super().from_dict(values | read)
 
     def to_dict(self) -> dict[str, Any]:
         """The constructor's keywords, and what else is not as usual."""

@@ -165,6 +165,11 @@ class ReformerConfig(EncoderConfig):
         short_enough = length <= min(map(self.chunk_length, self.kinds))
         return 0 if short_enough else -length % self.chunk_multiple
 
+    @property
+    def training_unit(self) -> int:
+        """All axial positions, or whole chunks."""
+        return self.position_limit[1] if self.axial_pos_embds else self.chunk_multiple
+
     def check_training_length(self, length: int) -> None:
         """Raises ValueError for a number of tokens that PyTorch's class does not train on either:
         dropout takes whole columns of axial positions, and chunks are whole."""
@@ -183,6 +188,15 @@ class ReformerConfig(EncoderConfig):
             f"{length} tokens while training are no whole chunks: the lengths that work are the "
             f"multiples of {self.chunk_multiple}, such as {length + extra}"
             + (", which axial_pos_shape must multiply to." if self.axial_pos_embds else "."),
+        )
+
+    def check_cache(self) -> None:
+        """Raises ValueError where hashes that are kept would not do for a longer text."""
+        require(
+            self.num_buckets is not None or "lsh" not in self.kinds,
+            "num_buckets=null with a cache: PyTorch's class fixes it by the first text that it "
+            "hashes; give it, as config.buckets(number of tokens) says, or generate with "
+            "use_cache=False, where every step has the number of its own length.",
         )
 
     def buckets(self, length: int) -> int | tuple[int, ...]:

@@ -308,7 +308,7 @@ def _scan(step, length: int, unroll: int, *, shared: bool = False) -> Any:
         variable_axes={} if shared else {"params": 0},
         variable_broadcast="params" if shared else False,
         split_rngs={"params": not shared, "dropout": True},
-        in_axes=(LayerCall(nn.broadcast, 0, nn.broadcast, nn.broadcast, 0, nn.broadcast),),  # pyright: ignore[reportArgumentType]
+        in_axes=(LayerCall(nn.broadcast, 0, nn.broadcast, nn.broadcast, 0, nn.broadcast, 0),),  # pyright: ignore[reportArgumentType]
         length=length,
         unroll=unroll,
     )

@@ -262,7 +262,8 @@ def slots_of_cache(inputs: Inputs, config: EncoderConfig, limit: int, length: in
     if length > limit and inputs.position_ids is None:
         raise ValueError(
             f"cache_length={length} is more than the {limit} positions of this checkpoint; "
-            "decode fewer tokens, or convert it with a larger max_sequence_length."
+            "decode fewer tokens"
+            + (", or convert it with a larger max_sequence_length." if config.LENGTHENS else ".")
         )
     if mask is not None and not isinstance(mask, jax.core.Tracer):
         ends = np.max(np.where(np.asarray(mask, bool), np.arange(1, lead[1] + 1), 0), axis=1)

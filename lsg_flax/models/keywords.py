@@ -39,6 +39,7 @@ _INSTEAD = {
     "config": "give the fields that shall differ, such as num_labels=3",
     "attn_implementation": _CLONE.format(to="implementation=..."),
     "implementation": _CLONE.format(to="implementation=..."),
+    "global_attn_layer": "give a Flax module, global_attention=",
     "remat": _CLONE.format(to="remat='full'"),
     "gradient_checkpointing": _CLONE.format(to="remat='full'"),
     "unroll": _CLONE.format(to="unroll=..."),

@@ -41,6 +41,7 @@ class Context:
         slots: how many slots of a new cache the layers fill; 0 for no cache.
         activation_dropout: rate behind the activation of a layer's wide projection.
         layerdrop: how often a layer is left out while training.
+        global_attention: the user's module in front of layers of a LocalTransformer.
     """
 
     config: EncoderConfig
@@ -53,6 +54,7 @@ class Context:
     slots: int = 0
     activation_dropout: float = 0.0
     layerdrop: float = 0.0
+    global_attention: nn.Module | None = None
 
 
 class Part(nn.Module):

@@ -98,3 +98,11 @@ BUFFER: Layout = (Leaf("", "/buffer", AS_IT_IS),)
 FIXED_TABLE: Layout = (Leaf(".weight", "/buffer", AS_IT_IS),)
 AXIAL_ROWS: Layout = (Leaf("", "/embedding", _AXIAL_ROWS),)
 AXIAL_COLUMNS: Layout = (Leaf("", "/embedding", _AXIAL_COLUMNS),)
+
+
+def leaf_of(name: str, rank: int) -> Leaf:
+    """A parameter of a module that is no model of ours: those of Flax's usual layers as PyTorch
+    calls and stores them, others as they are."""
+    usual = {"kernel": (2, DENSE[0]), "scale": (1, NORM[0]), "embedding": (2, TABLE[0])}
+    wanted, leaf = usual.get(name, (None, None))
+    return leaf if leaf and rank == wanted else Leaf(f".{name}", f"/{name}", AS_IT_IS)

@@ -5,16 +5,20 @@ Axes: B batch, T tokens, D model width, N heads, Q queries of a block (a window)
 block's windows.
 """
 
+import inspect
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float
 
 from lsg_flax import patterns
+from lsg_flax.checks import require
 from lsg_flax.kernels import Source
 from lsg_flax.models.attention_layers import HeadProjections, LayerCall
+from lsg_flax.models.config import ModelConfig
 from lsg_flax.models.config_local import LocalTransformerConfig
 from lsg_flax.models.embeddings import Embeddings
 from lsg_flax.models.encoder import BodyOutput, Stack, with_cache
@@ -110,6 +114,27 @@ class LocalHeads(HeadProjections, _LocalPart):
         return self.merged(context), new
 
 
+class GlobalLayer(_LocalPart):
+    """The user's module between streams of its own."""
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T _ D"], mask: Bool[Array, "B T"]
+    ) -> Float[Array, "B T _ D"]:
+        inner, kept, share = ResidualStreams(self.context, name="global_streams")(x)
+        module, call = self.context.global_attention, {"attention_mask": mask}
+        assert module is not None
+        call |= {"train": self.context.train}
+        takes = call.keys() & inspect.signature(type(module).__call__).parameters
+        y = module.clone(parent=self, name="attention")(inner, **{n: call[n] for n in takes})
+        require(
+            jnp.shape(y) == inner.shape,
+            f"global_attention gave {jnp.shape(y)} for states {inner.shape}; a layer must keep the "
+            "shape, [batch, tokens, dim].",
+        )
+        return kept + share[..., None] * y.astype(x.dtype)[:, :, None]
+
+
 class LocalLayer(_LocalPart):
     """A layer as a scan step: its output is carried on and, if asked for, kept."""
 
@@ -117,6 +142,7 @@ class LocalLayer(_LocalPart):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T _ D"], call: LayerCall):
+        x = self._behind_given(x, call)
         inner, kept, share = ResidualStreams(self.context, name="attention_streams")(x)
         inner = self.layer_norm("attention_norm")(inner)
         attended, new = LocalHeads(self.context, name="attention")(inner, call)
@@ -125,6 +151,16 @@ class LocalLayer(_LocalPart):
         x = kept + share[..., None] * self._fed_forward(inner)[:, :, None]
         x = constrain(x, "batch", "length", None, None)
         return x, (x.sum(axis=2) if self.keep_states else None, new)
+
+    def _behind_given(self, x: Float[Array, "B T _ D"], call: LayerCall) -> Array:
+        """The streams behind the user's module, where this layer has one."""
+        if call.given is None:
+            return x
+        params, there = call.given
+        rngs = {"dropout": self.make_rng("dropout")} if self.context.train else {}
+        apply: Any = GlobalLayer(self.context, parent=None).apply
+        run = lambda x: apply({"params": params}, x, call.mask, rngs=rngs)  # noqa: E731
+        return run(x) if there is None else jax.lax.cond(there, run, lambda x: x, x)
 
     def _fed_forward(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         settings = self.settings
@@ -155,6 +191,11 @@ class LocalTransformer(Stack, _LocalPart):
     def __call__(self, inputs: Inputs, cache: Cache | None = None) -> BodyOutput:
         """Given a cache, the input is the next token."""
         settings, mask = self.settings, inputs.attention_mask
+        require(
+            cache is None or not settings.global_layers,
+            "a model with global attention layers has no cache, for these see all tokens: call it "
+            "on whole texts, or generate(..., use_cache=False).",
+        )
         if settings.vocab_size:
             if cache is not None:
                 inputs = inputs._replace(position_ids=cache.position[:, None])
@@ -162,17 +203,52 @@ class LocalTransformer(Stack, _LocalPart):
         else:
             x = inputs.inputs_embeds.astype(self.context.dtype)
             words = x[0, :0]
-        length, shards = x.shape[1], 1 if cache is not None else self.shard_count()
+        whole = cache is not None or settings.global_layers  # on one device's tokens, or XLA's
+        length, shards = x.shape[1], 1 if whole else self.shard_count()
         mask = jnp.ones(x.shape[:2], bool) if mask is None else mask.astype(bool)
         extra = settings.pattern.needs_padding(length, shards) if shards > 1 else 0
         x, mask = jnp.pad(x, ((0, 0), (0, extra), (0, 0))), jnp.pad(mask, ((0, 0), (0, extra)))
         bias = None
         if settings.use_dynamic_pos_bias:
             bias = PositionBias(self.context, name="position_bias")()
-        call = LayerCall(mask, cache=cache, bias=bias)
         streams = jnp.repeat(x[:, :, None], settings.num_residual_streams, axis=2)
+        call = LayerCall(mask, cache=cache, bias=bias, given=self._given(streams, mask))
         _, streams, states, new = self.run_layers(LocalLayer, streams[:, :0], streams, call, shards)
         if states is not None:
             states = (x, *states)
         body = BodyOutput(streams.sum(axis=2)[:, :length], states, words, None)
         return with_cache(settings.pattern, body, call, new, inputs.position_ids)
+
+    def _given(self, x: Float[Array, "B T _ D"], mask: Bool[Array, "B T"]):
+        """What `LayerCall.given` says, for all layers. Parameters are stacked over the layers that
+        have the module, so outside the scan, which is over all."""
+        numbers, depth = self.settings.global_layers, self.config.num_hidden_layers
+        if not numbers:
+            return None
+        if self.is_initializing():
+            drawn = nn.vmap(
+                GlobalLayer,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=None,  # pyright: ignore[reportArgumentType]
+                axis_size=len(numbers),
+            )
+            drawn(self.context, name="global_layers")(x, mask)
+        params = self.variables["params"].get("global_layers", {})
+        if len(numbers) == depth:
+            return params, None
+        there = np.isin(np.arange(1, depth + 1), numbers)
+        places = np.maximum(np.cumsum(there) - 1, 0)
+        return jax.tree.map(lambda x: x[places], params), jnp.asarray(there)
+
+
+def check_given(config: ModelConfig, module: nn.Module | None) -> None:
+    """Raises ValueError unless the module and layers for it come together."""
+    layers = config.global_layers if isinstance(config, LocalTransformerConfig) else ()
+    require(
+        (module is not None) == bool(layers),
+        f"global_attention={type(module).__name__} with layers_insert_global_attn={list(layers)}: "
+        "the Flax module of global attention layers, and the layers that get one, are given "
+        "together, to a local-transformer alone (from_pretrained(folder, global_attention=module) "
+        "takes all layers where config.json names none).",
+    )

@@ -30,7 +30,7 @@ from lsg_flax.models.inputs import (
     slots_of_cache,
 )
 from lsg_flax.models.layers import Context, Implementation
-from lsg_flax.models.local_transformer import LocalTransformer
+from lsg_flax.models.local_transformer import LocalTransformer, check_given
 from lsg_flax.models.outputs import ModelOutput, Params
 from lsg_flax.models.realm import candidates_of, relevance
 from lsg_flax.models.reformer import Reformer, Rotations
@@ -49,6 +49,10 @@ class Call(NamedTuple):
     cache_length: int | None
     train: bool
     keep_states: bool
+
+    def kept(self, cache: Cache | None) -> Cache | None:
+        """The cache, where one is asked for."""
+        return None if self.cache_length == 0 else cache
 
 
 def _refuse(why: str, **given: Any) -> None:
@@ -69,6 +73,9 @@ class Model(nn.Module):
             statistics are float32 in any case.
         remat, unroll, implementation: run-time choices about the stack of layers (see `Encoder`)
             and attention (see `lsg_attention`); change them by `model.clone(remat="full")`.
+        global_attention: of a LocalTransformer, the Flax module in front of the layers that
+            layers_insert_global_attn names, called on [B, T, D], and with those of the keywords
+            attention_mask [B, T] and train that it takes.
     """
 
     config: ModelConfig
@@ -78,6 +85,7 @@ class Model(nn.Module):
     remat: Remat = "none"
     unroll: int = 1
     implementation: Implementation | None = None
+    global_attention: nn.Module | None = None
 
     @nn.compact
     def __call__(
@@ -118,7 +126,8 @@ class Model(nn.Module):
             cache_length: for a causal_lm or conditional_generation, also return `cache` with room
                 for at least this many tokens, those given to the decoder included. Rows must end
                 with their last real token (pad on the left); slots behind the last real token of
-                all rows are free again, so padding all rows to a bucket changes nothing.
+                all rows are free again, so padding all rows to a bucket changes nothing. 0 returns
+                the same logits, and no cache.
             cache: of the last call. The (decoder's) input is then one more token, [B, 1], of the
                 same lengths of arrays for every step, and `position_ids` counts on by default. An
                 "lsh" rng must be that of the first call. With a cache, logits are [B, 1, V], of the
@@ -238,7 +247,7 @@ class Model(nn.Module):
         elif rank == 3 and output.logits is not None:
             logits = output.logits.reshape(-1, inputs.lead[1])  # [B, C]
             output = dataclasses.replace(output, logits=logits)
-        return dataclasses.replace(output, hidden_states=body.states, cache=body.cache)
+        return dataclasses.replace(output, hidden_states=body.states, cache=call.kept(body.cache))
 
     def _check_run(self) -> None:
         """Raises ValueError for run-time fields that no computation can have."""
@@ -253,6 +262,7 @@ class Model(nn.Module):
                 f"{name}={dtype!r} must be a type of JAX's real numbers, such as jnp.float32, "
                 "jnp.bfloat16 or jnp.float16.",
             )
+        check_given(self.config, self.global_attention)
         checked_value("unroll", self.unroll, int, whole(1, 2**16))
 
     def _run_both(
@@ -290,7 +300,7 @@ class Model(nn.Module):
             encoder_last_hidden_state=None if memory is None else memory.states,
             encoder_hidden_states=encoded and encoded.states,
             decoder_hidden_states=body.states,
-            cache=body.cache,
+            cache=call.kept(body.cache),
         )
 
     def _run(self, call: Call) -> tuple[Remat, int, bool]:
@@ -326,6 +336,7 @@ class Model(nn.Module):
 
     def _context(self, stack: EncoderConfig, call: Call, slots: int = 0) -> Context:
         architecture, config, rates = self.family.architecture, self.config, {}
+        module = self.global_attention
         if isinstance(config, EncoderDecoderConfig):
             architecture = dataclasses.replace(architecture, embedding_scale=config.scale_embedding)
             side = "decoder" if stack.is_decoder else "encoder"
@@ -339,6 +350,8 @@ class Model(nn.Module):
             call.train,
             implementation=self.implementation,
             slots=slots,
+            # Linen has bound what is in it to this model, where its parameters do not lie.
+            global_attention=module if module is None else module.unbind()[0],
             **rates,
         )
 
@@ -356,9 +369,13 @@ class Model(nn.Module):
             )
         if cache is not None and length is not None:
             raise ValueError("give either a cache, or cache_length for a new one.")
+        if isinstance(stack, ReformerConfig) and length != 0:
+            stack.check_cache()
         if cache is not None:
             check_step(inputs, cache, stack)
-        return 0 if length is None else slots_of_cache(inputs, stack, self.max_length, length)
+        if length is None:
+            return 0
+        return slots_of_cache(inputs, stack, self.max_length, length or inputs.lead[1])
 
     @property
     def embedders(self) -> dict[str, "Model"]:

@@ -5,8 +5,8 @@ Axes: B batch, T tokens, D model width, N heads, H head width, P positions of a 
 width, L layers, V vocabulary.
 """
 
-import dataclasses
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -29,7 +29,7 @@ from lsg_flax.models.inputs import Inputs
 from lsg_flax.models.layers import Embedding, Part, Projection, rows
 from lsg_flax.models.outputs import ModelOutput
 from lsg_flax.models.reversible import HalfLayer, LayerArrays, LayerGroup, run_and_keep, run_layers
-from lsg_flax.patterns import DEFAULT_LSH_SEED, LSH, Cache, LayerCache
+from lsg_flax.patterns import DEFAULT_LSH_SEED, LSH, Cache, LayerCache, Runtime
 from lsg_flax.sharding import constrain, sequence_shards
 
 Rotations = tuple[Float[Array, "N H _ _"], ...]
@@ -156,12 +156,17 @@ class ReformerAttention(HeadProjections, _ReformerPart):
         if isinstance(pattern, LSH):
             query = key = self.heads(x, "query_key")
             run = self.runtime(call.hashing, settings.lsh_attention_probs_dropout_prob)
-            if buckets is None and (length > pattern.chunk_length or own is not None):
+            if own is not None and own.cache is None:
+                buckets = self._own_buckets(pattern, query, mask, run, own.padded)
+            elif buckets is None and length > pattern.chunk_length:
                 buckets = patterns.bucket_of(pattern, query, mask, run)
             lengths = None if own is None else own.padded
-            run = dataclasses.replace(run, buckets=buckets, own_lengths=lengths)
+            run = replace(run, buckets=buckets, own_lengths=lengths)
         else:
             query, key, run = self.heads(x, "query"), self.heads(x, "key"), self.runtime()
+            if own is not None and own.cache is None:
+                chunk = settings.local_attn_chunk_length  # which alone is not filled up
+                run = replace(run, own_lengths=jnp.where(own.length > chunk, own.padded, chunk))
         source = Source(key, self.heads(x, "value"), mask)
         if own is None:
             return self.merged(patterns.attention(pattern, query, source, run)), buckets
@@ -178,6 +183,23 @@ class ReformerAttention(HeadProjections, _ReformerPart):
         else:
             context = patterns.step_in_ring(pattern, query, source, *where)
         return self.merged(context), LayerCache(source, buckets=self._buckets(source, buckets))
+
+    def _own_buckets(
+        self,
+        pattern: LSH,
+        query: Float[Array, "B N H T"],
+        mask: Bool[Array, "B 1 T"],
+        run: Runtime,
+        padded: Int[Array, "B"],
+    ) -> Int[Array, "B N _ T"]:
+        """The buckets of rows that are so long, as many as each is hashed into alone."""
+        chunk, buckets = pattern.chunk_length, jnp.int32(0)
+        counts = [self.settings.buckets(n * chunk) for n in range(query.shape[-1] // chunk + 2)]
+        for count in dict.fromkeys(counts):
+            found = patterns.bucket_of(replace(pattern, num_buckets=count), query, mask, run)
+            here = jnp.asarray([other == count for other in counts])[padded // chunk]
+            buckets = jnp.where(here[:, None, None, None], found, buckets)
+        return buckets
 
     def _buckets(self, source: Source, buckets: Int[Array, "B N _ T"] | None) -> Array:
         """Buckets as every layer keeps them: of local attention zeros."""
@@ -197,8 +219,8 @@ class ReformerLayer(_ReformerPart):
         `ReformerAttention` has beside its output."""
         config, context, buckets, y = self.config, self.context, None, x
         if "attention" in halves:
-            bare = dataclasses.replace(context.architecture, biases=False)
-            bare = dataclasses.replace(context, architecture=bare)
+            bare = replace(context.architecture, biases=False)
+            bare = replace(context, architecture=bare)
             attention = ReformerAttention(bare, self.kind, name="attention")
             y, buckets = attention(self.layer_norm("attention_norm")(x), call)
         if "mlp" in halves:
@@ -243,6 +265,11 @@ class Reformer(_ReformerPart):
         mask = jnp.ones(inputs.lead, bool) if mask is None else mask.astype(bool)
         own, extra = None, settings.needs_padding(length) if cache is None else 0
         if self.context.slots or cache is not None:
+            require(
+                not rotations or settings.num_buckets is not None,
+                "lsh_rotations with cache_length and num_buckets=null: every row has a number of "
+                "buckets of its own; give num_buckets, or leave lsh_rotations out.",
+            )
             inputs, mask, own = self._alone(inputs, mask, cache)
         mask = jnp.pad(mask, ((0, 0), (0, extra)))
         if extra and inputs.position_ids is not None:  # padding's do not matter
@@ -275,11 +302,6 @@ class Reformer(_ReformerPart):
             inputs.position_ids is None,
             "position_ids with a cache: a Reformer's chunks and positions are counted from each "
             "row's first token; leave position_ids out.",
-        )
-        require(
-            settings.num_buckets is not None or "lsh" not in settings.kinds,
-            "num_buckets=null with a cache: PyTorch's class fixes it by the first text that it "
-            "hashes; give it, as config.buckets(number of tokens) says.",
         )
         if cache is not None:
             inputs = inputs._replace(position_ids=cache.position[:, None])

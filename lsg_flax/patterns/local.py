@@ -90,32 +90,42 @@ def places(x: Float[Array, "B N H T"]) -> Int[Array, "B 1 T"]:
 
 
 def put_in_ring(
-    source: Source,
-    size: int,
-    before: int,
-    after: int,
-    rule: Rule,
-    end: Int[Array, "B"] | None = None,
+    source: Source, size: int, before: int, after: int, rule: Rule
 ) -> tuple[Source, tuple[Window, ...]]:
     """The source with its ends repeated, and what blocks of `size` see of it: so many blocks before
     their own and behind it, in a ring.
 
     As in the reference (`_look_adjacent`), a neighbour as far away as the ring is long, or farther,
-    is the block itself, seen once more. `end`: where each row's ring ends, if not with the source.
+    is the block itself, seen once more.
     """
     most = source.mask.shape[-1] // size - 1
     first, last = min(before, most) * size, min(after, most) * size
 
     def around(x):
-        if end is not None:
-            place = (end[:, None] - first + jnp.arange(first)[None]) % end[:, None]
-            return jnp.concatenate([take_tokens(x, place), x, x[..., :last]], axis=-1)
         return jnp.concatenate([x[..., x.shape[-1] - first :], x, x[..., :last]], axis=-1)
 
     again = before + after - (first + last) // size
     windows = (Window(0, 0, size, first + size + last, rule, lead=first),)
     own = Window(0, first, size, size, rule, lead=first)
     return jax.tree.map(around, source), windows + (own,) * again
+
+
+def put_in_own_rings(
+    source: Source, size: int, sides: tuple[int, int], rule: Rule, end: Int[Array, "B"]
+) -> tuple[tuple[Source, ...], tuple[Window, ...]]:
+    """As `put_in_ring`, of rows whose rings end at `end`: a run of keys for each neighbour that a
+    row may have, for which of them is the block itself differs from row to row."""
+    place, end = jnp.arange(source.mask.shape[-1])[None], end[:, None]
+    most, (before, after) = source.mask.shape[-1] // size - 1, sides
+    runs = {0: source}
+    for number in range(-min(after, most), min(before, most) + 1):
+        if number:
+            turned = (place - number * size) % end
+            turned = jnp.where(abs(number) * size < end, turned, place)
+            runs[number] = jax.tree.map(lambda x, at=turned: take_tokens(x, at), source)
+    again = before + after + 1 - len(runs)
+    seen = [*range(len(runs)), *[0] * again]
+    return tuple(runs.values()), tuple(Window(n, 0, size, size, rule) for n in seen)
 
 
 def _windows(
@@ -127,6 +137,9 @@ def _windows(
     if pattern.wraps:
         require(axis is None, "local attention in a ring is not cut over a sequence axis.")
         rule = PAST if pattern.causal else EVERYTHING
+        if run.own_lengths is not None:
+            sides = (pattern.look_backward, pattern.look_forward)
+            return put_in_own_rings(source, size, sides, rule, run.own_lengths)
         ring, seen = put_in_ring(source, size, pattern.look_backward, pattern.look_forward, rule)
         return (ring,), seen
     before, after = pattern.look_backward * size, pattern.look_forward * size

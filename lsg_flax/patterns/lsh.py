@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from lsg_flax.checks import require
 from lsg_flax.kernels import Queries, Rule, Source, Spec, attend, merge_softmax_parts, pad
 from lsg_flax.patterns.full import BLOCK
-from lsg_flax.patterns.local import put_in_ring, show_themselves, take_tokens
+from lsg_flax.patterns.local import put_in_own_rings, put_in_ring, show_themselves, take_tokens
 from lsg_flax.patterns.pattern import LSH, Runtime
 from lsg_flax.patterns.representatives import DEFAULT_LSH_SEED
 
@@ -52,17 +52,19 @@ def attend_by_buckets(
     queries, value = sort(query_key), sort(source.value)
     mask = jnp.take_along_axis(source.mask[:, :, None], order, axis=-1)
     ring = Source(unit_keys(queries), value, _join_rounds(mask), _join_rounds(order))
-    back, end = None, None
+    sides, back = (pattern.chunks_before, pattern.chunks_after), None
     if run.own_lengths is not None:
         flat, back = close_gaps(pattern, run.own_lengths, order.shape[-1])
         queries, ring = jax.tree.map(lambda x: take_tokens(x, flat), (queries, ring))
         end = run.own_lengths * pattern.num_hashes
-    sides = (pattern.chunks_before, pattern.chunks_after)
-    seen, windows = put_in_ring(ring, chunk, *sides, rule, end)
+        seen, windows = put_in_own_rings(ring, chunk, sides, rule, end)
+    else:
+        keys, windows = put_in_ring(ring, chunk, *sides, rule)
+        seen = (keys,)
     spec = Spec(
         chunk, windows, blocks_per_step=run.blocks_per_step or 0, dropout_rate=run.dropout_rate
     )
-    context, normaliser = attend(spec, Queries(queries, ring.positions), (seen,), **options)
+    context, normaliser = attend(spec, Queries(queries, ring.positions), seen, **options)
     if back is not None:
         context, normaliser = (take_tokens(x, back) for x in (context, normaliser))
     context, normaliser = (

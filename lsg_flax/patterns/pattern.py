@@ -187,8 +187,8 @@ class Runtime:
             tokens, at least as many as `LSGConfig.needs_padding` asks for. Shards exchange their
             edges and add up what the globals see; nothing else moves. Full attention is to keys
             that every shard has.
-        own_lengths: LSH attention of each row as if it had so many tokens, whole chunks, and no
-            padding behind these: the ring of its chunks ends there.
+        own_lengths: attention in a ring of each row as if it had so many tokens, whole chunks, and
+            no padding behind these: the ring of its chunks ends there.
         buckets: of whole chunks, that an earlier pass hashed into: LSH attention hashes no more.
     """
 

@@ -14,9 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from lsg_flax.data import Cut, cut_of
-from lsg_flax.files import (
-    check_output,
-)
+from lsg_flax.files import check_output
 from lsg_flax.hub import Tokenizer
 from lsg_flax.inference import (
     Document,

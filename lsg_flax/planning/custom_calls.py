@@ -2,13 +2,13 @@
 one's own (Pallas).
 
 A kernel's FLOPs and bytes come from its formula in `FORMULAS`, else from what it declared when it
-was called (`pallas_call(cost_estimate=...)`, which reaches a TPU's program, not a GPU's), less the
-arrays that the compiler keeps on the chip.
+was called (`pallas_call(cost_estimate=...)`, which reaches a TPU's program, not a GPU's).
 """
 
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from lsg_flax.planning.hlo_text import Array, Instruction, arrays_of
@@ -58,8 +58,9 @@ def is_own_kernel(instruction: Instruction) -> bool:
 
 
 def name_of(instruction: Instruction) -> str:
-    """The name that a kernel was given (`pallas_call(name=...)`), or that of the library's."""
-    given = re.search(r'op_name="(?:[^"]*/)?([^"/]+)/pallas_call', instruction.attributes)
+    """The name that a kernel was given (`pallas_call(name=...)`), within the names of derivatives
+    such as `transpose(jvp(...))`, or that of the library's."""
+    given = re.search(r'op_name="(?:[^"]*[/(])?([^"/()]+)\)*/pallas_call', instruction.attributes)
     return given[1] if given else target_of(instruction)
 
 
@@ -79,8 +80,7 @@ def work_of(instruction: Instruction, operands: tuple[Array, ...]) -> KernelWork
     flops, moved = declared.values()
     if flops is None or moved is None:
         return None
-    on_chip = sum(a.bytes for a in (*call.operands, *call.results) if not a.in_memory)
-    return KernelWork(float(flops[1]), max(0, int(moved[1]) - on_chip))
+    return KernelWork(float(flops[1]), int(moved[1]))
 
 
 def _product(call: KernelCall) -> KernelWork:
@@ -92,8 +92,24 @@ def _product(call: KernelCall) -> KernelWork:
     return KernelWork(flops, sum(a.bytes for a in (*call.operands, *results) if a.in_memory))
 
 
+def _lsg(products: int, call: KernelCall) -> KernelWork:
+    """The fused kernels of `kernels/tpu.py`: so many products over all scores, of queries [B, T, D]
+    with the keys that a block of them sees, [B, #N, blocks, W], in as many heads and tokens as
+    log-normalisers have, [B, N, blocks, Q]. What they are told of their work would move XLA to keep
+    less on the chip."""
+    by_rank = [[a for a in arrays if len(a.dims) == 4] for arrays in (call.operands, call.results)]
+    seen, normalisers = by_rank[0][0], (by_rank[0] + by_rank[1])[-1]
+    query = next(a for a in call.operands if len(a.dims) == 3)
+    scores = math.prod(normalisers.dims) * seen.dims[-1]
+    flops = 2.0 * products * scores * query.dims[-1] / normalisers.dims[1]
+    moved = sum(a.bytes for a in (*call.operands, *call.results) if a.in_memory)
+    return KernelWork(flops, moved)
+
+
 # By a kernel's name; of Pallas kernels, those that declare nothing, as on GPUs.
 FORMULAS: dict[str, Formula] = {
+    "lsg_forward": partial(_lsg, 2),
+    "lsg_backward": partial(_lsg, 5),
     "__cublas$gemm": _product,
     "__cublas$lt$matmul": _product,
     "__cublas$lt$matmul$f8": _product,

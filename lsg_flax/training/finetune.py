@@ -33,7 +33,7 @@ from lsg_flax.data import (
     train_batches,
 )
 from lsg_flax.files import check_folder, lies_in
-from lsg_flax.models import TASKS, Model, Params
+from lsg_flax.models import TASKS, Model, ModelConfig, Params
 from lsg_flax.patterns import LSGConfig
 from lsg_flax.progress import say
 from lsg_flax.sharding import check_batches, make_mesh
@@ -130,6 +130,7 @@ def _run(
     """The run, in a folder that is its own."""
     # ------------------------------------------------------------- what there is to work with
     output = pathlib.Path(settings.output)
+    lengths = training_buckets(settings.buckets, source.length, source.config)
     options, tokenizer = options_for(settings, source), source.tokenizer
     if settings.writes_targets:
         tokenizer = source.reader(settings.src_lang, settings.tgt_lang)
@@ -145,7 +146,7 @@ def _run(
 
     # ------------------------------------------------------------- the run
     size, eval_size = settings.microbatch_size, settings.eval_batch_size
-    buckets = buckets_for(settings.buckets, settings.max_length, model, (size, eval_size), mesh)
+    buckets = buckets_for(lengths, settings.max_length, model, (size, eval_size), mesh)
     ladders = {INPUT: buckets, TARGET: settings.target_buckets}
     ladders = {name: lengths for name, lengths in ladders.items() if lengths is not None}
     same = {"buckets": ladders, "seed": settings.seed}
@@ -322,6 +323,19 @@ def mesh_of(devices: int | None, axes: dict[str, int]) -> Mesh | None:
         )
     mesh = make_mesh(**axes, devices=every[:count])
     return None if count == 1 and jax.process_count() == 1 else mesh
+
+
+def training_buckets(
+    given: tuple[int, ...] | None, longest: int, config: ModelConfig
+) -> tuple[int, ...] | None:
+    """The lengths of batches that a model is trained on, by default those that it can be; None
+    where it trains on all, for the data to choose. Raises ValueError for lengths that it cannot."""
+    unit = config.training_unit
+    if given is None and unit > 1:
+        given = tuple(sorted({-(-length // unit) * unit for length in default_buckets(longest)}))
+    for length in given or ():
+        config.check_training_length(length)
+    return given
 
 
 def buckets_for(

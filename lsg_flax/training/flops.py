@@ -59,7 +59,7 @@ def train_flops(model: Model, batch: Batch) -> float:
     return total
 
 
-def _keys_seen(config: EncoderConfig, length: int) -> float:
+def _keys_seen(config: EncoderConfig, length: int) -> int | float:
     if isinstance(config, ReformerConfig):
         return config.keys_seen(length)
     lsg, pattern = config.lsg, config.kept_pattern

@@ -172,9 +172,13 @@ def open_source(name: str, task: str, max_length: int | None, *, convert: bool) 
     length = max_length or (LSGOptions.max_sequence_length if convert and plain else usual)
     if length > reads and not convert:
         raise ValueError(
-            f"max_length={length}, but {name} reads {reads} tokens; set convert (--convert) to "
-            f"make it read more here, or run lsg-flax convert {name} TARGET "
-            f"--max-sequence-length {length} and train TARGET."
+            f"max_length={length}, but {name} reads {reads} tokens; "
+            + (
+                "set convert (--convert) to make it read more here, or run lsg-flax convert "
+                f"{name} TARGET --max-sequence-length {length} and train TARGET."
+                if config.LENGTHENS
+                else f"give at most max_length={reads}."
+            )
         )
     tokenizer.model_max_length = length  # which others then read by default
     converts = convert and (plain or length > reads)

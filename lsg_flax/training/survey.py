@@ -9,7 +9,7 @@ import numpy as np
 
 from lsg_flax.buckets import default_buckets
 from lsg_flax.data import INPUT, TARGET, TokenizedDataset, train_batches
-from lsg_flax.training.finetune import load_data, options_for, source_for
+from lsg_flax.training.finetune import load_data, options_for, source_for, training_buckets
 from lsg_flax.training.settings import Settings
 
 
@@ -61,7 +61,8 @@ def survey(settings: Settings, *, progress: bool = True) -> RunSurvey:
     source.check_tokens(train)
     length = source.length
     whole = settings.mesh.get("sequence", 1) > 1  # as `finetune` pads for several devices
-    buckets = settings.buckets or ((length,) if whole else default_buckets(length))
+    buckets = training_buckets(settings.buckets, length, source.config)
+    buckets = buckets or ((length,) if whole else default_buckets(length))
     ladders = {INPUT: buckets, TARGET: settings.target_buckets}
     batches = train_batches(
         train,

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "reference"))
 import transformers
 import worker
 import worker_local  # noqa: F401 (makes its kind known)
+import worker_lsh  # noqa: F401
 import worker_reformer  # noqa: F401
 from safetensors.torch import load_file
 

@@ -58,7 +58,33 @@ GRADIENTS_OF = (
 )
 
 
+GLOBAL_OPTIONS = {
+    "every_layer": {},
+    "some_layers": dict(depth=3, layers_insert_global_attn=[3, 1], num_residual_streams=1),
+    "one_layer": dict(layers_insert_global_attn=[2], num_residual_streams=2),
+}
+
+
+def record_global(recorder):
+    for name, options in GLOBAL_OPTIONS.items():
+        layer = max(options.get("layers_insert_global_attn", [1])) - 1
+        names = ("branch.to_qkv.weight", "branch.to_out.bias", "branch.norm.weight")
+        names += ("static_alpha", "dynamic_beta_fn")
+        recorder.add(
+            "local_transformer_global",
+            f"local_transformer_global_{name}",
+            "local_transformer",
+            dict(x=token_ids(N, 13), weight=normal(N, 13, VOCABULARY))
+            | dict(with_loss=np.ones((), np.int32)),
+            options=SIZES | options,
+            global_attn_layer=True,
+            grad_of=("token_emb.weight", *(f"global_layers.{layer}.{name}" for name in names)),
+            generate=11,  # as many as there are positions
+        )
+
+
 def record(recorder):
+    record_global(recorder)
     for name, options in OPTIONS.items():
         options = SIZES | options
         tokens, causal = options["num_tokens"], options.get("causal", True)

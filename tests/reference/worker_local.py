@@ -4,7 +4,7 @@ reference environment.
 local_transformer: checkpoint (a folder with config.json and model.safetensors, loaded strictly) or
          options (of LocalTransformer, with the parameters of local_numbers.py), scale?, grad_of?,
          out? (a folder to write such a checkpoint to), generate? (how many tokens, greedily,
-         without a cache)
+         without a cache), global_attn_layer? (true for `Causal`)
     in   x [n,t] or [n,t,d], mask? [n,t], weight? of the outputs; with_loss? asks for the loss too,
          which may be of a token more than there are positions
     out  outputs, loss, weighted_loss, grad.<parameter> of weighted_loss + loss, tokens [n,generate]
@@ -20,9 +20,26 @@ from local_numbers import drawn
 from safetensors.torch import load_file, save_file
 
 
+class Causal(torch.nn.Module):
+    """A global attention layer, of one head."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(dim)
+        self.to_qkv = torch.nn.Linear(dim, 3 * dim, bias=False)
+        self.to_out = torch.nn.Linear(dim, dim)
+
+    def forward(self, x):
+        query, key, value = self.to_qkv(self.norm(x)).chunk(3, dim=-1)
+        return self.to_out(
+            torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        )
+
+
 def local_transformer(case, folder):
     if "options" in case:
-        model = LocalTransformer(**case["options"])
+        layer = Causal(case["options"]["dim"]) if case.get("global_attn_layer") else None
+        model = LocalTransformer(**case["options"], global_attn_layer=layer)
         names = {name for name, _ in model.named_parameters()}
         tensors = {
             name: torch.from_numpy(drawn(name, tensor.shape, case.get("scale", 0.3)))

@@ -10,7 +10,7 @@ from lsg_flax.models.architecture import Architecture
 from lsg_flax.models.config import EncoderConfig, ModelConfig
 from lsg_flax.models.config_json import Dialect
 from lsg_flax.models.heads import Head
-from lsg_flax.models.layout import Layout, Storage
+from lsg_flax.models.layout import Layout, Shape, Storage, leaf_of
 from lsg_flax.models.outputs import ModelOutput
 from lsg_flax.models.task import Task
 
@@ -123,6 +123,7 @@ class Family:
         class_prefix: first part of the class names.
         prefix: of the body's tensors in a model with a head.
         encoder, pooler: rows of these parts; `encoder` has all stacks.
+        given: where a module lies that the user gives.
         config_type: what its config.json is read as.
         tf_names: what to replace in names of TensorFlow's checkpoints, as regular expressions.
         ignored: tensors that are not parameters, by name behind the prefix, `*` being any text.
@@ -142,6 +143,7 @@ class Family:
     to_lsg: ToLSG | None
     dialect: Dialect = Dialect()  # noqa: RUF009 (never changed)
     architecture: Architecture = Architecture()  # noqa: RUF009 (never changed)
+    given: Row | None = None
     config_type: type[ModelConfig] = EncoderConfig
     tf_names: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ("embeddings.position_ids", "embeddings.token_type_ids")
@@ -214,6 +216,19 @@ class Family:
         own = (*head.rows, *(() if config.tie_word_embeddings else head.untied_rows))
         keys += [key for row in self.pooler if head.pooled for key in _expand(row, {}, prefix)]
         return keys + [key for row in own for key in _expand(row, {}, "")]
+
+    def given_keys(self, config: ModelConfig, shapes: Mapping[str, Shape]) -> list[Key]:
+        """Every tensor of the module that the user gives, by the paths and shapes of a model's
+        parameters."""
+        keys, given = [], self.given
+        for path, shape in shapes.items():
+            if given is None or not path.startswith(f"{given.path}/"):
+                continue
+            module, _, name = path.rpartition("/")
+            torch = given.torch + module.removeprefix(given.path).replace("/", ".")
+            row = Row(torch, module, (leaf_of(name, len(shape) - 1),))  # one axis is of layers
+            keys += _expand(row, config.stacks[path.split("/")[0]].layers_of(path), "")
+        return keys
 
     def _has(self, stack: EncoderConfig, row: Row) -> bool:
         without = list(stack.lacks)

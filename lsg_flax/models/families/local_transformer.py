@@ -38,6 +38,7 @@ def _read_frequencies(tensor: Any, index: Index, shape: Shape) -> np.ndarray:
 
 _FREQUENCIES = Storage("frequencies", 1, AS_IT_IS.torch_shape, AS_IT_IS.to_torch, _read_frequencies)
 _OURS, _ATTENTION, _MLP = "encoder/layers", "layers.{0}.0", "layers.{0}.1"
+_GLOBAL = "encoder/global_layers"
 _STREAMS = {
     name: f"{name}"
     for name in (
@@ -58,8 +59,12 @@ LOCAL_TRANSFORMER = Family(
             for i in range(3)
         ),
         *(
-            Row(f"{part}.{theirs}", f"{_OURS}/{name}_streams/{ours}", TENSOR)
-            for part, name in ((_ATTENTION, "attention"), (_MLP, "mlp"))
+            Row(f"{part}.{theirs}", f"{path}_streams/{ours}", TENSOR)
+            for part, path in (
+                (_ATTENTION, f"{_OURS}/attention"),
+                (_MLP, f"{_OURS}/mlp"),
+                ("global_layers.{0}", f"{_GLOBAL}/global"),
+            )
             for theirs, ours in _STREAMS.items()
         ),
         Row(f"{_ATTENTION}.branch.norm", f"{_OURS}/attention_norm", NORM),
@@ -78,6 +83,7 @@ LOCAL_TRANSFORMER = Family(
         Row(f"{_MLP}.branch.4", f"{_OURS}/mlp_down", DENSE_WITHOUT_BIAS),
     ),
     pooler=(),
+    given=Row("global_layers.{0}.branch", f"{_GLOBAL}/attention", ()),
     tables=(
         HeadTable(
             task.CAUSAL_LM,
