@@ -161,7 +161,9 @@ def test_one_compilation_per_bucket_and_kind_of_batch(tokenizer):
 
 def test_the_default_buckets_begin_short_and_end_at_what_is_read(tokenizer):
     pair = make("base", max_position_embeddings=700)
-    assert lsg_flax.pipeline("feature-extraction", pair, tokenizer).buckets == (128, 512, 700)
+    assert lsg_flax.pipeline("feature-extraction", pair, tokenizer).buckets == (64,)  # as trained
+    long = lsg_flax.pipeline("feature-extraction", pair, tokenizer, max_length=700)
+    assert long.buckets == (128, 512, 700)
     short = lsg_flax.pipeline("feature-extraction", pair, tokenizer, max_length=40)
     assert short.buckets == (40,)
 
@@ -432,7 +434,7 @@ def test_settings_that_cannot_be(pipe, tokenizer, unchecked):
         pipe("feature-extraction", max_length=65)
     with pytest.raises(ValueError, match="batch_size=0"):
         pipe("feature-extraction", batch_size=0)
-    slow = types.SimpleNamespace(is_fast=False)
+    slow = types.SimpleNamespace(is_fast=False, model_max_length=64)
     run = lsg_flax.pipeline("token-classification", make("token_classification"), slow)
     with pytest.raises(ValueError, match="SimpleNamespace as a slow tokenizer does not know"):
         run("Paris")

@@ -4,6 +4,7 @@ ways, meshes, and what is refused."""
 import dataclasses
 import json
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -240,6 +241,17 @@ def test_a_mesh_gives_what_one_device_gives(axes):
         pytest.raises(ValueError, match="cannot be cut over a sequence axis"),
     ):
         model.apply({"params": params}, batch["input_ids"])
+
+
+def test_rows_are_sorted_on_their_own_devices():
+    model, params = made(attn_layers=["lsh"], num_hashes=2)
+    mesh = sharding.make_mesh(data=4, devices=jax.devices()[:4])
+    loss = lambda params, batch: loss_fn(model, params, batch, jax.random.key(0))[0]  # noqa: E731
+    with jax.set_mesh(mesh):
+        placed = sharding.shard(params, mesh), sharding.shard_batch(text(rows=4), mesh)
+        program = jax.jit(jax.grad(loss)).lower(*placed).compile().as_text()
+    assert "all-reduce" in program  # of gradients
+    assert not re.search("all-gather|all-to-all|collective-permute", program)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

@@ -164,10 +164,15 @@ def sort_by_bucket(
         order = (jnp.sort(words, axis=-1) & (2**bits - 1)).astype(jnp.int32)
     else:
         order = lax.sort((buckets, number), num_keys=2)[1]
-    place = jnp.put_along_axis(
-        jnp.zeros_like(order), order, number, axis=-1, inplace=False, mode="promise_in_bounds"
-    )
-    return order, place
+    return order, _inverse(order, number)
+
+
+@partial(jnp.vectorize, signature="(t),(t)->(t)")
+def _inverse(order: Int[Array, "T"], number: Int[Array, "T"]) -> Int[Array, "T"]:
+    """The place of each token. Of one row: with the indices of all axes at once XLA would gather
+    them from all devices."""
+    places = jnp.zeros_like(order).at[order]
+    return places.set(number, mode="promise_in_bounds", unique_indices=True)
 
 
 @jax.custom_vjp
