@@ -9,7 +9,6 @@ lsg_flax's program comes from JAX's persistent compilation cache, which a proces
 filled, and whose memory, with what compiling left there, is told too. Writes docs/generation.json.
 """
 
-import argparse
 import json
 import os
 import pathlib
@@ -17,7 +16,7 @@ import statistics
 import sys
 import tempfile
 
-from workers import ask, serve, start, turn
+from workers import ask, make_parser, serve, start, turn
 
 MODEL = {
     "model_type": "bart", "vocab_size": 50265, "d_model": 768, "encoder_layers": 6,
@@ -111,13 +110,8 @@ def summary(runs: dict[str, list[dict]]) -> dict:
 
 def main() -> None:
     """Runs the comparison."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--reference-python", default=".venv-reference/bin/python")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = make_parser(__doc__, 5, 2)
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("docs"))
-    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         rival, folder = options.worker

@@ -9,12 +9,11 @@ The default config: 12 heads of 64, states of 256, chunks of 64, one chunk befor
 heads sorted by 512 buckets, and of the whole attention with gradients in bfloat16.
 """
 
-import argparse
 import os
 import sys
 
 import numpy as np
-from workers import compare, serve
+from workers import compare, make_parser, serve
 
 HEADS, WIDTH, MODEL, CHUNK, FACTORS = 12, 64, 256, 64, (16, 32)
 
@@ -136,14 +135,9 @@ def on_tpu(length: int) -> None:
 
 def main() -> None:
     """Runs the comparison and prints it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--reference-python", default=".venv-reference/bin/python")
+    parser = make_parser(__doc__, 5, 5)
     parser.add_argument("--length", type=int, default=16384)
-    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tpu", action="store_true")
-    parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         work(*options.worker)

@@ -7,14 +7,13 @@ hashing) and stands between axial positions and the last LayerNorm; forward, and
 backward of a loss in training mode without dropout, with the gradients of all parameters.
 """
 
-import argparse
 import os
 import sys
 import tempfile
 
 import numpy as np
 from vs_reference import make_checkpoint
-from workers import compare, serve
+from workers import compare, make_parser, serve
 
 SIZES = {"hidden_size": 256, "attention_head_size": 64, "num_attention_heads": 12}
 
@@ -101,14 +100,9 @@ def work(rival: str, folder: str, length: str, gradients: str) -> None:
 
 def main() -> None:
     """Runs the comparison and prints it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--reference-python", default=".venv-reference/bin/python")
+    parser = make_parser(__doc__, 7, 4)
     parser.add_argument("--length", type=int, default=16_384)
     parser.add_argument("--kinds", nargs="+", choices=("lsh", "local"), default=["lsh", "local"])
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         work(*options.worker)

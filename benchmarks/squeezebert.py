@@ -7,13 +7,12 @@ processes stay alive and run alternately, so that a slow moment of the machine h
 seconds are those of the process, over all its threads: they are not stretched by other programs.
 """
 
-import argparse
 import os
 import sys
 import tempfile
 
 from vs_reference import make_checkpoint
-from workers import compare, serve
+from workers import compare, make_parser, serve
 
 MODEL = {"model_type": "squeezebert", "vocab_size": 8192}
 
@@ -63,14 +62,9 @@ def work(rival: str, folder: str, batch: int, length: int) -> None:
 
 def main() -> None:
     """Runs the comparison and prints medians, and those of the ratios of neighbouring runs."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--reference-python", default=".venv-reference/bin/python")
+    parser = make_parser(__doc__, 9, 4)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         rival, folder, batch, length = options.worker

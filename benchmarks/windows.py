@@ -5,12 +5,11 @@
 8 heads of 64, float32, rotary positions; forward, and forward with gradients of query, key, value.
 """
 
-import argparse
 import os
 import sys
 
 import numpy as np
-from workers import compare, serve
+from workers import compare, make_parser, serve
 
 HEADS, WIDTH = 8, 64
 
@@ -63,14 +62,9 @@ def work(rival: str, length: str, window: str, causal: str, gradients: str) -> N
 
 def main() -> None:
     """Runs the comparison and prints it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--reference-python", default=".venv-reference/bin/python")
+    parser = make_parser(__doc__, 7, 5)
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         work(*options.worker)

@@ -1,6 +1,7 @@
 """Processes that stay alive side by side and take turns, so that a slow moment of the machine hits
 all of them."""
 
+import argparse
 import json
 import os
 import pathlib
@@ -9,6 +10,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+
+
+def make_parser(about: str | None, repeats: int, arguments: int) -> argparse.ArgumentParser:
+    """Options of a comparison with PyTorch, whose workers have so many arguments."""
+    parser = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--reference-python", default=".venv-reference/bin/python")
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--worker", nargs=arguments, help=argparse.SUPPRESS)
+    return parser
 
 
 def start(python: str, script: str, *arguments) -> subprocess.Popen:

@@ -162,18 +162,10 @@ class Model(nn.Module):
             "encoder_hidden_states": encoder_hidden_states,
             "encoder_attention_mask": encoder_attention_mask,
         }
-        if isinstance(self.config, ReformerConfig):
-            require(
-                self.remat == "none",
-                f"remat={self.remat!r}: a Reformer's layers are computed back from their outputs, "
-                "and keep nothing that could be recomputed; leave remat out.",
-            )
-        else:
+        if not isinstance(self.config, ReformerConfig):
             _refuse("they are for a Reformer", lsh_rotations=lsh_rotations or None)
         if self.counts_positions:
             _refuse("the family counts positions itself", position_ids=position_ids)
-        for stack in self.config.stacks.values():
-            check_heads(stack.num_attention_heads)
         if self.has_two_stacks:
             _refuse("an encoder-decoder takes encoder_outputs", **states)
             return self._run_both(inputs, targets, encoder_outputs, call)
@@ -236,7 +228,7 @@ class Model(nn.Module):
             case LocalTransformerConfig():
                 body = LocalTransformer(context, *run, name="encoder")(flat, call.cache)
             case ReformerConfig():
-                body = Reformer(context, *run[1:], name="encoder")(flat, rotations, call.cache)
+                body = Reformer(context, *run, name="encoder")(flat, rotations, call.cache)
             case _:
                 encoder = Encoder(context, *run, causal=stack.is_decoder, name="encoder")
                 body = encoder(flat, memory, call.cache)
@@ -250,7 +242,8 @@ class Model(nn.Module):
         return dataclasses.replace(output, hidden_states=body.states, cache=call.kept(body.cache))
 
     def _check_run(self) -> None:
-        """Raises ValueError for run-time fields that no computation can have."""
+        """Raises ValueError for run-time fields that no computation can have, and for heads that
+        the ambient mesh cannot cut."""
         for name in ("dtype", "param_dtype"):
             dtype = getattr(self, name)
             try:
@@ -262,6 +255,8 @@ class Model(nn.Module):
                 f"{name}={dtype!r} must be a type of JAX's real numbers, such as jnp.float32, "
                 "jnp.bfloat16 or jnp.float16.",
             )
+        for stack in self.config.stacks.values():
+            check_heads(stack.num_attention_heads)
         check_given(self.config, self.global_attention)
         checked_value("unroll", self.unroll, int, whole(1, 2**16))
 

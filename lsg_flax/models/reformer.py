@@ -1,8 +1,7 @@
 """Reformer: layers of local and of LSH attention between two residual streams that are not kept
 for the backward pass (arXiv 2001.04451).
 
-Axes: B batch, T tokens, D model width, N heads, H head width, P positions of a table, E embedding
-width, L layers, V vocabulary.
+Axes: B batch, T tokens, D model width, N heads, H head width.
 """
 
 from collections.abc import Callable
@@ -18,16 +17,16 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from lsg_flax import patterns
 from lsg_flax.checks import require
-from lsg_flax.kernels import Source, drop
+from lsg_flax.kernels import Source
 from lsg_flax.models.activations import activation
 from lsg_flax.models.attention_layers import HeadProjections
 from lsg_flax.models.config_reformer import LayerKind, ReformerConfig
-from lsg_flax.models.embeddings import Embeddings
-from lsg_flax.models.encoder import BodyOutput
+from lsg_flax.models.encoder import BodyOutput, Remat
 from lsg_flax.models.heads import Head
 from lsg_flax.models.inputs import Inputs
-from lsg_flax.models.layers import Embedding, Part, Projection, rows
+from lsg_flax.models.layers import Projection
 from lsg_flax.models.outputs import ModelOutput
+from lsg_flax.models.reformer_embeddings import ReformerEmbeddings, ReformerPart
 from lsg_flax.models.reversible import HalfLayer, LayerArrays, LayerGroup, run_and_keep, run_layers
 from lsg_flax.patterns import DEFAULT_LSH_SEED, LSH, Cache, LayerCache, Runtime
 from lsg_flax.sharding import constrain, sequence_shards
@@ -35,73 +34,6 @@ from lsg_flax.sharding import constrain, sequence_shards
 Rotations = tuple[Float[Array, "N H _ _"], ...]
 Half = Literal["attention", "mlp"]
 HALVES: tuple[Half, ...] = get_args(Half)
-
-
-class _ReformerPart(Part):
-    """A part with a Reformer's settings."""
-
-    @property
-    def settings(self) -> ReformerConfig:
-        """The config, as what it is."""
-        assert isinstance(self.config, ReformerConfig)
-        return self.config
-
-
-class ReformerEmbeddings(Embeddings, _ReformerPart):
-    """Words and positions, each behind its dropout."""
-
-    @nn.compact
-    def __call__(self, inputs: Inputs) -> tuple[Float[Array, "B T D"], Float[Array, "V D"]]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        words = self.table(self.config.vocab_size, "word_embeddings")
-        if inputs.input_ids is None:
-            x = inputs.inputs_embeds.astype(self.context.dtype)
-        else:
-            x = rows(words, inputs.input_ids)
-        x = self.dropout(x) + self._positions(inputs.position_ids, *x.shape[:2])
-        return constrain(x, "batch", "length", None), words
-
-    def _positions(
-        self, places: Int[Array, "#B T"] | None, batch: int, length: int
-    ) -> Float[Array, "#B T D"]:
-        if not self.settings.axial_pos_embds:
-            table = self.positions(length)
-            x = table[None, :length] if places is None else rows(table, places)
-            return self.dropout(jnp.broadcast_to(x, (batch, *x.shape[1:])))
-        of_rows, of_columns = self._axis(0, "row"), self._axis(1, "column")
-        per_row = of_columns.shape[0]
-        if places is None:
-            x = _side_by_side(of_rows, of_columns, -(-length // per_row))[None]
-            x = jnp.pad(x, ((0, 0), (0, max(length - x.shape[1], 0)), (0, 0)))[:, :length]
-            places = jnp.arange(length)[None]
-        else:
-            parts = (rows(of_rows, places // per_row), rows(of_columns, places % per_row))
-            x = jnp.concatenate(parts, axis=-1)
-        if self.context.train and (rate := self.config.hidden_dropout_prob):
-            ones = jnp.ones((batch, per_row), x.dtype)
-            factor: Array = drop(ones, self.make_rng("dropout"), rate)
-            places = jnp.broadcast_to(places % per_row, (batch, length))
-            x = x * jnp.take_along_axis(factor, places, axis=1)[..., None]
-        return x
-
-    def _axis(self, number: int, name: str) -> Float[Array, "P _"]:
-        settings, dtype = self.settings, self.context.param_dtype
-        sizes = (settings.axial_pos_shape[number], settings.axial_pos_embds_dim[number])
-        table = Embedding(*sizes, settings.axial_norm_std, dtype, name=f"{name}_embeddings")
-        return table().astype(self.context.dtype)
-
-
-def _side_by_side(
-    of_rows: Float[Array, "_ _"], of_columns: Float[Array, "_ _"], count: int
-) -> Float[Array, "P E"]:
-    """The positions of the first rows, one after the other; fewer where there are fewer."""
-    first = of_rows[:count]
-    shape = (first.shape[0], of_columns.shape[0])
-    parts = (
-        jnp.broadcast_to(first[:, None], (*shape, first.shape[1])),
-        jnp.broadcast_to(of_columns[None], (*shape, of_columns.shape[1])),
-    )
-    x = jnp.concatenate(parts, axis=-1)
-    return x.reshape(-1, x.shape[-1])
 
 
 class RowCall(NamedTuple):
@@ -141,7 +73,7 @@ class Shared(NamedTuple):
     own: RowCall | None = None
 
 
-class ReformerAttention(HeadProjections, _ReformerPart):
+class ReformerAttention(HeadProjections, ReformerPart):
     """Local or LSH attention. The second result are the buckets that were hashed into; in decoding
     what the layer shall keep of x."""
 
@@ -208,7 +140,7 @@ class ReformerAttention(HeadProjections, _ReformerPart):
         return zeros if buckets is None else buckets
 
 
-class ReformerLayer(_ReformerPart):
+class ReformerLayer(ReformerPart):
     """Attention and a feed-forward part, each behind a LayerNorm."""
 
     kind: LayerKind = "local"
@@ -242,9 +174,10 @@ class LayerDraws(NamedTuple):
     hashing: PRNGKeyArray | Float[Array, "N H _ _"] | None = None
 
 
-class Reformer(_ReformerPart):
+class Reformer(ReformerPart):
     """Embeddings, layers, and a LayerNorm over both streams. Attributes are those of `Encoder`."""
 
+    remat: Remat = "none"
     unroll: int = 1
     keep_states: bool = False
 
@@ -254,6 +187,11 @@ class Reformer(_ReformerPart):
     ) -> BodyOutput:
         """`rotations`: of every LSH layer that hashes; drawn where there are none."""
         settings, length = self.settings, inputs.lead[1]
+        require(
+            self.remat == "none",
+            f"remat={self.remat!r}: a Reformer's layers are computed back from their outputs, and "
+            "keep nothing that could be recomputed; leave remat out.",
+        )
         require(
             sequence_shards() == 1,
             "a Reformer's tokens cannot be cut over a sequence axis, over which it sorts them: "
@@ -404,12 +342,8 @@ def _attend(layer: ReformerLayer, params, x, draws: LayerDraws, shared: Shared, 
     rngs = None if keys is None else {"dropout": keys[0]}
     if hashing is not None and not jax.dtypes.issubdtype(hashing.dtype, jax.dtypes.prng_key):
         hashing = (hashing,)
-    call = HalfCall(shared.mask, hashing)
-    call = (
-        call._replace(buckets=kept)
-        if shared.own is None
-        else call._replace(own=shared.own, number=kept)
-    )
+    given = {"buckets": kept} if shared.own is None else {"own": shared.own, "number": kept}
+    call = HalfCall(shared.mask, hashing, **given)
     return layer.apply({"params": params}, x, call, HALVES[:1], rngs=rngs)
 
 

@@ -67,6 +67,18 @@ def attend_by_buckets(
     context, normaliser = attend(spec, Queries(queries, ring.positions), seen, **options)
     if back is not None:
         context, normaliser = (take_tokens(x, back) for x in (context, normaliser))
+    context, normaliser = _merge_rounds(pattern, context, normaliser, order, place)
+    return show_themselves(context, normaliser, source, run)[..., :length]
+
+
+def _merge_rounds(
+    pattern: LSH,
+    context: Float[Array, "B N H all"],
+    normaliser: Float[Array, "B N all"],
+    order: Int[Array, "B N rounds T"],
+    place: Int[Array, "B N rounds T"],
+) -> tuple[Float[Array, "B N H T"], Float[Array, "B N T"]]:
+    """All rounds as one softmax, with tokens in their own order."""
     context, normaliser = (
         x.reshape(*x.shape[:-1], pattern.num_hashes, -1) for x in (context, normaliser)
     )
@@ -78,7 +90,7 @@ def attend_by_buckets(
         merge = partial(merge_softmax_parts, axis="rounds")
         merge = jax.vmap(merge, in_axes=(3, 2), out_axes=None, axis_name="rounds")
         context, normaliser = merge(context, normaliser)
-    return show_themselves(context, normaliser, source, run)[..., :length]
+    return context, normaliser
 
 
 def _join_rounds(x: Shaped[Array, "*A rounds T"]) -> Shaped[Array, "*A all"]:

@@ -135,18 +135,11 @@ def predict_file(
     codec = _DocumentCodec(predictor, Reader(tokenizer, model.config, limit, truncation), answers)
     settings = predictor.settings() | codec.settings() | {"text_column": text_column}
     settings |= {"columns": dict(columns)} if columns else {}
+    how = {"rows_of": codec.rows, "line_of": codec.line, "window": window}
     with ResumableLines(target, settings, unfinished=unfinished) as file:
         before = file.finished
         with Bar("documents", total=total, initial=before, shown=progress) as bar:
-            predict_lines(
-                file,
-                predictor,
-                codec.fitting(documents),
-                rows_of=codec.rows,
-                line_of=codec.line,
-                window=window,
-                bar=bar,
-            )
+            predict_lines(file, predictor, codec.fitting(documents), bar=bar, **how)
     warn_of_skipped(documents.skipped, source)
     if progress and (words := codec.cut.words(limit)):
         say(words)

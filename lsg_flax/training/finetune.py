@@ -135,11 +135,10 @@ def _run(
     if settings.writes_targets:
         tokenizer = source.reader(settings.src_lang, settings.tgt_lang)
     train, held_out = load_data(settings, options, tokenizer, progress)
-    words = train.cut.words(options.max_length)
-    if progress and words and jax.process_index() == 0:
-        say(words)
     for data in filter(None, (train, held_out)):
         source.check_tokens(data)
+    if progress:
+        _say_cut(train, options)
     dtype, head = jnp.dtype(settings.dtype).type, _head_for(train, options)
     model, params = source.load(head, settings.lsg, dtype, mesh)
     model = model.clone(remat=settings.remat)
@@ -177,6 +176,12 @@ def _run(
     if evaluation is not None and not history:  # the run had ended before
         last = evaluation.function(state)
     return _result(output, source, saving, model, state, last, history)
+
+
+def _say_cut(train: TokenizedDataset, options: DataOptions) -> None:
+    words = train.cut.words(options.max_length)
+    if words and jax.process_index() == 0:
+        say(words)
 
 
 def _result(
