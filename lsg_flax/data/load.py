@@ -39,8 +39,8 @@ def load_examples(
     left in the cache.
 
     Args:
-        paths: a .jsonl, .csv, .parquet or .txt file, a folder or pattern ("data/*.jsonl") of files
-            of one kind, a list of these, or the name of a dataset for `datasets.load_dataset`.
+        paths: a .jsonl, .csv, .parquet or .txt file, a folder or pattern (`"data/*.jsonl"`)
+            of files of one kind, a list of these, or a dataset's name for `datasets.load_dataset`.
         options: the task, and how rows become examples.
         tokenizer: a Hugging Face tokenizer.
         subset: for a dataset, the second argument of `load_dataset`.

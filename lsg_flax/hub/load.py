@@ -50,10 +50,11 @@ def from_pretrained(
             `Model`; in front of all layers where config.json names none. A checkpoint without
             such layers gets them drawn from a seed, and one warning names them.
         **config_overrides: fields of config.json to change, such as `num_labels=3` or
-        `sparsity_type="lsh"`.
+            `sparsity_type="lsh"`.
 
     Returns:
-        A Linen module for `model.apply({"params": params}, input_ids=...)`, and its parameters.
+        A Linen module and its parameters, for
+        `model.apply({"params": params}, input_ids=...)`.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
@@ -98,7 +99,7 @@ def convert_checkpoint(
         target: folder to save the result and the tokenizer to; None only returns it.
         task, check: as in `from_pretrained`.
         **lsg_overrides: fields of `LSGConfig` and of config.json, such as `num_global_tokens=7` or
-        `block_size=64`.
+            `block_size=64`.
 
     Raises:
         ValueError: for options that do not fit the source, and as `from_pretrained`.
