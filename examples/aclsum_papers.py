@@ -36,13 +36,24 @@ def read_papers(split: str, count: int | None = None) -> list[Paper]:
         ValueError: for another split.
         SystemExit: if aclsum is not installed.
     """
+    names = [line["id"] for line in _lines(split, count)]
+    folder = package_folder("aclsum", "aclsum==0.1.2") / "dataset"
+    parsed = ((folder / "paper_jsons" / f"{name}.json").read_text("utf-8") for name in names)
+    return [_paper(name, json.loads(text)) for name, text in zip(names, parsed, strict=True)]
+
+
+def _lines(split: str, count: int | None) -> list[dict[str, Any]]:
     if split not in SPLITS:
         raise ValueError(f"split={split!r} must be one of {', '.join(SPLITS)}.")
     folder = package_folder("aclsum", "aclsum==0.1.2") / "dataset"
     lines = (folder / f"{SPLITS[split]}.jsonl").read_text("utf-8").splitlines()
-    names = [json.loads(line)["id"] for line in lines[:count]]
-    parsed = ((folder / "paper_jsons" / f"{name}.json").read_text("utf-8") for name in names)
-    return [_paper(name, json.loads(text)) for name, text in zip(names, parsed, strict=True)]
+    return [json.loads(line) for line in lines[:count]]
+
+
+def read_summaries(split: str, count: int | None = None) -> list[list[str]]:
+    """Of each of these papers what people wrote of its challenge, its approach and its outcome, a
+    sentence each; raises as `read_papers`."""
+    return [[*line["summary"].values()] for line in _lines(split, count)]
 
 
 def _paper(name: str, parsed: dict[str, Any]) -> Paper:

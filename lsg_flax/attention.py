@@ -17,11 +17,11 @@ from functools import partial
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from lsg_flax import patterns, sharding
 from lsg_flax.checks import require
-from lsg_flax.kernels import Implementation, Source, masked_softmax, pad
+from lsg_flax.kernels import Implementation, Source, masked_softmax, pad, rows_to_fill
 from lsg_flax.patterns import (
     LSG,
     Arrays,
@@ -55,6 +55,8 @@ def lsg_attention(
     lsh_rotations: tuple[Float[Array, "N H _"], ...] | None = None,
     implementation: Implementation | None = None,
     blocks_per_step: int | None = None,
+    segment_ids: Int[Array, "B _"] | None = None,
+    num_segments: int | None = None,
 ) -> Float[Array, "B T N H"]:
     """Local + sparse + global attention, linear in the number of tokens.
 
@@ -81,10 +83,17 @@ def lsg_attention(
         lsh_key: for sparsity_type "lsh", the key its rotations are drawn from; a fixed seed by
             default, so that results repeat.
         lsh_rotations: the rotations themselves, instead of a key (see `sparsity.lsh_rotations`).
-        implementation: "xla"; "pallas", the fused kernels for TPUs; "pallas_interpret", the same
-            without a TPU, slowly; None picks the fastest correct one for the device.
+        implementation: "xla"; "pallas", the fused kernels of the device, a TPU or NVIDIA's GPU;
+            "pallas_interpret", those for TPUs without one, slowly; None picks the fastest for the
+            device that is known to be correct: on GPUs, where the kernels never ran, "xla".
         blocks_per_step: query blocks computed at once. Trades memory for parallelism; affects
             speed, not numerics.
+        segment_ids: of several texts in one row, each beginning at a block: 1 for the tokens of the
+            first, 2 of the second, 0 for padding. No text sees another; each has what it has alone
+            in a row. Prepended globals are not numbered here, see `num_segments`. Under jit,
+            where values cannot be read, rows of other texts give NaN.
+        num_segments: how many texts a row has at most; each has its own prepended globals, those of
+            the first text in front. Needed with both.
 
     Returns:
         The attended values in the dtype of `query`.
@@ -93,16 +102,28 @@ def lsg_attention(
         ValueError: for shapes that do not fit together (they are named), integers, or a length
             that the settings do not allow.
     """
-    inputs = _checked(query, key, value, mask, config, global_tokens)
-    pattern = LSG(config, causal, global_tokens)
+    pattern = LSG(config, causal, global_tokens, num_segments or 1)
+    inputs = _checked((query, key, value, mask), pattern, segment_ids, num_segments)
+    pattern = replace(pattern, filler=rows_to_fill(pattern.split))
     lsh = lsh_key if lsh_rotations is None else lsh_rotations
     run = Runtime(dropout_rate, dropout_key, lsh, implementation, blocks_per_step)
     (features, source), shards = inputs.features_first(), sharding.sequence_shards()
-    attend = partial(patterns.attention, pattern)
+    split, length = pattern.split, query.shape[1] - pattern.split
+    _check_shards(segment_ids, shards)
+
+    def attend(query, source, run):
+        tokens = query.shape[-1] - split
+        behind = partial(patterns.with_globals_behind, pattern)
+        query, source = jax.tree.map(behind, (query, source))
+        context = patterns.attention(pattern, query, source, run)
+        parts = [context[..., tokens : tokens + split], context[..., :tokens]]
+        return jnp.concatenate(parts, axis=-1)
+
     if shards == 1:
-        return tokens_first(attend(features, source, run))
-    extra = pattern.config.needs_padding(features.shape[-1] - pattern.split, shards)
-    return tokens_first(_over_shards(attend, features, source, run, pattern.split, extra))
+        context = tokens_first(attend(features, source, run))
+        return patterns.only_of_texts(context, segment_ids, config.block_size)
+    extra = pattern.config.needs_padding(length, shards)
+    return tokens_first(_over_shards(attend, features, source, run, split, extra))
 
 
 def _over_shards(
@@ -146,12 +167,14 @@ def lsg_attention_reference(
     global_tokens: GlobalTokens = "prepended",
     lsh_key: PRNGKeyArray | None = None,
     lsh_rotations: tuple[Float[Array, "N H _"], ...] | None = None,
+    segment_ids: Int[Array, "B _"] | None = None,
+    num_segments: int | None = None,
 ) -> Float[Array, "B T N H"]:
     """`lsg_attention` without dropout, by the full [tokens, tokens + representatives] pattern:
     quadratic, for tests and reading."""
-    inputs = _checked(query, key, value, mask, config, global_tokens)
-    pattern = LSG(config, causal, global_tokens)
-    split, keys, values = pattern.split, inputs.key, inputs.value
+    pattern = LSG(config, causal, global_tokens, num_segments or 1)
+    inputs = _checked((query, key, value, mask), pattern, segment_ids, num_segments)
+    split, keys, values, texts = pattern.split, inputs.key, inputs.value, inputs.segments
     length = query.shape[1] - split
     heads = (*inputs.mask.shape[:1], query.shape[2], inputs.mask.shape[1])
     real = jnp.broadcast_to(inputs.mask[:, None], heads)  # [B, N, G + T]
@@ -161,12 +184,14 @@ def lsg_attention_reference(
         chosen = patterns.representatives_of(pattern, *patterns.pad_to_blocks(config, *tokens), run)
         keys = jnp.concatenate([keys, tokens_first(chosen.key)], axis=1)
         values = jnp.concatenate([values, tokens_first(chosen.value)], axis=1)
-        real = jnp.concatenate([real, chosen.mask], axis=-1)  # [B, N, G + T + R]
-    seen = attention_pattern(config, length, causal=causal, global_tokens=global_tokens)
+        real = jnp.concatenate([real, chosen.mask], axis=-1)
+        if texts is not None and chosen.segments is not None:
+            texts = jnp.concatenate([texts, chosen.segments[:, 0]], axis=-1)  # [B, G + T + R]
+    seen = jnp.asarray(patterns.seen_by(pattern, length))[None, None] & real[:, :, None]
+    if texts is not None:
+        seen &= (texts[:, : query.shape[1], None] == texts[:, None])[:, None]
     scores = jnp.einsum("btnh,bsnh->bnts", query, keys).astype(jnp.float32)
-    weights = masked_softmax(
-        scores * query.shape[-1] ** -0.5, jnp.asarray(seen)[None, None] & real[:, :, None]
-    )
+    weights = masked_softmax(scores * query.shape[-1] ** -0.5, seen)
     context = jnp.einsum("bnts,bsnh->btnh", weights.astype(values.dtype), values)
     if causal and split:
         context = context.at[:, :split].set(query[:, :split])
@@ -190,32 +215,7 @@ def attention_pattern(
         [G + T, G + T + R]; representatives are those of the tokens padded to whole blocks, none up
         to two blocks. The rows of prepended globals are all True, or unused if causal.
     """
-    whole = LSG(config, causal, global_tokens)
-    block, split = config.block_size, whole.split
-    token, total = np.arange(length), split + length
-    of = token[:, None] // block  # the block of each query
-    blocked_path = length > 2 * block
-    tokens = abs(of - token // block) <= 1 if blocked_path else np.ones((length, length), bool)
-    if causal:
-        tokens &= token <= token[:, None]
-    if blocked_path and global_tokens == "first_token":
-        tokens[:, 0] = True
-    parts = [np.ones((length, split), bool), tokens]
-    if blocked_path and config.is_sparse:
-        step, wide = config.sparse_step, config.sparse_block_size
-        unit = np.arange((length + config.needs_padding(length)) // config.sparsity_factor)
-        left, right = (
-            (of - 1) * step - wide,
-            of * step + patterns.right_offset(config),
-        )  # first ones seen
-        sees_left = (left <= unit) & (unit < left + wide)
-        sees_right = (right <= unit) & (unit < right + wide)
-        parts.append(sees_left if causal else sees_left | sees_right)
-    pattern = np.concatenate(parts, axis=1)  # [T, G + T + R]
-    pattern = np.concatenate([np.zeros((split, pattern.shape[1]), bool), pattern])
-    rows = whole.full_rows if blocked_path and not causal else split
-    pattern[:rows] = np.arange(pattern.shape[1]) < total
-    return pattern
+    return patterns.seen_by(LSG(config, causal, global_tokens), length)
 
 
 def full_attention(
@@ -227,6 +227,8 @@ def full_attention(
     causal: bool = False,
     dropout_rate: float = 0.0,
     dropout_key: PRNGKeyArray | None = None,
+    implementation: Implementation | None = None,
+    segment_ids: Int[Array, "B S"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Ordinary attention of every query to every key, in memory linear in the length.
 
@@ -234,12 +236,16 @@ def full_attention(
         key, value: they may have fewer heads (K divides N).
         mask: True for keys that may be attended to, all by default.
         causal: query t sees keys 0..t.
+        implementation: as of `lsg_attention`; on TPUs "pallas" is JAX's kernels.
+        segment_ids: of several texts in one row, which do not see each other: 1 for the tokens of
+            the first, 2 of the second, 0 for padding. Queries and keys are then the same tokens.
 
     Raises:
         ValueError: for shapes that do not fit together (they are named), and integers.
     """
-    features, source = checked_arrays(query, key, value, mask).features_first()
-    run = Runtime(dropout_rate, dropout_key)
+    check = checked_arrays if segment_ids is None else partial(checked_tokens, segments=segment_ids)
+    features, source = check(query, key, value, mask).features_first()
+    run = Runtime(dropout_rate, dropout_key, implementation=implementation)
     return tokens_first(patterns.attention(Full(causal), features, source, run))
 
 
@@ -264,6 +270,7 @@ def local_attention(
     dropout_key: PRNGKeyArray | None = None,
     implementation: Implementation | None = None,
     blocks_per_step: int | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attention within windows of tokens and their neighbours, linear in the number of tokens: that
     of local-attention 1.11.2 (`local_attention.py`), whose option names it has.
@@ -292,9 +299,10 @@ def local_attention(
         attn_bias: added to the scores of each window, whose queries see W = (look_backward + 1 +
             look_forward) * window_size keys.
         dropout_rate: probability of dropping an attention weight; needs `dropout_key`.
-        implementation: None picks the fastest correct one for the device.
+        implementation: as of `lsg_attention`.
         blocks_per_step: windows computed at once. Trades memory for parallelism; affects speed, not
             numerics.
+        segment_ids: of several texts in one row, each beginning at a window, as in `lsg_attention`.
 
     Returns:
         The attended values in the dtype of `query`.
@@ -315,7 +323,8 @@ def local_attention(
     windows = (window_size, causal, look_backward, forward)
     pattern = Local(*windows, exact_windowsize, shared_qk, scale, rotary)
     run = Runtime(dropout_rate, dropout_key, None, implementation, blocks_per_step)
-    return attend_windows(query, key, value, mask, pattern=pattern, attn_bias=attn_bias, run=run)
+    more = {"attn_bias": attn_bias, "run": run, "segment_ids": segment_ids}
+    return attend_windows(query, key, value, mask, pattern=pattern, **more)
 
 
 def attend_windows(
@@ -327,21 +336,23 @@ def attend_windows(
     pattern: Local,
     attn_bias: Float[Array, "N Q W"] | None = None,
     run: Runtime = ONE_DEVICE,
+    segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """`local_attention` with its options as two records."""
-    inputs = checked_tokens(query, key, value, mask)
+    inputs = checked_tokens(query, key, value, mask, segment_ids)
     _check_bias(pattern, attn_bias, query.shape[2])
     features, source = inputs.features_first()
     attend, shards = (
         partial(patterns.attend_locally, pattern, bias=attn_bias),
         sharding.sequence_shards(),
     )
+    _check_shards(segment_ids, shards)
     if shards == 1:
         context = attend(features, source, run)
     else:
         extra = pattern.needs_padding(query.shape[1], shards)
         context = _over_shards(attend, features, source, run, 0, extra)
-    context = tokens_first(context)
+    context = patterns.only_of_texts(tokens_first(context), segment_ids, pattern.window_size)
     return _if_shared(context, query, key) if pattern.shared_qk else context
 
 
@@ -353,10 +364,11 @@ def local_attention_reference(
     *,
     pattern: Local,
     attn_bias: Float[Array, "N Q W"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """`attend_windows` without dropout, by all pairs of tokens: quadratic, for tests and
     reading."""
-    inputs = checked_tokens(query, key, value, mask)
+    inputs = checked_tokens(query, key, value, mask, segment_ids)
     length, size, forward = query.shape[1], pattern.window_size, pattern.look_forward
     query, keys = query.astype(jnp.float32), inputs.key.astype(jnp.float32)
     if pattern.shared_qk:
@@ -378,6 +390,8 @@ def local_attention_reference(
     if pattern.causal:
         seen &= other <= place
     seen = jnp.asarray(seen)[None, None] & inputs.mask[:, None, None]  # [B, 1, T, T]
+    if segment_ids is not None:
+        seen &= (segment_ids[:, :, None] == segment_ids[:, None])[:, None]
     if pattern.shared_qk:
         others = jnp.asarray(other != place)[None, None]
         seen &= others | ~(seen & others).any(axis=-1, keepdims=True)  # itself if it is alone
@@ -406,17 +420,41 @@ def _if_shared(context: Float[Array, "B T N H"], query, key) -> Float[Array, "B 
     return context
 
 
-def _checked(query, key, value, mask, config: LSGConfig, global_tokens: GlobalTokens) -> Arrays:
-    if global_tokens not in ("prepended", "first_token", "none"):
+def _check_shards(segment_ids, shards: int) -> None:
+    require(
+        segment_ids is None or shards == 1,
+        f"segment_ids with sequence={shards} devices: a row of several texts is not cut over a "
+        "sequence axis; lay its devices along data.",
+    )
+
+
+def _checked(arrays: tuple, pattern: LSG, segment_ids, num_segments: int | None) -> Arrays:
+    if pattern.global_tokens not in ("prepended", "first_token", "none"):
         raise ValueError(
-            f"global_tokens={global_tokens!r} is unknown; choose 'prepended', 'first_token' or "
-            "'none'."
+            f"global_tokens={pattern.global_tokens!r} is unknown; choose 'prepended', "
+            "'first_token' or 'none'."
         )
-    arrays = checked_tokens(query, key, value, mask)
-    split = config.num_global_tokens if global_tokens == "prepended" else 0
-    if query.shape[1] < split:
+    tokens, split, texts = checked_tokens(*arrays), pattern.split, pattern.texts
+    if tokens.query.shape[1] < split:
         raise ValueError(
-            f"the first num_global_tokens={split} positions are the globals, but there are only "
-            f"{query.shape[1]} positions."
+            f"the first {'num_segments x ' if texts > 1 else ''}num_global_tokens={split} "
+            f"positions are the globals, but there are only {tokens.query.shape[1]} positions."
         )
-    return arrays
+    if segment_ids is None:
+        require(num_segments is None, f"num_segments={num_segments} needs segment_ids.")
+        return tokens
+    patterns.check_packing(pattern.config)
+    require(
+        pattern.global_tokens != "first_token",
+        "global_tokens='first_token' is one global for the whole row, and segment_ids put several "
+        "texts there; choose 'prepended' or 'none'.",
+    )
+    require(
+        not split or num_segments is not None,
+        f"segment_ids with prepended globals: each text has its own num_global_tokens="
+        f"{pattern.config.num_global_tokens}; say how many texts there are, num_segments=.",
+    )
+    batch, length = tokens.mask.shape
+    segments = patterns.checked_segments(segment_ids, (batch, length - split))
+    segments = patterns.with_globals(segments, texts, split // texts)
+    return checked_tokens(*arrays, segments=segments)

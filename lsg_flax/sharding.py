@@ -354,17 +354,19 @@ def check_heads(num_attention_heads: int) -> None:
 
 
 def _spec_of(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    rules = [names for end, names in PARAMETER_AXES if re.search(rf"(^|/|_){end}$", path)]
+    kernel, _, adapter = path.partition("_lora_")  # of training/lora.py: lies as its kernel
+    rules = [names for end, names in PARAMETER_AXES if re.search(rf"(^|/|_){end}$", kernel)]
     if not rules:
         raise ValueError(
             f"no rule says how to shard {path} {shape}; add its path to "
             "lsg_flax.sharding.PARAMETER_AXES."
         )
     names = (None,) * (len(shape) - len(rules[0])) + rules[0]
+    rank = len(names) - {"a": 1, "b": 2}.get(adapter, 0)
     spec = []
     for place, (size, name) in enumerate(zip(shape, names, strict=True)):
         axes = _axes_of(name, mesh)
-        if axes in spec:
+        if axes in spec or place == rank:
             axes = None
         if size % _count(axes, mesh):
             if name not in (*_WHOLE_IF_ODD, *names[place + 1 :]):

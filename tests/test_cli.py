@@ -432,7 +432,13 @@ def installed_with(extras: list[str], *more: str) -> email.message.Message:
 
 
 def test_doctor_says_what_is_here_and_what_is_missing(capsys, monkeypatch):
-    of_users = PROJECT["project"]["optional-dependencies"].keys() - {"demo", "check", "test", "dev"}
+    of_users = PROJECT["project"]["optional-dependencies"].keys() - {
+        "demo",
+        "docs",
+        "check",
+        "test",
+        "dev",
+    }
     assert doctor.EXTRAS.keys() == of_users
     package = installed_with(sorted(of_users - {"plots"}), "numpy>=99", "no-such-package>=1")
     versions = {"torch": None, "pyarrow": "1.0", "libtpu": None}

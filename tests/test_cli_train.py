@@ -27,6 +27,7 @@ from lsg_flax import cli, hub
 from lsg_flax.cli import train
 from lsg_flax.models import EncoderConfig
 from lsg_flax.training import Finetuned, Settings
+from lsg_flax.training.embedding_settings import EMBEDDING_NAMES
 
 PNG = b"\x89PNG"
 
@@ -224,9 +225,17 @@ FLAGS = {  # one that is not the default for every field
     "train_only": (["head"], "head"),
     "evaluate_every": (["8"], 8),
     "save_every": (["4"], 4),
-    "best": (["eval_micro_f1"], "eval_micro_f1"),
+    "best": (["eval_macro_f1"], "eval_macro_f1"),
+    "push_to_hub": (["me/areas"], "me/areas"),
+    "class_weights": (["low=3,high=0.5"], {"low": 3.0, "high": 0.5}),
+    "lora_target_modules": (["query", "mlp_up"], ("query", "mlp_up")),
+    "report_to": (["tensorboard"], ("tensorboard",)),
 }
-EXCLUDED = {"frozen": {"train_only"}, "steps": {"epochs"}}  # of two only one may be given
+EXCLUDED = {  # of the two only one may be given
+    "frozen": {"train_only", "lora_r", "lora_alpha", "lora_target_modules"},
+    "steps": {"epochs"},
+    "problem_type": {"class_weights"},
+}
 OF_TARGETS = {
     "task": (["conditional_generation"], "conditional_generation"),
     "target_buckets": (["64", "128"], (64, 128)),
@@ -248,7 +257,12 @@ def test_every_setting_has_a_flag(monkeypatch, tmp_path, turn):
     monkeypatch.setattr(train, "_show", lambda result: None)
     given = FLAGS | {name: flag for name, flag in OF_TARGETS.items() if flag and turn == 2}
     left_out = {*EXCLUDED} if turn else {name for names in EXCLUDED.values() for name in names}
-    left_out |= {"labels", "problem_type"} if turn == 2 else OF_TARGETS.keys() - FLAGS.keys()
+    left_out |= (
+        {"labels", "problem_type", "class_weights"}
+        if turn == 2
+        else OF_TARGETS.keys() - FLAGS.keys()
+    )
+    left_out |= {"packing", *EMBEDDING_NAMES}  # which the mesh and tasks here exclude
     flags, expected = [], {}
     hints = typing.get_type_hints(Settings)
     for field in dataclasses.fields(Settings):
@@ -270,6 +284,16 @@ def test_every_setting_has_a_flag(monkeypatch, tmp_path, turn):
             )
             expected[name] = {int: 3, float: 0.5, str: f"some {name}"}[kind]
             flags += [flag, str(expected[name])]
+    shared = ["--model", "m", "--train-data", "a.txt", "--output", "o", "--task", "masked_lm"]
+    assert cli.main(["train", *shared, "--packing"]) == 0 and seen.pop().packing
+    shared[-1] = "embedding"
+    for values in (
+        {"teacher": "t", "teacher_length": 9, "pooling": "cls"},
+        {"similarity_scale": 5.0},
+    ):
+        words = [w for n, v in values.items() for w in ("--" + n.replace("_", "-"), str(v))]
+        assert cli.main(["train", *shared, *words]) == 0
+        assert {name: getattr(seen[0], name) for name in values} == values and seen.pop()
     assert cli.main(["train", *flags]) == 0
     assert seen == [Settings(**expected)]
     for field in dataclasses.fields(Settings):

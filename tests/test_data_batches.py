@@ -18,7 +18,15 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from lsg_flax.buckets import default_buckets
-from lsg_flax.data import DataOptions, TokenizedDataset, eval_batches, load_examples, train_batches
+from lsg_flax.data import (
+    DataOptions,
+    Packing,
+    TokenizedDataset,
+    eval_batches,
+    load_examples,
+    pack_rows,
+    train_batches,
+)
 from lsg_flax.data.cache import ArrayFiles, EncodedRow, RowWriter, Sequences
 from lsg_flax.data.order import Order
 from lsg_flax.models import TASKS as RECORDS
@@ -573,3 +581,92 @@ def test_options_that_do_not_fit(make, options, message):
 def test_floats_cannot_be_filled_up(make):
     with pytest.raises(ValueError, match="remainder='fill': choose 'fill' or 'carry'; with labels"):
         train_batches(make(problem_type="regression"), batch_size=4, seed=0, remainder="fill")
+
+
+# Several texts in one row
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(
+    st.lists(st.integers(1, 64), max_size=60),
+    st.sampled_from([(64, 8, None), (64, 1, 3), (72, 24, 1), (128, 16, None)]),
+    st.integers(0, 5),
+)
+def test_every_text_lies_whole_in_one_row(lengths, sizes, seed):
+    packing, lengths = Packing(*sizes), np.array(lengths, np.int64)
+    rows = pack_rows(lengths, packing, seed=seed)
+    there = rows >= 0
+    assert sorted(rows[there].tolist()) == list(range(len(lengths)))
+    assert (np.diff(there.astype(int), axis=1) <= 0).all()  # what fills up comes last
+    room = np.where(there, packing.room(lengths[rows]) if len(lengths) else 0, 0)
+    assert (room.sum(axis=1) <= packing.length).all() and (room % packing.block == 0).all()
+    assert there.sum(axis=1).max(initial=0) <= (packing.texts or len(lengths))
+    np.testing.assert_array_equal(rows, pack_rows(lengths, packing, seed=seed))
+
+
+PACKING = Packing(64, 8)
+
+
+@pytest.mark.parametrize("task", ["sequence_classification", "token_classification", "masked_lm"])
+def test_packed_rows_hold_the_texts_of_the_data(make, task):
+    data = make(task, pack=False)
+    stream = train_batches(data, batch_size=3, seed=1, epochs=2, packing=PACKING)
+    found, labels = collections.Counter(), RECORDS[task].targets[0].labels
+    assert stream.buckets == (64,)
+    for batch in stream:
+        segments, numbers = batch["segment_ids"], batch["segment_rows"]
+        assert batch["input_ids"].shape == segments.shape == (3, 64)
+        np.testing.assert_array_equal(batch["attention_mask"], segments > 0)
+        for row, number in np.argwhere(numbers >= 0).tolist():
+            places = np.flatnonzero(segments[row] == number + 1)
+            text = data[numbers[row, number]]
+            assert places[0] % 8 == 0 and (np.diff(places) == 1).all()
+            shown, own = batch["input_ids"][row, places], text["input_ids"]
+            if task == "masked_lm":
+                asked = batch["labels"][row, places] != -100
+                np.testing.assert_array_equal(shown[~asked], own[~asked])
+                np.testing.assert_array_equal(batch["labels"][row, places][asked], own[asked])
+            else:
+                np.testing.assert_array_equal(shown, own)
+                where = number if task == "sequence_classification" else places
+                np.testing.assert_array_equal(batch[labels][row, where], text[labels])
+            found[int(numbers[row, number])] += 1
+        if task == "sequence_classification":
+            assert (batch[labels][numbers < 0] == -100).all()
+        else:
+            assert (batch[labels][segments == 0] == -100).all()
+    assert set(found.values()) == {2} and len(found) == len(data)
+
+
+def test_packed_rows_continue_and_are_shared_by_processes(make):
+    data = make("masked_lm", pack=False)
+    options = {"batch_size": 2, "microbatches": 2, "seed": 3, "epochs": 3, "packing": PACKING}
+    stream = train_batches(data, **options)
+    next(stream)
+    state, rest = json.loads(json.dumps(stream.get_state())), list(stream)
+    fresh = train_batches(data, **options)
+    fresh.set_state(state)
+    assert len(rest) > 3 and all(map(equal, rest, fresh))
+    parts = [train_batches(data, **options, process_index=i, process_count=2) for i in range(2)]
+    for place, whole in enumerate(rest, 1):
+        halves = [part.batch_at(place) for part in parts]
+        assert equal(whole, {n: np.concatenate([h[n] for h in halves], axis=1) for n in whole})
+    other = train_batches(data, **options | {"packing": Packing(128, 8)})
+    with pytest.raises(ValueError, match="buckets: "):
+        other.set_state(state)
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        ("sequence_classification", {"buckets": BUCKETS}, "rows that are shared have one length"),
+        ("sequence_classification", {"packing": Packing(24, 8)}, "longer than a row of length=24"),
+        ("question_answering", {}, "one for each text or token, not for question_answering"),
+        ("multiple_choice", {}, "not for multiple_choice"),
+    ],
+)
+def test_data_that_cannot_share_rows_is_named(make, task, options, message):
+    with pytest.raises(ValueError, match=message):
+        train_batches(make(task), **{"batch_size": 2, "seed": 0, "packing": PACKING} | options)
+    with pytest.raises(ValueError, match="give a multiple of the block"):
+        Packing(20, 8)

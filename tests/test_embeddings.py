@@ -356,7 +356,7 @@ def test_a_failed_save_leaves_the_old_files(tmp_path, monkeypatch):
         Embedder.from_pretrained(PLAIN, pooling="cls").save_pretrained(tmp_path / "saved")
 
     for owner, name, write in (
-        (embeddings, "write_sentence_settings", save),
+        (hub.save, "write_sentence_settings", save),
         (hub.save, "carry_modules", convert),
     ):
         with monkeypatch.context() as patch:

@@ -17,7 +17,7 @@ from tiny_run import PLAIN, save_tiny, save_tiny_writer, write
 from transformers import MBartTokenizer
 
 import lsg_flax
-from lsg_flax import hub
+from lsg_flax import cli, hub
 from lsg_flax.generation.loop import decode
 from lsg_flax.locks import PlaceTaken, locked
 from lsg_flax.models import PROBLEM_SCORERS, SCORES, TASKS
@@ -25,6 +25,7 @@ from lsg_flax.training.finetune import finetune, options_for
 from lsg_flax.training.scores import ROUGE
 from lsg_flax.training.settings import FROZEN, Settings, read_settings, trained_tasks
 from lsg_flax.training.source import open_source
+from lsg_flax.training.survey import survey
 from lsg_flax.training.written import writing_options
 
 pytestmark = pytest.mark.filterwarnings("ignore:weights for task")  # heads that are drawn
@@ -83,6 +84,7 @@ def test_held_out_rows_of_another_width_stop_a_run_before_it_begins(
 
 KINDS = PROBLEM_SCORERS | {name: TASKS[name].scorer for name in trained_tasks()}
 del KINDS["sequence_classification"]  # is one of the three by its problem type
+del KINDS["embedding"]  # tests/test_embedding_training.py: it has no head
 
 
 @pytest.mark.slow
@@ -234,6 +236,41 @@ def test_the_same_command_goes_on_bit_for_bit(tiny, tmp_path):
         run(settings)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind", ["single_label_classification", "token_classification", "masked_lm", "causal_lm"]
+)
+def test_packed_runs_go_on_bit_for_bit(tiny, tmp_path, kind):
+    options = {"packing": True, "buckets": [40], "batch_size": 2, "max_length": 15}
+    options |= {"devices": 2 if kind == "causal_lm" else 1}
+    settings = settings_of(tiny, tmp_path, kind, **options)
+    whole = run(settings)
+    assert {record["compilations"] for record in whole.history} == {1}
+    weights = (whole.output / hub.WEIGHTS).read_bytes()
+    without_the_end(whole.output)
+    rest = run(settings)
+    assert [record["step"] for record in rest.history] == [3, 4]
+    assert [r["loss"] for r in whole.history[2:]] == [r["loss"] for r in rest.history]
+    assert (rest.output / hub.WEIGHTS).read_bytes() == weights and rest.scores == whole.scores
+    shown = survey(settings, progress=False).train
+    assert list(shown.buckets) == [40] and shown.real > 0.5
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("question_answering", {}, "packing=True is for masked_lm, .*, not for question_answering"),
+        ("regression", {}, "with one label each, not for sequence_class.*'regression'"),
+        ("masked_lm", {"buckets": [20]}, "rows that texts share have one length, a multiple of"),
+        ("masked_lm", {"buckets": [16, 32]}, "buckets=.16, 32. with packing=True"),
+        ("masked_lm", {"lsg": {"strict_reference": True}}, "strict_reference=True reproduces"),
+    ],
+)
+def test_what_cannot_be_packed_stops_a_run_before_it_begins(tiny, tmp_path, kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(settings_of(tiny, tmp_path, kind, packing=True, **options))
+
+
 def test_one_run_at_a_time_and_away_from_its_data(tiny, tmp_path):
     settings = settings_of(tiny, tmp_path)
     with locked(tmp_path / "out"), pytest.raises(PlaceTaken, match=r"another process writes .*out"):
@@ -381,6 +418,7 @@ YAML = {
     "steps: 1:30": "steps='1:30' must be a whole number",
     "steps: 010": "steps='010' must be a whole number",
     "mesh: &m {data: 1}\nlsg: {<<: *m}": "run.yaml:2: '<<' is not read here; write the names out",
+    "{packing: true, mesh: {sequence: 2}}": "packing=True with mesh.sequence=2",
     "[" * 9999: "not valid YAML: maximum recursion",
 }
 
@@ -552,6 +590,29 @@ def test_what_is_written_is_scored_and_chosen_by(writer, tmp_path):
         run(other)
 
 
+def test_evaluate_scores_what_a_model_writes(writer, tmp_path, monkeypatch, capsys):
+    """As a run does, on the rows that a run scores; unless it is told not to."""
+    settings = writing_of(writer, tmp_path)
+    model, params = lsg_flax.from_pretrained(writer)
+    by_hand = written_by_hand(dataclasses.replace(settings, output=str(writer)), model, params)
+    given = ["evaluate", writer, settings.eval_data, "--output", tmp_path / "scores"]
+    given += ["--cache", settings.cache, "--devices", 1, "--batch-size", 4, "--buckets", 8, 16]
+    given += ["--max-target-length", 12, "--target-buckets", 6, 16]
+    options = ",".join(f"{name}={value}" for name, value in GENERATION.items())
+    rows = ["--generation", options, "--generation-rows", 7]
+    assert cli.main([*map(str, given + rows)]) == 0
+    report = json.loads((tmp_path / "scores" / "evaluation.json").read_text())
+    assert report["scores"].keys() == {"loss", "perplexity", *ROUGE} and by_hand["eval_rouge1"] > 0
+    for name in ROUGE:
+        assert report["scores"][name] == pytest.approx(by_hand[f"eval_{name}"], abs=1e-6), name
+    assert "rougeLsum" in capsys.readouterr().out
+    assert cli.main([*map(str, given), "--no-predict-with-generate"]) == 0
+    assert "rouge" not in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    assert cli.main([*map(str, given)]) == 2
+    assert "pip install 'lsg-flax[summarization]'" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_mesh_learns_to_write_as_one_device(writer, tmp_path):
     options = {"steps": 2, "evaluate_every": 2, "generation_rows": None, "buckets": [16]}
@@ -646,7 +707,7 @@ def test_the_documented_run_makes_a_plain_model_write_about_long_texts(tmp_path)
     assert set(result.scores) == {f"eval_{n}" for n in ("loss", "perplexity", *ROUGE)}
     summarize = lsg_flax.pipeline("summarization", model=str(result.output), max_length=6)
     assert summarize(" ".join(["w5"] * 30))[0].keys() == {"summary_text"}
-    assert len(DOCUMENTED) == 2 and read_settings(tmp_path / "run.yaml").label_smoothing == 0.1
+    assert len(DOCUMENTED) == 3 and read_settings(tmp_path / "run.yaml").label_smoothing == 0.1
 
 
 def test_languages_are_those_of_the_settings(writer, tmp_path):

@@ -35,7 +35,8 @@ from lsg_flax.locks import PlaceTaken, locked
 from lsg_flax.pipelines import Embedder
 
 BERT, LSG = GOLDEN / "bert_to_convert_512", GOLDEN / "bert_to_convert_lsg"
-OWN = {hub.CONFIG, hub.WEIGHTS, "tokenizer_config.json"}  # what a conversion writes itself
+# What a conversion writes itself.
+OWN = {hub.CONFIG, hub.WEIGHTS, "tokenizer_config.json", "README.md"}
 CODE = "modeling_lsg_bert.py"
 CLASSES = "class LSGBertConfig: ...\nclass LSGBertForMaskedLM(X): ...\nraise SystemExit('it ran')\n"
 
@@ -74,6 +75,7 @@ def test_a_conversion_carries_what_belongs_to_the_model(model_type, tmp_path):
     lsg_flax.convert_checkpoint(source, tmp_path / "long", max_sequence_length=128)
     assert contents(source) == before
     found = contents(tmp_path / "long")
+    assert found.pop("README.source.md") == before["README.md"]
     dropped = {"pytorch_model.bin", "tf_model.h5", "optimizer.pt", "own.py", "onnx/config.json"}
     assert found.keys() == (before.keys() - dropped) | OWN
     assert all(found[name] == before[name] for name in found.keys() - OWN)
@@ -364,7 +366,7 @@ def test_a_target_that_no_conversion_has_made_is_refused(bert, tmp_path, text):
     assert contents(target) == before
 
 
-@pytest.mark.parametrize("name", ["README.md", "LICENSE", "vocab.txt", hub.WEIGHTS])
+@pytest.mark.parametrize("name", ["README.source.md", "LICENSE", "vocab.txt", hub.WEIGHTS])
 def test_a_conversion_replaces_nobodys_files(bert, tmp_path, name):
     for file in ("README.md", "LICENSE", "corpus.txt"):
         (bert / file).write_text("of the source")
@@ -434,9 +436,10 @@ def test_a_killed_conversion_run_again_writes_the_same_bytes(bert, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(pathlib.Path(lsg_flax.__file__).parents[1])}
     command = [sys.executable, "-m", "lsg_flax.cli", "convert", bert]
     begin = time.monotonic()
-    subprocess.run([*command, tmp_path / "calm"], env=environment, check=True, stdout=-3)
+    calm, target = tmp_path / "calm" / "long", tmp_path / "killed" / "long"  # the card has the name
+    subprocess.run([*command, calm], env=environment, check=True, stdout=-3)
     took, before = time.monotonic() - begin, contents(bert)
-    generator, target = random.Random(0), tmp_path / "killed"
+    generator = random.Random(0)
     for kill in range(kills):
         running = subprocess.Popen([*command, target], env=environment, stdout=-3)
         while kill % 3 and running.poll() is None and not {*target.glob(".lsg-flax-*")}:
@@ -445,7 +448,7 @@ def test_a_killed_conversion_run_again_writes_the_same_bytes(bert, tmp_path):
         running.kill()
         running.wait()
         subprocess.run([*command, target], env=environment, check=True, stdout=-3)
-        assert contents(target) == contents(tmp_path / "calm")
+        assert contents(target) == contents(calm)
         assert not {*target.glob(".lsg-flax-*"), *target.glob(".lock")}
         if generator.random() < 0.5:
             shutil.rmtree(target)

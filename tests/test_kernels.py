@@ -40,6 +40,7 @@ class Case(NamedTuple):
     positions: bool = False
     heads: int = 1  # of masks and positions
     dtype: str = "float32"
+    segments: int = 0  # how many, drawn for each token
 
 
 NEAR = Rule(4, 0, itself=False)
@@ -63,6 +64,8 @@ CASES = [
     ),
     Case(Spec(4, (Window(0, -4, 4, 8, PAST),)), 13, (13,), 2, ((1, 2),), (1, 1), dtype="bfloat16"),
     Case(Spec(4, (Window(0, 0, 4, 4, NOT_SELF),)), 8, (8,), positions=True, dtype="float16"),
+    Case(Spec(4, (Window(0, -4, 4, 12),), PAST, 2), 14, (14,), 3, segments=2),
+    Case(Spec(4, (Window(0, -4, 4, 8, PAST),), one_segment=True), 9, (12,), 3, segments=3),
 ]
 
 
@@ -76,7 +79,10 @@ def arrays(case: Case, seed: int):
     def integers(keys):
         mask = generator.random((ROWS, case.heads, keys)) < generator.choice([0.0, 0.5, 0.9, 1.0])
         place = generator.permuted(np.broadcast_to(np.arange(keys), mask.shape), axis=-1)
-        return jnp.asarray(mask), jnp.asarray(place) if case.positions else None
+        texts = None
+        if case.segments:
+            texts = jnp.asarray(np.sort(generator.integers(case.segments + 1, size=mask.shape)))
+        return jnp.asarray(mask), jnp.asarray(place) if case.positions else None, texts
 
     sizes = (*case.sources, *([case.shared] if case.shared else []))
     features = [(ROWS, HEADS, WIDTH, keys) for keys in sizes]
@@ -87,7 +93,10 @@ def arrays(case: Case, seed: int):
     shared = case.shared_bias and floats(*case.shared_bias, case.shared)
     query = (ROWS, HEADS, WIDTH, case.length)
     moving = (floats(*query), [(floats(*f), floats(*f)) for f in features], Biases(windows, shared))
-    fixed = (integers(case.length)[1], [integers(keys) for keys in sizes])
+    _, places, texts = integers(case.length)
+    if case.spec.one_segment and texts is not None:
+        texts = texts[..., np.arange(case.length) // case.spec.block * case.spec.block]
+    fixed = ((places, texts), [integers(keys) for keys in sizes])
     of_normaliser = jnp.asarray(generator.standard_normal((ROWS, HEADS, case.length)), jnp.float32)
     return moving, fixed, (floats(*query), of_normaliser)
 
@@ -96,7 +105,7 @@ def call(function, case: Case, moving, fixed):
     query, pairs, biases = moving
     sources = [Source(*pair, *rest) for pair, rest in zip(pairs, fixed[1], strict=True)]
     shared = sources.pop() if case.shared else None
-    return function(case.spec, Queries(query, fixed[0]), tuple(sources), shared, biases)
+    return function(case.spec, Queries(query, *fixed[0]), tuple(sources), shared, biases)
 
 
 @functools.partial(jax.jit, static_argnames="case")
@@ -145,7 +154,7 @@ def check(case: Case, seed: int):
 
 def test_positions_undo_any_order():
     """Queries and keys shuffled, with their positions, see what they saw by place."""
-    (query, (pair,), biases), (_, ((mask, _),)), _ = arrays(CASES[5], seed=1)
+    (query, (pair,), biases), (_, ((mask, *_),)), _ = arrays(CASES[5], seed=1)
     order, other = np.random.default_rng(0).permuted([np.arange(13)] * 2, axis=-1)
     spec, source = Spec(4, shared_rule=NEAR), Source(*pair, mask)
     by_place, _ = attend(spec, Queries(query), (), source, biases)
@@ -158,7 +167,7 @@ def test_positions_undo_any_order():
 def test_parts_merge_to_the_whole():
     """Context, normaliser and gradients of two halves of the keys are those of all of them."""
     case = Case(Spec(4), 7, shared=10)
-    (query, (pair,), _), (_, ((mask, _),)), cotangents = arrays(case, seed=2)
+    (query, (pair,), _), (_, ((mask, *_),)), cotangents = arrays(case, seed=2)
 
     def whole(query, key, value):
         return attend(Spec(4), Queries(query), (), Source(key, value, mask))
@@ -219,5 +228,7 @@ def test_what_the_contract_refuses(window, positions, options, says, unchecked):
     source = Source(x, x, jnp.ones((1, 1, 4), bool), positions[1])
     with pytest.raises(ValueError, match=says):
         attend(Spec(2, (window,)), Queries(x, positions[0]), (source,), **options)
+    with pytest.raises(ValueError, match="segments are given for some of the queries"):
+        attend(Spec(2, (Window(0, 0, 2, 2),)), Queries(x, segments=PLACES), (source,))
     with pytest.raises(ValueError, match=r"dropout_rate=0\.5 needs a key"):
         attend(Spec(2, (Window(0, 0, 2, 2),), dropout_rate=0.5), Queries(x), (source,))

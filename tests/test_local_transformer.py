@@ -2,6 +2,7 @@
 right, and what is refused."""
 
 import json
+import logging
 import pathlib
 from typing import Any
 
@@ -248,6 +249,15 @@ def spelled(folder: pathlib.Path, **fields) -> pathlib.Path:
     return folder
 
 
+def test_its_tokenizer_is_read_without_a_word(tmp_path, caplog, monkeypatch):
+    """transformers does not know the model, and would say so each time."""
+    folder = spelled(tmp_path)
+    before, logger = read_tokenizer(folder).get_vocab(), logging.getLogger("transformers")
+    monkeypatch.setattr(logger, "propagate", True)
+    caplog.clear()
+    assert read_tokenizer(folder).get_vocab() == before and not caplog.records
+
+
 def test_fine_tuning_and_the_command_line(tmp_path, capsys):
     """Prompts that are continued together are continued as each alone, beyond max_seq_len too."""
     source, data = spelled(tmp_path / "source"), tmp_path / "data.txt"
@@ -273,7 +283,8 @@ def test_fine_tuning_and_the_command_line(tmp_path, capsys):
         new = alone[0, ids.shape[1] :].tolist()
         assert tokenizer.decode(new, skip_special_tokens=True) == text
     assert cli.main(["inspect", str(tmp_path / "out")]) == 0
-    assert "local " in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "local " in shown and "local_attention.LocalTransformer(**keywords of" in shown
 
 
 def test_what_reads_tokens_refuses_a_model_without_them(tmp_path):

@@ -9,7 +9,9 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import os
 import pathlib
+import re
 import subprocess
 import sys
 from typing import Any, NamedTuple
@@ -23,9 +25,21 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lsg_flax import chips, topologies
 from lsg_flax.attention import lsg_attention, lsg_attention_reference
-from lsg_flax.kernels import FusedSpec, Selecting, Source, attend_fused, plan_fused
+from lsg_flax.kernels import (
+    FusedPlan,
+    FusedSpec,
+    Selecting,
+    Source,
+    attend_fused,
+    pad,
+    plan_fused,
+    tpu_plan,
+)
+from lsg_flax.patterns import LSG, Runtime, attention
 from lsg_flax.patterns.config import LSGConfig
+from lsg_flax.planning import PlanSettings, plan
 from lsg_flax.sharding import make_mesh
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3}
@@ -61,6 +75,8 @@ CASES = [
     case(sparsity_type="lsh", sparsity_factor=8, options=(FIRST, CAUSAL)),
     case(600, block_size=256, sparsity_factor=0, options=(CAUSAL,)),
     case(640, sparsity_factor=1, dtype="bfloat16", options=(NONE, CAUSAL)),  # more than one step
+    # More keys than globals see at once, and more globals than a block has.
+    case(1100, sparsity_factor=0, num_global_tokens=70),
 ]
 
 
@@ -125,6 +141,42 @@ def test_rows_that_see_nothing_are_zero_and_pass_no_gradient():
     context, gradients = outputs(case, query, key, value, gradient, mask)
     for x in (context, *gradients):
         assert not x[0].any() and x[1].any() and jnp.isfinite(x).all()
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas_interpret"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_fills_a_tile_behind_the_globals_is_not_seen(implementation, causal):
+    generator = np.random.default_rng(0)
+    query, key, value = jnp.asarray(generator.standard_normal((3, 2, 2, 64, 203)), jnp.float32)
+    mask = jnp.asarray(generator.random((2, 1, 203)) < 0.8)
+    config = LSGConfig(block_size=64, sparse_block_size=64, num_global_tokens=3)
+
+    @functools.partial(jax.jit, static_argnames="filler")
+    def attend(query, source, filler):
+        query, source = jax.tree.map(lambda x: pad(x, 0, filler), (query, source))
+        pattern, run = LSG(config, causal, filler=filler), Runtime(implementation=implementation)
+        return attention(pattern, query, source, run)
+
+    source = Source(key, value, mask)
+    found = attend(query, source, filler=5)[..., :203]
+    np.testing.assert_allclose(found, attend(query, source, filler=0), atol=1e-6)
+
+
+def test_dropout_of_what_globals_see_is_the_same_in_both_passes():
+    query = jnp.zeros((1, 770, 2, 64))
+    config = LSGConfig(block_size=64, sparse_block_size=64, num_global_tokens=2)
+    options = {"config": config, "implementation": "pallas_interpret"}
+    drawn = {"dropout_rate": 0.25, "dropout_key": jax.random.key(0)}
+    attend = jax.jit(functools.partial(lsg_attention, query, query, **options, **drawn))
+    generator = np.random.default_rng(0)
+    value, gradient = jnp.asarray(generator.standard_normal((2, *query.shape)), jnp.float32)
+    gradient = gradient.at[:, 2:].set(0.0)  # of the globals alone
+    context, transpose = jax.vjp(attend, value)
+    found = (transpose(gradient)[0] * value).sum()
+    np.testing.assert_allclose((context * gradient).sum(), found, rtol=1e-4)
+    # The mean of 770 factors, 0 or 1 / 0.75: its standard deviation is 0.021.
+    shares = attend(jnp.ones_like(value))[0, :2, :, 0]
+    assert (abs(shares - 1.0) < 0.1).all() and len(np.unique(shares)) == 4
 
 
 def dropout_weights(seed: int):
@@ -229,14 +281,17 @@ def test_a_long_text_is_cut_into_ranges(causal):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"implementation": "pallas"}, "is for TPUs, and this program is compiled for 'cpu'"),
+        (
+            {"implementation": "pallas"},
+            "is for TPUs and NVIDIA's GPUs, and this program .* for 'cpu'",
+        ),
         ({"implementation": "mosaic"}, "'mosaic' is unknown; choose 'xla', 'pallas'"),
         ({"block_size": 32}, "block_size=32 is none of 64, 128, 256"),
         ({"sparsity_factor": 16}, "4 representatives per block .* multiples of 8 in float32"),
         ({"sparse_block_size": 48}, "sparse_block_size=48, from which 'norm' picks, must divide"),
         ({"width": 16}, "heads of width 16 are none of 32, 64, 128"),
         ({"dtype": jnp.float16}, "dtype float16 is none of float32, bfloat16"),
-        ({"length": 128}, "of more than two blocks of tokens"),
+        ({"length": 128, "width": 24}, "heads of width 24 are no multiple of 16"),
     ],
 )
 def test_what_the_kernels_refuse(changes, says, unchecked):
@@ -249,13 +304,57 @@ def test_what_the_kernels_refuse(changes, says, unchecked):
         lsg_attention(x, x, x, implementation=implementation, **options)
 
 
+def test_a_call_too_large_for_the_vector_memory_is_refused_before_it_is_compiled():
+    selecting = Selecting("norm", 128, 256, 256, 256)
+    sizes = {"blocks": 64, "shared": 512, "heads": 2, "all_heads": 2, "width": 64}
+    plan = FusedPlan(FusedSpec(256, selecting), dtype="float32", behind=512, **sizes)
+    chip = "some tpu"
+    refused = tpu_plan.refusal(tpu_plan.cut_to_fit(plan, chip), chip)
+    says = r"64 blocks of 256 tokens need \d+ MiB of vector memory, and a kernel may use 15 MiB on "
+    assert re.match(says + "some tpu; use smaller blocks, or implementation='xla'", refused)
+    assert tpu_plan.refusal(tpu_plan.cut_to_fit(plan, "tpu v5e"), "tpu v5e") is None
+
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("topology", "lengths"),
+    [("v5e:1x1", [384, 131_072]), ("v5p:2x2x1", [384]), ("v6e:1x1", [384])],
+)
+def test_a_real_tpu_compilation_of_short_and_long_texts(topology, lengths):
+    """Of one row: 384 tokens, and 131,072, which do not fit a chip's vector memory at once."""
+    file = pathlib.Path(__file__).with_name("tpu_attention.py")
+    environment = topologies.environment_for(chips.parse_topology(topology))
+    environment |= {"PYTHONPATH": os.pathsep.join([str(file.parents[1]), *sys.path])}
+    command = [sys.executable, str(file), topology, *map(str, lengths)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for found in json.loads(done.stdout).values():
+        assert found["kernels"] == 2 and not found["slow"]
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_real_tpu_compilation_of_a_training_step():
+    """RoBERTa-base, 4 rows of 4,096 tokens on each of four v5e: in each of 12 layers each kernel
+    runs once, and nothing is turned or shifted for them."""
+    config = pathlib.Path(__file__).parent.parent / "benchmarks" / "configs" / "roberta-base.json"
+    where = {"topology": "v5e:2x2", "task": "sequence_classification"}
+    found = plan(PlanSettings(str(config), batch_size=16, max_length=4096, **where))
+    assert found.program.kernels == 2 * 12 and found.program.unknown_kernels == 0
+    assert found.program.bytes < 30e9 and found.memory.temporaries < 4.4e9
+
+
+@pytest.mark.slow
+@needs_libtpu
 def test_a_real_tpu_compilation_of_the_kernels():
-    """Four rows of 4,096 tokens on v5e: q, k, v and the context are 0.10 GB, with the gradients and
-    what the backward pass reads again 0.28."""
+    """Four rows of 4,096 tokens on v5e, a global and what fills up a tile behind them: q, k, v and
+    the context are 0.10 GB, with the gradients and what the backward pass reads again 0.28."""
     file = pathlib.Path(__file__).parent.parent / "benchmarks" / "kernels.py"
-    command = [sys.executable, str(file), "--json", "--what", "tokens"]
+    command = [sys.executable, str(file), "--json", "--what", "layer"]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     forward, both = map(json.loads, lines)
     assert forward["gigabytes"] < 0.11 and both["gigabytes"] < 0.30
@@ -263,7 +362,7 @@ def test_a_real_tpu_compilation_of_the_kernels():
         assert row["temporaries"] < 5
         assert row["sort"] == row["gather"] == row["scatter"] == 0
         assert 1.0e6 < row["forward"] < 1.2e6
-    assert 1.8e6 < both["backward"] < 2.1e6
+    assert 1.9e6 < both["backward"] < 2.2e6
     seen = 3 * 128 + 2 * 128 + 16  # local, sparse, and the global in a tile
-    product = 2 * 4 * 12 * 4096 * seen * 64
+    product = 2 * 4 * 12 * 64 * (4096 * seen + 16 * 4112)
     assert forward["flops"] == 2 * product and both["flops"] == 7 * product

@@ -284,6 +284,22 @@ def test_a_plan_of_a_training_step(source):
     assert Plan.from_json(found.to_json()) == found
 
 
+def test_a_plan_counts_adapters_and_averages(source):
+    """Adapters of rank 4 at two projections of each layer; pooler and head learn with them."""
+    adapters = 2 * 4 * (16 + 16 + 16 + 32)
+    learns = adapters + 16 * 16 + 16 + 16 * 2 + 2
+    lora = {"lora_r": 4, "lora_target_modules": ("query", "mlp_up")}
+
+    def memory(**changes) -> ChipMemory:
+        model, settings, _ = planned_model(settings_of(source, **changes))
+        return sharded_program(model, settings, sharding.make_mesh(data=8)).memory
+
+    whole, averaged, added = memory(), memory(ema_decay=0.9), memory(ema_decay=0.9, **lora)
+    assert added.parameters - whole.parameters == 4 * (adapters + 1)  # and their scale
+    assert added.optimizer == 3 * 4 * learns + 3 * 4  # moments, average; three counts
+    assert averaged.optimizer - whole.optimizer == whole.parameters + 4
+
+
 def compile_plan_memory(source, *, fsdp: int) -> int:
     """Bytes of parameters per chip, from real arrays placed on a mesh."""
     model, _, _ = planned_model(settings_of(source))
@@ -467,6 +483,8 @@ def test_settings_that_do_not_fit_raise(source, changes, says):
         ({"mode": "generate", "max_target_length": 9}, "for mode='train' or mode='inference'"),
         ({"mode": "generate", "max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
         ({"attention": "full"}, "are LSG settings"),
+        ({"mode": "inference", "ema_decay": 0.9}, "ema_decay=0.9 is for mode='train'"),
+        ({"lora_target_modules": ("query",)}, r"lora_target_modules=.* need lora_r"),
     ],
 )
 def test_settings_that_cannot_be_raise_at_once(source, changes, says):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -232,3 +233,33 @@ def test_a_real_gpu_compilation_of_a_training_step(tmp_path, capsys):
     )
     assert summed >= 2 * layers * (4 * width**2 + 2 * width * mlp)  # in bfloat16
     assert found["memory"]["temporaries"] > 0 and found["program"]["flops"] > 0
+
+
+FUSED = ["kernels alone", "xla", "norm", "pooling, causal", "first token, dropout"]
+FUSED += ["float32, width 128", "blocks of 256"]
+
+
+@pytest.mark.slow
+@needs_plugin
+@pytest.mark.parametrize(("gpu", "names"), [("h100", FUSED), ("a100", FUSED[:3])])
+def test_a_real_gpu_compilation_of_the_attention_kernels(gpu, names):
+    """Forward and backward, a row on each of two GPUs, whose work is counted; without a selection
+    each array is read by the forward kernel, and by those of queries and keys of the backward."""
+    environment = topologies.environment_for(chips.parse_topology(f"{gpu}:2"))
+    file = pathlib.Path(__file__).parent / "gpu_attention.py"
+    command = [sys.executable, str(file), f"{gpu}:2", *names]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    for name in names:
+        row = found[name]
+        assert not row["sorts"] + row["gathers"] + row["scatters"], name
+        assert not row["collectives"], name
+        assert (row["kernels"], row["unknown_kernels"]) == (0 if name == "xla" else 5, 0), name
+    alone, norm, xla = (found[name] for name in [*FUSED[:1], "norm", "xla"])
+    tokens, heads, width, seen = 1024, 4, 64, 3 * 128 + 2 * 128 + 1
+    assert alone["flops"] == (2 + 3 + 4) * 2 * tokens * heads * width * seen
+    array = 2 * tokens * heads * width  # bytes
+    assert alone["bytes"] < 26 * array and alone["temporaries"] < array / 10
+    assert norm["bytes"] < 0.25 * xla["bytes"]
+    assert norm["temporaries"] < 0.3 * xla["temporaries"]

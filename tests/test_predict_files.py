@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import pathlib
 import pickle
 import random
 import signal
@@ -14,9 +15,11 @@ import jax
 import numpy as np
 import pytest
 import transformers
+from tiny_run import save_tiny
 
 import lsg_flax
-from lsg_flax import LSGConfig, inference
+from lsg_flax import LSGConfig, cli, inference
+from lsg_flax.data import DatasetPart
 from lsg_flax.inference import ResumableLines
 from lsg_flax.inference.program import Program
 from lsg_flax.models import EncoderConfig, Model
@@ -116,6 +119,7 @@ def test_a_question_is_answered_over_windows(tmp_path, tokenizer):
 
 
 KILLED = """
+import pathlib
 import pickle
 from lsg_flax.pipelines import predict_file
 with open({made!r}, "rb") as file:
@@ -325,3 +329,59 @@ def test_sources_that_cannot_be_read(tmp_path):
         DocumentFile(tmp_path / "no.jsonl")
     with pytest.raises(ValueError, match=r"must end in .jsonl, .csv, .parquet, .txt, or"):
         DocumentFile(tmp_path / "in.xlsx")
+
+
+@pytest.fixture
+def dataset(monkeypatch):
+    """A dataset of the hub with two splits, of which `small` has one."""
+    datasets = pytest.importorskip("datasets")
+    splits = {
+        "train": datasets.Dataset.from_dict({"body": ["w5 w6", "w7"]}),
+        "test": datasets.Dataset.from_dict({"body": ["w9 w8 w7", "w6"], "key": ["a", "b"]}),
+    }
+
+    def load_dataset(name, subset=None, *, split=None):
+        if (name, subset) not in (("somebody/two", "long"), ("small", None)):
+            raise FileNotFoundError(f"nothing called {name}")
+        found = {"test": splits["test"]} if name == "small" else splits
+        return found if split is None else found[split]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+
+def test_a_dataset_is_read_by_its_name(dataset, tmp_path):
+    columns = {"text": "body", "id": "key"}
+    part = DatasetPart("somebody/two", "long", "test")
+    texts = [("a", {"text": "w9 w8 w7", "id": "a"}), ("b", {"text": "w6", "id": "b"})]
+    for source in (part, "small", DatasetPart("small")):
+        documents = DocumentFile(source, columns=columns)
+        assert [(d.name, d.content) for d in documents] == texts
+        assert documents.count_lines() == 2
+    train = DocumentFile(part._replace(split="train"), columns={"text": "body"})
+    assert [d.name for d in train] == [0, 1] and train.name == "somebody/two[train]"
+    with pytest.raises(ValueError, match="has the splits train, test: give split=, one of them"):
+        DocumentFile(part._replace(split=None))
+    with pytest.raises(ValueError, match=r"load it as load_dataset\('none', None, split='x'\)"):
+        DocumentFile(DatasetPart("none", None, "x"))
+    with pytest.raises(ValueError, match=r"two\[train\], row 0: it has \['body'\] and must have"):
+        list(DocumentFile(part._replace(split="train")))
+    skipped = DocumentFile(part._replace(split="train"), broken_lines="skip")
+    assert list(skipped) == [] and skipped.skipped[1] == "somebody/two[train], row 1"
+    (tmp_path / "in.txt").write_text("w5")
+    with pytest.raises(ValueError, match=r"split='test' is of a dataset, and .*in\.txt names"):
+        DocumentFile(DatasetPart(str(tmp_path / "in.txt"), split="test"))
+
+
+def test_commands_read_a_dataset_by_its_name(dataset, capsys, tmp_path):
+    columns, long = ["--columns", "text=body,id=key"], ["--subset", "long"]
+    model, answers, vectors = (str(tmp_path / n) for n in ("model", "answers.jsonl", "v.jsonl"))
+    save_tiny(pathlib.Path(model))
+    given = ["predict", model, "somebody/two", answers, "--outputs", *columns, *long]
+    assert cli.main([*given]) == 2
+    assert "has the splits train, test: give --split, one of them" in capsys.readouterr().err
+    assert cli.main([*given, "--split", "test"]) == 0
+    assert cli.main(["embed", model, "small", vectors, "--pooling", "mean", *columns]) == 0
+    for file in (answers, vectors):
+        rows = [json.loads(line) for line in pathlib.Path(file).read_text().splitlines()]
+        assert [row["id"] for row in rows] == ["a", "b"]
+    assert "texts cut at 16 tokens" in capsys.readouterr().out

@@ -8,6 +8,7 @@ from golden_data import GOLDEN
 
 from lsg_flax import cli, progress
 from lsg_flax.hub.checkpoint import Checkpoint
+from lsg_flax.training import log
 
 LINE = (
     r"lsg-flax: outer, 0:\d\d so far; reading: 3 of 9 things, \d\S* per second, 0:\d\d left, fine;"
@@ -89,3 +90,19 @@ def test_a_bar_says_where_it_goes_on_and_how_far_it_is(capsys):
     told = capsys.readouterr().err.splitlines()
     assert told[0] == "lsg-flax: goes on behind 3 of 9 steps, which were done before"
     assert any(re.fullmatch(r"lsg-flax: 6 of 9 steps, .*, loss 0\.5", line) for line in told[1:])
+
+
+def test_tokens_per_second_are_those_of_the_last_ten_seconds(monkeypatch):
+    """Not of the last step, which ran while the one before it was read."""
+    now = 0.0
+    monkeypatch.setattr(log.time, "perf_counter", lambda: now)
+    counter = log.CompilationCounter(lambda: None)
+    with log.RunLog(log.Logging(progress=False), steps=5) as out:
+        told = log.StepRecorder(out, counter)
+        for step, moment in enumerate((7.0, 11.0, 16.0, 20.9, 21.0), 1):
+            told.add(step, {"loss": 1.0, "tokens": 100.0, "targets": 1.0}, None)
+            now = moment
+            told.read()
+            told.finish({})
+    rates = [record["tokens_per_second"] for record in told.history]
+    assert rates == pytest.approx([100 / 7, 200 / 11, 300 / 16, 300 / 13.9, 300 / 10])

@@ -1,17 +1,22 @@
 """The Python of the README, and all blocks of the pages of docs/ that are named here, run as they
 stand, on tiny checkpoints and files in place of the reader's."""
 
+import doctest
 import json
 import pathlib
 import re
 import shlex
 import shutil
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from golden_data import GOLDEN
 from tiny_tokenizers import write_words
 
-from lsg_flax import cli
+import lsg_flax
+from lsg_flax import cli, hub
+from lsg_flax.pipelines import Embedder
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
@@ -37,9 +42,100 @@ def files_of_summarization():
         pathlib.Path(name).write_text(f"{json.dumps(row)}\n" * 8)
 
 
+def files_of_commands():
+    """A plain BERT, a plain BART, a decoder, and texts with labels."""
+    shutil.copytree(GOLDEN / "bert_to_convert_512", "bert")
+    write_words(shutil.copytree(GOLDEN / "bart_plain_conditional_generation", "bart"))
+    write_words(shutil.copytree(GOLDEN / "bart_causal_lm", "writer"))
+    texts = (" ".join(["w5 w6 w7"] * (1 if n % 2 else 7)) for n in range(8))
+    rows = [f"{text},{'ab'[n % 2]}\n" for n, text in enumerate(texts)]
+    for name in ("train.csv", "held_out.csv"):
+        pathlib.Path(name).write_text("body,area\n" + "".join(rows))
+    papers = pathlib.Path("papers")
+    papers.mkdir()
+    (papers / "one.txt").write_text("w5 w6 w7\nw8 " * 9)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default:weights for task")  # the command shows it
+def test_each_command_says_what_its_example_shows(tmp_path, monkeypatch, capsys):
+    """Its lines one after the other, each with the files of those before it; where the page has
+    dots anything may stand."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    files_of_commands()
+    text = (README.parent / "docs" / "commands.md").read_text()
+    blocks = re.findall(r"```sh\n(.*?)```\n\n```\n(.*?)```", text, flags=re.DOTALL)
+    shown = set()
+    for command, expected in blocks:
+        program, *arguments = shlex.split(command.replace("\\\n", ""))
+        assert (program, cli.main(arguments)) == ("lsg-flax", 0), command
+        said = capsys.readouterr()
+        same = doctest.OutputChecker().check_output(expected, said.out, doctest.ELLIPSIS)
+        assert same, f"{command}{said.out}"
+        shown |= {arguments[0]} | {"--dry-run"} & {*arguments}
+    assert shown >= {
+        *("doctor", "convert", "inspect", "data", "--dry-run", "train", "evaluate", "predict"),
+        *("embed", "summarize", "generate", "plan"),
+    }
+
+
+def files_of_inference():
+    """A classifier, a BART, a decoder, and texts for each."""
+    plain = GOLDEN / "bert_to_convert_512"
+    model, params = lsg_flax.from_pretrained(plain, "sequence_classification")
+    lsg_flax.save_pretrained("areas", model, params, hub.read_tokenizer(plain))
+    bart = write_words(shutil.copytree(GOLDEN / "bart_plain_conditional_generation", "bart"))
+    lsg_flax.convert_checkpoint(bart, "lsg-bart-arxiv", max_sequence_length=512)
+    writer, params = lsg_flax.from_pretrained(GOLDEN / "bert_causal_lm")
+    lsg_flax.save_pretrained("writer", writer, params, hub.read_tokenizer(plain))
+    for folder in ("data", "papers"):
+        pathlib.Path(folder).mkdir()
+    pathlib.Path("data/one.csv").write_text("body\nw5 w6\n")
+    pathlib.Path("papers/one.txt").write_text("w5 w6 w7 w8 " * 9)
+    pathlib.Path("prompts.jsonl").write_text('{"text": "w5 w6"}\n')
+
+
+OF_COMMANDS = {  # pages whose Python goes on from models of the reader's, and what commands write
+    "inference.md": (
+        files_of_inference,
+        ["answers.jsonl", "summaries.jsonl", "continuations.jsonl"],
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:weights for task")
+@pytest.mark.parametrize("page", OF_COMMANDS)
+def test_the_commands_of_a_page_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_files, written = OF_COMMANDS[page]
+    make_files()
+    text = (README.parent / "docs" / page).read_text()
+    lines = re.findall(
+        r"^lsg-flax .*", "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)), re.M
+    )
+    assert len(lines) >= len(written)
+    for line in lines:
+        assert cli.main(shlex.split(line, comments=True)[1:]) == 0, line
+    assert all(pathlib.Path(name).stat().st_size for name in written)
+
+
 def a_bert():
     """A plain BERT with a tokenizer."""
     shutil.copytree(GOLDEN / "bert_to_convert_512", "path/to/bert")
+
+
+def files_of_embeddings():
+    """A dense sentence model, documents, pairs and texts."""
+    source = GOLDEN / "bert_to_convert_512"
+    Embedder.from_pretrained(source, pooling="mean").save_pretrained("path/to/all-MiniLM-L6-v2")
+    rows = [{"text": f"w{5 + i} w6", "positive": f"w{5 + i} w9 " * 4} for i in range(16)]
+    for name in ("pairs.jsonl", "held_out.jsonl", "texts.jsonl", "documents.jsonl"):
+        pathlib.Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pathlib.Path("data").mkdir()
+    table = pyarrow.table({"body": [row["positive"] for row in rows], "key": [*range(16)]})
+    pyarrow.parquet.write_table(table, "data/one.parquet")
 
 
 PAGES = {
@@ -49,6 +145,7 @@ PAGES = {
     "from_pytorch.md": a_bert,
     "summarization.md": files_of_summarization,
     "long_models.md": lambda: None,
+    "embeddings.md": files_of_embeddings,
 }
 
 
@@ -67,8 +164,8 @@ def test_page(page, tmp_path, monkeypatch):
     for language, block in blocks:
         if language == "python":
             exec(compile(block, page, "exec"), names)
-        for line in block.splitlines() if language == "sh" else ():
-            program, *arguments = shlex.split(line)
+        for line in block.replace("\\\n", " ").splitlines() if language == "sh" else ():
+            program, *arguments = shlex.split(line, comments=True)
             assert (program, cli.main(arguments)) == ("lsg-flax", 0), line
 
 

@@ -46,8 +46,8 @@ MAY_IMPORT = {
     "progress sharding",
     "planning": "chips generation hub inference models patterns sharding topologies training",
     "__init__": "attention generation hub models open_qa patterns pipelines",
-    "cli": "__init__ chips files generation hub inference locks models open_qa patterns pipelines "
-    "planning progress sharding training",
+    "cli": "__init__ chips data files generation hub inference locks models open_qa patterns "
+    "pipelines planning progress sharding training",
 }
 PARTS = list(MAY_IMPORT)
 MODULES = sorted(str(p.relative_to(PACKAGE).with_suffix("")) for p in PACKAGE.rglob("*.py"))

@@ -70,6 +70,8 @@ def row(task: str, words: list[str]) -> dict:
         return {"text": text, "choices": [words[0], words[-1]], "label": first % 2}
     if task == "conditional_generation":
         return {"text": text, "target": " ".join(words[:3])}
+    if task == "embedding":
+        return {"text": " ".join(words[:3]), "positive": text}
     if task == "named":  # by other names
         return {"article": text, "abstract": " ".join(words[:3])}
     kinds = {

@@ -35,6 +35,8 @@ def add(commands: shared.Commands) -> None:
     shared.add_pattern(command)
     _add_global_options(command.add_argument_group("global tokens and positions"))
     add_switch(command, "--check", "refuse weights with NaN or infinity in them")
+    about = "repository of the hub, such as me/bert-4096, that gets the result too"
+    command.add_argument("--push-to-hub", metavar="REPO", help=about)
 
 
 def _add_global_options(group: shared.Options) -> None:
@@ -61,7 +63,9 @@ def _add_global_options(group: shared.Options) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
     check_folder("target", arguments.target)  # a Path of nothing is the current folder
-    target = pathlib.Path(arguments.target)
+    target, repository = pathlib.Path(arguments.target), arguments.push_to_hub
+    if repository is not None:
+        hub.check_push(repository)
     replaces = (target / hub.CONFIG).exists()
     out = shared.console()
     with out.status(f"converting {arguments.source}"):
@@ -84,3 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
         out.print(shared.pattern_in_words(config.lsg))
     out.print(f"next: lsg_flax.from_pretrained({str(target)!r}), or lsg-flax inspect {target}")
     out.print(f"in PyTorch: {hub.in_pytorch(hub.open_checkpoint(target))}", soft_wrap=True)
+    if repository is not None:
+        with out.status(f"sending {target} to {repository}"):
+            address = hub.push_folder(target, repository)
+        out.print(f"pushed to {address}", soft_wrap=True)

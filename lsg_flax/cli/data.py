@@ -15,8 +15,9 @@ is trained. `lsg-flax train --dry-run` does the same with the settings of a run.
 _NEEDED = ("model", "task", "train_data")
 _READING = (
     *("eval_data", "columns", "labels", "problem_type", "max_length", "max_target_length"),
-    *("buckets", "target_buckets", "stride", "pack", "text_unit", "on_error", "subset"),
+    *("buckets", "target_buckets", "stride", "pack", "packing", "text_unit", "on_error", "subset"),
     *("train_split", "eval_split", "cache", "convert", "batch_size", "accumulate", "epochs"),
+    *("pooling", "teacher", "teacher_length"),
 )
 
 

@@ -26,7 +26,7 @@ EXTRAS = {  # of pyproject.toml -> the commands that miss it, and for what
     "sentencepiece": "all that read texts: tokenizers that are a sentencepiece model alone",
     "data": "data, train, evaluate, predict, embed: .parquet, names of datasets",
     "metrics": "train, evaluate: F1 of entities",
-    "summarization": "train: ROUGE, with --predict-with-generate",
+    "summarization": "train, evaluate: ROUGE of what is written",
     "tensorboard": "train: --tensorboard",
     "plots": "train, evaluate: pictures",
     "plan": "plan: TPUs",

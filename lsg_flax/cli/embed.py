@@ -7,8 +7,8 @@ from typing import get_args
 from lsg_flax.cli import shared
 from lsg_flax.cli.shared import add_choice, add_number
 from lsg_flax.files import check_apart, check_output
-from lsg_flax.hub import Pooling
 from lsg_flax.locks import locked_file
+from lsg_flax.models import Pooling
 from lsg_flax.pipelines import (
     TEXTS,
     VECTORS,
@@ -23,7 +23,8 @@ from lsg_flax.pipelines import (
 _DESCRIPTION = """Write one vector for each text of INPUT.
 
 INPUT is a .txt with one text per line, a folder of .txt with a text each, or a .jsonl, .csv or
-.parquet (a file, a folder or a pattern) with "text" and maybe "id"; --columns names others.
+.parquet (a file, a folder or a pattern) or the name of a dataset (--split) with "text" and maybe
+"id"; --columns names others.
 OUTPUT is a .npy array [texts, width], or a .jsonl of objects with "id" and "embedding"; it gets its
 name when it is complete. MODEL is a folder of sentence-transformers, converted or not; with
 --pooling any base checkpoint."""
@@ -33,7 +34,7 @@ def add(commands: shared.Commands) -> None:
     """Declares the command and its options."""
     command = shared.add_command(commands, "embed", _DESCRIPTION, run)
     command.add_argument("model", metavar="MODEL", help="folder, or id on the Hugging Face hub")
-    command.add_argument("input", metavar="INPUT", help=" or ".join(TEXTS))
+    command.add_argument("input", metavar="INPUT", help=" or ".join((*TEXTS, "a dataset")))
     command.add_argument("output", metavar="OUTPUT", help=" or ".join(VECTORS))
     add_choice(command, "--pooling", "instead of MODEL's own", get_args(Pooling))
     command.add_argument(
@@ -42,6 +43,7 @@ def add(commands: shared.Commands) -> None:
         help="scale vectors to length 1, or do not (default: as MODEL says)",
     )
     shared.add_columns(command)
+    shared.add_dataset(command)
     about = "tokens after which a text is cut (default: as MODEL says)"
     add_number(command, "--max-length", about)
     add_number(command, "--batch-size", "texts at once", 8)
@@ -54,7 +56,8 @@ def run(arguments: argparse.Namespace) -> None:
     check_suffix(arguments.output, VECTORS)  # before the work, not after
     check_output(arguments.output, arguments.input)
     columns = arguments.columns or {}
-    lines = read_texts(arguments.input, broken_lines=arguments.broken_lines, columns=columns)
+    source = shared.source_of(arguments)
+    lines = read_texts(source, broken_lines=arguments.broken_lines, columns=columns)
     with locked_file(pathlib.Path(arguments.output)):
         _embed(lines, arguments)
 
@@ -73,5 +76,6 @@ def _embed(lines: TextLines, arguments: argparse.Namespace) -> None:
     write_vectors(arguments.output, lines.names, vectors)
     shared.console().print(
         f"wrote {arguments.output}: {vectors.shape[0]:,} vectors of {vectors.shape[1]}, texts cut "
-        f"at {embedder.max_length:,} tokens"
+        f"at {embedder.max_length:,} tokens",
+        soft_wrap=True,
     )

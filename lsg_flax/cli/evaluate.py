@@ -10,6 +10,7 @@ from rich.table import Table
 from lsg_flax import hub
 from lsg_flax.cli import shared, train
 from lsg_flax.files import check_folder
+from lsg_flax.models import TASKS
 from lsg_flax.progress import say
 from lsg_flax.training import EvaluationReport, Settings, evaluate_files, trained_tasks
 
@@ -18,13 +19,18 @@ _DESCRIPTION = """Score MODEL on DATA: loss, scores of the task and of each clas
 DATA is read as by `lsg-flax train`: .jsonl, .csv, .parquet or .txt files, a folder, a pattern, or a
 dataset's name, with the same columns. FOLDER (--output) gets evaluation.json and confusion.png.
 
-  lsg-flax evaluate ./areas held_out.csv --output ./scores --columns text=body,label=area"""
+  lsg-flax evaluate ./areas held_out.csv --output ./scores --columns text=body,label=area
+
+A folder of sentence-transformers is scored by what its vectors find: of rows with "text" and
+"positive", the positive among those of all rows."""
 # Settings of training that say how data is read and the model is run.
 _READING = (
     *("columns", "labels", "problem_type", "max_length", "max_target_length", "stride", "pack"),
-    *("text_unit", "on_error", "subset", "eval_split", "cache"),
+    *("text_unit", "on_error", "subset", "eval_split", "cache", "src_lang", "tgt_lang"),
+    *("pooling", "teacher", "teacher_length"),
 )
 _RUNNING = ("batch_size", "buckets", "target_buckets", "dtype", "mesh", "devices")
+_WRITTEN = ("predict_with_generate", "generation", "generation_rows")
 _MOST_CLASSES = 12  # whose confusion is a table
 
 
@@ -37,6 +43,8 @@ def add(commands: shared.Commands) -> None:
     shared.add_choice(command, "--task", "head (default: that of MODEL)", trained_tasks())
     train.add_settings(command.add_argument_group("how DATA is read"), _READING)
     train.add_settings(command.add_argument_group("how it is computed"), _RUNNING)
+    about = "what is written, of models that write (default: ROUGE of all rows)"
+    train.add_settings(command.add_argument_group(about), _WRITTEN)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -44,13 +52,13 @@ def run(arguments: argparse.Namespace) -> None:
     checkpoint = hub.open_checkpoint(arguments.model)
     if arguments.output is not None:
         check_folder("output", arguments.output)
-    given = {name: getattr(arguments, name) for name in (*_READING, *_RUNNING)}
-    settings = Settings.for_data(
-        model=arguments.model,
-        task=arguments.task or checkpoint.task,
-        data=tuple(arguments.data),
-        **{name: value for name, value in given.items() if value is not None},
-    )
+    given = {name: getattr(arguments, name) for name in (*_READING, *_RUNNING, *_WRITTEN)}
+    values = {name: value for name, value in given.items() if value is not None}
+    task = arguments.task or ("embedding" if checkpoint.modules else checkpoint.task)
+    if TASKS[task].examples == "text_to_text":
+        values.setdefault("predict_with_generate", True)
+    data = tuple(arguments.data)
+    settings = Settings.for_data(model=arguments.model, task=task, data=data, **values)
     report = evaluate_files(settings)
     if jax.process_index() == 0:
         _show(report, arguments.output)

@@ -14,6 +14,9 @@ _ARGUMENT = re.compile(
     =(?:({_VALUE})|(?=[\s;,.)]|$))""",
     re.VERBOSE,
 )
+_CONVERT = re.compile(
+    r"lsg_flax\.convert_checkpoint\(source, target(?:, max_sequence_length=(\d+))?\)"
+)
 
 
 def in_flags(message: str, arguments: argparse.Namespace) -> str:
@@ -21,6 +24,7 @@ def in_flags(message: str, arguments: argparse.Namespace) -> str:
     file of settings keeps its name there."""
     for words, flags in arguments.spelled.items():
         message = message.replace(words, flags)
+    message = _CONVERT.sub(_convert_command, message)
     options = re.findall(r"^  (-.*)", arguments.command.format_help(), re.MULTILINE)
     found = re.findall(r"--[a-z][\w-]*", " ".join(options))
     flags = {flag[2:].replace("-", "_"): flag for flag in found}
@@ -41,6 +45,11 @@ def in_flags(message: str, arguments: argparse.Namespace) -> str:
         return flags[name] if value in ("True", None) else f"{flags[name]} {_words(value)}"
 
     return _ARGUMENT.sub(translate, message)
+
+
+def _convert_command(found: re.Match) -> str:
+    length = f" --max-sequence-length {found[1]}" if found[1] else ""
+    return f"lsg-flax convert SOURCE TARGET{length}"
 
 
 def _words(text: str | None) -> str:

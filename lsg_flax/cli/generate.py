@@ -17,11 +17,18 @@ import numpy as np
 
 import lsg_flax
 from lsg_flax import hub
-from lsg_flax.cli.shared import add_choice, add_command, check_positive, console
+from lsg_flax.cli.shared import (
+    add_choice,
+    add_command,
+    add_dataset,
+    check_positive,
+    console,
+    source_of,
+)
 from lsg_flax.files import check_apart, check_output, valid_text, write_aside
 from lsg_flax.generation import Sample
 from lsg_flax.locks import locked_file
-from lsg_flax.models import MOST_TOKENS, TASKS, Model, Params
+from lsg_flax.models import MOST_TOKENS, TASKS, Model, ModelConfig, Params
 from lsg_flax.pipelines import (
     TEXTS,
     BrokenLines,
@@ -37,11 +44,11 @@ from lsg_flax.training import LARGEST_SEED, Precision
 _DESCRIPTION = """Continue texts with a decoder.
 
 With --prompt the continuation is printed. INPUT is a .txt with one text per line, or a .jsonl, .csv
-or .parquet (a file, a folder or a pattern) with "text" and maybe "id"; OUTPUT gets one line of JSON
-for each, {"id", "text"}, and its name when it is complete. MODEL is a causal_lm with its tokenizer;
-the texts that it writes end with the tokenizer's end of a text. Prompts of about the same length
-are read together, padded on the left; LSG attention then has its blocks elsewhere in a padded
-prompt, which --batch-size 1 avoids.
+or .parquet (a file, a folder or a pattern) or a dataset's name with "text" and maybe "id"; OUTPUT
+gets one line of JSON for each, {"id", "text"}, and its name when it is complete. MODEL is a
+causal_lm with its tokenizer; the texts that it writes end with the tokenizer's end of a text.
+Prompts of about the same length are read together, padded on the left; LSG attention then has its
+blocks elsewhere in a padded prompt, which --batch-size 1 avoids.
 
   lsg-flax generate ./writer --prompt "Once upon a time" --do-sample --top-p 0.9
   lsg-flax generate ./writer prompts.jsonl continuations.jsonl --max-new-tokens 100"""
@@ -80,6 +87,7 @@ def add(commands: Any) -> None:
         metavar="NAME",
         help=f"of the computation: {', '.join(get_args(Precision))} (default: float32)",
     )
+    add_dataset(how)
     add_choice(how, "--broken-lines", "what they do", get_args(BrokenLines), "raise")
 
 
@@ -135,8 +143,7 @@ def _continued(lines: TextLines, arguments: argparse.Namespace) -> tuple[list[An
     model, params = checkpoint.load(dtype=jnp.dtype(arguments.dtype).type)
     ends = _ends(model, tokenizer)
     prompts = _encode(tokenizer, lines.texts, ends)
-    longest = MOST_TOKENS if model.rolls else model.max_length
-    fitting = _fitting(lines.places, prompts, longest, arguments)
+    fitting = _fitting(lines.places, prompts, model, arguments)
     written = _continue(model, params, [prompts[i] for i in fitting], ends, arguments)
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
     return [lines.names[i] for i in fitting], texts
@@ -160,7 +167,7 @@ def _read(arguments: argparse.Namespace) -> TextLines:
             + (" and --prompt." if arguments.prompt else ".")
         )
     check_output(arguments.output, arguments.input)
-    return read_texts(arguments.input, broken_lines=arguments.broken_lines)
+    return read_texts(source_of(arguments), broken_lines=arguments.broken_lines)
 
 
 def _ends(model: Model, tokenizer: Any) -> list[int]:
@@ -185,14 +192,15 @@ def _encode(tokenizer: Any, texts: Sequence[str], ends: list[int]) -> list[list[
 def _fitting(
     places: Sequence[str],
     prompts: Sequence[Sequence[int]],
-    limit: int,
+    model: Model,
     arguments: argparse.Namespace,
 ) -> list[int]:
     """Which prompts fit; raises ValueError for one that does not, unless it is a line to skip."""
+    limit = MOST_TOKENS if model.rolls else model.max_length
     fitting, skipped = [], []
     for number, (place, ids) in enumerate(zip(places, prompts, strict=True)):
         try:
-            _check_length(place, len(ids), arguments.max_new_tokens, limit)
+            _check_length(place, len(ids), arguments.max_new_tokens, limit, model.config)
         except ValueError as error:
             if arguments.input is None or arguments.max_new_tokens > limit:  # no prompt's fault
                 raise
@@ -206,13 +214,13 @@ def _fitting(
     return fitting
 
 
-def _check_length(place: str, length: int, new: int, limit: int) -> None:
+def _check_length(place: str, length: int, new: int, limit: int, config: ModelConfig) -> None:
     fits = limit - new + 1  # the last token is not read again
     if not 1 <= length <= fits:
+        remedy = config.or_convert("Shorten the prompt", max(length, 1) + new - 1)
         raise ValueError(
             f"{place} has {length} tokens, and with --max-new-tokens {new} a prompt must have "
-            f"1 to {max(fits, 0)}: this checkpoint reads {limit}. Shorten the prompt, or convert "
-            "the checkpoint with a larger --max-sequence-length."
+            f"1 to {max(fits, 0)}: this checkpoint reads {limit}. {remedy}."
         )
 
 

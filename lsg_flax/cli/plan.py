@@ -169,6 +169,11 @@ def _add_choices(command: argparse.ArgumentParser) -> None:
         metavar="M",
         help="microbatches that the rows of a step are cut into (default: %(default)s)",
     )
+    add_number(command, "--lora-r", "rank of adapters, which learn in place of all (default: none)")
+    about = "projections with adapters (default: those of training)"
+    command.add_argument("--lora-target-modules", nargs="+", metavar="NAME", help=about)
+    about = "keep a moving average of the parameters that learn (default: none)"
+    command.add_argument("--ema-decay", type=float, metavar="X", help=about)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -220,6 +225,8 @@ def _in_words(settings: PlanSettings) -> str:
     rows += f" x {settings.num_beams} beams" if settings.num_beams else ""
     rows += f" in {settings.accumulate} microbatches" if settings.accumulate > 1 else ""
     remat = f", remat {settings.remat}" if settings.mode == "train" else ""
+    remat += f", LoRA of rank {settings.lora_r}" if settings.lora_r else ""
+    remat += ", with an average" if settings.ema_decay else ""
     place = f"{settings.topology} {mesh or 'data'}"
     return f"{place}, {rows}{remat}, {settings.attention} attention"
 

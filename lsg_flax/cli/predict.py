@@ -25,8 +25,8 @@ from lsg_flax.training import Precision, check_names
 _DESCRIPTION = """Write an answer for each document of a file.
 
 INPUT is a .txt with one text per line, a folder of .txt with a text each, or a .jsonl, .csv or
-.parquet (a file, a folder or a pattern) with "text" (and maybe "text_pair"), "question" and
-"context", or "input_ids", and maybe "id"; --columns names others.
+.parquet (a file, a folder or a pattern) or the name of a dataset (--split) with "text" (and maybe
+"text_pair"), "question" and "context", or "input_ids", and maybe "id"; --columns names others.
 OUTPUT gets one line of JSON for each: {"id", "answer"} as the pipelines of transformers answer, or
 the model's outputs (--outputs). It gets its name when it is complete; a command that was stopped
 goes on when it is given again.
@@ -55,7 +55,7 @@ def add_files(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "input",
         metavar="INPUT",
-        help=".jsonl, .csv, .parquet, .txt, or a folder or pattern of them",
+        help=".jsonl, .csv, .parquet, .txt, a folder or pattern of them, or a dataset's name",
     )
     command.add_argument("output", metavar="OUTPUT", help="lines of JSON")
 
@@ -87,6 +87,7 @@ def _add_what(group: shared.Options) -> None:
         help="write the model's outputs in place of answers, such as logits; all without a NAME",
     )
     shared.add_columns(group)
+    shared.add_dataset(group)
     about = "tokens read at most (default: what the model was trained at, or reads)"
     add_number(group, "--max-length", about)
     add_reading(group)
@@ -136,7 +137,8 @@ def write_answers(
     shared.check_positive(arguments, "batch_size", "buckets")
     mesh = None if arguments.mesh is None else make_mesh(**arguments.mesh)
     named = {name: reading[name] for name in ("text_column", "columns") if name in reading}
-    DocumentFile(arguments.input, **named)
+    source = shared.source_of(arguments)
+    DocumentFile(source, **named)
     check_output(arguments.output, arguments.input)
     check_apart(arguments.output, checkpoint.root)
     tokenizer = checkpoint.tokenizer
@@ -145,7 +147,7 @@ def write_answers(
     dtype = jnp.dtype(arguments.dtype).type
     model, params = checkpoint.load(task, dtype=dtype, mesh=mesh)
     written = predict_file(
-        arguments.input,
+        source,
         arguments.output,
         model,
         params,

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from lsg_flax.cli.flags import in_flags
+from lsg_flax.data import DatasetPart
 from lsg_flax.patterns import MAX_GLOBAL_TOKENS, SPARSITY_TYPES, LSGConfig
 from lsg_flax.pipelines import COLUMNS
 from lsg_flax.progress import say
@@ -150,6 +151,19 @@ def add_columns(options: Options) -> None:
     """Declares what the columns of INPUT are called."""
     about = f"what columns are called, such as text=body; {', '.join(COLUMNS)} (default: so)"
     options.add_argument("--columns", type=name_values, metavar="NAME=VALUE,...", help=about)
+
+
+def add_dataset(options: Options) -> None:
+    """Declares which part of INPUT is read where that is a dataset, for `source_of`."""
+    about = "of a dataset: which one, needed where there are several, such as test"
+    options.add_argument("--split", metavar="NAME", help=about)
+    about = "of a dataset: second argument of load_dataset"
+    options.add_argument("--subset", metavar="NAME", help=about)
+
+
+def source_of(arguments: argparse.Namespace) -> DatasetPart:
+    """INPUT, as readers of documents take it."""
+    return DatasetPart(arguments.input, arguments.subset, arguments.split)
 
 
 def yaml_values(text: str) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from lsg_flax.pipelines import Summarization
 
 _DESCRIPTION = """Write a summary of each document.
 
-INPUT is a .jsonl, .csv or .parquet (a file, a folder or a pattern) with "text" (--text-column) and
-maybe "id", a folder of .txt files, a document each, or a .txt with a document per line. OUTPUT gets
-one line of JSON for each, {"id", "summary"}, and its name when it is complete; a command that was
-stopped goes on when it is given again. What is not given of --num-beams to --no-repeat-ngram-size
-is as the checkpoint says.
+INPUT is a .jsonl, .csv or .parquet (a file, a folder or a pattern) or the name of a dataset
+(--split) with "text" (--text-column) and maybe "id", a folder of .txt files, a document each, or a
+.txt with a document per line. OUTPUT gets one line of JSON for each, {"id", "summary"}, and its
+name when it is complete; a command that was stopped goes on when it is given again. What is not
+given of --num-beams to --no-repeat-ngram-size is as the checkpoint says.
 
   lsg-flax summarize ./lsg-bart-arxiv papers/ summaries.jsonl --num-beams 4"""
 _WINDOW = 4  # batches that are sorted and written together, and lost by a kill at most
@@ -33,6 +33,7 @@ def add(commands: shared.Commands) -> None:
     add_number(what, "--no-repeat-ngram-size", "so many tokens do not come twice in a row")
     about = 'entry or column that is the document (default: "text")'
     what.add_argument("--text-column", metavar="NAME", help=about)
+    shared.add_dataset(what)
     predict.add_reading(what)
     predict.add_how(command.add_argument_group("how it is computed"))
 

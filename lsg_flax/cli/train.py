@@ -52,7 +52,9 @@ Rows of data, by task (other names: --columns):
                            "answer_start": [...]}}
   multiple_choice          {"text": ..., "choices": [...], "label": 0}
   masked_lm, causal_lm     {"text": ...}, or a .txt file
-  conditional_generation   {"text": ..., "target": ...}"""
+  conditional_generation   {"text": ..., "target": ...}
+  embedding                {"text": ..., "positive": ..., and maybe "negative": ...}; with
+                           --teacher {"text": ...}"""
 _HINTS = typing.get_type_hints(Settings, include_extras=True)
 _METAVARS = {int: "N", float: "X", str: "NAME"}
 _PATHS = {"model": "PATH", "train_data": "PATH", "eval_data": "PATH", "output": "FOLDER"}
@@ -100,7 +102,8 @@ def _add_option(
 ) -> None:
     """A flag for a field; unset flags are None, so that those of the YAML file stay."""
     kinds = [kind for kind in get_args(hint) if kind is not types.NoneType]
-    kind = kinds[-1] if isinstance(hint, types.UnionType) else hint
+    united = typing.get_origin(hint) in (types.UnionType, typing.Union)  # the latter of a Literal
+    kind = kinds[-1] if united else hint
     origin, parts = typing.get_origin(kind) or kind, get_args(kind)
     unset = about.unset if field.default in (None, dataclasses.MISSING) else field.default
     required = field.default is field.default_factory is dataclasses.MISSING
@@ -108,7 +111,7 @@ def _add_option(
     text = about.about + (": " + ", ".join(choices) if choices else "")
     shape: dict[str, Any] = {"metavar": _PATHS.get(field.name, _METAVARS.get(origin, "NAME"))}
     if choices:
-        shape["choices"] = choices
+        shape |= {"choices": choices} | ({"nargs": "+"} if origin is tuple else {})
     elif origin is bool:
         shape = {"action": argparse.BooleanOptionalAction}
         unset = "yes" if unset else "no"
@@ -117,7 +120,7 @@ def _add_option(
         shape["metavar"] = _PATHS.get(field.name, _METAVARS[parts[0]])
     elif origin is dict:
         sizes = parts[1] is int
-        shape = {"type": {int: mesh_axes, str: name_values, Any: yaml_values}[parts[1]]}
+        shape = {"type": {int: mesh_axes, str: name_values}.get(parts[1], yaml_values)}
         shape["metavar"] = "AXIS=N,..." if sizes else "NAME=VALUE,..."
     else:
         shape["type"] = origin
@@ -183,24 +186,29 @@ def show_survey(found: RunSurvey) -> None:
 
 def _survey_lines(name: str, part: DataSurvey) -> list[str]:
     skipped = f", {part.skipped:,} broken ones left out" if part.skipped else ""
-    words = ("shortest", "half", "90 %", "longest")
-    lengths = [f"{w} {n:,}" for w, n in zip(words, part.lengths, strict=True)]
     total = max(sum(part.labels.values()), 1)
     labels = [f"{label} {n:,} ({n / total:.0%})" for label, n in part.labels.items()]
     shown = labels[:20] + [f"and {len(labels) - 20:,} more"] * (len(labels) > 20)
     buckets = [f"{length:,}: {n:,} rows" for length, n in part.buckets.items()]
     return [
         f"{name}: {part.rows:,} rows{skipped}",
-        f"  tokens: {', '.join(lengths)}",
+        f"  tokens: {_of_lengths(part.lengths)}",
+        *(f"  tokens of the {of}: {_of_lengths(found)}" for of, found in part.others.items()),
         f"  cut: {part.cut or 'nothing'}",
         *([f"  labels: {', '.join(shown)}"] if labels else []),
         f"  buckets: {', '.join(buckets)}; {part.real:.0%} of their places are no padding",
     ]
 
 
+def _of_lengths(lengths: dict[str, int]) -> str:
+    return ", ".join(f"{name} {n:,}" for name, n in lengths.items())
+
+
 def _show(result: Finetuned) -> None:
     out, writes = console(), result.model.task_record.generates
-    out.print(f"wrote {result.output}: {result.model.task} after {result.step:,} steps")
+    embeds = result.model.task == "base"
+    task = "embedding" if embeds else result.model.task
+    out.print(f"wrote {result.output}: {task} after {result.step:,} steps")
     if result.best is not None:
         out.print(f"wrote {result.output / 'best'}: the best, after {result.best:,} steps")
     if result.scores:
@@ -214,6 +222,9 @@ def _show(result: Finetuned) -> None:
     out.print(f"log: {', '.join(sorted(str(file) for file in log.iterdir()))}")
     out.print(f"checkpoints, to go on from: {result.output / 'checkpoints'}")
     writer = "summarize" if result.model.has_two_stacks else "generate"
-    unanswered = "" if writes or result.model.task in ANSWERS else " --outputs"
-    command = f"{writer if writes else 'predict'} {result.output} INPUT OUTPUT{unanswered}"
+    if result.pushed:
+        out.print(f"pushed to {result.pushed}", soft_wrap=True)
+    reader = "embed" if embeds else writer if writes else "predict"
+    unanswered = "" if embeds or writes or result.model.task in ANSWERS else " --outputs"
+    command = f"{reader} {result.output} INPUT OUTPUT{unanswered}"
     out.print(f"next: lsg-flax {command}")

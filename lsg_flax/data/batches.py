@@ -15,8 +15,9 @@ import numpy as np
 from jaxtyping import Int, Shaped
 
 from lsg_flax.buckets import check_tokens, default_buckets
-from lsg_flax.data.cache import INPUT, TokenizedDataset
+from lsg_flax.data.cache import INPUT, READ, TokenizedDataset
 from lsg_flax.data.order import Order, ProcessShare, Remainder
+from lsg_flax.data.packing import SEGMENT_ROWS, Packing, join_texts, pack_rows
 from lsg_flax.files import Json, differences
 from lsg_flax.models import IGNORED, TASKS, Batch
 
@@ -25,6 +26,13 @@ _MASKS, _EVAL_MASKS = range(2, 4)  # random numbers under the seed, beside those
 
 # Lengths to pad to: of the inputs, or by stream.
 Buckets = Sequence[int] | Mapping[str, Sequence[int]]
+
+
+class PackedRows(NamedTuple):
+    """Rows that texts share, [O, texts] numbers of rows of the data, -1 for none."""
+
+    packing: Packing
+    texts: Int[np.ndarray, "O texts"]
 
 
 class TrainBatches(Iterator[Batch]):
@@ -43,8 +51,10 @@ class TrainBatches(Iterator[Batch]):
         settings: Json,
         epochs: int | None,
         prefetch: int,
+        packed: PackedRows | None = None,
     ):
         self._dataset, self._order, self._share, self._settings = dataset, order, share, settings
+        self._packed = packed
         self.buckets = tuple(sorted({length for length, *_ in order.buckets}))
         total = _ENDLESS if epochs is None else self.steps(epochs)
         if not total:
@@ -66,9 +76,14 @@ class TrainBatches(Iterator[Batch]):
         bucket, rows = self._order.batch(int(number))
         share, seed = self._share, self._settings["seed"]
         rows, places = share.own(rows), share.own(np.arange(share.rows))
-        seeds = [[seed, _MASKS, number, place] for place in places.reshape(-1).tolist()]
         probability = self._settings["mask_probability"]
-        batch = collate(self._dataset, rows.reshape(-1), bucket, seeds, probability)
+        if self._packed is None:
+            seeds = [[seed, _MASKS, number, place] for place in places.reshape(-1).tolist()]
+            batch = collate(self._dataset, rows.reshape(-1), bucket, seeds, probability)
+        else:
+            places, own = places.reshape(-1), rows.reshape(-1)
+            key = [seed, _MASKS, number]
+            batch = _collate_packed(self._dataset, self._packed, own, places, key, probability)
         if share.microbatches == 1:
             return batch
         return {name: x.reshape(*rows.shape, *x.shape[1:]) for name, x in batch.items()}
@@ -125,6 +140,7 @@ def train_batches(
     process_index: int | None = None,
     process_count: int | None = None,
     prefetch: int = 2,
+    packing: Packing | None = None,
 ) -> TrainBatches:
     """Batches for training: shuffled anew in each epoch, each of one bucket, always of the same
     size.
@@ -147,6 +163,10 @@ def train_batches(
         process_index, process_count: by default JAX's; each process gets its own rows of the same
             batches.
         prefetch: batches that threads prepare ahead; 0 prepares none.
+        packing: several texts share a row, in place of buckets; a batch then has "segment_ids" [B,
+            T], what a text has one of as [B, texts, ...], and "segment_rows" [B, texts], which row
+            of the data each text is, -1 for none. `batch_size` counts rows that are shared, and
+            which texts share one stays the same in all epochs.
 
     Returns:
         An iterator over dicts of arrays, [B, T] or [M, B, T] ([B, C, T] for multiple choice), by
@@ -169,9 +189,16 @@ def train_batches(
     if not 0 < mask_probability < 1:
         raise ValueError(f"mask_probability={mask_probability} must lie between 0 and 1.")
     share = ProcessShare.of(process_index, process_count, batch_size, microbatches)
-    ladders = _ladders(dataset, buckets, share)
+    packed = None if packing is None else _packed_rows(dataset, packing, buckets, seed, floats)
+    if packed is None:
+        ladders = _ladders(dataset, buckets, share)
+        lengths = [stream.lengths for stream in dataset.streams.values()]
+    else:
+        check_tokens(share.rows, packed.packing.length, share.count)
+        ladders = {INPUT: (packed.packing.length,)}
+        lengths = [np.full(len(packed.texts), packed.packing.length)]
     order = Order(
-        [stream.lengths for stream in dataset.streams.values()],
+        lengths,
         ladders=[*ladders.values()],
         size=share.rows,
         seed=seed,
@@ -188,7 +215,30 @@ def train_batches(
         "shuffle": shuffle,
         "mask_probability": mask_probability,
     }
-    return TrainBatches(dataset, order, share, settings=settings, epochs=epochs, prefetch=prefetch)
+    if packed is not None:
+        settings["packing"] = [packed.packing.block, packed.texts.shape[1]]
+    options = {"settings": settings, "epochs": epochs, "prefetch": prefetch}
+    return TrainBatches(dataset, order, share, **options, packed=packed)
+
+
+def _packed_rows(
+    dataset: TokenizedDataset, packing: Packing, buckets: Buckets | None, seed: int, floats: bool
+) -> PackedRows:
+    """The plan of a data set's rows; raises ValueError for data that cannot share rows."""
+    if buckets is not None:
+        raise ValueError(
+            f"buckets={buckets} and packing={packing}: rows that are shared have one length; give "
+            "one of them."
+        )
+    target = TASKS[dataset.task].targets[0] if TASKS[dataset.task].targets else None
+    positions = target is not None and target.loss == "position"
+    if len(dataset.streams) > 1 or dataset.choices is not None or positions or floats:
+        raise ValueError(
+            f"packing is for texts with classes, one for each text or token, not for {dataset.task}"
+            + (" with labels that are floats" if floats else "")
+            + "; leave it out."
+        )
+    return PackedRows(packing, pack_rows(dataset.lengths, packing, seed=seed))
 
 
 class EvalBatch(NamedTuple):
@@ -303,16 +353,41 @@ def collate(
     return batch | {name: _targets(dataset, name, rows, bucket[0]) for name in dataset.targets}
 
 
+def _collate_packed(
+    dataset: TokenizedDataset,
+    packed: PackedRows,
+    rows: Int[np.ndarray, "B"],
+    places: Int[np.ndarray, "B"],
+    key: list[int],
+    mask_probability: float,
+) -> Batch:
+    """The arrays of a batch of shared rows; `places` are those of the rows in the whole batch, from
+    which with `key` the masked tokens of each text are drawn."""
+    none, width = np.full(len(rows), -1), packed.texts.shape[1]
+    texts = np.where(rows[:, None] < 0, -1, packed.texts[rows])  # [B, texts]
+    lengths = np.where(texts < 0, 0, dataset.lengths[texts])
+    there = texts >= 0
+    numbers = (places[:, None] * width + np.arange(width))[there]  # of texts in the whole batch
+    seeds = [[*key, number] for number in numbers.tolist()]
+    longest = max(int(lengths.max()), 1)
+    each = collate(dataset, texts[there], (longest,), seeds, mask_probability)
+    filler = collate(dataset, none, (packed.packing.length,), [key] * len(none), mask_probability)
+    return join_texts(each, lengths, filler, packed.packing) | {
+        SEGMENT_ROWS: texts.astype(np.int32)
+    }
+
+
 def _padded(
     dataset: TokenizedDataset, name: str, rows: Int[np.ndarray, "B"], length: int
 ) -> dict[str, Int[np.ndarray, "B *C T"]]:
-    """The fields of a stream, and where the inputs are real; other streams' padding are labels that
-    do not count."""
+    """The fields of a stream, and where it is real if a model reads it; other streams' padding are
+    labels that do not count."""
     stream = dataset.streams[name]
     labels = [target.labels for target in TASKS[dataset.task].targets]
-    fill = {"input_ids": dataset.pad_token_id} | dict.fromkeys(labels, IGNORED)
+    fill = {f"{prefix}input_ids": dataset.pad_token_id for prefix in READ.values()}
+    fill |= dict.fromkeys(labels, IGNORED)
     shape = (len(rows), math.prod(stream.shape), length)
-    names = [*stream.fields, *(["attention_mask"] if name == INPUT else [])]
+    names = [*stream.fields, *([f"{READ[name]}attention_mask"] if name in READ else [])]
     arrays = {n: np.full(shape, fill.get(n, 0), np.int32) for n in names}
     for place in np.flatnonzero(rows >= 0).tolist():
         for number, (start, stop) in enumerate(stream.spans(int(rows[place]))):

@@ -26,6 +26,9 @@ from lsg_flax.files import Json, read_json, write_json
 
 INPUT = "input"  # the stream that all rows have, the first one
 TARGET = "target"  # that of texts to be written
+POSITIVE, NEGATIVE = "positive", "negative"  # those that belong to the input, and do not
+# What names of arrays begin with, of the streams that a model reads.
+READ = {INPUT: "", POSITIVE: "positive_", NEGATIVE: "negative_"}
 OFFSETS = "offset_mapping"  # beside its tokens; in no batch
 _INDEX = "index.json"
 _CHUNK = 1 << 24  # bytes that a checksum reads at once
@@ -144,6 +147,13 @@ class Stream:
         return list(itertools.pairwise(self.offsets[row * count :][: count + 1].tolist()))
 
 
+def spread(lengths: Int[np.ndarray, "O"]) -> dict[str, int]:
+    """The shortest, the middle one, the 90th of 100 and the longest, by name."""
+    points = {"shortest": 0.0, "half": 0.5, "90 %": 0.9, "longest": 1.0}
+    found = np.quantile(lengths, list(points.values()), method="nearest")
+    return {name: int(length) for name, length in zip(points, found, strict=True)}
+
+
 class TokenizedDataset:
     """Rows of tokens with their labels, read from disk as they are asked for.
 
@@ -204,6 +214,11 @@ class TokenizedDataset:
     def lengths(self) -> Int[np.ndarray, "O"]:
         """Tokens of each row's input, of the longest where there are choices."""
         return self.streams[INPUT].lengths
+
+    @property
+    def spread(self) -> dict[str, int]:
+        """Of the rows' lengths."""
+        return spread(self.lengths)
 
     @property
     def choices(self) -> int | None:

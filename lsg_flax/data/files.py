@@ -96,10 +96,23 @@ class FileSource:
         return None
 
 
+class DatasetPart(NamedTuple):
+    """A part of a dataset of the `datasets` library.
+
+    Attributes:
+        subset: the second argument of `load_dataset`.
+        split: None is the only one that there is.
+    """
+
+    name: str
+    subset: str | None = None
+    split: str | None = None
+
+
 class DatasetSource:
     """A split of a dataset of the `datasets` library."""
 
-    def __init__(self, name: str, subset: str | None, split: str):
+    def __init__(self, name: str, subset: str | None, split: str | None):
         try:
             import datasets
         except ImportError as error:
@@ -108,13 +121,20 @@ class DatasetSource:
                 "which needs the `datasets` library: pip install 'lsg-flax[data]'."
             ) from error
         try:
-            loaded = datasets.load_dataset(name, subset, split=split)
+            loaded: Any = datasets.load_dataset(name, subset, split=split)
         except Exception as error:  # the library raises many kinds
             raise ValueError(
                 f"{name!r} is no file or folder here, and `datasets` cannot load it as "
                 f"load_dataset({name!r}, {subset!r}, split={split!r}): {error}"
             ) from error
-        self.dataset: Any = loaded
+        if split is None:  # all of them were loaded
+            if len(loaded) != 1:
+                raise ValueError(
+                    f"the dataset {name!r} has the splits {', '.join(loaded)}: give split=, one of "
+                    "them."
+                )
+            ((split, loaded),) = loaded.items()
+        self.dataset = loaded
         self.name = f"{name}[{split}]"
 
     def rows(self, problems: Problems) -> Iterator[DataRow]:
@@ -140,15 +160,14 @@ DataSource = FileSource | DatasetSource
 
 
 def open_source(
-    paths: Paths, *, subset: str | None, split: str, text_unit: TextUnit = "line"
+    paths: Paths, *, subset: str | None, split: str | None, text_unit: TextUnit = "line"
 ) -> DataSource:
     """Where the rows come from.
 
     Args:
         paths: a file, a folder, a pattern such as "data/part-*.jsonl", a list of these, or the
             name of a dataset for `datasets.load_dataset`.
-        subset: for a dataset, the second argument of `load_dataset`.
-        split: for a dataset.
+        subset, split: for a dataset, see `DatasetPart`.
         text_unit: whether a line or a whole file is a text in .txt files.
 
     Raises:
@@ -158,7 +177,7 @@ def open_source(
         ImportError: for a dataset, without the library.
     """
     given = [paths] if isinstance(paths, str | pathlib.Path) else list(paths)
-    if len(given) == 1 and isinstance(given[0], str) and _is_dataset_name(given[0]):
+    if len(given) == 1 and isinstance(given[0], str) and is_dataset_name(given[0]):
         return DatasetSource(given[0], subset, split)
     files = [file for path in given for file in _files_of(str(path))]
     kinds = sorted({file.suffix for file in files})
@@ -173,10 +192,11 @@ def open_source(
 def files_at(paths: Paths) -> list[pathlib.Path]:
     """The files that `open_source` reads for these paths; none of a dataset."""
     given = [paths] if isinstance(paths, str | pathlib.Path) else list(paths)
-    return [f for path in given if not _is_dataset_name(str(path)) for f in _files_of(str(path))]
+    return [f for path in given if not is_dataset_name(str(path)) for f in _files_of(str(path))]
 
 
-def _is_dataset_name(path: str) -> bool:
+def is_dataset_name(path: str) -> bool:
+    """Whether this is no file, folder or pattern, but may be what the hub calls a dataset."""
     known = pathlib.Path(path).suffix in KINDS
     return (
         not known

@@ -14,9 +14,10 @@ from typing import Any
 import filelock
 
 from lsg_flax.data.cache import ArrayFiles, DamagedCacheError, RowWriter, TokenizedDataset
+from lsg_flax.data.encoders import make_encoder
 from lsg_flax.data.files import DataSource, Paths, Problems, open_source
 from lsg_flax.data.options import DataOptions
-from lsg_flax.data.tasks import ExampleEncoder, make_encoder
+from lsg_flax.data.tasks import ExampleEncoder
 from lsg_flax.data.values import label_number, labels_in, names_of_labels
 from lsg_flax.files import check_folder, written_aside
 from lsg_flax.progress import Bar
@@ -154,6 +155,8 @@ def _fingerprint(source: DataSource, options: DataOptions, tokenizer: Any) -> st
         reads = [reads, getattr(tokenizer, "tgt_lang", None)]
     else:  # as before there were such, so that what is kept is found
         del told["max_target_length"], told["columns"]["target"]
+    if not options.has_pairs:
+        del told["lower_case"], told["columns"]["positive"], told["columns"]["negative"]
     parts = [
         _FORMAT,
         source.digest(),

@@ -25,6 +25,8 @@ class Columns:
         answers: {"text": [...], "answer_start": [...]} as in SQuAD, both empty where the context
             has no answer.
         target: the text to write for `text`.
+        positive: a text that belongs to `text`, and is to have a vector near its own.
+        negative: one that does not, or a list of several.
         choices: the texts to choose from, each read as a pair with `text`.
     """
 
@@ -39,6 +41,8 @@ class Columns:
     answers: str = "answers"
     choices: str = "choices"
     target: str = "target"
+    positive: str = "positive"
+    negative: str = "negative"
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,8 @@ class DataOptions:
             the training data.
         width: regression: how many numbers a row has, by default as many as the first one. For
             evaluation data give that of the training data.
-        with_labels: False reads data without labels, to predict them.
+        with_labels: False reads data without labels, to predict them; for embeddings a positive is
+            needed, or else taken where there is one.
         pack: language models: join the texts and cut them into pieces of `max_length`. False
             makes a row of each text.
         stride: question answering: tokens that neighbouring windows share.
@@ -64,6 +69,7 @@ class DataOptions:
         text_unit: in .txt files, whether a line or a whole file is a text.
         on_error: what a broken row does.
         columns: names of the columns.
+        lower_case: embeddings: lower the case of texts first.
 
     Raises:
         ValueError: for an unknown choice, or a number that is too small.
@@ -82,6 +88,7 @@ class DataOptions:
     on_error: OnError = "raise"
     columns: Columns = field(default_factory=Columns)
     max_target_length: int | None = None
+    lower_case: bool = False
 
     def __post_init__(self):
         allowed: dict[str, Sequence[str]] = {
@@ -141,6 +148,11 @@ class DataOptions:
     def has_target_texts(self) -> bool:
         """Whether a row has a text that is to be written."""
         return TASKS[self.task].examples == "text_to_text"
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether a row has texts that are compared."""
+        return TASKS[self.task].examples == "pairs"
 
     @property
     def label_column(self) -> str | None:

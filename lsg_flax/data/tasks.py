@@ -16,7 +16,7 @@ from lsg_flax.data.files import DataRow, Problems
 from lsg_flax.data.options import DEFAULT_PROBLEM, DataOptions
 from lsg_flax.data.values import answers_in, label_number, numbers_in, text_in, texts_in, value_in
 from lsg_flax.files import Json
-from lsg_flax.models import IGNORED, TASKS, Examples
+from lsg_flax.models import IGNORED, TASKS
 
 # What a tokenizer gives for each token, and how it is stored.
 _TOKEN_FIELDS = {"input_ids": np.int32, "token_type_ids": np.int8, OFFSETS: np.int32}
@@ -392,29 +392,6 @@ class PackedTextEncoder(TextExampleEncoder):
         ids = [*self._before, *ids, *self._after]
         inputs = Sequences(len(ids), {"input_ids": np.array(ids, np.int32)})
         return EncodedRow({INPUT: inputs}, {})
-
-
-_ENCODERS: dict[Examples, type[ExampleEncoder]] = {
-    "words": WordExampleEncoder,
-    "question": QuestionExampleEncoder,
-    "choices": ChoiceExampleEncoder,
-    "text_to_text": TargetTextExampleEncoder,
-}
-
-
-def make_encoder(
-    options: DataOptions, tokenizer: Any, labels: tuple[str, ...] | None, problems: Problems
-) -> ExampleEncoder:
-    """The encoder of the task's examples.
-
-    Raises:
-        ValueError: for a tokenizer that cannot serve it.
-    """
-    examples = TASKS[options.task].examples or "text"
-    if examples == "masked_text" and tokenizer.mask_token_id is None:
-        raise ValueError(f"{options.task} needs a tokenizer with a mask token; this one has none.")
-    kind = PackedTextEncoder if options.packed else _ENCODERS.get(examples, TextExampleEncoder)
-    return kind(options, tokenizer, labels, problems)
 
 
 def _tokens_of(span: tuple[int, int], offsets: np.ndarray) -> tuple[int, int]:

@@ -158,6 +158,12 @@ class Space(NamedTuple):
     width: int
 
 
+def _or_convert(model: CausalModel, remedy: str, tokens: int) -> str:
+    """What to do; the config of a model that is not of this library knows of no conversion."""
+    advise = getattr(model.config, "or_convert", None)
+    return remedy if advise is None else advise(remedy, tokens)
+
+
 def space_for(
     model: CausalModel,
     length: int,
@@ -177,11 +183,11 @@ def space_for(
     last = int(np.asarray(position_ids)[:, -1].max()) if given else length - 1
     limit = model.config.max_position_embeddings if given else model.max_length
     if last + max(new, 1) > limit and not rolls(model):  # the last token needs no position
+        needed = last + max(new, 1)
         raise ValueError(
-            f"{name}={value} behind a prompt of {length} tokens needs "
-            f"{last + max(new, 1)} positions, and this checkpoint has {limit}: at most "
-            f"{max(limit - last, 0)} fit. Shorten the prompt, or convert the checkpoint with a "
-            "larger max_sequence_length."
+            f"{name}={value} behind a prompt of {length} tokens needs {needed} positions, and this "
+            f"checkpoint has {limit}: at most {max(limit - last, 0)} fit. "
+            f"{_or_convert(model, 'Shorten the prompt', needed)}."
         )
     require(
         new > 0,

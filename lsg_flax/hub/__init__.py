@@ -1,6 +1,10 @@
 """Checkpoints as folders of Hugging Face: opened, saved, made to read long documents."""
 
 from lsg_flax.hub.beside import is_model_file as is_model_file
+from lsg_flax.hub.card import Card as Card
+from lsg_flax.hub.card import card_text as card_text
+from lsg_flax.hub.card import table as table
+from lsg_flax.hub.card_files import write_card as write_card
 from lsg_flax.hub.checkpoint import Checkpoint as Checkpoint
 from lsg_flax.hub.checkpoint import open_checkpoint as open_checkpoint
 from lsg_flax.hub.download import CONFIG_FILES as CONFIG_FILES
@@ -9,14 +13,16 @@ from lsg_flax.hub.download import resolve as resolve
 from lsg_flax.hub.load import convert_checkpoint as convert_checkpoint
 from lsg_flax.hub.load import from_pretrained as from_pretrained
 from lsg_flax.hub.load import make_lsg as make_lsg
+from lsg_flax.hub.push import PushError as PushError
+from lsg_flax.hub.push import check_push as check_push
+from lsg_flax.hub.push import check_repository as check_repository
+from lsg_flax.hub.push import push_folder as push_folder
 from lsg_flax.hub.pytorch_code import in_pytorch as in_pytorch
 from lsg_flax.hub.save import config_values as config_values
-from lsg_flax.hub.save import keep_documents as keep_documents
 from lsg_flax.hub.save import save_pretrained as save_pretrained
-from lsg_flax.hub.sentence_files import Pooling as Pooling
+from lsg_flax.hub.save import save_sentence_model as save_sentence_model
 from lsg_flax.hub.sentence_files import SentenceSettings as SentenceSettings
 from lsg_flax.hub.sentence_files import read_sentence_settings as read_sentence_settings
-from lsg_flax.hub.sentence_files import write_sentence_settings as write_sentence_settings
 from lsg_flax.hub.to_lsg import LSGOptions as LSGOptions
 from lsg_flax.hub.tokenizer_files import Tokenizer as Tokenizer
 from lsg_flax.hub.tokenizer_files import check_languages as check_languages

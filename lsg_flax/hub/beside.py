@@ -8,6 +8,7 @@ import pathlib
 import shutil
 from collections.abc import Iterable
 
+from lsg_flax.hub.card_files import CARD, SOURCE_CARD, is_own_card, source_card
 from lsg_flax.hub.sentence_files import MODULES, PROMPTS, SENTENCE_CONFIGS
 from lsg_flax.hub.weights import CONFIG, GENERATION, WEIGHTS
 
@@ -47,11 +48,20 @@ def is_model_file(name: str) -> bool:
 
 
 def carry_documents(source: pathlib.Path, target: pathlib.Path, *, readme: bool) -> None:
-    """Copies these files as they are; the README only if it is still true."""
+    """Copies these files as they are; a README only if it is still true, and the card under another
+    name, since the copy has a card of its own."""
     for file in sorted(source.iterdir()):
         tells_of_model = file.name.lower().startswith("readme")
-        if file.is_file() and is_document(file.name) and (readme or not tells_of_model):
+        card = file.name in (CARD, SOURCE_CARD)
+        if (
+            file.is_file()
+            and is_document(file.name)
+            and not (tells_of_model and (card or not readme))
+        ):
             shutil.copyfile(file, target / file.name)
+    given = source_card(source) if readme else None
+    if given is not None:
+        shutil.copyfile(given, target / SOURCE_CARD)
 
 
 def others_files(folder: pathlib.Path, new: pathlib.Path, *, ours: bool) -> list[str]:
@@ -66,6 +76,7 @@ def others_files(folder: pathlib.Path, new: pathlib.Path, *, ours: bool) -> list
         for name in names
         if os.path.lexists(folder / name)
         and not (ours and matches(name, _WRITTEN))
+        and not (name == CARD and is_own_card(folder / name))
         and not ((folder / name).is_file() and filecmp.cmp(folder / name, new / name, False))
     ]
 

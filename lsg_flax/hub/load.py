@@ -127,7 +127,9 @@ def convert_checkpoint(
         )
     with locked(pathlib.Path(target)):
         converted = _converted(checkpoint, task, options, lsg_overrides, check=check)
-        write_converted(pathlib.Path(target), checkpoint, *converted)
+        write_converted(
+            pathlib.Path(target), checkpoint, *converted, base=str(source), options=options
+        )
     return converted[:2]
 
 

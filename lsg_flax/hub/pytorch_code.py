@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lsg_flax.hub.checkpoint import Checkpoint
+from lsg_flax.hub.weights import CONFIG
 from lsg_flax.models import Model, family_of
 
 _PACKAGE, _INSTALL = "lsg_converter", "pip install lsg-converter 'transformers<4.44'"
@@ -48,11 +49,13 @@ def auto_map_of(model: Model) -> dict[str, Any]:
     return given if isinstance(given, dict) else {}
 
 
-def in_pytorch(checkpoint: Checkpoint) -> str:
-    """How PyTorch loads a checkpoint, as a sentence for its user."""
-    family, folder = family_of(checkpoint.config.model_type), str(checkpoint.folder)
+def in_pytorch(checkpoint: Checkpoint, place: str | None = None) -> str:
+    """How PyTorch loads a checkpoint, as a sentence for its user; from its folder, or `place`."""
+    family, folder = family_of(checkpoint.config.model_type), place or str(checkpoint.folder)
     lsg = checkpoint.config.lsg is not None
     name = family.class_name(checkpoint.head or "base", lsg=lsg)
+    if not family.describes_itself:
+        return f"local_attention.{name}(**keywords of {CONFIG}).load_state_dict(its safetensors)"
     if not lsg:
         return f"transformers.{name}.from_pretrained({folder!r})"
     if family.lsg_type:

@@ -1,5 +1,6 @@
 """Checkpoints saved: config.json and weights, and what else belongs to them."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -11,9 +12,16 @@ import numpy as np
 from lsg_flax.convert_from_torch import params_to_torch
 from lsg_flax.files import check_folder, read_json, save_tensors, write_json, written_aside
 from lsg_flax.hub import beside
-from lsg_flax.hub.checkpoint import Checkpoint
+from lsg_flax.hub.card import Card, card_text, table
+from lsg_flax.hub.card_files import takes_card, write_card
+from lsg_flax.hub.checkpoint import Checkpoint, open_checkpoint
 from lsg_flax.hub.pytorch_code import auto_map_of, carry_code, installed_code
-from lsg_flax.hub.sentence_files import carry_modules
+from lsg_flax.hub.sentence_files import (
+    SentenceSettings,
+    carry_modules,
+    write_sentence_settings,
+)
+from lsg_flax.hub.to_lsg import LSGOptions
 from lsg_flax.hub.tokenizer_files import Tokenizer, origin, portable_class, save_tokenizer
 from lsg_flax.hub.weights import CONFIG, GENERATION, WEIGHTS
 from lsg_flax.models import Model, Params, family_of
@@ -55,6 +63,28 @@ def save_pretrained(
             f"read beside the new {WEIGHTS}; remove what you do not need.",
             stacklevel=2,
         )
+
+
+def save_sentence_model(
+    path: str | os.PathLike,
+    model: Model,
+    params: Params,
+    tokenizer: Tokenizer,
+    settings: SentenceSettings,
+    *,
+    source: Checkpoint | None = None,
+) -> None:
+    """As `save_pretrained`, with sentence-transformers' files beside it; all together or, if
+    anything fails, none. Pooling "global" is written as its name for the first token.
+
+    Raises:
+        ValueError, OSError: as `save_pretrained`.
+    """
+    path = pathlib.Path(path)
+    with written_aside(path) as aside:
+        save_pretrained(aside, model, params, tokenizer, source=source)
+        write_sentence_settings(aside, settings, width=model.config.hidden_size)
+        keep_documents(path, aside)
 
 
 def _write(
@@ -133,8 +163,15 @@ def write_converted(
     model: Model,
     params: Params,
     tokenizer: Tokenizer | None,
+    *,
+    base: str,
+    options: LSGOptions,
 ) -> None:
-    """Saves a conversion with all that belongs to its source.
+    """Saves a conversion with all that belongs to its source, and a model card.
+
+    Args:
+        base: what the user calls the source.
+        options: which the card tells.
 
     Raises:
         ValueError: if files of another model would stay beside it, or somebody's be replaced.
@@ -144,6 +181,10 @@ def write_converted(
         _write(aside, model, params, tokenizer, checkpoint, readme=True)
         if checkpoint.modules and model.task == "base":
             carry_modules(checkpoint.root, checkpoint.modules, aside, model.max_length)
+        if takes_card(target):
+            card, name = _card_of_conversion(base, options, checkpoint), target.resolve().name
+            made = open_checkpoint(aside)
+            write_card(aside, card_text(card, name, made, checkpoint, base))
         if stale := beside.stale_files(target, aside, settings=True):
             raise ValueError(
                 f"{target} holds {', '.join(stale)} of another model, which would be read beside "
@@ -154,6 +195,18 @@ def write_converted(
                 f"{target} holds {', '.join(others)}, not written by a conversion of this source, "
                 "in the place of new files; move them away, or give another folder."
             )
+
+
+def _card_of_conversion(base: str, options: LSGOptions, source: Checkpoint) -> Card:
+    """What a conversion says of itself."""
+    place, reads = pathlib.Path(base), Model(source.config).max_length
+    about = (
+        f"`{place.resolve().name if place.exists() else base}`, converted by lsg_flax to read "
+        f"{options.max_sequence_length:,} tokens instead of {reads:,}, by LSG attention (local + "
+        "sparse + global, arXiv 2210.15497). Its weights are the same; nothing was trained."
+    )
+    rows = {f"`{name}`": value for name, value in dataclasses.asdict(options).items()}
+    return Card(about, {"Settings of the conversion": table(rows)})
 
 
 def config_values(

@@ -6,12 +6,12 @@ Normalize; each other module has a folder of its own.
 
 import pathlib
 import shutil
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 from lsg_flax.files import read_json, write_json
 from lsg_flax.hub.json_text import with_field
+from lsg_flax.models import Pooling
 
-Pooling = Literal["mean", "cls", "max", "global"]
 Modules = list[tuple[str, pathlib.Path]]
 MODULES, SENTENCES = "modules.json", "sentence_bert_config.json"
 PROMPTS = "config_sentence_transformers.json"

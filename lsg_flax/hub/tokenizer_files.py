@@ -9,10 +9,11 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-from lsg_flax.files import check_pointer
+from lsg_flax.files import check_pointer, read_json
 from lsg_flax.hub.beside import TOKENIZER_FILES, matches
 from lsg_flax.hub.download import cached_folder
 from lsg_flax.hub.json_text import with_field
+from lsg_flax.hub.weights import CONFIG
 
 # transformers': its import takes seconds, and its own annotations differ between versions.
 Tokenizer = Any
@@ -50,7 +51,8 @@ def read_tokenizer(folder: str | os.PathLike) -> Tokenizer | None:
 
     try:
         name = _SAME_AS.get(_settings(folder).get("tokenizer_class"), "AutoTokenizer")
-        tokenizer = getattr(transformers, name).from_pretrained(str(folder))
+        known = _config_beside(folder) if name == "AutoTokenizer" else {}
+        tokenizer = getattr(transformers, name).from_pretrained(str(folder), **known)
         tokenizer("\u2603")  # a vocabulary without a token for what it does not know cannot
     except BaseException as error:  # of any kind; a panic in Rust is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -68,6 +70,19 @@ def read_tokenizer(folder: str | os.PathLike) -> Tokenizer | None:
             f"{' and '.join(lacking)} too, or tokenizer.json; copy or download them again."
         )
     return tokenizer
+
+
+def _config_beside(folder: pathlib.Path) -> dict[str, Any]:
+    """What tells the tokenizer's class in a config.json of a model that transformers does not know:
+    it would read the file as that of another model, and warn of it."""
+    import transformers
+
+    file = folder / CONFIG
+    values = read_json(file) if file.is_file() else {}
+    if values.get("model_type", "bert") in transformers.CONFIG_MAPPING:
+        return {}
+    named: dict[str, Any] = {"tokenizer_class": values.get("tokenizer_class")}
+    return {"config": transformers.PretrainedConfig(**named)}
 
 
 def save_tokenizer(

@@ -40,9 +40,7 @@ def check_encoding(
     if length > longest:
         raise ValueError(
             f"{name} has {length} tokens, more than {longest}, the longest bucket; "
-            "truncate it (truncation=True, max_length=...), or make a checkpoint that reads "
-            "more: lsg_flax.convert_checkpoint(source, target, "
-            f"max_sequence_length={length})."
+            f"{config.or_convert('truncate it (truncation=True, max_length=...)', length)}."
         )
 
 

@@ -16,11 +16,16 @@ def kept(key: PRNGKeyArray, shape: tuple[int, ...], rate: float) -> Float[Array,
     fuses into what it multiplies, where drawing bits by JAX's own generators doubled the time of
     the whole attention on CPU.
     """
-    seed = jax.random.bits(key, (2,), jnp.uint32)
+    seed = seed_of(key)
     place = jnp.zeros(shape, jnp.uint32)
     for axis, size in enumerate(shape):
         place = place * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, shape, axis)
     return kept_at(place, seed, rate)
+
+
+def seed_of(key: PRNGKeyArray) -> UInt32[Array, "2"]:
+    """What seeds the hash."""
+    return jax.random.bits(key, (2,), jnp.uint32)
 
 
 def kept_at(place: UInt32[Array, "..."], seed, rate: float) -> Float[Array, "..."]:

@@ -7,12 +7,17 @@ from typing import Literal, get_args
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from lsg_flax.kernels import xla
+from lsg_flax.kernels import gpu, xla
+from lsg_flax.kernels.device import device_kind, is_gpu
 from lsg_flax.kernels.spec import EVERYTHING, NO_BIASES, Biases, Queries, Source, Spec
 
 Implementation = Literal["xla", "pallas", "pallas_interpret"]
+NOT_FUSED = (
+    "there is no fused kernel for LSH attention; choose 'xla', or None, which takes kernels where "
+    "there are any."
+)
 
 
 def attend(
@@ -39,15 +44,13 @@ def attend(
 
     Raises:
         ValueError: for an unknown implementation, dropout without a key, biases of other windows,
-            and a rule without the positions it needs.
+            a rule without the positions it needs, and segments of queries or keys alone.
     """
     check_implementation(implementation)
-    if implementation not in (None, "xla"):
-        raise ValueError(
-            f"implementation={implementation!r} computes LSG attention of more than two blocks of "
-            "tokens, and this is full or local attention, or LSG attention of fewer; choose 'xla', "
-            "or None, which takes the fused kernels wherever they are faster."
-        )
+    check_segments(queries.segments, (*sources, shared), implementation)
+    on_gpu = implementation == "pallas" and is_gpu()
+    known = on_gpu or implementation in (None, "xla")
+    accepts(implementation, None if known else NOT_FUSED)
     if spec.dropout_rate and key is None:
         raise ValueError(f"dropout_rate={spec.dropout_rate} needs a key.")
     if biases.windows and len(biases.windows) != len(spec.windows):
@@ -67,7 +70,8 @@ def attend(
                 f"{rule} is for a window that moves by {stride} where its block={spec.block} of "
                 "queries does: by place that is a rule for each block; give positions."
             )
-    return xla.attend(spec, queries, sources, shared, biases, key if spec.dropout_rate else None)
+    function = gpu.attend if on_gpu else xla.attend
+    return function(spec, queries, sources, shared, biases, key if spec.dropout_rate else None)
 
 
 def check_implementation(implementation: str | None) -> None:
@@ -76,6 +80,60 @@ def check_implementation(implementation: str | None) -> None:
         raise ValueError(
             f"implementation={implementation!r} is unknown; choose 'xla', 'pallas', "
             "'pallas_interpret', or None for the fastest."
+        )
+
+
+def is_fused(implementation: Implementation | None) -> bool:
+    """Whether the kernels for TPUs are asked for, or would be chosen, if they can compute the call.
+    Those for GPUs are asked for of `attend`.
+
+    Raises:
+        ValueError: for implementation="pallas" where there is neither a TPU nor a GPU.
+    """
+    check_implementation(implementation)
+    kind = device_kind()
+    if implementation == "pallas" and is_gpu():
+        return False
+    if implementation == "pallas" and "tpu" not in kind:
+        raise ValueError(
+            "implementation='pallas' is for TPUs and NVIDIA's GPUs, and this program is compiled "
+            f"for {kind!r}; set a mesh of them by jax.set_mesh to compile for them, or choose "
+            "'xla', None for the fastest, or 'pallas_interpret' to run those for TPUs without one, "
+            "slowly."
+        )
+    return "tpu" in kind if implementation is None else implementation != "xla"
+
+
+def accepts(implementation: Implementation | None, refused: str | None) -> bool:
+    """Whether the kernels compute a call. `refused`: why they cannot, if they cannot.
+
+    Raises:
+        ValueError: if they cannot and were asked for.
+    """
+    if refused is not None and implementation is not None:
+        raise ValueError(f"implementation={implementation!r}: {refused}")
+    return refused is None
+
+
+def check_segments(
+    segments: Int[Array, "B #N T"] | None,
+    sources: tuple[Source | None, ...],
+    implementation: Implementation | None,
+) -> None:
+    """Raises ValueError where only some of queries and keys have segments, and for a fused kernel,
+    which takes none."""
+    given = [segments is not None] + [s.segments is not None for s in sources if s is not None]
+    if not any(given):
+        return
+    if not all(given):
+        raise ValueError(
+            "segments are given for some of the queries and sources of keys, and not for others; "
+            "number all of them, or none."
+        )
+    if implementation not in (None, "xla"):
+        raise ValueError(
+            f"implementation={implementation!r} has no kernel for several texts in one row "
+            "(segment_ids); choose 'xla', or None, which takes XLA for them."
         )
 
 

@@ -41,13 +41,14 @@ def attend_reference(
         if bias is not None:
             bias = bias[:, :, np.arange(length) % spec.block]  # [#B, #N, T, W]
         allowed = _allowed(window.rule, queries, seen, (place, index - window.lead))
-        mask = seen.mask & exists & allowed
+        mask = seen.mask & exists & allowed & _own_segment(queries, seen)
         parts.append((seen.value, _scores(queries, seen, bias), mask))
     if shared is not None:
         seen = jax.tree.map(lambda x: x[..., None, :], shared)  # [B, N, H, 1, S]
         places = np.arange(shared.mask.shape[-1])[None]
         bias = None if biases.shared is None else biases.shared[:, :, None]
-        mask = seen.mask & _allowed(spec.shared_rule, queries, seen, (place, places))
+        allowed = _allowed(spec.shared_rule, queries, seen, (place, places))
+        mask = seen.mask & allowed & _own_segment(queries, seen)
         parts.append((seen.value, _scores(queries, seen, bias), mask))
     values, *rest = zip(*parts, strict=True)
     shape = (batch, heads, length)
@@ -75,3 +76,9 @@ def _allowed(rule: Rule, queries: Queries, seen: Source, places) -> Bool[Array, 
     if queries.positions is None:
         return jnp.asarray(rule.allows(*places))[None, None]
     return rule.allows(queries.positions[..., None], seen.positions)
+
+
+def _own_segment(queries: Queries, seen: Source) -> Bool[Array, "#B #N #T #W"]:
+    if queries.segments is None or seen.segments is None:
+        return jnp.ones((1, 1, 1, 1), bool)
+    return queries.segments[..., None] == seen.segments

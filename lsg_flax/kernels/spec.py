@@ -13,10 +13,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class Queries(NamedTuple):
-    """Queries, already scaled; `positions` as in `Source`."""
+    """Queries, already scaled; `positions` and `segments` as in `Source`."""
 
     features: Float[Array, "B N H T"]
     positions: Int[Array, "B #N T"] | None = None
+    segments: Int[Array, "B #N T"] | None = None
 
 
 class Source(NamedTuple):
@@ -25,12 +26,15 @@ class Source(NamedTuple):
 
     `positions` say where keys stood before they were put in this order (sorted into buckets, say):
     rules then go by these and those of the queries, not by places in the arrays.
+
+    `segments` number the texts that lie in one row: a query sees the keys of its own number alone.
     """
 
     key: Float[Array, "B N H S"]
     value: Float[Array, "B N H S"]
     mask: Bool[Array, "B #N S"]
     positions: Int[Array, "B #N S"] | None = None
+    segments: Int[Array, "B #N S"] | None = None
 
 
 class Biases(NamedTuple):
@@ -70,6 +74,7 @@ class Rule:
         return allowed if self.itself else allowed & (key != query)
 
 
+Axes = tuple[tuple[str, ...], tuple[str, ...]]
 NEGATIVE = float(jnp.finfo(jnp.float32).min)  # masked scores; never -inf, so that no row gives NaN
 NO_BIASES = Biases()
 EVERYTHING, PAST, NOT_SELF = Rule(), Rule(after=0), Rule(itself=False)
@@ -98,7 +103,9 @@ class Spec:
     """What is static about a call: Q = `block` queries per block, the windows that each block sees,
     the rule for the shared keys.
 
-    `blocks_per_step` trades memory for parallelism; 0 lets the device decide.
+    `blocks_per_step` trades memory for parallelism; 0 lets the device decide. `axes` of meshes are
+    those that rows and heads may lie along. `one_segment` says that the queries of a block are of
+    one segment, which spares a comparison for each of them.
     """
 
     block: int
@@ -106,3 +113,5 @@ class Spec:
     shared_rule: Rule = EVERYTHING
     blocks_per_step: int = 0
     dropout_rate: float = 0.0
+    axes: Axes = ((), ())
+    one_segment: bool = False

@@ -78,27 +78,25 @@ def from_steps(x: Shaped[Array, "steps B N J *H Q"]) -> Shaped[Array, "B N *H T"
     return merged.reshape(*merged.shape[:-3], -1)
 
 
-def numbered(queries: Queries, spec: Spec):
-    """Number, queries and their positions (or None) of all steps, along a leading axis."""
-    query = to_steps(queries.features, spec)
-    positions = None if queries.positions is None else to_steps(queries.positions, spec)
-    return jnp.arange(query.shape[0]), query, positions
+def numbered(queries: Queries, spec: Spec) -> tuple[Int[Array, "steps"], Queries]:
+    """Numbers and queries of all steps, along a leading axis."""
+    queries = jax.tree.map(lambda x: to_steps(x, spec), queries)
+    if spec.one_segment and queries.segments is not None:
+        queries = queries._replace(segments=queries.segments[..., :1])
+    return jnp.arange(queries.features.shape[0]), queries
 
 
-def views(step: Int[Array, ""], positions, operands: Operands, spec: Spec) -> list[View]:
-    """What the queries of a step see: their windows, and the shared keys.
-
-    `positions`: those of the queries, [B, #N, J, Q], or None.
-    """
+def views(step: Int[Array, ""], queries: Queries, operands: Operands, spec: Spec) -> list[View]:
+    """What the queries of a step, cut by `numbered`, see: their windows, and the shared keys."""
     seen, sources, shared = [], operands.sources, operands.shared
     biases = view_biases(operands.biases, spec)
     if spec.windows:
         key = cut_windows(tuple(s.key for s in sources), step, spec)
         value = cut_windows(tuple(s.value for s in sources), step, spec)
-        masks = [_window_mask(w, sources[w.source], step, positions, spec) for w in spec.windows]
+        masks = [_window_mask(w, sources[w.source], step, queries, spec) for w in spec.windows]
         seen.append(View(key, value, _join(masks), biases[0]))
     if shared is not None:
-        mask = _shared_mask(shared, step, positions, spec)
+        mask = _shared_mask(shared, step, queries, spec)
         seen.append(View(shared.key[:, :, None], shared.value[:, :, None], mask, biases[-1]))
     return seen
 
@@ -120,26 +118,31 @@ def view_biases(biases: Biases, spec: Spec) -> list[Float[Array, "#B #N 1 #Q W"]
 
 
 def _window_mask(
-    window: Window, source: Source, step, positions, spec: Spec
+    window: Window, source: Source, step, queries: Queries, spec: Spec
 ) -> Bool[Array, "B #N J #Q W"]:
     mask = cut_window(source.mask, window, step, spec)[..., None, :]
+    if queries.segments is not None and source.segments is not None:
+        of_keys = cut_window(source.segments, window, step, spec)
+        mask = mask & (queries.segments[..., None] == of_keys[..., None, :])
     if window.rule == EVERYTHING:
         return mask
-    if positions is not None and source.positions is not None:
+    if queries.positions is not None and source.positions is not None:
         of_keys = cut_window(source.positions, window, step, spec)
-        return mask & window.rule.allows(positions[..., None], of_keys[..., None, :])
+        return mask & window.rule.allows(queries.positions[..., None], of_keys[..., None, :])
     # In NumPy, a constant of the program: by place a rule is the same for every block.
     query, key = np.arange(spec.block)[:, None], np.arange(window.width)[None]
     key = key + window.offset - window.lead
     return mask & window.rule.allows(query, key)[None, None, None]
 
 
-def _shared_mask(shared: Source, step, positions, spec: Spec) -> Bool[Array, "B #N #J #Q S"]:
+def _shared_mask(shared: Source, step, queries: Queries, spec: Spec) -> Bool[Array, "B #N #J #Q S"]:
     mask = shared.mask[:, :, None, None]
+    if queries.segments is not None and shared.segments is not None:
+        mask = mask & (queries.segments[..., None] == shared.segments[:, :, None, None])
     if spec.shared_rule == EVERYTHING:
         return mask
-    if positions is not None and shared.positions is not None:
-        query, key = positions[..., None], shared.positions[:, :, None, None]
+    if queries.positions is not None and shared.positions is not None:
+        query, key = queries.positions[..., None], shared.positions[:, :, None, None]
     else:
         shape = (1, 1, spec.blocks_per_step, spec.block, mask.shape[-1])
         number, row, key = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (2, 3, 4))

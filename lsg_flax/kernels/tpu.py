@@ -8,10 +8,8 @@ Axes: B batch, N heads, H head width, T tokens, S keys, G global tokens, R repre
 of a block's windows, D model width.
 """
 
-import math
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,21 +18,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from lsg_flax.kernels import tpu_backward, tpu_forward, tpu_plan
+from lsg_flax.kernels import spread, tpu_backward, tpu_forward, tpu_plan, tpu_step, tpu_turn
 from lsg_flax.kernels.device import device_kind
-from lsg_flax.kernels.engine import Implementation, check_implementation
-from lsg_flax.kernels.spec import Source, Spec, Window
+from lsg_flax.kernels.engine import Implementation, accepts, is_fused
+from lsg_flax.kernels.spec import Axes, Source, Spec, Window
 from lsg_flax.kernels.tpu_plan import LANES, FusedArrays, FusedPlan, FusedSpec
 from lsg_flax.kernels.windows import cut_window, pad
 from lsg_flax.kernels.xla import ATTENDED
-
-Axes = tuple[tuple[str, ...], tuple[str, ...]]
-
-
-def _sizes() -> dict[str, int]:
-    """Devices along the axes of the ambient mesh that XLA spreads arrays over."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return {name: mesh.shape[name] for name in mesh.auto_axes if mesh.shape[name] > 1}
 
 
 def plan_fused(
@@ -45,33 +35,29 @@ def plan_fused(
     *,
     axes: Axes = ((), ()),
     extended: bool = False,
+    behind: int = 0,
 ) -> FusedPlan | None:
-    """How the kernels compute a call; None where XLA shall.
+    """How the kernels compute a call; None where XLA shall, or a GPU's kernels, by `attend`.
 
     Args:
-        query: of the tokens, without prepended globals, not filled up to whole blocks.
+        query: of the tokens, without globals, not filled up to whole blocks.
+        shared: keys that every query sees.
         axes: of meshes, along which rows and heads may lie.
         extended: whether keys shall be given with those of other shards around them.
+        behind: how many of `shared` could be given behind the tokens instead, as queries too.
+            `FusedPlan.behind` says whether they shall be: only where one range has all tokens.
 
     Raises:
-        ValueError: for implementation="pallas" where there is no TPU, or the case is none of
-            theirs.
+        ValueError: for implementation="pallas" where there is no TPU or GPU, or the case is none
+            of theirs.
     """
-    check_implementation(implementation)
     kind = device_kind()
     on_tpu, interpret = "tpu" in kind, implementation == "pallas_interpret"
-    if implementation == "xla" or (implementation is None and not on_tpu):
+    if not is_fused(implementation):
         return None
-    if not on_tpu and not interpret:
-        raise ValueError(
-            f"implementation='pallas' is for TPUs, and this program is compiled for {kind!r}; set "
-            "a mesh of TPUs by jax.set_mesh to compile for them, or choose 'xla', None for the "
-            "fastest, or 'pallas_interpret' to run the kernels without a TPU, slowly."
-        )
     batch, heads, width, length = query.shape
-    sizes = _sizes()
-    rows, head_axes = (tuple(name for name in names if name in sizes) for names in axes)
-    row_shards, head_shards = (math.prod(sizes[n] for n in names) for names in (rows, head_axes))
+    group = max(1, LANES // width)
+    row_axes, head_axes = spread.axes_that_divide(axes, batch, heads, group)
     tile = tpu_plan.tile("bfloat16")
     plan = FusedPlan(
         spec,
@@ -81,18 +67,15 @@ def plan_fused(
         all_heads=heads,
         width=width,
         dtype=query.dtype.name,
-        row_axes=rows if batch % row_shards == 0 else (),
-        head_axes=head_axes if heads % (head_shards * max(1, LANES // width)) == 0 else (),
+        row_axes=row_axes,
+        head_axes=head_axes,
         extended=extended,
         interpret=interpret,
+        behind=0 if extended else behind,
     )
     plan = tpu_plan.cut_to_fit(plan, kind) if on_tpu else plan
     refused = tpu_plan.refusal(plan, kind if on_tpu else None)
-    if refused is None:
-        return plan
-    if implementation is None:
-        return None
-    raise ValueError(f"implementation={implementation!r}: {refused}")
+    return plan if accepts(implementation, refused) else None
 
 
 def attend_fused(
@@ -103,13 +86,13 @@ def attend_fused(
     given: Source | None = None,
     key: PRNGKeyArray | None = None,
 ) -> Float[Array, "B N H T"]:
-    """The context of tokens in whole blocks.
+    """The context of tokens in whole blocks, and of `plan.behind` globals behind them.
 
     Args:
         query: not scaled.
-        source: the tokens, `mask` False for what windows and representatives must not show;
+        source: the same places, `mask` False for what windows and representatives must not show;
             if `plan.extended` with `plan.before` blocks in front and `plan.after` behind.
-        shared: keys that every query sees.
+        shared: keys that every query sees, if they are not behind the tokens.
         given: representatives of as many blocks, for `Selecting.kind` "given".
         key: for dropout.
     """
@@ -117,7 +100,8 @@ def attend_fused(
         return _in_ranges(plan, query, source, shared, given, key)
     seeds = jnp.zeros(2, jnp.uint32) if key is None else jax.random.bits(key, (2,), jnp.uint32)
     seeds = jnp.append(seeds, jnp.uint32(0))
-    real = source.mask[:, 0].reshape(query.shape[0], plan.key_blocks, plan.block)
+    real = pad(source.mask[:, 0], 0, plan.blocks_behind * plan.block - plan.behind)
+    real = real.reshape(query.shape[0], -1, plan.block)
     arrays = FusedArrays(
         seeds=seeds,
         numbers=jnp.arange(plan.heads, dtype=jnp.int32),
@@ -128,6 +112,7 @@ def attend_fused(
         hidden=_hidden(plan, source.mask, shared, given),
         shared=None if shared is None else _visible_rows(plan, shared, plan.shared),
         given=None if given is None else _visible_rows(plan, given, given.mask.shape[-1]),
+        turns=tpu_turn.tables(plan),
     )
     context = _on_devices(plan, arrays)  # [B, T, D]
     batch, heads, width, length = query.shape
@@ -162,12 +147,7 @@ def _in_ranges(plan: FusedPlan, query, source, shared, given, key) -> Float[Arra
 
 
 def _on_devices(plan: FusedPlan, arrays: FusedArrays) -> Float[Array, "B T D"]:
-    """The kernels on each device of the ambient mesh for its own rows and heads; XLA cannot cut
-    them."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size == 1 or not mesh.auto_axes:
-        whole: Any = _attend(plan, arrays)
-        return whole
+    """The kernels on each device of the ambient mesh for its own rows and heads."""
     rows, heads = plan.row_axes or None, plan.head_axes or None
     features, rest = PartitionSpec(rows, None, heads), PartitionSpec(rows)
     several = arrays.hidden.shape[1] > 1
@@ -181,9 +161,9 @@ def _on_devices(plan: FusedPlan, arrays: FusedArrays) -> Float[Array, "B T D"]:
         hidden=PartitionSpec(rows, heads) if several else rest,
         shared=jax.tree.map(lambda _: features, arrays.shared),
         given=jax.tree.map(lambda _: features, arrays.given),
+        turns=jax.tree.map(lambda _: PartitionSpec(), arrays.turns),
     )
-    count = math.prod(mesh.shape[name] for name in plan.head_axes)
-    local = replace(plan, heads=plan.heads // count)
+    local = replace(plan, heads=plan.heads // spread.devices_along(plan.head_axes))
 
     def of_device(arrays: FusedArrays):
         if rows:
@@ -191,13 +171,7 @@ def _on_devices(plan: FusedPlan, arrays: FusedArrays) -> Float[Array, "B T D"]:
             arrays = arrays._replace(seeds=arrays.seeds.at[2].set(first.astype(jnp.uint32)))
         return _attend(local, arrays)
 
-    return jax.shard_map(
-        of_device,
-        in_specs=(specs,),
-        out_specs=features,
-        axis_names=set(mesh.auto_axes),
-        check_vma=False,
-    )(arrays)
+    return spread.on_devices(of_device, (specs,), features)(arrays)
 
 
 def _tokens_first(plan: FusedPlan, x: Float[Array, "B N H S"]) -> Float[Array, "B S D"]:
@@ -217,8 +191,11 @@ def _hidden(
 ) -> Float[Array, "B #N _ W"]:
     """What is added to the scores of what each block sees."""
     size, sparse, step = plan.block, plan.selecting, plan.selecting.step
+    to_all = None if shared is None else shared.mask
+    if plan.behind:
+        mask, to_all = mask[..., : -plan.behind], mask[..., -plan.behind :]
     mask = _extend(plan, mask, size)
-    windows = [(mask, Window(0, (plan.before - 1) * size, size, plan.near))]
+    windows = [(mask, Window(0, (plan.before - plan.near_before) * size, size, plan.near))]
     if sparse.step:
         chosen = _chosen_mask(plan, mask) if given is None else _extend(plan, given.mask, step)
         first = plan.before * step  # of block 0's own
@@ -228,13 +205,13 @@ def _hidden(
     spec = Spec(size, blocks_per_step=plan.blocks)
     start = jnp.zeros((), jnp.int32)
     seen = [cut_window(x, window, start, spec) for x, window in windows]
-    if shared is not None:
-        row = pad(shared.mask, 0, plan.shared - shared.mask.shape[-1])[:, :, None]
+    if to_all is not None:
+        row = pad(to_all, 0, plan.shared - to_all.shape[-1])[:, :, None]
         seen.append(jnp.broadcast_to(row, (*row.shape[:2], plan.blocks, row.shape[-1])))
     heads = max(x.shape[1] for x in seen)
     lead = (mask.shape[0], heads, plan.blocks)
     visible = jnp.concatenate([jnp.broadcast_to(x, (*lead, x.shape[-1])) for x in seen], axis=-1)
-    hidden = jnp.where(visible, 0.0, tpu_forward.HIDDEN)
+    hidden = jnp.where(visible, 0.0, tpu_step.HIDDEN)
     extra = plan.heads - heads if heads > 1 else 0  # fills up a group
     return jnp.pad(hidden, [(0, 0), (0, extra), (0, 0), (0, 0)])
 

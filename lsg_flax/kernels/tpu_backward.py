@@ -18,9 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from lsg_flax.kernels import tpu_forward
+from lsg_flax.kernels import tpu_forward, tpu_globals, tpu_step, tpu_turn
 from lsg_flax.kernels import tpu_select as select
-from lsg_flax.kernels.tpu_plan import GROUP, LANES, FusedArrays, FusedPlan, OnChip
+from lsg_flax.kernels.tpu_plan import GROUP, FusedArrays, FusedPlan, OnChip
 
 
 class Results(NamedTuple):
@@ -42,13 +42,12 @@ class Gradients(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """References to what stays on the chip: the operands, their gradients, what `select.choice`
-    said, and the gradients of the shared keys and values."""
+    """References to what stays on the chip: the operands, their gradients, and what
+    `select.choice` said."""
 
     memory: OnChip
     sums: OnChip
     choices: Any
-    shared: tuple[Any, Any] | None
 
 
 def _kernel(plan: FusedPlan, trees, *refs) -> None:
@@ -57,19 +56,20 @@ def _kernel(plan: FusedPlan, trees, *refs) -> None:
         parts.append(jax.tree.unflatten(tree, refs[first : first + tree.num_leaves]))
         first += tree.num_leaves
     inputs, results, gradients, scratch = parts
-    step = tpu_forward.this_step(plan, inputs)
+    step = tpu_step.this_step(plan, inputs)
 
     @pl.when(step.first == 0)
     def _():
         select.fill(plan, step.numbers, inputs, scratch.memory, scratch.choices)
-        for array in jax.tree.leaves((scratch.sums, scratch.shared)):
+        for array in jax.tree.leaves(scratch.sums):
             array[...] = jnp.zeros(array.shape, jnp.float32)
 
     def one_block(place, _):
         _one_block(plan, step, place, inputs, results, gradients, scratch)
         return 0
 
-    lax.fori_loop(0, tpu_forward.blocks_here(plan, step), one_block, 0)
+    lax.fori_loop(0, tpu_step.blocks_here(plan, step), one_block, 0)
+    tpu_globals.backward(plan, step, inputs, results, gradients.query, scratch)
 
     @pl.when(step.first == (plan.steps - 1) * GROUP)
     def _():
@@ -79,26 +79,27 @@ def _kernel(plan: FusedPlan, trees, *refs) -> None:
 def _one_block(plan, step, place, inputs, results, gradients, scratch) -> None:
     """The gradients of the block in that place of this step, and what its keys get of them."""
     block = step.first + place
-    key, value = select.gather(plan, block, inputs, scratch.memory)
+    key, value = select.gather(plan, block, scratch.memory)
     rows = select.part_of(plan.block, place)
-    query, gradient = inputs.query[0, rows, :], results.gradient[0, rows, :]
+    query = tpu_step.turned(plan, inputs, inputs.query[0, rows, :], block)
+    gradient = results.gradient[0, rows, :]
     both = gradient.astype(jnp.float32) * results.context[0, rows, :].astype(jnp.float32)
     of_queries: list[Array] = []
     of_keys: list[Array] = []  # of keys and values, [W, 128]
     for head in range(plan.group_heads):
         mine = select.of_head(plan, head)
-        own_query = tpu_forward.scaled(plan, query, head)
+        own_query = tpu_step.scaled(plan, query, head)
         own_gradient = jnp.where(mine, gradient, 0).astype(plan.dtype)
         delta = select.to_row(jnp.where(mine, both, 0.0).sum(axis=1, keepdims=True))  # [1, Q]
         scores = select.product(key, own_query, (1, 1))  # [W, Q]
         normaliser = results.normaliser[0, head, pl.ds(place, 1), :]
         weights = jnp.exp(jnp.minimum(scores - normaliser, 0.0))
-        if plan.spec.causal:
-            weights = jnp.where(tpu_forward.allowed(plan, transposed=True), weights, 0.0)
+        if plan.has_rule:
+            weights = jnp.where(tpu_step.allowed(plan, block, transposed=True), weights, 0.0)
         of_weights = select.product(value, own_gradient, (1, 1))
         kept = weights
         if plan.spec.dropout_rate:
-            factor = tpu_forward.dropped(plan, step, inputs.seeds, block, head, transposed=True)
+            factor = tpu_step.dropped(plan, step, inputs.seeds, block, head, transposed=True)
             kept, of_weights = weights * factor, of_weights * factor
         of_scores = (weights * (of_weights - delta)).astype(plan.dtype)
         parts = (
@@ -107,7 +108,9 @@ def _one_block(plan, step, place, inputs, results, gradients, scratch) -> None:
         )
         of_queries.append(select.product(of_scores, key, (0, 0)))  # [Q, 128]
         of_keys = [x + y for x, y in zip(of_keys, parts, strict=True)] if head else list(parts)
-    of_query = select.join_heads(plan, of_queries) * plan.width**-0.5
+    of_query = select.join_heads(plan, of_queries) * plan.scale
+    if inputs.turns is not None:
+        of_query = tpu_turn.turn(plan, of_query, inputs.turns[0], block + plan.before, back=True)
     gradients.query[0, rows, :] = of_query.astype(plan.dtype)
     _add(plan, block, of_keys, scratch)
 
@@ -119,23 +122,30 @@ def _add(plan: FusedPlan, block, parts: list[Array], scratch: Scratch) -> None:
         for i, part in enumerate(parts):
             scratch.sums[2 * which + i][pl.ds(start, count), :] += part[first : first + count]
         first += count
-    if scratch.shared is not None:
-        for array, part in zip(scratch.shared, parts, strict=True):
-            array[...] += part[first:]
 
 
 def _finish(plan: FusedPlan, inputs, gradients: Gradients, scratch: Scratch) -> None:
     """Writes the gradients of keys and values, those of their representatives added."""
     sums, step = scratch.sums, plan.selecting.step
-    if gradients.shared is not None and scratch.shared is not None:
-        for ref, total in zip(gradients.shared, scratch.shared, strict=True):
-            ref[0] = total[...].astype(plan.dtype)
+    shared = slice(plan.shared_row, plan.shared_row + plan.shared)
+    if gradients.shared is not None:
+        for ref, total in zip(gradients.shared, sums[:2], strict=True):
+            ref[0] = total[shared, :].astype(plan.dtype)
+    for block, first, count in select.blocks_behind(plan):
+        real = select.to_column(inputs.real[0, block : block + 1, :])[:count]
+        there = plan.shared_row + first - plan.blocks * plan.block
+        for ref, total in zip((gradients.key, gradients.value), sums[:2], strict=True):
+            own = jnp.where(real > 0, total[there : there + count, :], 0.0)
+            ref[0, first : first + count, :] = own.astype(plan.dtype)
 
     def one_block(block, _):
         row = inputs.real[0, pl.ds(block, 1), :]
         real, here = select.to_column(row), select.part_of(plan.block, block)
         there = select.part_of(plan.block, block, plan.first_key_block)
         totals, chosen = [sums.keys[there, :], sums.values[there, :]], []
+        if inputs.turns is not None:
+            place = block + plan.first_key_block
+            totals[0] = tpu_turn.turn(plan, totals[0], inputs.turns[1], place, back=True)
         if step:
             there = select.part_of(step, block, plan.first_key_block)
             chosen = [sums.chosen_keys[there, :], sums.chosen_values[there, :]]
@@ -189,10 +199,8 @@ def backward(
 def _scratch(plan: FusedPlan) -> Scratch:
     inside = plan.selecting.step and plan.selecting.kind != "given"
     rows = plan.key_blocks * plan.group_heads
-    shared = pltpu.VMEM((plan.shared, LANES), jnp.float32)
     return Scratch(
         tpu_forward.on_chip(plan, plan.dtype),
         tpu_forward.on_chip(plan, jnp.float32),
         pltpu.VMEM((rows, plan.block), jnp.int32) if inside else None,
-        (shared, shared) if plan.shared else None,
     )

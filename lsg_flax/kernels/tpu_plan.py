@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from lsg_flax.kernels.spec import EVERYTHING, Rule
+
 LANES = 128  # of a register: as many features of neighbouring heads are computed together
 GROUP = 8  # blocks of queries in a step of the grid: their log-normalisers fill a tile
 BLOCKS, WIDTHS, DTYPES = (64, 128, 256), (32, 64, 128), ("float32", "bfloat16")
@@ -19,6 +21,7 @@ MIB = 2**20
 # refusals of libtpu 0.0.42, less 1/16 that the compiler keeps for spilled registers.
 VECTOR_MEMORY = {"v5p": 60 * MIB, "v5 lite": 120 * MIB, "v5e": 120 * MIB, "v6": 120 * MIB}
 _LEAST_MEMORY = 15 * MIB
+MOST_GROWTH = 40.0  # of a logarithm: so much larger or smaller than 1 nothing overflows
 
 
 @dataclass(frozen=True)
@@ -43,18 +46,62 @@ class Selecting:
     @property
     def reach(self) -> int:
         """Blocks in front of a query's own that it sees, and behind it."""
-        return max(1, -(-(self.width + self.step) // self.step)) if self.step else 1
+        return max(1, -(-(self.width + self.step) // self.step)) if self.step else 0
+
+
+@dataclass(frozen=True)
+class Near:
+    """The tokens that a query sees, by whole blocks.
+
+    Attributes:
+        window: so many blocks together are a window, whose queries see the same blocks.
+        before, after: how many windows in front of its own a query sees, and behind it (if causal
+            none).
+        rule: which of these tokens, by their places.
+    """
+
+    window: int = 1
+    before: int = 1
+    after: int = 1
+    rule: Rule = EVERYTHING
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Rotary positions.
+
+    Attributes:
+        angles: by which the features h and h + H / 2 of a head turn from one place to the next.
+        growth: the logarithm of what the size of queries is multiplied by there, and that of keys
+            divided by.
+        ahead: how many places behind its own a query stands.
+    """
+
+    angles: tuple[float, ...]
+    growth: tuple[float, ...]
+    ahead: int = 0
 
 
 @dataclass(frozen=True)
 class FusedSpec:
     """What a pattern asks of the kernels: Q = `block` queries see their own block and its
-    neighbours, representatives and the shared keys."""
+    neighbours, representatives and the shared keys.
+
+    `scale`: of the scores, H ** -0.5 by default.
+    """
 
     block: int
     selecting: Selecting = Selecting()
     causal: bool = False
     dropout_rate: float = 0.0
+    near: Near = Near()
+    scale: float | None = None
+    turn: Turn | None = None
+
+    @property
+    def rule(self) -> Rule:
+        """Which of the tokens in the blocks that it sees a query sees."""
+        return replace(self.near.rule, after=0) if self.causal else self.near.rule
 
 
 @dataclass(frozen=True)
@@ -64,6 +111,8 @@ class FusedPlan:
     Attributes:
         blocks: of queries, in a range.
         shared: keys that all see, filled up to a whole tile.
+        behind: of these, how many lie behind the tokens in all arrays, as queries too, which see
+            everything; 0 where shared keys come in arrays of their own.
         heads: filled up to whole groups.
         all_heads: of all shards.
         width: of a head.
@@ -86,6 +135,7 @@ class FusedPlan:
     extended: bool = False
     ranges: int = 1
     interpret: bool = False
+    behind: int = 0
 
     @property
     def block(self) -> int:
@@ -103,12 +153,33 @@ class FusedPlan:
     @property
     def before(self) -> int:
         """Blocks of keys in front of the first query's."""
-        return self.selecting.reach
+        return max(self.near_before, self.selecting.reach)
 
     @property
     def after(self) -> int:
         """Blocks of keys behind the last query's."""
-        return 0 if self.spec.causal else self.selecting.reach
+        return 0 if self.spec.causal else max(self.near_after, self.selecting.reach)
+
+    @property
+    def near_before(self) -> int:
+        """Blocks in front of a query's own of which it may see tokens."""
+        near = self.spec.near
+        return (near.before + 1) * near.window - 1
+
+    @property
+    def near_after(self) -> int:
+        """And behind it."""
+        near = self.spec.near
+        return 0 if self.spec.causal else (near.after + 1) * near.window - 1
+
+    @property
+    def has_rule(self) -> bool:
+        """Whether not all queries of a block see the same tokens of the blocks around it."""
+        return self.spec.rule != EVERYTHING or self.spec.near.window > 1
+
+    @property
+    def scale(self) -> float:
+        return self.width**-0.5 if self.spec.scale is None else self.spec.scale
 
     @property
     def scratch_blocks(self) -> int:
@@ -125,9 +196,18 @@ class FusedPlan:
         return 0 if self.extended else self.before
 
     @property
+    def growth(self) -> float:
+        """The largest logarithm of what rotary positions multiply by."""
+        turn = self.spec.turn
+        if turn is None:
+            return 0.0
+        places = (self.blocks / 2 + max(self.before, self.after)) * self.block + turn.ahead
+        return places * max(map(abs, turn.growth))
+
+    @property
     def near(self) -> int:
-        """Tokens of the blocks that a query sees whole."""
-        return (2 if self.spec.causal else 3) * self.block
+        """Tokens of the blocks around a query."""
+        return (self.near_before + 1 + self.near_after) * self.block
 
     @property
     def window(self) -> int:
@@ -136,17 +216,33 @@ class FusedPlan:
         return self.near + sides * self.selecting.width + self.shared
 
     @property
+    def blocks_behind(self) -> int:
+        """Blocks of queries behind those of tokens, the last of which may be short."""
+        return -(-self.behind // self.block)
+
+    @property
     def steps(self) -> int:
         """Of the grid, for one group of heads."""
-        return -(-self.blocks // GROUP)
+        return -(-(self.blocks + self.blocks_behind) // GROUP)
+
+    @property
+    def key_rows(self) -> int:
+        """Keys that a step of the grid is given."""
+        return self.key_blocks * self.block + (self.shared if self.behind else 0)
+
+    @property
+    def shared_row(self) -> int:
+        """Where the shared keys begin on the chip, behind all tokens."""
+        return self.scratch_blocks * self.block
 
     def memory(self, backward: bool) -> int:
         """Bytes of vector memory, arrays that are moved while others are worked on counted
         twice."""
         size, row = jnp.dtype(self.dtype).itemsize, LANES
-        tokens, chosen = self.key_blocks * self.block, self.key_blocks * self.selecting.step
-        scratch = self.scratch_blocks * (self.block + self.selecting.step)
-        moved = 2 * tokens + 2 * GROUP * self.block + 2 * self.shared
+        chosen = self.key_blocks * self.selecting.step
+        scratch = self.scratch_blocks * (self.block + self.selecting.step) + self.shared
+        moved = 2 * self.key_rows + 2 * GROUP * self.block
+        moved += 0 if self.behind else 2 * self.shared
         if self.selecting.kind == "given":
             moved += 2 * chosen
         total = 2 * scratch * row * size
@@ -156,20 +252,25 @@ class FusedPlan:
         total += 2 * moved * row * size + 2 * self.key_blocks * self.block * 4
         hidden = GROUP * self.group_heads * (-(-self.window // LANES) * LANES) * 4
         work = 6 * self.block * self.window * 4  # scores and what becomes of them
+        if self.spec.turn is not None:
+            work += 8 * (self.block + self.scratch_blocks) * row * 4
         return total + 2 * hidden + work
 
 
 class FusedArrays(NamedTuple):
     """What both kernels read, None where a call has no such array; inside of a kernel references to
-    it. Heads lie side by side, D = N * H; S keys are the tokens, R their representatives.
+    it. Heads lie side by side, D = N * H; S keys are the tokens and what lies behind them, as T
+    queries are; R representatives.
 
     Attributes:
         seeds: of dropout, and the number of the first row among those of all shards.
         numbers: of the heads among those of all shards.
-        real: 1 for tokens that may be seen, else 0.
+        real: 1 for keys that may be seen, else 0, in blocks.
         hidden: what is added to the scores of what a block sees: 0, or a number so low that it is
             not seen; for all heads or each.
-        shared, given: keys and values that all see, and representatives chosen outside.
+        shared, given: keys and values that all see, if they do not lie behind the tokens, and
+            representatives chosen outside.
+        turns: of queries and of keys, `tpu_turn.Tables`.
     """
 
     seeds: Any  # [3]
@@ -177,15 +278,17 @@ class FusedArrays(NamedTuple):
     query: Any  # [B, T, D]
     key: Any  # [B, T, D]
     value: Any  # [B, T, D]
-    real: Any  # [B, T / Q, Q]
-    hidden: Any  # [B, #N, T / Q, W]
+    real: Any  # [B, S / Q, Q]
+    hidden: Any  # [B, #N, blocks of tokens, W]
     shared: tuple[Any, Any] | None  # [B, G, D]
     given: tuple[Any, Any] | None  # [B, R, D]
+    turns: tuple[Any, Any] | None = None
 
 
 class OnChip(NamedTuple):
     """Arrays [tokens or representatives, 128] of a group of heads that stay on the chip, with as
-    many rows in front and behind as queries look at; or their gradients."""
+    many rows in front and behind as queries look at, and behind tokens the shared keys; or their
+    gradients."""
 
     keys: Any
     values: Any
@@ -224,6 +327,12 @@ def refusal(plan: FusedPlan, chip: str | None) -> str | None:
             f"sparse_block_size={sparse.width}, from which 'norm' picks, must divide "
             f"block_size={spec.block} or be larger; choose such a one, {other}."
         )
+    if plan.growth > MOST_GROWTH:
+        return (
+            f"use_xpos changes sizes by e ** {plan.growth:.0f} over {plan.blocks * plan.block} "
+            f"tokens, and e ** {MOST_GROWTH:.0f} is allowed; use a larger xpos_scale_base, shorter "
+            f"texts, {other}."
+        )
     return None if chip is None else _too_large(plan, chip, other)
 
 
@@ -241,8 +350,11 @@ def _too_large(plan: FusedPlan, chip: str, other: str) -> str | None:
 def cut_to_fit(plan: FusedPlan, chip: str) -> FusedPlan:
     """The plan with its blocks in as few ranges as make each fit the chip; as it is if none do."""
     for count in range(1, plan.blocks + 1):
-        blocks = -(-plan.blocks // count)
-        cut = replace(plan, blocks=blocks, ranges=count, extended=plan.extended or count > 1)
+        window = plan.spec.near.window
+        blocks = -(-plan.blocks // (count * window)) * window
+        cut = replace(plan, blocks=blocks, ranges=count)
+        if count > 1:
+            cut = replace(cut, extended=True, behind=0)
         if cut.memory(backward=True) <= vector_memory(chip):
             return replace(cut, extended=plan.extended)
     return plan

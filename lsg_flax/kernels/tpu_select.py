@@ -12,6 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
+from lsg_flax.kernels import tpu_turn
 from lsg_flax.kernels.tpu_plan import LANES, FusedArrays, FusedPlan, OnChip, tile
 
 EXACT = lax.Precision.HIGHEST
@@ -140,6 +141,7 @@ def fill(plan: FusedPlan, numbers, inputs: FusedArrays, memory: OnChip, choices=
         choices: where to keep what `choice` says, for the backward pass.
     """
     clear(plan, memory)
+    _fill_shared(plan, inputs, memory)
     step = plan.selecting.step
 
     def one_block(block, _):
@@ -149,6 +151,9 @@ def fill(plan: FusedPlan, numbers, inputs: FusedArrays, memory: OnChip, choices=
             jnp.where(real > 0, ref[0, here, :], 0).astype(plan.dtype)
             for ref in (inputs.key, inputs.value)
         )
+        if inputs.turns is not None:
+            place = block + plan.first_key_block
+            key = tpu_turn.turn(plan, key, inputs.turns[1], place).astype(plan.dtype)
         there = part_of(plan.block, block, plan.first_key_block)
         memory.keys[there, :], memory.values[there, :] = key, value
         pairs = ((memory.chosen_keys, key), (memory.chosen_values, value))
@@ -161,6 +166,28 @@ def fill(plan: FusedPlan, numbers, inputs: FusedArrays, memory: OnChip, choices=
         return 0
 
     lax.fori_loop(0, plan.key_blocks, one_block, 0)
+
+
+def _fill_shared(plan: FusedPlan, inputs: FusedArrays, memory: OnChip) -> None:
+    """Writes the shared keys and values behind those of tokens."""
+    for array, ref, i in ((memory.keys, inputs.key, 0), (memory.values, inputs.value, 1)):
+        if inputs.shared is not None:
+            array[plan.shared_row : plan.shared_row + plan.shared, :] = inputs.shared[i][0]
+        for block, first, count in blocks_behind(plan):
+            rows = ref[0, first : first + count, :]
+            real = to_column(inputs.real[0, block : block + 1, :])[:count]
+            there = plan.shared_row + first - plan.blocks * plan.block
+            # Behind the last there may be anything, which is not real.
+            array[there : there + count, :] = jnp.where(real > 0, rows, 0).astype(plan.dtype)
+
+
+def blocks_behind(plan: FusedPlan) -> list[tuple[int, int, int]]:
+    """The blocks of globals behind the tokens: their numbers, their first rows among the keys that
+    a step is given, and how many rows."""
+    if not plan.behind:
+        return []
+    numbers = range(plan.blocks, plan.blocks + plan.blocks_behind)
+    return [(n, n * plan.block, min(plan.block, plan.key_rows - n * plan.block)) for n in numbers]
 
 
 def _choose(plan: FusedPlan, block, real, numbers, pairs, choices) -> None:
@@ -179,11 +206,12 @@ def _choose(plan: FusedPlan, block, real, numbers, pairs, choices) -> None:
         array[there, :] = join_heads(plan, parts).astype(plan.dtype)
 
 
-def seen(plan: FusedPlan, block) -> list[tuple[int, Array, int]]:
+def seen(plan: FusedPlan, block) -> list[tuple[int, Array | int, int]]:
     """Where the keys of a block of queries lie on the chip: among the tokens (0) or representatives
     (1), from which row on, how many."""
     size, sparse = plan.block, plan.selecting
-    parts = [(0, pl.multiple_of((block + plan.before - 1) * size, size), plan.near)]
+    nearest = pl.multiple_of((block + plan.before - plan.near_before) * size, size)
+    parts: list[tuple[int, Array | int, int]] = [(0, nearest, plan.near)]
     if sparse.step:
         first = (block + plan.before) * sparse.step
         rows = tile(plan.dtype)
@@ -191,16 +219,16 @@ def seen(plan: FusedPlan, block) -> list[tuple[int, Array, int]]:
         parts.append((1, left, sparse.width))
         if not plan.spec.causal:
             parts.append((1, pl.multiple_of(first + sparse.right, rows), sparse.width))
+    if plan.shared:
+        parts.append((0, plan.shared_row, plan.shared))
     return parts
 
 
-def gather(plan: FusedPlan, block, inputs: FusedArrays, memory: OnChip):
+def gather(plan: FusedPlan, block, memory: OnChip):
     """All keys and all values that a block of queries sees, [W, 128] each."""
     gathered = []
     for i in range(2):
         parts = [memory[2 * which + i][pl.ds(a, n), :] for which, a, n in seen(plan, block)]
-        if inputs.shared is not None:
-            parts.append(inputs.shared[i][0])
         gathered.append(jnp.concatenate(parts, axis=0))
     return gathered
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from lsg_flax.kernels import steps
 from lsg_flax.kernels.device import device_kind
@@ -45,14 +45,19 @@ def attend(
 ) -> tuple[Float[Array, "B N H T"], Float[Array, "B N T"]]:
     """See `lsg_flax.kernels.attend`."""
     length = queries.features.shape[-1]
-    blocks = -(-length // spec.block)
-    count = spec.blocks_per_step or _blocks_per_step(queries.features, shared, spec, blocks)
-    spec = replace(spec, blocks_per_step=-(-blocks // -(-blocks // count)))
+    spec = with_steps(spec, queries.features, shared)
     biases = jax.tree.map(lambda x: x.astype(jnp.float32), biases)
     operands = Operands(queries, sources, shared, biases)
     results: Any = _attend(*steps.fill_up(spec, operands), key)
     context, normaliser = results
     return context[..., :length], steps.from_steps(normaliser)[..., :length]
+
+
+def with_steps(spec: Spec, query: Float[Array, "B N H T"], shared: Source | None) -> Spec:
+    """The spec with as many blocks in each step as it asks for or, for 0, the device decides."""
+    blocks = -(-query.shape[-1] // spec.block)
+    count = spec.blocks_per_step or _blocks_per_step(query, shared, spec, blocks)
+    return replace(spec, blocks_per_step=-(-blocks // -(-blocks // count)))
 
 
 def _blocks_per_step(query, shared: Source | None, spec: Spec, blocks: int) -> int:
@@ -88,15 +93,22 @@ def _scores(query: Float[Array, "B N J H Q"], view: View) -> Float[Array, "B N J
 
 def _kept(dropout_key, step, index: int, shape: tuple[int, ...], rate: float):
     """Dropout's factor for view `index` of a step; the backward pass repeats it."""
-    return kept(jax.random.fold_in(jax.random.fold_in(dropout_key, step), index), shape, rate)
+    return kept(view_key(dropout_key, step, index), shape, rate)
+
+
+def view_key(
+    dropout_key: PRNGKeyArray, step: Int[Array, ""], index: Int[Array, ""] | int
+) -> PRNGKeyArray:
+    """What dropout draws with for view `index` of a step."""
+    return jax.random.fold_in(jax.random.fold_in(dropout_key, step), index)
 
 
 def _forward(spec: Spec, operands: Operands, dropout_key):
     """The context, and the log-normaliser of each step along a leading axis."""
 
     def one_step(_, inputs):
-        step, query, positions = inputs
-        views = steps.views(step, positions, operands, spec)
+        step, queries = inputs
+        query, views = queries.features, steps.views(step, queries, operands, spec)
         scores = [_scores(query, view) for view in views]
         # Half the minimum: exp(NEGATIVE - top) is then 0 in a fully masked row too.
         top = jnp.maximum(jnp.stack([s.max(axis=-1) for s in scores]).max(axis=0), NEGATIVE / 2)
@@ -136,11 +148,12 @@ def _attend_backward(spec: Spec, saved, gradients):
     gradient, of_normaliser = gradients
 
     def one_step(totals: Operands, inputs):
-        (step, query, positions), context, gradient, normaliser, of_normaliser = inputs
+        (step, queries), context, gradient, normaliser, of_normaliser = inputs
+        query: Array = queries.features
         delta = (gradient.astype(jnp.float32) * context.astype(jnp.float32)).sum(axis=-2)
         delta = (delta - of_normaliser)[..., None]  # [B, N, J, Q, 1]
         query_gradients, view_gradients = [], []
-        for i, view in enumerate(steps.views(step, positions, operands, spec)):
+        for i, view in enumerate(steps.views(step, queries, operands, spec)):
             scores = _scores(query, view)
             weights = jnp.exp(scores - normaliser[..., None])  # [B, N, J, Q, W]; 0 where masked
             weight_gradient = _product("hq,hk->qk", gradient, view.value)

@@ -1,5 +1,6 @@
 """The models: one stack of layers, its heads, the families of checkpoints it reads."""
 
+from lsg_flax.models.call import check_packable as check_packable
 from lsg_flax.models.config import EncoderConfig as EncoderConfig
 from lsg_flax.models.config import ModelConfig as ModelConfig
 from lsg_flax.models.config_json import class_names as class_names
@@ -23,6 +24,11 @@ from lsg_flax.models.model import Model as Model
 from lsg_flax.models.outputs import Batch as Batch
 from lsg_flax.models.outputs import ModelOutput as ModelOutput
 from lsg_flax.models.outputs import Params as Params
+from lsg_flax.models.pooling import Pooling as Pooling
+from lsg_flax.models.pooling import check_pooling as check_pooling
+from lsg_flax.models.pooling import pool as pool
+from lsg_flax.models.pooling import unit as unit
+from lsg_flax.models.segments import block_of as block_of
 from lsg_flax.models.task import IGNORED as IGNORED
 from lsg_flax.models.task import PROBLEM_SCORERS as PROBLEM_SCORERS
 from lsg_flax.models.task import SCORES as SCORES

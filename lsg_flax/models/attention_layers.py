@@ -69,6 +69,7 @@ class LayerCall(NamedTuple):
         bias: added to the scores of every window of local attention.
         given: parameters of the user's module in front of this layer, and whether it has one; None
             where all have.
+        segments: the text of each token where a row has several, 0 for padding.
     """
 
     mask: Bool[Array, "B T"]
@@ -78,6 +79,7 @@ class LayerCall(NamedTuple):
     number: Int[Array, ""] | None = None
     bias: Float[Array, "N Q W"] | None = None
     given: tuple[Any, Bool[Array, ""] | None] | None = None
+    segments: Int[Array, "B T"] | None = None
 
 
 class SelfAttention(HeadProjections):
@@ -93,9 +95,14 @@ class SelfAttention(HeadProjections):
     def __call__(
         self, x: Float[Array, "B T D"], call: LayerCall
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        pattern = patterns.pattern_of(self.config.lsg, causal=self.causal)
+        texts, filler = self.context.texts or 1, self.context.filler
+        pattern = patterns.pattern_of(
+            self.config.lsg, causal=self.causal, texts=texts, filler=filler
+        )
         query, key, value = (self.heads(x, name) for name in ("query", "key", "value"))
-        source, run = Source(key, value, call.mask[:, None]), self.runtime(call.lsh_key)
+        segments = None if call.segments is None else call.segments[:, None]
+        source = Source(key, value, call.mask[:, None], segments=segments)
+        run = self.runtime(call.lsh_key)
         if call.cache is not None and call.number is not None:
             context, new = patterns.step(pattern, query, source, run, call.cache, call.number)
             return self.merged(context), new

@@ -125,6 +125,19 @@ class ModelConfig:
         """The kind of attention, in a word."""
         return "LSG" if self.lsg else "full"
 
+    def or_convert(self, remedy: str, tokens: int | None = None) -> str:
+        """What to do, for a message: `remedy`, or a conversion where such a model has one.
+
+        Args:
+            remedy: what helps every model, such as "truncate it".
+            tokens: to be read; None where LSG attention is all that is missing.
+        """
+        what = "give it LSG attention" if tokens is None else "make a checkpoint that reads more"
+        if not self.LENGTHENS:
+            return f"{remedy} (no conversion of a {self.model_type} can {what})"
+        length = "" if tokens is None else f", max_sequence_length={tokens}"
+        return f"{remedy}, or {what}: lsg_flax.convert_checkpoint(source, target{length})"
+
     @property
     def usual_task(self) -> str:
         """The task of a config.json that names none."""
@@ -196,8 +209,8 @@ class ModelConfig:
         if lsg and "lsg" not in values:
             require(
                 self.lsg is not None,
-                f"{sorted(lsg)} are LSG settings, but this checkpoint has full attention; "
-                "turn it into an LSG one first: lsg_flax.convert_checkpoint(source, ...).",
+                f"{sorted(lsg)} are LSG settings, but this checkpoint has {self.attention} "
+                f"attention; {self.or_convert('leave them out')}.",
             )
             values["lsg"] = replace(self.lsg, **lsg)  # type: ignore[type-var]
         if others:

@@ -54,8 +54,8 @@ class Embeddings(Part):
     def __call__(
         self, inputs: Inputs, words: Float[Array, "V E"] | None = None
     ) -> tuple[Float[Array, "B G E"] | None, Float[Array, "B T E"], Float[Array, "V E"]]:
-        """Returns the globals (None without LSG), the tokens, and the word table: the one given, or
-        its own."""
+        """Returns the globals (None without LSG; those of each text where a row has several), the
+        tokens, and the word table: the one given, or its own."""
         config, architecture = self.config, self.context.architecture
         if words is None:
             words = self.table(config.vocab_size, "word_embeddings")
@@ -64,7 +64,7 @@ class Embeddings(Part):
             x = x * config.embedding_width**0.5 if architecture.embedding_scale else x
         else:
             x = inputs.inputs_embeds.astype(self.context.dtype)
-        positions = self.positions(x.shape[1])
+        positions = self.positions(x.shape[1] if inputs.segment_ids is None else 0)
         places, types = inputs.position_ids, inputs.token_type_ids
         x += positions[None, : x.shape[1]] if places is None else rows(positions, places)
         if config.type_vocab_size:
@@ -76,7 +76,10 @@ class Embeddings(Part):
         if config.lsg:
             table = self.table(MAX_GLOBAL_TOKENS, "global_embeddings")
             first = table[None, : config.lsg.num_global_tokens]
-            globals_ = jnp.broadcast_to(norm(first), (x.shape[0], *first.shape[1:]))
+            first = norm(first)
+            if self.context.texts:
+                first = jnp.tile(first, (1, self.context.texts, 1))
+            globals_ = jnp.broadcast_to(first, (x.shape[0], *first.shape[1:]))
             globals_ = self.dropout(globals_)
         return globals_, self.dropout(norm(x)), words
 

@@ -15,14 +15,28 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from lsg_flax.checks import require
-from lsg_flax.kernels import ATTENDED
+from lsg_flax.kernels import ATTENDED, rows_to_fill
 from lsg_flax.models.activations import activation
 from lsg_flax.models.attention_layers import CrossAttention, EncoderStates, LayerCall, SelfAttention
 from lsg_flax.models.config import EncoderConfig
 from lsg_flax.models.embeddings import Embeddings
 from lsg_flax.models.inputs import Inputs
 from lsg_flax.models.layers import PROJECTED, Part, Projection
-from lsg_flax.patterns import DEFAULT_LSH_SEED, Cache, LayerCache, Pattern, extend, pattern_of
+from lsg_flax.models.segments import (
+    begins_text,
+    count_in_texts,
+    places_in_texts,
+    with_first_states,
+)
+from lsg_flax.patterns import (
+    DEFAULT_LSH_SEED,
+    Cache,
+    LayerCache,
+    Pattern,
+    extend,
+    pattern_of,
+    with_globals,
+)
 from lsg_flax.sharding import SEQUENCE, constrain, over_sequence, sequence_shards
 
 Remat = Literal["none", "full", "dots"]
@@ -132,25 +146,38 @@ class Stack(Part):
         **options: bool,
     ):
         """The layers, `step` with its options, on the globals and the tokens: the last states of
-        both, the states of all layers, and what the cache shall keep."""
+        both, the states of all layers, and what the cache shall keep. Inside of the layers globals
+        lie behind the tokens, see `attend_by_blocks`."""
         stack, split = stack_of(step, self.config, self.remat, self.unroll), first.shape[1]
         options |= {"keep_states": self.keep_states}
-        layers = stack(self.context, **options, name="layers")
+        filler = 0 if self.context.slots else rows_to_fill(split)
+        context = dataclasses.replace(self.context, filler=filler)
+        layers = stack(context, **options, name="layers")
 
         def run(layers, first, x, mask, call):
-            whole = jnp.concatenate([first, x], axis=1)  # [B, G + T, D]
-            mask = jnp.pad(mask, ((0, 0), (split, 0)), constant_values=True)
-            numbers = None
+            length, filling = x.shape[1], ((0, 0), (0, filler))
+            whole = jnp.concatenate([x, first], axis=1)
+            whole = jnp.pad(whole, (*filling, *[(0, 0)] * (x.ndim - 2)))  # [B, T + G + filler, D]
+            mask = jnp.pad(mask, ((0, 0), (0, split)), constant_values=True)
+            mask = jnp.pad(mask, filling)
+            numbers, segments = None, call.segments
+            if segments is not None:
+                texts = self.context.texts
+                segments = with_globals(segments, texts, split // texts)
+                segments = jnp.pad(jnp.roll(segments, -split, axis=1), filling)
             if call.cache is not None:
                 numbers = jnp.arange(self.config.num_hidden_layers)
-            last, (states, new) = layers(whole, call._replace(mask=mask, number=numbers))
+            call = call._replace(mask=mask, number=numbers, segments=segments)
+            last, (states, new) = layers(whole, call)
+            tokens, globals_ = slice(length), slice(length, length + split)
             if states is not None:
                 states = self._by_layer(states)
-            return last[:, :split], last[:, split:], states, new
+                states = jnp.concatenate([states[:, :, globals_], states[:, :, tokens]], axis=2)
+            return last[:, globals_], last[:, tokens], states, new
 
         if shards == 1:
             return run(layers, first, x, call.mask, call)
-        within = dataclasses.replace(self.context, sequence_axis=SEQUENCE)
+        within = dataclasses.replace(context, sequence_axis=SEQUENCE)
         within = stack(within, **options, parent=None)
         rngs = {"dropout": self.make_rng("dropout")} if self.context.train else {}
 
@@ -214,15 +241,20 @@ class Encoder(Stack):
             x = project(x)
         mask = inputs.attention_mask
         mask = jnp.ones((x.shape[0], length), bool) if mask is None else mask.astype(bool)
+        segments = inputs.segment_ids
+        mask = mask if segments is None else mask & (segments != 0)
         if lsg:
             if lsg.mask_first_token:
-                mask = mask.at[:, 0].set(False)
+                mask = (
+                    mask.at[:, 0].set(False) if segments is None else mask & ~begins_text(segments)
+                )
             mask = jnp.pad(mask, ((0, 0), (0, extra)))
+            segments = segments if segments is None else jnp.pad(segments, ((0, 0), (0, extra)))
             x = jnp.pad(x, ((0, 0), (0, mask.shape[1] - x.shape[1]), (0, 0)))
         if architecture.always_projects:  # padding too, which strict_reference may see
             x = project(x)
         first = project(first) if lsg else x[:, :0]  # with a cache they are there already
-        call = LayerCall(mask, self._lsh_keys(), memory, cache)
+        call = LayerCall(mask, self._lsh_keys(), memory, cache, segments=segments)
         after, last, states, new = self.run_layers(
             LayerStep, first, x, call, shards, causal=self.causal
         )
@@ -230,8 +262,11 @@ class Encoder(Stack):
             norm = self.layer_norm("final_norm")
             after, last = norm(after), norm(last)
         if lsg and lsg.pool_with_global and not self.keep_globals:
-            at_first = jnp.arange(last.shape[1])[None, :, None] == 0
-            last = jnp.where(at_first, after[:, :1], last)
+            if segments is None:
+                at_first = jnp.arange(last.shape[1])[None, :, None] == 0
+                last = jnp.where(at_first, after[:, :1], last)
+            else:
+                last = with_first_states(last, segments, after[:, :: lsg.num_global_tokens])
         if states is not None:  # the reference pools in place, so its last entry shows it
             begin, end = (jnp.concatenate(pair, axis=1) for pair in ((first, x), (after, last)))
             states = (begin, *states[:-1], end)
@@ -249,6 +284,8 @@ class Encoder(Stack):
             return inputs._replace(position_ids=cache.position[:, None])
         if self.context.architecture.positions == "behind_padding":
             return inputs._replace(position_ids=_positions_behind_padding(inputs, self.config))
+        if inputs.segment_ids is not None:
+            return inputs._replace(position_ids=places_in_texts(inputs.segment_ids))
         return inputs
 
     def _lsh_keys(self) -> Key[Array, "..."] | None:
@@ -303,26 +340,30 @@ def stack_of(step: Any, config: EncoderConfig, remat: Remat, unroll: int) -> Any
 def _scan(step, length: int, unroll: int, *, shared: bool = False) -> Any:
     """The module repeated: with parameters of its own each time, stacked along a leading axis, or
     `shared` ones."""
+    same: Any = nn.broadcast
     return nn.scan(
         step,
         variable_axes={} if shared else {"params": 0},
         variable_broadcast="params" if shared else False,
         split_rngs={"params": not shared, "dropout": True},
-        in_axes=(LayerCall(nn.broadcast, 0, nn.broadcast, nn.broadcast, 0, nn.broadcast, 0),),  # pyright: ignore[reportArgumentType]
+        in_axes=(LayerCall(same, 0, same, same, 0, same, 0, same),),  # pyright: ignore[reportArgumentType]
         length=length,
         unroll=unroll,
     )
 
 
 def _positions_behind_padding(inputs: Inputs, config: EncoderConfig) -> Int[Array, "#B T"]:
-    """Real tokens counted from pad_token_id + 1, padding at pad_token_id (RoBERTa); embeddings, of
-    which none can be told to be padding, from the first on."""
-    ids, first = inputs.input_ids, (config.pad_token_id or 0) + 1
+    """Real tokens of a text counted from pad_token_id + 1, padding at pad_token_id (RoBERTa);
+    embeddings, of which none can be told to be padding, from the first on."""
+    ids, segments, first = inputs.input_ids, inputs.segment_ids, (config.pad_token_id or 0) + 1
     require(
         first >= 0,
         f"pad_token_id={config.pad_token_id} puts the first token at position {first}, and this "
         "family counts positions from pad_token_id + 1; give one of -1 or more.",
     )
+    if segments is not None:
+        real = segments != 0 if ids is None else (segments != 0) & (ids != config.pad_token_id)
+        return (count_in_texts(real, segments) + 1) * real + first - 1
     if ids is None:
         return jnp.arange(first, first + inputs.inputs_embeds.shape[1])[None]
     real = (ids != config.pad_token_id).astype(jnp.int32)

@@ -12,8 +12,8 @@ import numpy as np
 from flax.typing import Dtype
 
 from lsg_flax.models.attention_layers import EncoderStates
-from lsg_flax.models.config import EncoderConfig
-from lsg_flax.patterns import Cache, slots_for
+from lsg_flax.models.config import EncoderConfig, ModelConfig
+from lsg_flax.patterns import Cache, are_texts, slots_for
 
 
 class Inputs(NamedTuple):
@@ -24,6 +24,7 @@ class Inputs(NamedTuple):
     token_type_ids: Any = None
     position_ids: Any = None
     inputs_embeds: Any = None
+    segment_ids: Any = None
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -47,19 +48,31 @@ class Inputs(NamedTuple):
         ids = jnp.pad(self.input_ids, ((0, 0), (0, extra)), constant_values=filler)
         return self._replace(input_ids=ids)
 
-    def flattened(self) -> "Inputs":
-        """As JAX arrays with choices merged into the batch, checked inputs. A row whose mask turns
-        out to be none under jit gets ids that no table has, or NaN for embeddings."""
+    def _without(self, wrong: Any) -> "Inputs":
+        """With ids that no table has, or NaN for embeddings, in rows that are wrong."""
+        if self.input_ids is not None:  # as numbers that can be negative
+            ids = jnp.where(wrong[:, None], -1, self.input_ids.astype(jnp.int32))
+            return self._replace(input_ids=ids)
+        embeds = jnp.where(wrong[:, None, None], jnp.nan, self.inputs_embeds)
+        return self._replace(inputs_embeds=embeds)
+
+    def flattened(self, texts: int = 0, block: int = 1) -> "Inputs":
+        """As JAX arrays with choices merged into the batch, checked inputs. A row whose mask or
+        segments turn out to be none under jit gets ids that no table has, or NaN for embeddings.
+
+        Args:
+            texts, block: how many segments there are at most, and where they begin.
+        """
         drop = len(self.lead) - 1
         arrays = (None if a is None else jnp.asarray(a) for a in self)
         flat = Inputs(*(a if a is None else a.reshape(-1, *a.shape[drop:]) for a in arrays))
-        if not isinstance(self.attention_mask, jax.core.Tracer):
-            return flat
-        if flat.input_ids is not None:  # as numbers that can be negative
-            ids = flat.input_ids.astype(jnp.int32)
-            return flat._replace(input_ids=_where_masked(ids, flat.attention_mask, -1))
-        embeds = _where_masked(flat.inputs_embeds, flat.attention_mask, jnp.nan)
-        return flat._replace(inputs_embeds=embeds)
+        right: Any = None
+        if isinstance(self.attention_mask, jax.core.Tracer) and flat.attention_mask.dtype != bool:
+            right = ((flat.attention_mask == 0) | (flat.attention_mask == 1)).all(axis=1)
+        if isinstance(self.segment_ids, jax.core.Tracer):
+            texts_right = are_texts(flat.segment_ids, texts, block)
+            right = texts_right if right is None else right & texts_right
+        return flat if right is None else flat._without(~right)
 
 
 def check_inputs(
@@ -92,8 +105,8 @@ def check_inputs(
             f"{config.model_type} has no segments (type_vocab_size=0): leave token_type_ids out."
         )
     for name, field in (("input_ids", "vocab_size"), ("token_type_ids", "type_vocab_size")):
-        check_ids(getattr(inputs, name), of + name, field, getattr(config, field))
-    check_ids(inputs.position_ids, f"{of}position_ids", *config.position_limit)
+        check_ids(getattr(inputs, name), of + name, config, field, getattr(config, field))
+    check_ids(inputs.position_ids, f"{of}position_ids", config, *config.position_limit)
 
 
 def _check_shapes(inputs: Inputs, config: EncoderConfig, limit: int, rank: int, of: str) -> None:
@@ -105,18 +118,13 @@ def _check_shapes(inputs: Inputs, config: EncoderConfig, limit: int, rank: int, 
             "with x[None]."
         )
     length, embeds = lead[-1], inputs.inputs_embeds
-    if length > limit and inputs.position_ids is None:
+    if length > limit and inputs.position_ids is None and inputs.segment_ids is None:
         says = {"max_position_embeddings": config.max_position_embeddings}
         says |= dict((config.position_limit,))
         raise ValueError(
             f"{length} {of}tokens are more than the {limit} positions of this checkpoint "
-            f"({', '.join(f'{name}={count}' for name, count in says.items())}); truncate them"
-            + (
-                ", or make the checkpoint longer: lsg_flax.convert_checkpoint(source, target, "
-                f"max_sequence_length={length})."
-                if config.LENGTHENS
-                else "."
-            )
+            f"({', '.join(f'{name}={count}' for name, count in says.items())}); "
+            f"{config.or_convert('truncate them', length)}."
         )
     if 0 in lead:
         raise ValueError(f"the inputs are {layout} = {lead}; there must be at least one of each.")
@@ -126,7 +134,7 @@ def _check_shapes(inputs: Inputs, config: EncoderConfig, limit: int, rank: int, 
         raise ValueError(
             f"{of}inputs_embeds {embeds.shape} must end in {name}={config.embedding_width}."
         )
-    for name in ("attention_mask", "token_type_ids", "position_ids"):
+    for name in ("attention_mask", "token_type_ids", "position_ids", "segment_ids"):
         array = getattr(inputs, name)
         allowed = [lead, *[(1, *lead[1:])] * (name == "position_ids")]
         if array is not None and tuple(array.shape) not in allowed:
@@ -153,7 +161,7 @@ def _check_mask(mask, name: str) -> None:
     if others:
         raise ValueError(
             f"{name} has the values {str(others[:5])[1:-1]}; give 1 for real tokens and 0 for "
-            "padding. Texts packed into one row cannot be told apart by it: give each its own row."
+            "padding. Texts packed into one row are told apart by segment_ids."
         )
 
 
@@ -165,8 +173,9 @@ def _where_masked(array: Any, mask: Any, otherwise: int | float) -> Any:
     return jnp.where(is_mask.reshape(-1, *(1,) * (array.ndim - 1)), array, otherwise)
 
 
-def check_ids(ids, name: str, field: str, limit: int) -> None:
-    """Raises ValueError for ids that are no integers or, where they can be read, beyond a table."""
+def check_ids(ids, name: str, config: ModelConfig, field: str, limit: int) -> None:
+    """Raises ValueError for ids that are no integers or, where they can be read, beyond a table,
+    whose rows a field of config.json says."""
     if ids is None:
         return
     if not jnp.issubdtype(ids.dtype, jnp.integer):
@@ -177,8 +186,8 @@ def check_ids(ids, name: str, field: str, limit: int) -> None:
     if values.min() < 0 or values.max() >= limit:
         remedy = {
             "prod(axial_pos_shape)": "; positions lie in its rows and columns",
-            "max_position_embeddings": "; a longer table comes from "
-            "lsg_flax.convert_checkpoint(..., max_sequence_length=...)",
+            "max_position_embeddings": "; "
+            + config.or_convert("give smaller ones", int(values.max()) + 1),
             "vocab_size": "; tokenizer and checkpoint do not belong together",
         }.get(field, "")
         raise ValueError(
@@ -262,8 +271,7 @@ def slots_of_cache(inputs: Inputs, config: EncoderConfig, limit: int, length: in
     if length > limit and inputs.position_ids is None:
         raise ValueError(
             f"cache_length={length} is more than the {limit} positions of this checkpoint; "
-            "decode fewer tokens"
-            + (", or convert it with a larger max_sequence_length." if config.LENGTHENS else ".")
+            f"{config.or_convert('decode fewer tokens', length)}."
         )
     if mask is not None and not isinstance(mask, jax.core.Tracer):
         ends = np.max(np.where(np.asarray(mask, bool), np.arange(1, lead[1] + 1), 0), axis=1)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Integer, PRNGKeyArray
 
 from lsg_flax.kernels import Implementation, drop
 from lsg_flax.models.architecture import Architecture
@@ -39,6 +39,8 @@ class Context:
         sequence_axis: inside `jax.shard_map`, the mesh axis that tokens are spread over.
         implementation: of attention, see `lsg_attention`.
         slots: how many slots of a new cache the layers fill; 0 for no cache.
+        texts: how many texts a row has at most, each with its own globals; 0 where it is one text.
+        filler: within the layers, masked places behind the globals.
         activation_dropout: rate behind the activation of a layer's wide projection.
         layerdrop: how often a layer is left out while training.
         global_attention: the user's module in front of layers of a LocalTransformer.
@@ -52,6 +54,8 @@ class Context:
     sequence_axis: str | None = None
     implementation: Implementation | None = None
     slots: int = 0
+    texts: int = 0
+    filler: int = 0
     activation_dropout: float = 0.0
     layerdrop: float = 0.0
     global_attention: nn.Module | None = None
@@ -89,13 +93,15 @@ class Part(nn.Module):
         rate = self.config.hidden_dropout_prob if rate is None else rate
         if not self.context.train or not rate:
             return x
-        key, axis = self.make_rng("dropout"), self.context.sequence_axis
+        key, context = self.make_rng("dropout"), self.context
+        axis = context.sequence_axis
         own: PRNGKeyArray | None = shard_key(key, axis)
         if axis is None or self.config.lsg is None:
             return drop(x, own, rate)
-        split = self.config.lsg.num_global_tokens  # the globals stay the same in every shard
+        # Globals are the same everywhere.
+        tokens = x.shape[1] - self.config.lsg.num_global_tokens - context.filler
         return jnp.concatenate(
-            [drop(x[:, :split], key, rate), drop(x[:, split:], own, rate)], axis=1
+            [drop(x[:, :tokens], own, rate), drop(x[:, tokens:], key, rate)], axis=1
         )
 
 
@@ -155,7 +161,7 @@ class LayerNorm(nn.Module):
         return y.astype(self.dtype)
 
 
-def rows(table: Float[Array, "V D"], ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+def rows(table: Float[Array, "V D"], ids: Integer[Array, "B T"]) -> Float[Array, "B T D"]:
     """Rows of a table; NaN for ids outside it, negative ones too, where plain indexing would
     silently take the last row or count from the end."""
     # On a mesh every device looks up its columns for all tokens; they are exchanged afterwards.

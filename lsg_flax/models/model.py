@@ -4,7 +4,7 @@ Axes: B batch, C choices, T tokens, S keys (an encoder's states), D model width,
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,7 +13,8 @@ import numpy as np
 from flax.typing import Dtype
 from jaxtyping import Array
 
-from lsg_flax.checks import checked_value, require, whole
+from lsg_flax.checks import require
+from lsg_flax.models.call import Call, check_packable, check_run, refuse
 from lsg_flax.models.config import EncoderConfig, ModelConfig
 from lsg_flax.models.config_local import LocalTransformerConfig
 from lsg_flax.models.config_reformer import ReformerConfig
@@ -34,32 +35,12 @@ from lsg_flax.models.local_transformer import LocalTransformer, check_given
 from lsg_flax.models.outputs import ModelOutput, Params
 from lsg_flax.models.realm import candidates_of, relevance
 from lsg_flax.models.reformer import Reformer, Rotations
+from lsg_flax.models.segments import block_of, check_segments, count_segments, first_states
 from lsg_flax.models.seq2seq import EncoderDecoder, last_eos, shift_right
 from lsg_flax.models.task import IGNORED, Task
 from lsg_flax.patterns import Cache
-from lsg_flax.sharding import check_heads
 
 MOST_TOKENS = 2**28  # of a model without positions
-
-
-class Call(NamedTuple):
-    """What a call asks for beside the answer."""
-
-    cache: Cache | None
-    cache_length: int | None
-    train: bool
-    keep_states: bool
-
-    def kept(self, cache: Cache | None) -> Cache | None:
-        """The cache, where one is asked for."""
-        return None if self.cache_length == 0 else cache
-
-
-def _refuse(why: str, **given: Any) -> None:
-    """Raises ValueError for arrays that are given."""
-    names = [name for name, array in given.items() if array is not None]
-    if names:
-        raise ValueError(f"leave {', '.join(names)} out: {why}.")
 
 
 class Model(nn.Module):
@@ -108,6 +89,8 @@ class Model(nn.Module):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
         lsh_rotations=None,
+        segment_ids=None,
+        num_segments: int | None = None,
         **arrays: Any,
     ) -> ModelOutput:
         """Runs the model.
@@ -137,6 +120,12 @@ class Model(nn.Module):
             lsh_rotations: of a Reformer, one [heads, head width, hashes, rotations // 2] of each
                 LSH layer that hashes; by default, or if empty, drawn with the "lsh" rng or a fixed
                 seed.
+            segment_ids: [B, T], for several texts in one row: 1 for the tokens of the first, 2 of
+                the second, 0 for padding. Each begins at a block of the LSG pattern, and has the
+                outputs that it has alone in a row, those for a whole text as [B, num_segments,
+                ...]. `attention_mask` can be left out.
+            num_segments: how many texts a row has at most; with LSG attention by default as many as
+                a row has blocks.
             **arrays: what the record of the task lists beside these (`task.arrays`): of REALM the
                 candidates, relevance, masks and labels; see realm.py.
 
@@ -151,26 +140,33 @@ class Model(nn.Module):
                 "tokens] probabilities, and what it forms block by block is not kept. To look at "
                 "the pattern use lsg_flax.attention.lsg_attention_reference."
             )
-        self._check_run()
+        check_run(self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}, self.unroll)
+        check_given(self.config, self.global_attention)
         arrays = self._given(arrays)
-        inputs = Inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        ids = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, segment_ids
+        inputs = Inputs(*ids)
+        if segment_ids is not None:
+            cached = cache is not None or cache_length is not None
+            check_packable(self.config, self.head_table, cached=cached)
+        per_text = self.head_table.pooled or not self.task_record.per_token
+        texts = count_segments(segment_ids, num_segments, self.answering_stack, answers=per_text)
         targets = Inputs(
             decoder_input_ids, decoder_attention_mask, inputs_embeds=decoder_inputs_embeds
         )
-        call = Call(cache, cache_length, train, output_hidden_states)
+        call = Call(cache, cache_length, train, output_hidden_states, texts)
         states = {
             "encoder_hidden_states": encoder_hidden_states,
             "encoder_attention_mask": encoder_attention_mask,
         }
         if not isinstance(self.config, ReformerConfig):
-            _refuse("they are for a Reformer", lsh_rotations=lsh_rotations or None)
+            refuse("they are for a Reformer", lsh_rotations=lsh_rotations or None)
         if self.counts_positions:
-            _refuse("the family counts positions itself", position_ids=position_ids)
+            refuse("the family counts positions itself", position_ids=position_ids)
         if self.has_two_stacks:
-            _refuse("an encoder-decoder takes encoder_outputs", **states)
+            refuse("an encoder-decoder takes encoder_outputs", **states)
             return self._run_both(inputs, targets, encoder_outputs, call)
         others = {f"decoder_{name}": array for name, array in targets._asdict().items()}
-        _refuse("they are for encoder-decoders", encoder_outputs=encoder_outputs, **others)
+        refuse("they are for encoder-decoders", encoder_outputs=encoder_outputs, **others)
         if self.head_table.embedders:
             return self._compare(inputs, arrays, call)
         rotations = tuple(map(jnp.asarray, lsh_rotations or ()))
@@ -213,6 +209,8 @@ class Model(nn.Module):
             stack.check_tokens()
         check_inputs(inputs, stack, self.max_length, rank=rank)
         context = self._context(stack, call, self._slots(inputs, call))
+        if call.texts:
+            check_segments(inputs.segment_ids, call.texts, stack, self.max_length)
         batch, width = inputs.lead[0], stack.hidden_size
         hidden, mask = states.values()
         if self.is_initializing() and stack.add_cross_attention and call.cache is None:
@@ -220,7 +218,7 @@ class Model(nn.Module):
         required = isinstance(self.config, EncoderConfig)
         options = {"cache": call.cache, "dtype": self.dtype, "required": required}
         memory = encoder_states(hidden, mask, stack, batch, **options)
-        flat, run = inputs.flattened(), self._run(call)
+        flat, run = inputs.flattened(call.texts, block_of(stack)), self._run(call)
         match self.config:
             case EncoderDecoderConfig():
                 stacks = EncoderDecoder(self.config, context, context, *run)
@@ -232,7 +230,7 @@ class Model(nn.Module):
             case _:
                 encoder = Encoder(context, *run, causal=stack.is_decoder, name="encoder")
                 body = encoder(flat, memory, call.cache)
-        output = self._answer(context, body, body.last)
+        output = self._answer(context, body, body.last, flat.segment_ids)
         if finish := self.head_table.finish:
             if not self.is_initializing():
                 output = finish(output, arrays, self.config, inputs.lead)
@@ -240,25 +238,6 @@ class Model(nn.Module):
             logits = output.logits.reshape(-1, inputs.lead[1])  # [B, C]
             output = dataclasses.replace(output, logits=logits)
         return dataclasses.replace(output, hidden_states=body.states, cache=call.kept(body.cache))
-
-    def _check_run(self) -> None:
-        """Raises ValueError for run-time fields that no computation can have, and for heads that
-        the ambient mesh cannot cut."""
-        for name in ("dtype", "param_dtype"):
-            dtype = getattr(self, name)
-            try:
-                floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-            except TypeError:  # PyTorch's, or no dtype at all
-                floating = False
-            require(
-                floating,
-                f"{name}={dtype!r} must be a type of JAX's real numbers, such as jnp.float32, "
-                "jnp.bfloat16 or jnp.float16.",
-            )
-        for stack in self.config.stacks.values():
-            check_heads(stack.num_attention_heads)
-        check_given(self.config, self.global_attention)
-        checked_value("unroll", self.unroll, int, whole(1, 2**16))
 
     def _run_both(
         self, inputs: Inputs, targets: Inputs, encoder_outputs: Any, call: Call
@@ -274,7 +253,7 @@ class Model(nn.Module):
         words, encoded, memory = stacks.words(), None, None
         if call.cache is not None:
             given = inputs._asdict() | {"encoder_outputs": encoder_outputs}
-            _refuse("the cache has what the decoder sees of the encoder", **given)
+            refuse("the cache has what the decoder sees of the encoder", **given)
         else:
             if encoder_outputs is None:
                 check_inputs(inputs, config.encoder, self.max_length, rank=2)
@@ -282,7 +261,7 @@ class Model(nn.Module):
                 encoder_outputs = encoded.last
             else:
                 given = {"input_ids": inputs.input_ids, "inputs_embeds": inputs.inputs_embeds}
-                _refuse("encoder_outputs stand in their place", **given)
+                refuse("encoder_outputs stand in their place", **given)
             memory = stacks.memory(encoder_outputs, inputs.attention_mask, targets.lead[0])
         body = stacks.decode(targets.flattened(), memory, call.cache, words)
         last = body.last
@@ -301,9 +280,16 @@ class Model(nn.Module):
     def _run(self, call: Call) -> tuple[Remat, int, bool]:
         return self.remat, self.unroll, call.keep_states
 
-    def _answer(self, context: Context, body: BodyOutput, last: Array) -> ModelOutput:
-        pooled = Pooler(context, name="pooler")(last) if self.head_table.pooled else None
-        return self.head_table.module(context, name="head")(last, pooled, body.words)
+    def _answer(
+        self, context: Context, body: BodyOutput, last: Array, segments: Array | None = None
+    ) -> ModelOutput:
+        texts, first = context.texts, last
+        if segments is not None:  # each text as a row that has its first state
+            first = first_states(last, segments, texts).reshape(-1, 1, last.shape[-1])
+        pooled = Pooler(context, name="pooler")(first) if self.head_table.pooled else None
+        last = last if self.task_record.per_token else first
+        output = self.head_table.module(context, name="head")(last, pooled, body.words)
+        return output.by_text(texts, self.task_record.per_token) if texts else output
 
     def _targets(self, inputs: Inputs, targets: Inputs) -> Inputs:
         """The decoder's inputs, made of the encoder's where the family does so."""
@@ -326,7 +312,7 @@ class Model(nn.Module):
         assert isinstance(self.config, EncoderDecoderConfig)
         require(ids.ndim == 2, f"{name} must be [batch, tokens], got {ids.shape}.")
         read = jnp.where(ids == IGNORED, 0, ids)
-        check_ids(read, name, "vocab_size", self.config.vocab_size)
+        check_ids(read, name, self.config, "vocab_size", self.config.vocab_size)
         return shift_right(ids, self.config, self.family.architecture.shift)
 
     def _context(self, stack: EncoderConfig, call: Call, slots: int = 0) -> Context:
@@ -345,6 +331,7 @@ class Model(nn.Module):
             call.train,
             implementation=self.implementation,
             slots=slots,
+            texts=call.texts,
             # Linen has bound what is in it to this model, where its parameters do not lie.
             global_attention=module if module is None else module.unbind()[0],
             **rates,

@@ -1,5 +1,6 @@
 """What models take and give: trees of parameters, and the one type of outputs."""
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -50,3 +51,12 @@ class ModelOutput:
     candidate: Array | None = None
     start_pos: Array | None = None
     end_pos: Array | None = None
+
+    def by_text(self, texts: int, per_token: tuple[str, ...]) -> "ModelOutput":
+        """With the outputs of a row for each of its texts, [B, texts, ...] in place of
+        [B * texts, ...]; those named in `per_token` have an axis of tokens there."""
+        others = {name: x for name, x in vars(self).items() if name not in per_token}
+        by_text = {
+            n: x.reshape(-1, texts, *x.shape[1:]) for n, x in others.items() if x is not None
+        }
+        return dataclasses.replace(self, **by_text)

@@ -18,12 +18,14 @@ Loss = Literal[
 # What a row of data holds: see `data.Columns`. The tokens of "masked_text" and "running_text" are
 # their own labels, those of "text_to_text" the ones of the text to write.
 Examples = Literal[
-    "text", "words", "question", "choices", "masked_text", "running_text", "text_to_text"
+    "text", "words", "question", "choices", "masked_text", "running_text", "text_to_text", "pairs"
 ]
 
 
 # How answers are scored, and the names of the scores.
-Scorer = Literal["classes", "several_labels", "numbers", "entities", "spans", "perplexity"]
+Scorer = Literal[
+    "classes", "several_labels", "numbers", "entities", "spans", "perplexity", "retrieval"
+]
 SCORES: dict[Scorer, tuple[str, ...]] = {
     "classes": ("accuracy", "macro_f1"),
     "several_labels": ("accuracy", "micro_f1", "macro_f1"),
@@ -31,6 +33,7 @@ SCORES: dict[Scorer, tuple[str, ...]] = {
     "entities": ("accuracy", "precision", "recall", "f1"),
     "spans": ("exact_match", "f1"),
     "perplexity": ("perplexity",),
+    "retrieval": ("recall@1", "recall@10", "mrr@10", "ndcg@10"),
 }
 PROBLEM_SCORERS: dict[ProblemType, Scorer] = {
     "single_label_classification": "classes",
@@ -72,6 +75,8 @@ class Task:
         generates: whether the outputs are scores of the next token, so that text is made of them.
         arrays: what the model takes beside its inputs, labels of a loss of its own included.
         alone: whether a row is also taken without the axis of the batch.
+        learned_by: the task of the models that learn it, where that is not its own: the loss is one
+            of their outputs.
     """
 
     name: str
@@ -86,6 +91,7 @@ class Task:
     generates: bool = False
     arrays: tuple[str, ...] = ()
     alone: bool = False
+    learned_by: str | None = None
 
     def __post_init__(self):
         known: dict[str, tuple[Any, ...]] = {
@@ -101,6 +107,16 @@ class Task:
                     f"{name}={value!r} of the task {self.name!r} is unknown; choose one of "
                     f"{', '.join(map(str, allowed))}."
                 )
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether there is a loss."""
+        return bool(self.targets or self.learned_by)
+
+    @property
+    def model_task(self) -> str:
+        """The task of the models that learn it."""
+        return self.learned_by or self.name
 
     def scorer_for(self, problem: ProblemType) -> Scorer | None:
         """How answers are scored where the config's problem_type is `problem`."""
@@ -186,12 +202,14 @@ CONDITIONAL_GENERATION = Task(
     examples="text_to_text",
     generates=True,
 )
+# Texts as vectors, of whose angles the losses are.
+EMBEDDING = Task("embedding", scorer="retrieval", examples="pairs", learned_by="base")
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         *(BASE, MASKED_LM, CAUSAL_LM, PRETRAINING, NEXT_SENTENCE_PREDICTION),
         *(SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, QUESTION_ANSWERING, MULTIPLE_CHOICE),
-        CONDITIONAL_GENERATION,
+        *(CONDITIONAL_GENERATION, EMBEDDING),
     )
 }
 

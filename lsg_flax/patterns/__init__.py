@@ -2,6 +2,7 @@
 
 from lsg_flax.patterns.arguments import Arrays as Arrays
 from lsg_flax.patterns.arguments import checked_arrays as checked_arrays
+from lsg_flax.patterns.arguments import checked_segments as checked_segments
 from lsg_flax.patterns.arguments import checked_tokens as checked_tokens
 from lsg_flax.patterns.arguments import features_first as features_first
 from lsg_flax.patterns.arguments import tokens_first as tokens_first
@@ -17,6 +18,7 @@ from lsg_flax.patterns.config import MAX_GLOBAL_TOKENS as MAX_GLOBAL_TOKENS
 from lsg_flax.patterns.config import SPARSITY_TYPES as SPARSITY_TYPES
 from lsg_flax.patterns.config import LSGConfig as LSGConfig
 from lsg_flax.patterns.config import SparsityType as SparsityType
+from lsg_flax.patterns.dense import seen_by as seen_by
 from lsg_flax.patterns.halo import shard_key as shard_key
 from lsg_flax.patterns.local import attend_locally as attend_locally
 from lsg_flax.patterns.local import unit as unit
@@ -37,6 +39,7 @@ from lsg_flax.patterns.pattern import Local as Local
 from lsg_flax.patterns.pattern import Pattern as Pattern
 from lsg_flax.patterns.pattern import Runtime as Runtime
 from lsg_flax.patterns.pattern import pattern_of as pattern_of
+from lsg_flax.patterns.pattern import with_globals_behind as with_globals_behind
 from lsg_flax.patterns.representatives import DEFAULT_LSH_SEED as DEFAULT_LSH_SEED
 from lsg_flax.patterns.representatives import pad_to_blocks as pad_to_blocks
 from lsg_flax.patterns.representatives import representatives_of as representatives_of
@@ -44,3 +47,7 @@ from lsg_flax.patterns.representatives import right_offset as right_offset
 from lsg_flax.patterns.rotary import Rotary as Rotary
 from lsg_flax.patterns.rotary import frequencies as frequencies
 from lsg_flax.patterns.rotary import rotary_of as rotary_of
+from lsg_flax.patterns.segments import are_texts as are_texts
+from lsg_flax.patterns.segments import check_packing as check_packing
+from lsg_flax.patterns.segments import only_of_texts as only_of_texts
+from lsg_flax.patterns.segments import with_globals as with_globals

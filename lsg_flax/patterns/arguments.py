@@ -7,32 +7,50 @@ Axes: B batch, T tokens, S keys, N heads, H head width.
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from lsg_flax.kernels import Source
 
 
 class Arrays(NamedTuple):
-    """What attention is computed of; `mask` is True for keys that may be seen."""
+    """What attention is computed of; `mask` is True for keys that may be seen, `segments` number
+    the texts that lie in one row."""
 
     query: Float[Array, "B T N H"]
     key: Float[Array, "B S N H"]
     value: Float[Array, "B S N H"]
     mask: Bool[Array, "B S"]
+    segments: Int[Array, "B S"] | None = None
 
     def features_first(self) -> tuple[Float[Array, "B N H T"], Source]:
         """The queries, and the keys that they see."""
         query, key, value = map(features_first, self[:3])
-        return query, Source(key, value, self.mask[:, None])
+        segments = None if self.segments is None else self.segments[:, None]
+        return query, Source(key, value, self.mask[:, None], segments=segments)
 
 
-def checked_tokens(query, key, value, mask) -> Arrays:
-    """`checked_arrays` of self-attention."""
+def checked_tokens(query, key, value, mask, segments=None) -> Arrays:
+    """`checked_arrays` of self-attention; tokens of segment 0 are padding."""
     if query.shape[:2] != key.shape[:2]:
         raise ValueError(
             f"query {query.shape} and key {key.shape} must have the same batch and tokens."
         )
-    return checked_arrays(query, key, value, mask)
+    arrays = checked_arrays(query, key, value, mask)
+    if segments is None:
+        return arrays
+    segments = checked_segments(segments, key.shape[:2])
+    return arrays._replace(mask=arrays.mask & (segments != 0), segments=segments)
+
+
+def checked_segments(segments, shape: tuple[int, ...]) -> Int[Array, "B _"]:
+    """The texts of tokens as an array; raises ValueError if it is none of this shape."""
+    if segments.shape != shape or not jnp.issubdtype(segments.dtype, jnp.integer):
+        raise ValueError(
+            f"segment_ids must be integers of shape {shape} (batch, tokens without prepended "
+            "globals; 0 = padding, 1, 2, ... = the texts of a row), got "
+            f"{segments.dtype} {segments.shape}."
+        )
+    return jnp.asarray(segments)
 
 
 def checked_arrays(query, key, value, mask) -> Arrays:

@@ -190,8 +190,9 @@ def slots_for(length: int, config: LSGConfig | Local | None) -> int:
 def keep_blocks(
     pattern: LSG, query: Float[Array, "B N H T"], source: Source, run: Runtime, slots: int
 ) -> LayerCache:
-    """What a layer keeps of the prompt, globals in front; see `patterns.prefill`."""
+    """What a layer keeps of the prompt, globals behind it; see `patterns.prefill`."""
     config, split = pattern.config, pattern.split
+    query, source = jax.tree.map(lambda x: jnp.roll(x, split, axis=-1), (query, source))
     fill = split + slots - query.shape[-1]
     query, tokens = jax.tree.map(lambda x: pad(x, 0, fill), (query, source))
     if not config.is_sparse:

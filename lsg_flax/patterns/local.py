@@ -10,7 +10,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from lsg_flax.checks import require
 from lsg_flax.kernels import (
@@ -28,6 +28,8 @@ from lsg_flax.kernels import (
     pad,
 )
 from lsg_flax.patterns import halo
+from lsg_flax.patterns.full import AXES
+from lsg_flax.patterns.local_fused import attend_locally_fused, plan_locally, sees_others
 from lsg_flax.patterns.pattern import Local, Runtime
 
 
@@ -46,30 +48,42 @@ def attend_locally(
     query, source = jax.tree.map(lambda x: pad(x, 0, -length % size), (query, source))
     if pattern.shared_qk:
         source = source._replace(key=unit(source.key, 2))
+    segmented = source.segments is not None  # which XLA alone tells apart
+    plan = None if segmented else plan_locally(pattern, query, run, biased=bias is not None)
+    if plan is not None:
+        context = attend_locally_fused(plan, pattern, query, source, run)
+        if pattern.shared_qk:
+            alone = ~sees_others(pattern, source.mask, run)
+            context = show_themselves(context, alone, source, run)
+        return context[..., :length]
     width = query.shape[2] ** -0.5 if pattern.scale is None else pattern.scale
     if pattern.wraps and pattern.causal:
         source = source._replace(positions=places(query))
     sources, windows = _windows(pattern, source, run)
-    spec = Spec(
-        size, windows, blocks_per_step=run.blocks_per_step or 0, dropout_rate=run.dropout_rate
-    )
+    steps, rate = run.blocks_per_step or 0, run.dropout_rate
+    spec = Spec(size, windows, blocks_per_step=steps, dropout_rate=rate, axes=AXES)
     options = {"key": run.dropout_key, "implementation": run.implementation}
     turned = _turn(pattern, query * width, pattern.windows_seen - 1, sign=1)
-    queries = Queries(turned, source.positions)
+    queries = Queries(turned, source.positions, source.segments)
     context, normaliser = attend(spec, queries, sources, biases=_biases(bias, windows), **options)
     if pattern.shared_qk:
-        context = show_themselves(context, normaliser, source, run)
+        context = show_themselves(context, saw_nothing(normaliser), source, run)
     return context[..., :length]
+
+
+def saw_nothing(normaliser: Float[Array, "B N T"]) -> Bool[Array, "B N T"]:
+    """Which queries, by what `attend` says of their softmax."""
+    return normaliser <= NEGATIVE / 2
 
 
 def show_themselves(
     context: Float[Array, "B N H T"],
-    normaliser: Float[Array, "B N T"],
+    alone: Bool[Array, "B #N T"],
     source: Source,
     run: Runtime,
 ) -> Float[Array, "B N H T"]:
     """The context in which a token that sees no other sees itself (queries and keys are shared)."""
-    alone = (normaliser <= NEGATIVE / 2) & source.mask
+    alone &= source.mask
     own = source.value
     other = run.with_other_dropout().dropout_key
     if other is not None and run.dropout_rate:

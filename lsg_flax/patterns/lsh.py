@@ -14,7 +14,13 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from lsg_flax.checks import require
 from lsg_flax.kernels import Queries, Rule, Source, Spec, attend, merge_softmax_parts, pad
 from lsg_flax.patterns.full import BLOCK
-from lsg_flax.patterns.local import put_in_own_rings, put_in_ring, show_themselves, take_tokens
+from lsg_flax.patterns.local import (
+    put_in_own_rings,
+    put_in_ring,
+    saw_nothing,
+    show_themselves,
+    take_tokens,
+)
 from lsg_flax.patterns.pattern import LSH, Runtime
 from lsg_flax.patterns.representatives import DEFAULT_LSH_SEED
 
@@ -38,7 +44,7 @@ def attend_by_buckets(
         spec = Spec(min(length, BLOCK), shared_rule=rule, dropout_rate=run.dropout_rate)
         shared = source._replace(key=unit_keys(query_key))
         context, normaliser = attend(spec, Queries(query_key), shared=shared, **options)
-        return show_themselves(context, normaliser, source, run)
+        return show_themselves(context, saw_nothing(normaliser), source, run)
     query_key, source = jax.tree.map(lambda x: pad(x, 0, -length % chunk), (query_key, source))
     buckets = run.buckets  # of whole chunks
     if buckets is None:
@@ -68,7 +74,7 @@ def attend_by_buckets(
     if back is not None:
         context, normaliser = (take_tokens(x, back) for x in (context, normaliser))
     context, normaliser = _merge_rounds(pattern, context, normaliser, order, place)
-    return show_themselves(context, normaliser, source, run)[..., :length]
+    return show_themselves(context, saw_nothing(normaliser), source, run)[..., :length]
 
 
 def _merge_rounds(

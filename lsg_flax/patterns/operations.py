@@ -21,7 +21,7 @@ from lsg_flax.patterns.cache import (
     step_locally,
     write,
 )
-from lsg_flax.patterns.full import attend_to_all
+from lsg_flax.patterns.full import attend_fully
 from lsg_flax.patterns.local import attend_locally
 from lsg_flax.patterns.lsg import attend_by_blocks
 from lsg_flax.patterns.lsh import attend_by_buckets
@@ -40,7 +40,7 @@ def attention(
     """The context of every query; `bias` is added to the scores of every local window."""
     match pattern:
         case Full():
-            return attend_to_all(query, source, run, causal=pattern.causal)[0]
+            return attend_fully(query, source, run, causal=pattern.causal)
         case LSG():
             return attend_by_blocks(pattern, query, source, run)
         case Local():

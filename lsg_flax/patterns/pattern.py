@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import jax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from lsg_flax.checks import Range, check_fields, require, whole
-from lsg_flax.kernels import Implementation
+from lsg_flax.kernels import Implementation, pad
 from lsg_flax.patterns import halo
 from lsg_flax.patterns.config import LSGConfig
 from lsg_flax.patterns.rotary import Rotary
@@ -41,16 +42,30 @@ class Full:
 
 @dataclass(frozen=True)
 class LSG:
-    """Local blocks, sparse representatives, globals (see `lsg_flax.lsg_attention`)."""
+    """Local blocks, sparse representatives, globals (see `lsg_flax.lsg_attention`).
+
+    Attributes:
+        texts: how many copies of prepended globals there are, one for each text of a row.
+        filler: masked places behind the prepended globals, which lie behind the tokens in turn.
+    """
 
     config: LSGConfig
     causal: bool = False
     global_tokens: GlobalTokens = "prepended"
+    texts: int = 1
+    filler: int = 0
 
     @property
     def split(self) -> int:
-        """Globals in front of the tokens."""
-        return self.config.num_global_tokens if self.global_tokens == "prepended" else 0
+        """Prepended globals."""
+        if self.global_tokens != "prepended":
+            return 0
+        return self.config.num_global_tokens * self.texts
+
+    @property
+    def behind(self) -> int:
+        """Places behind the tokens."""
+        return self.split + self.filler
 
     @property
     def full_rows(self) -> int:
@@ -166,10 +181,22 @@ Pattern = Full | LSG | Local | LSH
 
 
 def pattern_of(
-    lsg: LSGConfig | None, *, causal: bool, global_tokens: GlobalTokens = "prepended"
+    lsg: LSGConfig | None,
+    *,
+    causal: bool,
+    global_tokens: GlobalTokens = "prepended",
+    texts: int = 1,
+    filler: int = 0,
 ) -> Pattern:
     """The pattern of a config, full attention without one."""
-    return Full(causal) if lsg is None else LSG(lsg, causal, global_tokens)
+    return Full(causal) if lsg is None else LSG(lsg, causal, global_tokens, texts, filler)
+
+
+def with_globals_behind(pattern: LSG, x: Shaped[Array, "*A _"]) -> Shaped[Array, "*A _"]:
+    """Arrays as the pattern takes them, of ones that begin with the globals: these behind the
+    tokens, and behind them zeros (False)."""
+    split = pattern.split
+    return pad(jnp.concatenate([x[..., split:], x[..., :split]], axis=-1), 0, pattern.filler)
 
 
 @dataclass(frozen=True)

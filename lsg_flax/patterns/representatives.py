@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from lsg_flax.kernels import Source, pad
-from lsg_flax.patterns import halo, sparsity
+from lsg_flax.patterns import halo, segments, sparsity
 from lsg_flax.patterns.config import LSGConfig
 from lsg_flax.patterns.pattern import LSG, Runtime
 
@@ -34,13 +34,19 @@ def representatives_of(
     pattern: LSG, query: Float[Array, "B N H T"], source: Source, run: Runtime
 ) -> Source:
     """The representatives of a shard's tokens."""
-    config = pattern.config
-    bos_query = first_query(config, query, source.mask, run.sequence_axis)
+    config, blocks = pattern.config, None
+    if source.segments is None:
+        bos_query = first_query(config, query, source.mask, run.sequence_axis)
+    else:
+        blocks = segments.of_blocks(source.segments, config.block_size)
+        bos_query = segments.first_queries(config, query, blocks)
     chosen = choose(config, hide_global(pattern, source, run), bos_query, run, source.mask)
     standalone_pooling = config.sparsity_type == "pooling" and not pattern.split
     if config.strict_reference and standalone_pooling and config.sparsity_factor > 1:
         # The standalone layers' mean of masks overflows, which unmasks groups of padding.
         chosen = chosen._replace(mask=jnp.ones_like(chosen.mask))
+    if blocks is not None:
+        chosen = chosen._replace(segments=segments.of_representatives(config, blocks))
     return chosen
 
 
@@ -72,7 +78,7 @@ def first_query(
 def choose(
     config: LSGConfig,
     source: Source,
-    bos_query: Float[Array, "B N H"],
+    bos_query: Float[Array, "B N H *blocks"],
     run: Runtime,
     bos_mask: Bool[Array, "B 1 T"] | None = None,
 ) -> Source:
@@ -82,7 +88,7 @@ def choose(
         source.value.swapaxes(2, 3),
         source.mask[:, 0],
         config=config,
-        bos_query=bos_query,
+        bos_query=jnp.moveaxis(bos_query, 2, -1),
         bos_mask=None if bos_mask is None else bos_mask[:, 0],
         rotations=_rotations(config, source.key.shape, run),
     )

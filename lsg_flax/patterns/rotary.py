@@ -50,6 +50,15 @@ class Rotary:
         rotated = jnp.stack([size * part for part in turned], axis=2)
         return rotated.reshape(x.shape).astype(x.dtype)
 
+    def of_a_place(self, width: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """By what angle each pair of features turns from one place to the next, and the logarithm
+        of what its size is multiplied by."""
+        angles = frequencies(width)
+        growth = np.zeros_like(angles)
+        if self.xpos_base is not None:
+            growth = np.log(_shrink(width)) / np.float32(self.xpos_base)
+        return tuple(angles.tolist()), tuple(growth.tolist())
+
     def _tables(self, width: int, places: Any, centre: int, sign: int):
         """Cosine, sine and size, [1, 1, H / 2, 1, places], in float32 as the reference has them."""
         numbers: Any = np if isinstance(places, np.ndarray) else jnp
@@ -57,8 +66,7 @@ class Rotary:
         angle = places * frequencies(width)[None, None, :, None, None]
         if self.xpos_base is None:
             return numbers.cos(angle), numbers.sin(angle), np.float32(1.0)
-        even = np.arange(0, width, 2, dtype=np.float32)[None, None, :, None, None]
-        shrink = (even + np.float32(0.4 * width)) / np.float32(1.4 * width)
+        shrink = _shrink(width)[None, None, :, None, None]
         size = shrink ** (sign * (places - centre) / self.xpos_base)
         return numbers.cos(angle), numbers.sin(angle), size
 
@@ -67,6 +75,12 @@ def frequencies(width: int) -> Float[np.ndarray, "_"]:
     """The angles by which the pairs of a head of this width turn from one place to the next."""
     even = np.arange(0, width, 2, dtype=np.float32)
     return 1.0 / np.float32(THETA) ** (even / np.float32(width))
+
+
+def _shrink(width: int) -> Float[np.ndarray, "_"]:
+    """By what sizes are multiplied from one place to the `xpos_base`th from it."""
+    even = np.arange(0, width, 2, dtype=np.float32)
+    return (even + np.float32(0.4 * width)) / np.float32(1.4 * width)
 
 
 def rotary_of(

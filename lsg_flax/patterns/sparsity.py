@@ -23,13 +23,13 @@ from lsg_flax.patterns.groups import ranks, sum_groups
 
 class HeadInputs(NamedTuple):
     """What one head offers to a selection. `bos_query` is the query of the first non-global token,
-    `bos_mask` what it sees."""
+    or for each block that of its text, `bos_mask` what it sees."""
 
     key: Float[Array, "T H"]
     value: Float[Array, "T H"]
     mask: Bool[Array, "T"]
     head: Int[Array, ""]
-    bos_query: Float[Array, "H"]
+    bos_query: Float[Array, "*blocks H"]
     bos_mask: Bool[Array, "T"]
     rotations: tuple[Float[Array, "H _"], ...]
 
@@ -118,11 +118,13 @@ def bos_pooling(inputs: HeadInputs, config: LSGConfig) -> Selected:
     does so too.
     """
     factor = config.sparsity_factor
-    scores = (
-        inputs.key.astype(jnp.float32)
-        @ inputs.bos_query.astype(jnp.float32)
-        / inputs.key.shape[-1] ** 0.5
-    )  # [T]
+    key, query = inputs.key.astype(jnp.float32), inputs.bos_query.astype(jnp.float32)
+    if query.ndim == 1:
+        scores = key @ query  # [T]
+    else:
+        blocks = key.reshape(query.shape[0], -1, key.shape[-1])
+        scores = jnp.einsum("jqh,jh->jq", blocks, query).reshape(-1)
+    scores = scores / key.shape[-1] ** 0.5
     visible, mask = inputs.bos_mask.reshape(-1, factor), inputs.mask.reshape(-1, factor)
     if config.strict_reference:
         # Added, as in the reference: the gradient passes through masked scores as well.
@@ -238,7 +240,7 @@ def select(
     mask: Bool[Array, "B T"],
     *,
     config: LSGConfig,
-    bos_query: Float[Array, "B N H"],
+    bos_query: Float[Array, "B N *blocks H"],
     bos_mask: Bool[Array, "B T"] | None = None,
     rotations: tuple[Float[Array, "N H _"], ...] | None = None,
 ) -> tuple[Float[Array, "B N R H"], Float[Array, "B N R H"], Bool[Array, "B N R"]]:
@@ -248,7 +250,8 @@ def select(
         key, value: projected keys and values of the non-global tokens, a whole number of blocks.
         mask: True for real tokens.
         config: pattern settings; `sparsity_factor=1` returns every token.
-        bos_query: query of the first token, for "bos_pooling".
+        bos_query: query of the first token, for "bos_pooling"; for each block that of its text's
+            where a row has several.
         bos_mask: what that query sees, `mask` by default.
         rotations: from `lsh_rotations`, for "lsh".
 

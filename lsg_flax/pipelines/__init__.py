@@ -6,6 +6,7 @@ from lsg_flax.pipelines.broken import unskipped as unskipped
 from lsg_flax.pipelines.broken import warn_of_skipped as warn_of_skipped
 from lsg_flax.pipelines.documents import COLUMNS as COLUMNS
 from lsg_flax.pipelines.documents import DocumentFile as DocumentFile
+from lsg_flax.pipelines.documents import Documents as Documents
 from lsg_flax.pipelines.embeddings import TEXTS as TEXTS
 from lsg_flax.pipelines.embeddings import VECTORS as VECTORS
 from lsg_flax.pipelines.embeddings import Embedder as Embedder

@@ -7,16 +7,26 @@ document, so that an empty line of a .txt is an empty text here.
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, get_args
 
-from lsg_flax.data import KINDS, Problems, files_at, open_source
+from lsg_flax.data import (
+    KINDS,
+    DataRow,
+    DatasetPart,
+    DatasetSource,
+    Problems,
+    files_at,
+    is_dataset_name,
+    open_source,
+)
 from lsg_flax.files import Line, id_in, is_blank, read_lines, valid_text, whole_file
 from lsg_flax.inference import Document
 from lsg_flax.pipelines.broken import BrokenLines, line_number, unskipped
 from lsg_flax.pipelines.tasks import check_choice
 
+Documents = str | os.PathLike | DatasetPart  # where they are
 COLUMNS = ("id", "text", "text_pair", "question", "context")  # what may be called otherwise
 _CONTENTS = (("input_ids",), ("question", "context"), ("text",))  # what a line has of a document
 
@@ -33,18 +43,19 @@ class _LeftOut(Problems):
 
 
 class DocumentFile:
-    """The documents of a .jsonl, .csv, .parquet or .txt, or of a folder or pattern of such files,
-    read lazily.
+    """The documents of a .jsonl, .csv, .parquet or .txt, of a folder or pattern of such files, or
+    of a dataset, read lazily.
 
     Attributes:
+        name: of what they are read from.
         broken_lines: what is done with them.
-        skipped: numbers of the broken lines that were passed over so far; of several files, and of
-            .parquet, their places.
+        skipped: numbers of the broken lines that were passed over so far; of several files, of
+            .parquet and of a dataset their places.
     """
 
     def __init__(
         self,
-        source: str | os.PathLike,
+        source: Documents,
         *,
         broken_lines: BrokenLines = "raise",
         text_column: str | None = None,
@@ -61,7 +72,8 @@ class DocumentFile:
                 ignored. .csv and .parquet have columns of these names, and lines counted without
                 the names. Of a folder each .txt is one text, in the order of their names, which are
                 the ids; other files of a folder or of a pattern such as "data/*.csv", of one kind,
-                come one after the other, and documents without an id are called by their place.
+                come one after the other, and documents without an id are called by their place. The
+                name of a dataset, or a `DatasetPart`, has rows with such columns.
             broken_lines: raise for a line that is none of this, or skip it.
             text_column: the entry that is the text, in place of all these.
             columns: what the entries are called, by the names above.
@@ -70,7 +82,8 @@ class DocumentFile:
         Raises:
             FileNotFoundError, ValueError: for no such file, another kind, or another choice.
         """
-        self.source, self.skipped = pathlib.Path(source), []
+        part = source if isinstance(source, DatasetPart) else DatasetPart(os.fspath(source))
+        self.skipped: list[int | str] = []
         check_choice("broken_lines", broken_lines, get_args(BrokenLines))
         self.broken_lines, self._text_column = broken_lines, text_column
         self._columns, self._skippable = dict(columns), skippable
@@ -78,15 +91,27 @@ class DocumentFile:
             self._columns["text"] = text_column
         if unknown := sorted(self._columns.keys() - set(COLUMNS)):
             raise ValueError(f"columns name {unknown}; there are {', '.join(COLUMNS)}.")
-        found = (file for file in self.source.glob("*.txt") if file.is_file())
-        self._texts = sorted(found) if self.source.is_dir() else []
-        self._files = self._texts or self._rows_at(os.fspath(source))
-        self._of_texts = self._files[0].suffix == ".txt"
+        self._dataset = DatasetSource(*part) if is_dataset_name(part.name) else None
+        self.name = self._dataset.name if self._dataset else part.name
+        self._texts, self._files = ([], []) if self._dataset else self._files_at(part)
+        self._of_texts = [file.suffix for file in self._files[:1]] == [".txt"]
         if self._of_texts and self._columns:
             given = f"text_column={text_column!r}" if text_column else f"columns={self._columns}"
             raise ValueError(
-                f"{given} is for a .jsonl, .csv or .parquet; {source} has texts alone."
+                f"{given} is for a .jsonl, .csv or .parquet; {part.name} has texts alone."
             )
+
+    def _files_at(self, part: DatasetPart) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
+        """The texts of a folder of them, and all files."""
+        for name, value in part._asdict().items():
+            if name != "name" and value is not None:
+                raise ValueError(
+                    f"{name}={value!r} is of a dataset, and {part.name} names files; leave it out."
+                )
+        folder = pathlib.Path(part.name)
+        found = (file for file in folder.glob("*.txt") if file.is_file())
+        texts = sorted(found) if folder.is_dir() else []
+        return texts, texts or self._rows_at(part.name)
 
     def _rows_at(self, source: str) -> list[pathlib.Path]:
         place = pathlib.Path(source)
@@ -96,7 +121,7 @@ class DocumentFile:
                 absent = "" if place.exists() else "; nothing is there now"
                 raise ValueError(
                     f"{source} must end in {', '.join(KINDS)}, or be a folder or a pattern of such "
-                    f"files{absent}."
+                    f"files, or the name of a dataset{absent}."
                 )
             if not place.is_file():
                 raise FileNotFoundError(f"{source} is no file.")
@@ -127,7 +152,7 @@ class DocumentFile:
             raise unskipped(place, error, skippable=self._skippable) from error
         if self._texts:
             self.skipped.append(pathlib.Path(place).name)
-        elif len(self._files) > 1 or self._files[0].suffix == ".parquet":
+        elif len(self._files) != 1 or self._files[0].suffix == ".parquet":
             self.skipped.append(place)
         else:
             self.skipped.append(line_number(place))
@@ -141,21 +166,21 @@ class DocumentFile:
     def _lines(self, problems: Problems | None = None) -> Iterator[Line]:
         """An empty line of a .txt is a text like others; in a .jsonl it is nothing. A file of a
         folder of texts counts as one line, and a row of columns is the line that says the same."""
+        problems = problems or _LeftOut(self)
+        if self._dataset is not None:
+            yield from _lines_of(self._dataset.rows(problems))
         for number, file in enumerate(self._files, 1):
             if self._texts:
                 yield whole_file(file, number)
             elif file.suffix in (".txt", ".jsonl"):
                 yield from read_lines(file, blank=file.suffix == ".txt")
             else:
-                rows = open_source(file, subset=None, split="").rows(problems or _LeftOut(self))
-                for count, row in enumerate(rows, 1):
-                    raw = json.dumps(row.values, default=str).encode()
-                    yield Line(row.place, count, raw)
+                yield from _lines_of(open_source(file, subset=None, split=None).rows(problems))
 
     def _name_of(self, line: Line) -> int | str:
         if self._texts:
             return self._texts[line.number - 1].name
-        return line.number - 1 if len(self._files) == 1 else line.place
+        return line.place if len(self._files) > 1 else line.number - 1
 
     def _content_of(self, line: Line) -> dict[str, Any]:
         """Raises ValueError for what is no document."""
@@ -176,6 +201,11 @@ class DocumentFile:
         if self._text_column is not None:  # the text, and nothing else
             others = (name for name in ("id",) if name not in named and name in content)
         return _content(named | {name: content[name] for name in others})
+
+
+def _lines_of(rows: Iterable[DataRow]) -> Iterator[Line]:
+    for count, row in enumerate(rows, 1):
+        yield Line(row.place, count, json.dumps(row.values, default=str).encode())
 
 
 def _content(content: dict[str, Any]) -> dict[str, Any]:

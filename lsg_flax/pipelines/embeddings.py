@@ -12,73 +12,28 @@ import pathlib
 import warnings
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
-from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from lsg_flax import hub
 from lsg_flax.buckets import default_buckets
 from lsg_flax.data import KINDS, cut_of
-from lsg_flax.files import (
-    file_aside,
-    valid_text,
-    written_aside,
-)
-from lsg_flax.hub import Pooling, SentenceSettings, Tokenizer, write_sentence_settings
+from lsg_flax.files import file_aside, valid_text
+from lsg_flax.hub import SentenceSettings, Tokenizer
 from lsg_flax.inference import Predictor
 from lsg_flax.locks import holds, locked_file
-from lsg_flax.models import Model, Params
+from lsg_flax.models import Model, Params, Pooling, check_pooling
+from lsg_flax.models import pool as pool
 from lsg_flax.pipelines.broken import BrokenLines, warn_of_skipped
-from lsg_flax.pipelines.documents import DocumentFile
+from lsg_flax.pipelines.documents import DocumentFile, Documents
 from lsg_flax.progress import say
 
 TEXTS, VECTORS = KINDS, (".npy", ".jsonl")
 _SHORT_BUCKETS = (32, 128)  # sentences and queries; inference's own begin at 512
-
-
-def pool(
-    states: Float[Array, "B T D"],
-    mask: Bool[Array, "B T"] | Int[Array, "B T"],
-    mode: Pooling,
-    *,
-    normalize: bool = False,
-) -> Float[Array, "B D"]:
-    """One vector per text, in float32; zeros for a text of padding alone.
-
-    Args:
-        states: the encoder's last states.
-        mask: 1 or True for real tokens.
-        mode: "mean" and "max" over the real tokens; "cls" the first token's state. "global" is the
-            first global token's state, which with `pool_with_global` has taken the first token's
-            place: here the same as "cls".
-        normalize: scale to length 1.
-
-    Raises:
-        ValueError: for another mode.
-    """
-    _check_pooling(mode)
-    real = mask.astype(bool)
-    states = states.astype(jnp.float32)
-    if mode == "mean":
-        count = jnp.maximum(real.sum(axis=1, keepdims=True), 1)
-        pooled = jnp.where(real[:, :, None], states, 0).sum(axis=1) / count
-    elif mode == "max":
-        pooled = jnp.where(real[:, :, None], states, jnp.finfo(jnp.float32).min).max(axis=1)
-    else:
-        pooled = states[:, 0]
-    pooled = jnp.where(real.any(axis=1, keepdims=True), pooled, 0)  # [B, D]
-    if normalize:  # the bound inside the root keeps the gradient of zeros finite
-        pooled *= lax.rsqrt(jnp.maximum((pooled**2).sum(axis=1, keepdims=True), 1e-24))
-    return pooled
-
-
-def _check_pooling(mode: str) -> None:
-    if mode not in get_args(Pooling):
-        raise ValueError(f"pooling={mode!r} must be one of {', '.join(get_args(Pooling))}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,19 +74,15 @@ class Embedder:
 
     def __post_init__(self):
         """Raises ValueError for parts that do not fit together."""
-        lsg, longest = self.model.config.lsg, self.model.max_length
+        longest = self.model.max_length
         if self.model.task != "base":
             raise ValueError(f"the model's task is {self.model.task!r}; load it with task='base'.")
-        _check_pooling(self.pooling)
-        if self.pooling == "global" and not (lsg and lsg.pool_with_global):
-            raise ValueError(
-                "pooling='global' needs an LSG model with pool_with_global=True; use 'cls' or "
-                "'mean', or convert the model first."
-            )
+        check_pooling(self.pooling, self.model.config)
         if not 1 <= self.max_length <= longest:
+            remedy = self.model.config.or_convert("give fewer", max(self.max_length, longest + 1))
             raise ValueError(
                 f"max_length={self.max_length} must lie in 1..{longest}, what this model reads; "
-                "lsg_flax.convert_checkpoint makes one that reads more."
+                f"{remedy}."
             )
 
     @classmethod
@@ -253,14 +204,11 @@ class Embedder:
         Raises:
             OSError: if the files cannot be written.
         """
-        with written_aside(pathlib.Path(path)) as aside:
-            parts = self.model, self.params, self.tokenizer
-            hub.save_pretrained(aside, *parts, source=self.source)
-            settings = SentenceSettings(
-                self.pooling, self.normalize, self.max_length, self.do_lower_case
-            )
-            write_sentence_settings(aside, settings, width=self.model.config.hidden_size)
-            hub.keep_documents(pathlib.Path(path), aside)
+        settings = SentenceSettings(
+            self.pooling, self.normalize, self.max_length, self.do_lower_case
+        )
+        parts = self.model, self.params, self.tokenizer
+        hub.save_sentence_model(path, *parts, settings, source=self.source)
 
 
 class TextLines(NamedTuple):
@@ -272,7 +220,7 @@ class TextLines(NamedTuple):
 
 
 def read_texts(
-    file: str | os.PathLike,
+    source: Documents,
     *,
     broken_lines: BrokenLines = "raise",
     skippable: bool = True,
@@ -283,7 +231,8 @@ def read_texts(
     Raises:
         FileNotFoundError, ValueError: if there is no such file, or it holds something else.
     """
-    documents = DocumentFile(file, broken_lines=broken_lines, skippable=skippable, columns=columns)
+    how = {"broken_lines": broken_lines, "skippable": skippable, "columns": columns}
+    documents = DocumentFile(source, **how)
     found = TextLines([], [], [])
     for document in documents:
         if "text" not in document.content:
@@ -293,7 +242,7 @@ def read_texts(
         found.names.append(document.name)
         found.texts.append(document.content["text"])
         found.places.append(document.place)
-    warn_of_skipped(documents.skipped, file)
+    warn_of_skipped(documents.skipped, documents.name)
     return found
 
 

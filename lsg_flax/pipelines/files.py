@@ -30,7 +30,7 @@ from lsg_flax.inference import (
 )
 from lsg_flax.models import Model, Params
 from lsg_flax.pipelines.broken import BrokenLines, unskipped, warn_of_skipped
-from lsg_flax.pipelines.documents import DocumentFile
+from lsg_flax.pipelines.documents import DocumentFile, Documents
 from lsg_flax.pipelines.generate import Text2TextGeneration
 from lsg_flax.pipelines.spans import QuestionAnswering, TokenClassification
 from lsg_flax.pipelines.tasks import (
@@ -63,7 +63,7 @@ class Written(NamedTuple):
 
 
 def predict_file(
-    source: str | os.PathLike,
+    source: Documents,
     target: str | os.PathLike,
     model: Model,
     params: Params,
@@ -119,7 +119,7 @@ def predict_file(
     """
     named = {"text_column": text_column, "columns": columns}
     documents = DocumentFile(source, broken_lines=broken_lines, **named)
-    check_output(target, source)
+    check_output(target, documents.name)
     _check_answers(answers, model, fields)
     total = documents.count_lines()
     predictor = Predictor(
@@ -140,7 +140,7 @@ def predict_file(
         before = file.finished
         with Bar("documents", total=total, initial=before, shown=progress) as bar:
             predict_lines(file, predictor, codec.fitting(documents), bar=bar, **how)
-    warn_of_skipped(documents.skipped, source)
+    warn_of_skipped(documents.skipped, documents.name)
     if progress and (words := codec.cut.words(limit)):
         say(words)
     return Written(file.finished, file.finished - before, tuple(documents.skipped))

@@ -59,8 +59,8 @@ class Reader:
         if length > self.max_length:
             raise ValueError(
                 f"the text {texts[0][:60]!r} has {length} tokens, more than {self.max_length}, "
-                "which this pipeline reads: pass truncation=True to cut it, or make a checkpoint "
-                f"that reads it: lsg_flax.convert_checkpoint(..., max_sequence_length={length})."
+                "which this pipeline reads: "
+                f"{self.config.or_convert('pass truncation=True to cut it', length)}."
             )
         details = encoded.encodings or [None] * len(columns["input_ids"])
         return [

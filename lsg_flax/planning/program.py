@@ -144,10 +144,16 @@ def sharded_program(model: Model, settings: PlanSettings, mesh: Mesh) -> Planned
         weights = ChipMemory(_bytes_per_chip(params), 0, _bytes_per_chip(batch))
         predict = jax.jit(lambda params, batch: inference.outputs_of(model, params, batch, None))
         return PlannedProgram(predict, (params, batch), weights, settings)
-    optimizer = training.make_optimizer(1e-4, total_steps=1000)
+    lora = settings.lora_r and training.LoRA(settings.lora_r)
+    if lora and settings.lora_target_modules:
+        lora = dataclasses.replace(lora, target_modules=tuple(settings.lora_target_modules))
+    frozen = training.frozen_beside(str(training.FROZEN["head"])) if lora else None
+    options = {"frozen": frozen, "ema_decay": settings.ema_decay}
+    optimizer = training.make_optimizer(1e-4, total_steps=1000, **options)
 
     def init(key: jax.Array) -> training.TrainState:
         params: Any = model.init(key, **model.example_inputs())["params"]
+        params = training.add_lora(params, lora, key) if lora else params
         return training.init_state(params, optimizer, key)
 
     state = jax.eval_shape(init, jax.random.key(0))

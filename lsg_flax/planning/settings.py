@@ -19,6 +19,9 @@ _BELONGS: dict[str, tuple[Any, tuple[RunKind, ...]]] = {
     "max_target_length": (None, ("train", "inference")),
     "max_new_tokens": (None, ("generate",)),
     "num_beams": (None, ("generate",)),
+    "lora_r": (None, ("train",)),
+    "lora_target_modules": (None, ("train",)),
+    "ema_decay": (None, ("train",)),
 }
 
 
@@ -45,6 +48,8 @@ class PlanSettings:
         remat: what the backward pass recomputes.
         accumulate: microbatches per step.
         dtype, param_dtype: of the computation, and of parameters and optimizer state.
+        lora_r, lora_target_modules, ema_decay: as in `training.Settings`: adapters that learn with
+            the head in place of the whole, and an average of what learns.
     """
 
     source: str
@@ -63,6 +68,9 @@ class PlanSettings:
     accumulate: int = 1
     dtype: Precision = "bfloat16"
     param_dtype: Precision = "float32"
+    lora_r: int | None = None
+    lora_target_modules: tuple[str, ...] | None = None
+    ema_decay: float | None = None
 
     def __post_init__(self):
         for name, kind in (("mode", RunKind), ("attention", AttentionKind), ("remat", Remat)):
@@ -82,7 +90,11 @@ class PlanSettings:
                 allowed = " or ".join(f"mode={mode!r}" for mode in modes)
                 raise ValueError(f"{name}={given!r} is for {allowed}, not {self.mode!r}{why}.")
         check_axes(self.mesh)
-        for name in ("max_length", "max_target_length", "max_new_tokens", "num_beams"):
+        if self.lora_target_modules and self.lora_r is None:
+            raise ValueError(
+                f"lora_target_modules={self.lora_target_modules} need lora_r, the adapters' rank."
+            )
+        for name in ("max_length", "max_target_length", "max_new_tokens", "num_beams", "lora_r"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise ValueError(f"{name}={number} must be at least 1.")
         if self.attention == "full" and self.lsg:

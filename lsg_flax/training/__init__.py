@@ -1,26 +1,35 @@
 """Training: losses, scores, the step, the loop, and fine-tuning from files."""
 
 from lsg_flax.training.coerce import check_names as check_names
+from lsg_flax.training.contrastive import cached_gradients as cached_gradients
+from lsg_flax.training.contrastive import ranking_loss as ranking_loss
 from lsg_flax.training.evaluation import EvaluationReport as EvaluationReport
 from lsg_flax.training.evaluation import evaluate_files as evaluate_files
 from lsg_flax.training.finetune import Finetuned as Finetuned
 from lsg_flax.training.finetune import finetune as finetune
 from lsg_flax.training.flops import train_flops as train_flops
+from lsg_flax.training.help import Group as Group
+from lsg_flax.training.help import Help as Help
 from lsg_flax.training.log import Logging as Logging
 from lsg_flax.training.loop import BatchesAt as BatchesAt
 from lsg_flax.training.loop import Evaluation as Evaluation
 from lsg_flax.training.loop import fit as fit
+from lsg_flax.training.lora import LoRA as LoRA
+from lsg_flax.training.lora import add_lora as add_lora
+from lsg_flax.training.lora import frozen_beside as frozen_beside
+from lsg_flax.training.lora import merge_lora as merge_lora
 from lsg_flax.training.losses import label_shape as label_shape
 from lsg_flax.training.losses import loss_fn as loss_fn
 from lsg_flax.training.losses import targets_of as targets_of
 from lsg_flax.training.metrics import evaluate as evaluate
 from lsg_flax.training.optimizers import make_optimizer as make_optimizer
+from lsg_flax.training.refinements import FROZEN as FROZEN
+from lsg_flax.training.reports import Reporting as Reporting
+from lsg_flax.training.retrieval import retrieval_scores as retrieval_scores
 from lsg_flax.training.scores import ROUGE as ROUGE
 from lsg_flax.training.scores import rouge_scores as rouge_scores
 from lsg_flax.training.settings import LARGEST_SEED as LARGEST_SEED
 from lsg_flax.training.settings import REQUIRED as REQUIRED
-from lsg_flax.training.settings import Group as Group
-from lsg_flax.training.settings import Help as Help
 from lsg_flax.training.settings import Precision as Precision
 from lsg_flax.training.settings import Settings as Settings
 from lsg_flax.training.settings import read_settings as read_settings
@@ -34,6 +43,8 @@ from lsg_flax.training.step import TrainState as TrainState
 from lsg_flax.training.step import TrainStep as TrainStep
 from lsg_flax.training.step import init_state as init_state
 from lsg_flax.training.step import make_train_step as make_train_step
+from lsg_flax.training.step import trained_params as trained_params
+from lsg_flax.training.stopping import EarlyStopping as EarlyStopping
 from lsg_flax.training.stopping import Preempted as Preempted
 from lsg_flax.training.survey import DataSurvey as DataSurvey
 from lsg_flax.training.survey import RunSurvey as RunSurvey

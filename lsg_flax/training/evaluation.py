@@ -24,11 +24,16 @@ from lsg_flax.hub import open_checkpoint
 from lsg_flax.models import TASKS
 from lsg_flax.progress import Bar
 from lsg_flax.training.classes import ByClass, by_class
-from lsg_flax.training.finetune import buckets_for, mesh_of
+from lsg_flax.training.embedding import make_run
+from lsg_flax.training.embedding_scores import EmbeddingScorer
+from lsg_flax.training.embedding_settings import EMBEDDING
+from lsg_flax.training.embedding_source import embedding_ladders, no_pooler_needed
+from lsg_flax.training.finetune import buckets_for, mesh_of, options_for, source_for
+from lsg_flax.training.learning import writing_of
 from lsg_flax.training.log import SCORED
 from lsg_flax.training.metrics import judge
 from lsg_flax.training.pictures import draw_confusion
-from lsg_flax.training.scores import Scores
+from lsg_flax.training.scores import Scores, make_rouge_scorer
 from lsg_flax.training.settings import Settings
 from lsg_flax.training.source import SourceModel, open_source
 
@@ -85,6 +90,10 @@ def evaluate_files(settings: Settings, *, progress: bool = True) -> EvaluationRe
         ImportError: without what the scores need.
     """
     assert settings.eval_data is not None
+    if settings.task == EMBEDDING:
+        return _evaluate_vectors(settings, progress)
+    if settings.predict_with_generate:
+        make_rouge_scorer()  # raises before the work
     source = _source(settings)
     options = _options(settings, source)
     part = {"subset": settings.subset, "split": settings.eval_split}
@@ -92,6 +101,8 @@ def evaluate_files(settings: Settings, *, progress: bool = True) -> EvaluationRe
         _check_labels(settings, options, source, part)
     more = {"cache": settings.cache, "progress": progress}
     tokenizer = source.tokenizer
+    if settings.writes_targets:
+        tokenizer = source.reader(settings.src_lang, settings.tgt_lang)
     data = load_examples(settings.eval_data, options, tokenizer=tokenizer, **part, **more)
     source.check_tokens(data)
     mesh = mesh_of(settings.devices, settings.mesh)
@@ -102,17 +113,40 @@ def evaluate_files(settings: Settings, *, progress: bool = True) -> EvaluationRe
     rows = (settings.batch_size, None)
     lengths = buckets_for(settings.buckets, source.length, model, rows, mesh)
     ladders = {INPUT: lengths, TARGET: settings.target_buckets}
-    batches = eval_batches(
-        data,
-        batch_size=settings.batch_size,
-        buckets={name: given for name, given in ladders.items() if given is not None},
-        seed=settings.seed,
-    )
-    judged = judge(model, params, _counted(batches, progress), mesh=mesh)
-    scores = {name.removeprefix(SCORED): value for name, value in judged.scores.items()}
-    found = by_class(model, judged)
+    sizes: dict[str, Any] = {"batch_size": settings.batch_size, "seed": settings.seed}
+    sizes["buckets"] = {name: given for name, given in ladders.items() if given is not None}
+    writing = writing_of(settings, model, data, sizes, tokenizer, mesh)
+    judged = judge(model, params, _counted(eval_batches(data, **sizes), progress), mesh=mesh)
+    found = judged.scores | writing(params)
+    scores = {name.removeprefix(SCORED): value for name, value in found.items()}
     about = (settings.model, settings.task, len(data), source.length, data.cut)
-    return EvaluationReport(*about, scores, found)
+    return EvaluationReport(*about, scores, by_class(model, judged))
+
+
+def _evaluate_vectors(settings: Settings, progress: bool) -> EvaluationReport:
+    """How well texts find their positives, and how near they are to a teacher's vectors."""
+    source = source_for(settings)
+    options, mesh = options_for(settings, source), mesh_of(settings.devices, settings.mesh)
+    data = load_examples(
+        settings.eval_data or (),
+        options,
+        tokenizer=source.tokenizer,
+        subset=settings.subset,
+        split=settings.eval_split,
+        cache=settings.cache,
+        progress=progress,
+    )
+    source.check_tokens(data)
+    ladders = embedding_ladders(settings, source, data, mesh)
+    with no_pooler_needed():
+        model, params = source.load({}, {}, jnp.dtype(settings.dtype).type, mesh)
+    size, seed = settings.batch_size, settings.seed
+    batches = eval_batches(data, batch_size=size, buckets=ladders, seed=seed)
+    scorer = EmbeddingScorer(make_run(settings, source, model, mesh), data, mesh)
+    judged = scorer(params, _counted(batches, progress))
+    scores = {name.removeprefix(SCORED): value for name, value in judged.items()}
+    about = (settings.model, settings.task, len(data), source.length, data.cut)
+    return EvaluationReport(*about, scores, ByClass(()))
 
 
 def _source(settings: Settings) -> SourceModel:
@@ -137,7 +171,7 @@ def _options(settings: Settings, source: SourceModel) -> DataOptions:
     if settings.problem_type == "regression":
         return dataclasses.replace(options, width=config.num_labels)
     if options.label_column is None:
-        return options
+        return source.with_target_length(options)
     labels = settings.labels or config.labels
     if len(labels) != len(config.labels):
         raise ValueError(

@@ -6,6 +6,7 @@ library. OUTPUT gets config.json, model.safetensors and the tokenizer, as `from_
 training.fit writes. The same settings again continue a run that was interrupted.
 """
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -26,24 +27,35 @@ from lsg_flax.data import (
     TARGET,
     DataOptions,
     TokenizedDataset,
-    eval_batches,
-    files_at,
     labels_for,
     load_examples,
     train_batches,
 )
-from lsg_flax.files import check_folder, lies_in
 from lsg_flax.models import TASKS, Model, ModelConfig, Params
 from lsg_flax.patterns import LSGConfig
 from lsg_flax.progress import say
 from lsg_flax.sharding import check_batches, make_mesh
+from lsg_flax.training.card import check_publishing, publish
+from lsg_flax.training.embedding_settings import EMBEDDING
+from lsg_flax.training.embedding_source import (
+    check_negatives,
+    check_queries,
+    embedding_ladders,
+    no_pooler_needed,
+    with_sentences,
+)
 from lsg_flax.training.flops import train_flops
+from lsg_flax.training.learning import learns_answers, learns_vectors
 from lsg_flax.training.log import SCORED
 from lsg_flax.training.loop import Evaluation, fit
-from lsg_flax.training.metrics import evaluate
+from lsg_flax.training.lora import add_lora
+from lsg_flax.training.optimizers import layer_rates
+from lsg_flax.training.packing import packing_for
 from lsg_flax.training.pictures import draw_run
-from lsg_flax.training.scores import Scores, make_rouge_scorer
-from lsg_flax.training.settings import Settings, Words
+from lsg_flax.training.places import check_cache_folder, check_run_folder
+from lsg_flax.training.reports import Reporting
+from lsg_flax.training.scores import make_rouge_scorer
+from lsg_flax.training.settings import Settings
 from lsg_flax.training.source import SourceModel, open_source
 from lsg_flax.training.states import (
     Saving,
@@ -53,8 +65,7 @@ from lsg_flax.training.states import (
     restore_state,
     saved_steps,
 )
-from lsg_flax.training.step import TrainState, init_state, make_train_step
-from lsg_flax.training.written import writing_options, written_scores
+from lsg_flax.training.step import TrainState, init_state, trained_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +79,7 @@ class Finetuned:
         scores: of the last model on `eval_data`; empty without.
         best: the step of the model in OUTPUT/best; None without `eval_data`.
         history: one dict per step that this call ran, see `training.fit`.
+        pushed: the address on the hub of what was sent there.
     """
 
     output: pathlib.Path
@@ -77,6 +89,7 @@ class Finetuned:
     scores: dict[str, float]
     best: int | None
     history: list[dict[str, Any]]
+    pushed: str | None = None
 
 
 def finetune(
@@ -101,22 +114,32 @@ def finetune(
             OUTPUT that would be continued.
         OSError: if another run writes to OUTPUT.
         ImportError: without what the settings need.
+        hub.PushError: if the model, which lies in OUTPUT by then, was not sent to the hub.
         FloatingPointError, training.Preempted, training.SaveError: as `training.fit`.
     """
+    check_packages(settings)
     output, mesh = pathlib.Path(settings.output), mesh_of(settings.devices, settings.mesh)
-    if settings.predict_with_generate:
-        make_rouge_scorer()
-        if jax.process_count() > 1:
-            raise ValueError(
-                f"predict_with_generate=True writes in one process, not {jax.process_count()}; "
-                "leave it out, and write with the finished model (lsg-flax summarize)."
-            )
+    if settings.predict_with_generate and jax.process_count() > 1:
+        raise ValueError(
+            f"predict_with_generate=True writes in one process, not {jax.process_count()}; "
+            "leave it out, and write with the finished model (lsg-flax summarize)."
+        )
     source = source_for(settings)
-    _check_output(output, source.checkpoint, (settings.train_data, settings.eval_data))
+    check_run_folder(output, source.checkpoint, (settings.train_data, settings.eval_data))
     if settings.cache is not None:
-        _check_cache(pathlib.Path(settings.cache), source.checkpoint, settings.train_data)
+        check_cache_folder(pathlib.Path(settings.cache), source.checkpoint, settings.train_data)
+    check_publishing(settings)
     with locked_for_run(output):
         return _run(settings, source, mesh, progress=progress, begins=begins)
+
+
+def check_packages(settings: Settings) -> None:
+    """Raises ImportError for what a run needs besides lsg_flax, and is not installed."""
+    settings.reporting()
+    if settings.tensorboard:
+        Reporting(("tensorboard",))
+    if settings.predict_with_generate:
+        make_rouge_scorer()
 
 
 def _run(
@@ -130,39 +153,44 @@ def _run(
     """The run, in a folder that is its own."""
     # ------------------------------------------------------------- what there is to work with
     output = pathlib.Path(settings.output)
-    lengths = training_buckets(settings.buckets, source.length, source.config)
     options, tokenizer = options_for(settings, source), source.tokenizer
     if settings.writes_targets:
         tokenizer = source.reader(settings.src_lang, settings.tgt_lang)
     train, held_out = load_data(settings, options, tokenizer, progress)
     for data in filter(None, (train, held_out)):
         source.check_tokens(data)
-    if progress:
-        _say_cut(train, options)
+    _say_cut(train, options, shown=progress)
     dtype, head = jnp.dtype(settings.dtype).type, _head_for(train, options)
-    model, params = source.load(head, settings.lsg, dtype, mesh)
+    with no_pooler_needed() if source.sentences else contextlib.nullcontext():
+        model, params = source.load(head, settings.lsg, dtype, mesh)
     model = model.clone(remat=settings.remat)
 
     # ------------------------------------------------------------- the run
-    size, eval_size = settings.microbatch_size, settings.eval_batch_size
-    buckets = buckets_for(lengths, settings.max_length, model, (size, eval_size), mesh)
-    ladders = {INPUT: buckets, TARGET: settings.target_buckets}
-    ladders = {name: lengths for name, lengths in ladders.items() if lengths is not None}
-    same = {"buckets": ladders, "seed": settings.seed}
-    batches = train_batches(train, batch_size=size, microbatches=settings.accumulate, **same)
+    size = settings.microbatch_size
+    ladders = _ladders(settings, source, model, (train, held_out), mesh)
+    same: dict[str, Any] = {"buckets": ladders, "seed": settings.seed}
+    rows = same
+    if settings.packing:
+        packing = packing_for(source, model.config.lsg, settings.buckets)
+        rows = {"packing": packing, "seed": settings.seed}
+    batches = train_batches(train, batch_size=size, microbatches=settings.accumulate, **rows)
     steps, every = settings.steps_of(batches.steps), settings.evaluate_every or batches.steps(1)
-    optimizer = settings.optimizer(steps)
-    state = init_state(params, optimizer, jax.random.key(settings.seed), mesh=mesh)
+    unused = "^pooler/" if source.sentences and "pooler" in params else None
+    optimizer, key = settings.optimizer(steps, unused), jax.random.key(settings.seed)
+    if settings.lora is not None:
+        params = add_lora(params, settings.lora, jax.random.split(key)[1], mesh=mesh)
+    state = init_state(params, optimizer, key, mesh=mesh)
     del params  # the state has its own copy
-    sizes = {"batch_size": eval_size or size} | same
-    writing = _writing(settings, model, held_out, sizes, tokenizer, mesh)
-    evaluation = _evaluation(model, held_out, sizes, every, mesh, writing)
+    sizes = {"batch_size": settings.eval_batch_size or size} | same
+    learns = learns_vectors if source.sentences else learns_answers
+    step_by, scores = learns(settings, source, model, held_out, sizes, tokenizer, mesh)
+    when = every, settings.stopping(*settings.judged_by)
+    evaluation = scores and Evaluation(lambda state: scores(trained_params(state)), *when)
     identity = settings.identity | _contents(model, steps, train, held_out)
     saving = settings.saving(output / "checkpoints", every, identity)
     flops = functools.partial(train_flops, model)
     log = settings.logging(output / "log", steps, flops=flops, progress=progress)
-    smoothing = {"label_smoothing": settings.label_smoothing}
-    step = make_train_step(model, optimizer, settings.accumulate, **smoothing)
+    step = step_by(optimizer)
     run = {"steps": steps, "mesh": mesh, "microbatches": settings.accumulate > 1}
     run |= {"evaluation": evaluation, "saving": saving, "logging": log}
     if saved_steps(saving.folder):
@@ -175,12 +203,14 @@ def _run(
     last = history[-1] if history else {}
     if evaluation is not None and not history:  # the run had ended before
         last = evaluation.function(state)
-    return _result(output, source, saving, model, state, last, history)
+    result = _result(output, source, saving, model, state, last, history)
+    pushed = publish(settings, source, train, result.step, result.best)
+    return dataclasses.replace(result, pushed=pushed)
 
 
-def _say_cut(train: TokenizedDataset, options: DataOptions) -> None:
+def _say_cut(train: TokenizedDataset, options: DataOptions, *, shown: bool) -> None:
     words = train.cut.words(options.max_length)
-    if words and jax.process_index() == 0:
+    if shown and words and jax.process_index() == 0:
         say(words)
 
 
@@ -194,10 +224,10 @@ def _result(
     history: list[dict[str, Any]],
 ) -> Finetuned:
     """What was trained, saved; `last` are the values of the last step."""
-    best = _save_best(output / "best", saving, model, state, source)
-    _save(output, model, state.params, source)
+    best, params = _save_best(output / "best", saving, model, state, source), trained_params(state)
+    _save(output, model, params, source)
     scores = {name: value for name, value in last.items() if name.startswith(SCORED)}
-    return Finetuned(output, model, state.params, int(state.step), scores, best, history)
+    return Finetuned(output, model, params, int(state.step), scores, best, history)
 
 
 def source_for(settings: Settings) -> SourceModel:
@@ -205,16 +235,22 @@ def source_for(settings: Settings) -> SourceModel:
     have the pattern that is asked for."""
     length, convert = settings.max_length, settings.convert
     source = open_source(settings.model, settings.task, length, convert=convert)
+    if settings.task == EMBEDDING:
+        source = with_sentences(settings, source)
     if settings.train_only == "global_tokens_and_head":
         source.check_globals()
     if settings.writes_targets:
         source.check_targets(settings.max_target_length)
-    if source.converts:
-        dataclasses.replace(source.config.lsg or LSGConfig(), **settings.lsg)
-    else:
-        source.checkpoint.config_for(settings.task, **settings.lsg)
-    for name in ("buckets", "target_buckets"):
-        lengths = getattr(settings, name)
+    lsg = pattern_for(settings, source)
+    if settings.packing:
+        packing_for(source, lsg, settings.buckets)
+    if settings.lora is not None or settings.layerwise_lr_decay is not None:
+        task = source.model_task
+        _check_tree(settings, Model(source.checkpoint.config_for(task), task))
+    for name, lengths in (
+        ("buckets", settings.ladder),
+        ("target_buckets", settings.target_buckets),
+    ):
         if lengths and max(lengths) > source.reads:
             raise ValueError(
                 f"{name}={list(lengths)} must be lengths in 1..{source.reads}, what "
@@ -223,13 +259,31 @@ def source_for(settings: Settings) -> SourceModel:
     return source
 
 
+def _check_tree(settings: Settings, model: Model) -> None:
+    """Raises ValueError for modules that the model lacks, and layers without an order."""
+    params = model.abstract_params()
+    if settings.lora is not None:
+        settings.lora.kernels(params)
+    if settings.layerwise_lr_decay is not None:
+        layer_rates(params, settings.layerwise_lr_decay)
+
+
+def pattern_for(settings: Settings, source: SourceModel) -> LSGConfig | None:
+    """The pattern that is trained; raises ValueError for one that there cannot be."""
+    if source.converts:
+        return dataclasses.replace(source.config.lsg or LSGConfig(), **settings.lsg)
+    return source.checkpoint.config_for(source.model_task, **settings.lsg).lsg
+
+
 def options_for(settings: Settings, source: SourceModel) -> DataOptions:
     """How rows are read. A head that is trained further keeps its labels, if the data has no
     others; else the data's own count."""
     segments, head = source.config.segments > 1, source.labels
     options = settings.data_options(source.length, head, token_type_ids=segments)
-    if options.has_target_texts and options.max_target_length is None:
-        options = dataclasses.replace(options, max_target_length=source.reads)
+    if source.sentences is not None:
+        lower = source.sentences.do_lower_case
+        return dataclasses.replace(options, token_type_ids=False, lower_case=lower)
+    options = source.with_target_length(options)
     if head is None or settings.labels or options.labels is None:
         return options
     part = {"subset": settings.subset, "split": settings.train_split}
@@ -254,7 +308,9 @@ def load_data(
         cache=settings.cache,
         progress=progress and jax.process_index() == 0,
     )
+    settings.weights_of(options.labels)  # before reading, where the labels are known
     learned = load(settings.train_data, options, split=settings.train_split)
+    settings.weights_of(learned.labels)
     if settings.eval_data is None:
         return learned, None
     if options.label_column is not None:
@@ -276,45 +332,25 @@ def _head_for(data: TokenizedDataset, options: DataOptions) -> dict[str, Any]:
     return values | {"labels": data.labels}
 
 
-def _evaluation(
-    model: Model,
-    data: TokenizedDataset | None,
-    sizes: dict[str, Any],
-    every: int,
-    mesh: Mesh | None,
-    writing: Callable[[Params], Scores],
-) -> Evaluation | None:
-    """Scores on held-out data in batches of `sizes`, with those of `writing`; None without data."""
-    if data is None:
-        return None
-    batches = eval_batches(data, **sizes)
-
-    def scores(state: TrainState) -> Scores:
-        return evaluate(model, state.params, batches, mesh=mesh) | writing(state.params)
-
-    return Evaluation(scores, every)
-
-
-def _writing(
+def _ladders(
     settings: Settings,
+    source: SourceModel,
     model: Model,
-    data: TokenizedDataset | None,
-    sizes: dict[str, Any],
-    tokenizer: hub.Tokenizer,
+    data: tuple[TokenizedDataset, TokenizedDataset | None],
     mesh: Mesh | None,
-) -> Callable[[Params], Scores]:
-    """What is scored of the texts that the model writes, checked; nothing where none are asked."""
-    if not settings.predict_with_generate or data is None:
-        return lambda params: {}
-    given, longest = settings.generation, settings.max_target_length
-    return functools.partial(
-        written_scores,
-        model,
-        batches=eval_batches(data, rows=settings.generation_rows, **sizes),
-        tokenizer=tokenizer,
-        options=writing_options(model, tokenizer, given, longest),
-        mesh=mesh,
-    )
+) -> dict[str, tuple[int, ...]]:
+    """The lengths that training data is padded to, by stream where they are not left to it; raises
+    ValueError for rows that cannot be learned from, or that the mesh cannot cut."""
+    if source.sentences is not None:
+        found = embedding_ladders(settings, source, data[0], mesh)
+        check_negatives(settings, data[0], found)
+        check_queries(settings, data[1])
+        return found
+    lengths = training_buckets(settings.ladder, source.length, source.config)
+    sizes = (settings.microbatch_size, settings.eval_batch_size)
+    buckets = buckets_for(lengths, settings.max_length, model, sizes, mesh)
+    ladders = {INPUT: buckets, TARGET: settings.target_buckets}
+    return {name: lengths for name, lengths in ladders.items() if lengths is not None}
 
 
 def mesh_of(devices: int | None, axes: dict[str, int]) -> Mesh | None:
@@ -374,46 +410,6 @@ def _contents(
     }
 
 
-def _check_output(
-    output: pathlib.Path, source: hub.Checkpoint, data: tuple[Words | None, ...]
-) -> None:
-    """OUTPUT is new, or that of an earlier call; nothing in it is read as data, or will be."""
-    check_folder("output", output)
-    for words in data:
-        for file in files_at(words or ()):
-            if lies_in(file, output):
-                raise ValueError(
-                    f"output={output} holds the data file {file}; give a folder without data."
-                )
-        for path in [words] if isinstance(words, str) else words or ():
-            folder = pathlib.Path(path)
-            if folder.is_dir() and folder.resolve() in (place := output.resolve(), *place.parents):
-                raise ValueError(
-                    f"output={output} lies in the data {path}, whose files would then be more with "
-                    "each step; give another folder."
-                )
-    if output.is_dir() and any(output.samefile(place) for place in (source.root, source.folder)):
-        raise ValueError(f"output={output} is the model to train; give another folder.")
-    there = sorted(file.name for file in output.iterdir()) if output.is_dir() else []
-    taken = [name for name in there if name == "best" or hub.is_model_file(name)]
-    if taken and not saved_steps(output / "checkpoints"):
-        raise ValueError(
-            f"output={output} holds a model that this run has not made ({', '.join(taken)}); give "
-            "another folder."
-        )
-
-
-def _check_cache(cache: pathlib.Path, source: hub.Checkpoint, data: Words) -> None:
-    """The cache is a folder of its own."""
-    places = [source.root, source.folder, *(file.parent for file in files_at(data))]
-    for place in places:
-        if cache.resolve() == place.resolve():
-            raise ValueError(
-                f"cache={cache} holds the model or the data; give a folder of its own, or leave it "
-                "out."
-            )
-
-
 def _save_best(
     folder: pathlib.Path, saving: Saving, model: Model, state: TrainState, source: SourceModel
 ) -> int | None:
@@ -422,7 +418,7 @@ def _save_best(
         return None
     step = best_step(saving.folder, saving.best, mode=saving.mode)
     chosen = restore_state(saving.folder, state, step=step)
-    _save(folder, model, chosen.params, source)
+    _save(folder, model, trained_params(chosen), source)
     return step
 
 
@@ -432,7 +428,11 @@ def _save(folder: pathlib.Path, model: Model, params: Params, source: SourceMode
     if jax.process_count() > 1:  # one after the other, and the others keep nothing
         params = jax.tree.map(functools.partial(_gathered, kept=first), params)
     if first:
-        hub.save_pretrained(folder, model, params, source.tokenizer, source=source.checkpoint)
+        parts, origin = (model, params, source.tokenizer), {"source": source.checkpoint}
+        if source.sentences is None:
+            hub.save_pretrained(folder, *parts, **origin)
+        else:
+            hub.save_sentence_model(folder, *parts, source.sentences, **origin)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"saved {folder}")
 

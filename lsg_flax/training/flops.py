@@ -53,10 +53,19 @@ def train_flops(model: Model, batch: Batch) -> float:
         stack, length = model.config.stacks[part], shape[-1]
         tokens = math.prod(shape) if real is None else int(np.count_nonzero(np.asarray(real)))
         keys = _keys_seen(stack, length) + seen
+        if "segment_ids" in batch:
+            keys = _keys_of_texts(stack, batch["segment_ids"])
         attention = 12 * stack.num_hidden_layers * stack.num_attention_heads * stack.head_dim * keys
         total += float(tokens) * (6 * _matmul_parameters(model, part) + attention)
         seen = length
     return total
+
+
+def _keys_of_texts(config: EncoderConfig, segment_ids: Any) -> float:
+    """The keys that a token sees on average where rows have several texts."""
+    rows = np.asarray(segment_ids).reshape(-1, np.shape(segment_ids)[-1])
+    lengths = np.concatenate([np.bincount(row)[1:] for row in rows])
+    return float(np.average([_keys_seen(config, n) for n in lengths.tolist()], weights=lengths))
 
 
 def _keys_seen(config: EncoderConfig, length: int) -> int | float:

@@ -1,6 +1,7 @@
 """What a run tells of itself: a bar, metrics as JSON lines and for TensorBoard, how often the step
 was compiled, and how much of the chip's peak is used."""
 
+import collections
 import dataclasses
 import json
 import math
@@ -8,18 +9,19 @@ import os
 import pathlib
 import sys
 import time
-import uuid
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.monitoring
+import numpy as np
 
 from lsg_flax.files import check_folder, write_aside
 from lsg_flax.models import Batch
-from lsg_flax.progress import Bar
+from lsg_flax.progress import INTERVAL, Bar
 from lsg_flax.training.flops import peak_flops
 from lsg_flax.training.losses import Metrics
+from lsg_flax.training.reports import Report, Reporting, open_reports
 
 _SHOWN = {  # by the bar
     "loss": "loss {:.4f}",
@@ -30,6 +32,7 @@ _SHOWN = {  # by the bar
     "compilations": "compiled {}x",
 }
 _GIB = 2**30
+METRICS = "metrics.jsonl"
 SCORED = "eval_"  # begins the names of an evaluation's scores
 
 
@@ -70,9 +73,11 @@ class Logging:
         every: steps between two lines; by default there is one every ten seconds. Evaluated steps
             and the last one have a line in any case.
         learning_rate: of each step, from 0, to be told and written too.
+        reporting: where the numbers of the log go too.
 
     Raises:
         ValueError: for a folder that is a file, and for tensorboard without a folder.
+        ImportError: for tensorboard without its package.
     """
 
     folder: str | os.PathLike | None = None
@@ -81,11 +86,15 @@ class Logging:
     progress: bool = True
     every: int | None = None
     learning_rate: Callable[[int], float] | None = None
+    reporting: Reporting = dataclasses.field(default_factory=Reporting)
 
     def __post_init__(self):
         if self.folder is not None:
             check_folder("folder", self.folder)
-        if self.tensorboard and self.folder is None:
+        if self.tensorboard and "tensorboard" not in self.reporting.to:
+            more = dataclasses.replace(self.reporting, to=(*self.reporting.to, "tensorboard"))
+            object.__setattr__(self, "reporting", more)
+        if "tensorboard" in self.reporting.to and self.folder is None:
             raise ValueError("tensorboard=True needs a folder to write to: give folder=FOLDER too.")
 
 
@@ -99,20 +108,18 @@ class RunLog:
             first: the step that the run starts behind; what the files hold of later ones, from a
                 run that was killed before it saved them, is dropped.
             steps: where the run ends.
-
-        Raises:
-            ImportError: if tensorboardX is wanted and not installed.
         """
         speaks = jax.process_index() == 0
         self._logging, self._steps = logging, steps
-        self._lines = self._board = None
+        self._lines = None
+        self._reports: list[Report] = []
         if logging.folder is not None and speaks:
-            file = pathlib.Path(logging.folder) / "metrics.jsonl"
+            file = pathlib.Path(logging.folder) / METRICS
             file.parent.mkdir(parents=True, exist_ok=True)
             _drop_after(file, first)
             self._lines = file.open("a", buffering=1)  # each line goes out when it is whole
-        if logging.tensorboard and speaks:
-            self._board = _summary_writer(logging.folder, first)
+        if speaks:
+            self._reports = open_reports(logging.reporting, logging.folder, first=first)
         bar_shown = logging.progress and speaks
         self._bar = Bar("steps", total=steps, initial=first, shown=bar_shown)
 
@@ -121,10 +128,8 @@ class RunLog:
         number, every = record["step"], self._logging.every
         if self._lines is not None:
             self._lines.write(json.dumps(record) + "\n")
-        if self._board is not None:
-            for name, value in record.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, record["step"])
+        for report in self._reports:
+            report.write(number, {name: record[name] for name in record if name != "step"})
         self._bar.update(number - self._bar.done, _summary(record))
         evaluated = any(name.startswith(SCORED) for name in record)
         if evaluated or number == self._steps or (every and number % every == 0):
@@ -133,11 +138,12 @@ class RunLog:
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self._bar.close()
-        for file in (self._lines, self._board):
-            if file is not None:
-                file.close()
+        if self._lines is not None:
+            self._lines.close()
+        for report in self._reports:
+            report.close(failed=kind is not None)
 
 
 def _summary(record: Metrics) -> str:
@@ -163,6 +169,12 @@ def _peak_memory() -> float | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _GIB
 
 
+def read_log(folder: pathlib.Path) -> list[Metrics]:
+    """What a run has written of its steps to a folder; nothing where there is no log."""
+    file = folder / METRICS
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
 def _drop_after(file: pathlib.Path, last: int) -> None:
     """Keeps the lines of steps up to `last`; a line cut off by a kill goes too."""
     if not file.exists():
@@ -185,17 +197,6 @@ def _drop_after(file: pathlib.Path, last: int) -> None:
         write_aside(file, "".join(kept).encode())
 
 
-def _summary_writer(folder: Any, first: int) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise ImportError(
-            "tensorboard=True needs the package tensorboardX: pip install 'lsg-flax[tensorboard]'."
-        ) from error
-    # Files are named by the second: a run that goes on at once must not replace its own file.
-    return SummaryWriter(str(folder), purge_step=first + 1, filename_suffix=f".{uuid.uuid4().hex}")
-
-
 class StepRecorder:
     """Metrics on their way from the device to the log, read one step late, so that the device never
     waits for the host."""
@@ -211,6 +212,9 @@ class StepRecorder:
         self._out, self._compilations = out, compilations
         self._start = self._last = time.perf_counter()
         self._waiting: tuple[int, Metrics, float | None, int] | None = None
+        # A step alone tells no rate: the next one runs while it is read, and may be done by then.
+        self._recent: collections.deque[np.ndarray] = collections.deque()
+        self._sums = np.zeros(3)  # of these: seconds, tokens, FLOPs
         peak = peak_flops(jax.local_devices()[0].device_kind)
         self._peak = peak and peak * jax.local_device_count()
 
@@ -231,14 +235,24 @@ class StepRecorder:
         now = time.perf_counter()
         took, self._last = max(now - self._last, 1e-9), now
         record = {"step": number, "seconds": now - self._start} | values
-        record |= {"tokens_per_second": values["tokens"] / took, "compilations": compilations}
+        seconds, tokens, flops = self._of_interval(took, values["tokens"], work or 0.0)
+        record |= {"tokens_per_second": tokens / seconds, "compilations": compilations}
         if self._learning_rate is not None:
             record["learning_rate"] = self._learning_rate(number - 1)
         if (memory := _peak_memory()) is not None:
             record["memory_gib"] = memory
         if work is not None and self._peak:
-            record["mfu"] = work / took / self._peak
+            record["mfu"] = flops / seconds / self._peak
         self.history.append(record)
+
+    def _of_interval(self, *step: float) -> list[float]:
+        """Seconds, tokens and FLOPs of this step and as many before it as fill the seconds from one
+        line of the log to the next."""
+        self._recent.append(np.array(step))
+        self._sums += self._recent[-1]
+        while self._sums[0] - self._recent[0][0] >= INTERVAL:
+            self._sums -= self._recent.popleft()
+        return self._sums.tolist()
 
     def finish(self, scores: Metrics) -> None:
         """Tells the step that was read last, with the scores of its evaluation."""

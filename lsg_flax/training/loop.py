@@ -4,11 +4,12 @@ evaluation, saving (states.py) and logging (log.py)."""
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
 
 from lsg_flax.models import Batch
-from lsg_flax.progress import Compiled, doing
+from lsg_flax.progress import Compiled, doing, say
 from lsg_flax.sharding import shard, shard_batch
 from lsg_flax.training.log import CompilationCounter, Logging, RunLog, StepRecorder
 from lsg_flax.training.losses import Metrics
@@ -19,9 +20,10 @@ from lsg_flax.training.states import (
     check_settings,
     restore,
     saved_steps,
+    saved_waiting,
 )
 from lsg_flax.training.step import TrainState, TrainStep
-from lsg_flax.training.stopping import Stop
+from lsg_flax.training.stopping import EarlyStopping, Stop, Waiting
 
 
 class BatchesAt:
@@ -54,10 +56,12 @@ class Evaluation:
     Attributes:
         function: metrics of a state.
         every: steps between two calls; the last step is evaluated in any case.
+        stopping: ends the run where its metrics get no better; it is saved then.
     """
 
     function: Callable[[TrainState], Metrics]
     every: int | None = None
+    stopping: EarlyStopping | None = None
 
     def __post_init__(self):
         check_interval("Evaluation", self.every)
@@ -75,7 +79,7 @@ def fit(
     saving: Saving | None = None,
     logging: Logging | None = None,
 ) -> tuple[TrainState, list[Metrics]]:
-    """Runs a train step until `state.step == steps`.
+    """Runs a train step until `state.step == steps`, or `evaluation.stopping` ends the run.
 
     With `saving`, a run that was killed and is started again with the same arguments goes on from
     the last checkpoint with the batches it would have seen, and its losses are the same, on CPU bit
@@ -97,8 +101,9 @@ def fit(
 
     Returns:
         The last state, and one dict per step run here: `step` (from 1), `seconds` since the start,
-        `tokens_per_second`, `memory_gib` (the most in use so far), `compilations` of the step so
-        far, the step's metrics and, where it was evaluated, those of `evaluation`.
+        `tokens_per_second` of the last ten seconds, `memory_gib` (the most in use so far),
+        `compilations` of the step so far, the step's metrics and, where it was evaluated, those of
+        `evaluation`.
 
     Raises:
         FloatingPointError: at a loss that is not finite; the step is named, and no checkpoint is
@@ -119,12 +124,17 @@ def fit(
         if saving is not None:
             saver = stack.enter_context(Checkpoints(saving))  # first: no other run is there
             state = _resumed(state, iterator, saving)
-        first = int(state.step)
+        first, patience = int(state.step), _Patience(evaluation)
+        if saving is not None:
+            patience.go_on(saved_waiting(saving.folder, first))
         stop = stack.enter_context(Stop(active=saver is not None))
         out = stack.enter_context(RunLog(logging, first=first, steps=steps))
         counter = stack.enter_context(CompilationCounter(step))
         told = StepRecorder(out, counter, logging.learning_rate)
         for number in range(first + 1, steps + 1):
+            if patience.ended:
+                patience.say(number - 1, steps)
+                break
             batch = _next(iterator, number, steps)
             work = logging.flops(batch) if logging.flops else None
             if mesh is not None:
@@ -137,11 +147,11 @@ def fit(
             saves = stops or last or (saving and _due(number, saving.every))
             if evaluates or saves:
                 told.read()  # raises at a loss that is not finite: nothing is saved of it
-                scores = _evaluated(evaluation, state) if evaluation and evaluates else {}
+                scores = patience.see(_evaluated(evaluation, state)) if evaluates else {}
                 told.finish(scores)
-                if saver is not None and saves:
+                if saver is not None and (saves or patience.ended):
                     place = iterator.get_state()  # type: ignore[attr-defined]
-                    saver.save(state, data=place, scores=scores)
+                    saver.save(state, data=place, scores=scores, waiting=patience.waiting)
             if stops and saver is not None and not last:
                 saver.wait()
                 raise stop.preempted(number, saver.path)
@@ -185,7 +195,39 @@ def _resumed(state: TrainState, iterator: Iterator[Batch], saving: Saving) -> Tr
     return state
 
 
-def _evaluated(evaluation: Evaluation, state: TrainState) -> Metrics:
+class _Patience:
+    """How long a run has waited for better scores, where that ends it."""
+
+    def __init__(self, evaluation: Evaluation | None):
+        self._rule = evaluation.stopping if evaluation else None
+        self.waiting: Waiting | None = None
+
+    def go_on(self, saved: Any) -> None:
+        """Goes on from what a checkpoint has."""
+        self.waiting = self._rule and saved and Waiting(*saved)
+
+    def see(self, scores: Metrics) -> Metrics:
+        """Takes an evaluation's scores, and returns them."""
+        if self._rule is not None:
+            self.waiting = self._rule.after(self.waiting, scores)
+        return scores
+
+    @property
+    def ended(self) -> bool:
+        return self._rule is not None and self._rule.ends(self.waiting)
+
+    def say(self, number: int, steps: int) -> None:
+        """Says why the run ends."""
+        if self._rule is not None and self.waiting is not None and jax.process_index() == 0:
+            say(
+                f"stops early, behind {number:,} of {steps:,} steps: {self._rule.metric} was no "
+                f"better in {self.waiting.evaluations} evaluations; the best was "
+                f"{self.waiting.best:.4f}"
+            )
+
+
+def _evaluated(evaluation: Evaluation | None, state: TrainState) -> Metrics:
+    assert evaluation is not None
     with doing("evaluating"):
         return evaluation.function(state)
 

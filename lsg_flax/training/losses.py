@@ -7,7 +7,9 @@ labels that count divided by their number; step.py keeps the two apart to accumu
 Axes: M microbatches, B batch, T tokens, Y labels or vocabulary.
 """
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -28,16 +30,62 @@ from lsg_flax.models import (
     family_of,
     label_log_probs,
 )
+from lsg_flax.training.lora import merge_lora
 
 INPUTS = (
     *("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"),
     *("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds"),
-    *("encoder_hidden_states", "encoder_attention_mask"),
+    *("encoder_hidden_states", "encoder_attention_mask", "segment_ids"),
+)
+SEGMENT_ROWS = (
+    "segment_rows"  # [B, texts] of a batch of packed rows: which text of the data each is
 )
 
 OWN: tuple[Loss, ...] = ("own_of_tokens", "own_of_rows")  # that the model computes
 
 Metrics = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelOptions:
+    """How labels count in training; `check` raises ValueError where they cannot.
+
+    Attributes:
+        label_smoothing: this share of each label goes to all classes evenly, its own too.
+        class_weights: one for each class, None for all alike. A label counts by the weight of its
+            class, in the loss and in the number that it is divided by, and what is smoothed by the
+            weights of the classes that it goes to.
+    """
+
+    label_smoothing: float = 0.0
+    class_weights: tuple[float, ...] | None = None
+
+    def check(self, model: Model, target: Target, problem: ProblemType) -> None:
+        """Raises ValueError for labels of another kind, and weights of another number."""
+        task, share, weights = model.task, self.label_smoothing, self.class_weights
+        classes = smooths(target, problem)
+        if not 0 <= share < 1 or (share and not classes):
+            raise ValueError(
+                f"label_smoothing={share} must be from 0 to below 1, and 0 for labels that are no "
+                f"classes, as those of task={task!r} with problem_type={problem!r} may be."
+            )
+        if weights is None:
+            return
+        if not (classes and model.task_record.named_labels):
+            raise ValueError(
+                f"class_weights={list(weights)} are for labels with names, of which each text or "
+                f"word has one, not for task={task!r} with problem_type={problem!r}; leave them "
+                "out."
+            )
+        names = model.config.labels
+        if len(weights) != len(names) or not all(0 <= w < math.inf for w in weights):
+            raise ValueError(
+                f"class_weights={list(weights)} must be {len(names)} numbers of at least 0, one "
+                f"for each of the labels {', '.join(names)}, in this order."
+            )
+
+
+ALIKE = LabelOptions()
 
 
 def loss_fn(
@@ -47,6 +95,7 @@ def loss_fn(
     dropout_key: PRNGKeyArray | None = None,
     *,
     label_smoothing: float = 0.0,
+    class_weights: Sequence[float] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """The loss of a batch, equal to that of Hugging Face's class for the task, in float32.
 
@@ -57,7 +106,8 @@ def loss_fn(
     Args:
         batch: inputs and targets by Hugging Face's names.
         dropout_key: trains with dropout and new LSH rotations; None evaluates.
-        label_smoothing: see `cross_entropy_sum`.
+        label_smoothing, class_weights: as in PyTorch's CrossEntropyLoss, whose `weight` is one
+            number for each class: labels count by it in the mean, too; see `LabelOptions`.
 
     Returns:
         The loss, and metrics: `loss`, `targets` (how many labels counted), `tokens` (how many real
@@ -66,10 +116,16 @@ def loss_fn(
     Raises:
         ValueError: for a task without a loss, or a batch whose names, shapes or dtypes do not fit.
     """
-    counts = target_counts(model, batch)
-    sums = loss_sums(model, params, batch, dropout_key, label_smoothing)
-    loss = weighted_mean(model, sums, counts)
-    return loss, batch_metrics(loss, batch, counts)
+    options = label_options(label_smoothing, class_weights)
+    counts = target_counts(model, batch, options)
+    loss = weighted_mean(model, loss_sums(model, params, batch, dropout_key, options), counts)
+    return loss, batch_metrics(loss, batch, target_counts(model, batch))
+
+
+def label_options(label_smoothing: float, class_weights: Sequence[float] | None) -> LabelOptions:
+    """The record of two arguments."""
+    weights = None if class_weights is None else tuple(float(weight) for weight in class_weights)
+    return LabelOptions(label_smoothing, weights)
 
 
 def smooths(target: Target, problem: ProblemType) -> bool:
@@ -80,16 +136,28 @@ def smooths(target: Target, problem: ProblemType) -> bool:
 
 
 def cross_entropy_sum(
-    logits: Float[Array, "*N Y"], labels: Int[Array, "*N"], label_smoothing: float = 0.0
+    logits: Float[Array, "*N Y"], labels: Int[Array, "*N"], options: LabelOptions = ALIKE
 ) -> Float[Array, ""]:
     """Sum of -log softmax(logits)[label] in float32 over the labels other than -100; NaN if one of
-    them is no class.
+    them is no class."""
+    share = options.label_smoothing
+    if options.class_weights is None:
+        return -jnp.sum(label_log_probs(logits, labels, share))
+    weights = jnp.asarray(options.class_weights, jnp.float32)  # [Y]
+    own = _weights_of(labels, options) * label_log_probs(logits, labels)
+    if share:
+        every = jax.nn.log_softmax(logits.astype(jnp.float32)) @ weights / len(weights)
+        own = (1 - share) * own + share * jnp.where(labels == IGNORED, 0.0, every)
+    return -jnp.sum(own)
 
-    Args:
-        label_smoothing: this share of each label goes to all classes evenly, its own too, as in
-            transformers' LabelSmoother.
-    """
-    return -jnp.sum(label_log_probs(logits, labels, label_smoothing))
+
+def _weights_of(labels: Int[Array, "*N"], options: LabelOptions) -> Float[Array, "*N"]:
+    """How much each label counts; 0 for one of -100."""
+    counted = labels != IGNORED
+    if options.class_weights is None:
+        return counted.astype(jnp.float32)
+    weights = jnp.asarray(options.class_weights, jnp.float32)
+    return jnp.where(counted, weights[jnp.clip(labels, 0, len(weights) - 1)], 0.0)
 
 
 def problem_type(config: ModelConfig, dtype: DTypeLike) -> ProblemType:
@@ -145,16 +213,16 @@ def targets_of(model: Model) -> tuple[Target, ...]:
 
 
 def loss_sums(
-    model: Model, params: Params, batch: Batch, key, label_smoothing: float = 0.0
+    model: Model, params: Params, batch: Batch, key, options: LabelOptions = ALIKE
 ) -> list[Float[Array, ""]]:
     """Per target, the sum of the losses of the labels that count."""
-    return target_sums(model, apply_model(model, params, batch, key), batch, label_smoothing)
+    return target_sums(model, apply_model(model, params, batch, key), batch, options)
 
 
 def apply_model(model: Model, params: Params, batch: Batch, key) -> Any:
     """The model's output for the inputs of a batch, which may hold targets beside them; trains
     with the dropout and LSH rotations of `key`, None evaluates. A decoder that generates gets its
-    inputs from the labels, where there are no others."""
+    inputs from the labels, where there are no others. Adapters among the parameters count."""
     rngs: Any = None
     if key is not None:
         rngs = dict(zip(("dropout", "lsh"), jax.random.split(key), strict=True))
@@ -165,11 +233,32 @@ def apply_model(model: Model, params: Params, batch: Batch, key) -> Any:
         inputs["decoder_input_ids"] = model.shift_right(jnp.asarray(batch["labels"]))
     if "labels" in batch and model.config.cuts_last_token(_lead_shape(batch)[-1]):
         inputs = {name: array[:, :-1] for name, array in inputs.items()}
-    return model.apply({"params": params}, **inputs, train=key is not None, rngs=rngs)
+    inputs |= segments_of(model, batch)
+    return model.apply({"params": merge_lora(params)}, **inputs, train=key is not None, rngs=rngs)
+
+
+def segments_of(model: Model, batch: Batch) -> dict[str, int]:
+    """How many texts packed rows have at most, as the model takes it: by the shape of
+    "segment_rows", or of labels that each text has one of. Raises ValueError for a task whose
+    labels cannot be packed."""
+    if "segment_ids" not in batch:
+        return {}
+    target, task = targets_of(model)[0], model.task_record
+    problem = problem_type(model.config, jnp.asarray(batch[target.labels]).dtype)
+    if target.loss == "position" or (
+        target.loss == "problem_type" and problem != "single_label_classification"
+    ):
+        raise ValueError(
+            f"segment_ids in a batch for task={model.task!r}, problem_type={problem!r}: no loss is "
+            "defined over several texts in one row; give each text its own row."
+        )
+    per_text = batch[target.labels] if target.output not in task.per_token else None
+    counted = batch.get(SEGMENT_ROWS) if per_text is None else per_text
+    return {} if counted is None else {"num_segments": counted.shape[-1]}
 
 
 def target_sums(
-    model: Model, output: Any, batch: Batch, label_smoothing: float = 0.0
+    model: Model, output: Any, batch: Batch, options: LabelOptions = ALIKE
 ) -> list[Float[Array, ""]]:
     """Per target, the sum of the losses of the labels that count, from the model's output."""
     sums = []
@@ -182,18 +271,13 @@ def target_sums(
         if target.loss == "next_token":  # the model may not have read the last one
             labels = labels[:, : logits.shape[1]]
         problem = problem_type(model.config, labels.dtype)
-        if not 0 <= label_smoothing < 1 or (label_smoothing and not smooths(target, problem)):
-            raise ValueError(
-                f"label_smoothing={label_smoothing} must be from 0 to below 1, and 0 for labels "
-                f"that are no classes, as those of task={model.task!r} with problem_type="
-                f"{problem!r} may be."
-            )
+        options.check(model, target, problem)
         if target.loss == "yes_or_no":
             losses = optax.sigmoid_binary_cross_entropy(logits, labels.astype(jnp.float32))
             losses = jnp.where((labels == 0) | (labels == 1), losses, jnp.nan)
             sums.append(jnp.sum(jnp.where(labels == IGNORED, 0.0, losses)))
         elif jnp.issubdtype(labels.dtype, jnp.integer):
-            sums.append(cross_entropy_sum(logits, labels, label_smoothing))
+            sums.append(cross_entropy_sum(logits, labels, options))
         elif problem == "regression":
             sums.append(jnp.sum((logits - labels) ** 2))
         else:
@@ -206,6 +290,8 @@ def _check_labels(
 ) -> None:
     """Raises ValueError for labels that are not of the shape that the outputs ask for."""
     tokens, remedy = _lead_shape(batch), ""
+    if "segment_ids" in batch and target.output not in model.task_record.per_token:
+        tokens = (*outputs[:2], tokens[-1])  # each text as a row
     if model.has_two_stacks and target.output in model.task_record.per_token:
         tokens = outputs[:2]  # the decoder's
         given = [name for name in ("decoder_input_ids", "decoder_inputs_embeds") if name in batch]
@@ -223,7 +309,7 @@ def _labels(model: Model, batch: Batch) -> list[Array]:
     regression and multi-label, else integers without the last axis of the logits, -100 where
     nothing counts."""
     wanted = [target.labels for target in targets_of(model)]
-    others = (*INPUTS, *model.task_record.arrays)
+    others = (*INPUTS, SEGMENT_ROWS, *model.task_record.arrays)
     missing, unknown = sorted({*wanted} - {*batch}), sorted({*batch} - {*wanted, *others})
     if missing or unknown:
         raise ValueError(
@@ -253,7 +339,11 @@ def _prepared(model: Model, loss: Loss, batch: Batch, labels: Array) -> Array:
         )
     labels = jnp.where(labels == model.config.ignored_label, IGNORED, labels)
     if loss == "next_token":  # position t answers with token t + 1
-        return jnp.full_like(labels, IGNORED).at[..., :-1].set(labels[..., 1:])
+        following = labels[..., 1:]
+        if "segment_ids" in batch:
+            texts = jnp.asarray(batch["segment_ids"])
+            following = jnp.where(texts[..., 1:] == texts[..., :-1], following, IGNORED)
+        return jnp.full_like(labels, IGNORED).at[..., :-1].set(following)
     if loss == "yes_or_no" and "attention_mask" in batch:
         return jnp.where(jnp.asarray(batch["attention_mask"]) != 0, labels, IGNORED)
     if loss == "position":
@@ -263,12 +353,15 @@ def _prepared(model: Model, loss: Loss, batch: Batch, labels: Array) -> Array:
     return labels
 
 
-def target_counts(model: Model, batch: Batch) -> list[Float[Array, ""]]:
-    """Per target, how many labels count, of a batch or of all microbatches together."""
+def target_counts(
+    model: Model, batch: Batch, options: LabelOptions = ALIKE
+) -> list[Float[Array, ""]]:
+    """Per target, how many labels count, or how much, of a batch or of all microbatches
+    together."""
     return [
         jnp.float32(labels.size)
         if jnp.issubdtype(labels.dtype, jnp.floating)
-        else jnp.sum(labels != IGNORED, dtype=jnp.float32)
+        else jnp.sum(_weights_of(labels, options))
         for labels in _labels(model, batch)
     ]
 
@@ -277,7 +370,7 @@ def weighted_mean(model: Model, sums, counts) -> Float[Array, ""]:
     """The loss from each target's sum and count; a count of 0 gives 0."""
     loss = jnp.float32(0.0)
     for target, total, count in zip(targets_of(model), sums, counts, strict=True):
-        loss += target.weight * total / jnp.maximum(count, 1.0)
+        loss += target.weight * total / jnp.where(count > 0, count, 1.0)
     return loss
 
 
@@ -289,6 +382,6 @@ def _lead_shape(batch: Batch) -> tuple[int, ...]:
 
 def batch_metrics(loss, batch: Batch, counts) -> Metrics:
     """The loss with the number of labels that counted and of real tokens."""
-    mask = batch.get("attention_mask")
+    mask = batch.get("attention_mask", batch.get("segment_ids"))
     real = math.prod(_lead_shape(batch)) if mask is None else jnp.sum(jnp.asarray(mask) != 0)
     return {"loss": loss, "targets": sum(counts), "tokens": jnp.asarray(real, jnp.float32)}

@@ -1,12 +1,17 @@
-"""The optimizer: AdamW with clipping, a schedule, decay masks and parameters frozen by path."""
+"""The optimizer: AdamW with clipping, a schedule, decay masks, rates by layer, parameters frozen by
+path, and a moving average of those that learn.
+
+Axes: L layers.
+"""
 
 import functools
 import re
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import flax.traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -70,6 +75,8 @@ def make_optimizer(
     b2: float = 0.999,
     eps: float = 1e-8,
     frozen: str | None = None,
+    layerwise_lr_decay: float | None = None,
+    ema_decay: float | None = None,
 ) -> optax.GradientTransformation:
     """AdamW after clipping by the global norm, with the learning rates of `make_schedule`. Biases,
     LayerNorm's parameters and what is never trained do not decay.
@@ -78,13 +85,17 @@ def make_optimizer(
         frozen: regular expression, searched in paths such as "encoder/layers/mlp_up/kernel";
             parameters that match keep every bit and have no moments. They do not count in the
             norm, so their gradients are not even computed.
+        layerwise_lr_decay: the learning rate of each layer, from the head down, as a share of that
+            of the layer above; see `layer_rates`.
+        ema_decay: keeps a moving average of the parameters that learn; see `average_params`.
 
     Returns:
         The optimizer; its moments are of the parameters' dtype, so keep those float32.
 
     Raises:
-        ValueError: for steps that do not fit, an unknown schedule, or a pattern that matches no
-            parameter or all of them (when the optimizer is initialised).
+        ValueError: for steps or decays that do not fit, an unknown schedule, a pattern that matches
+            no parameter or all of them, and layers without an order (when the optimizer is
+            initialised).
     """
     rates = make_schedule(
         learning_rate, total_steps=total_steps, warmup_steps=warmup_steps, schedule=schedule
@@ -92,12 +103,123 @@ def make_optimizer(
     adamw = optax.adamw(rates, b1, b2, eps, weight_decay=weight_decay, mask=_decays)
     clip = optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm)
     optimizer = optax.chain(clip, adamw)
-    if frozen is None:
-        return optimizer
-    return optax.multi_transform(
-        {"trained": optimizer, "frozen": optax.set_to_zero()},
-        functools.partial(_label_frozen, pattern=frozen),
-    )
+    if frozen is not None:
+        labels = functools.partial(_label_frozen, pattern=frozen)
+        both: Any = {"trained": optimizer, "frozen": optax.set_to_zero()}
+        optimizer = optax.multi_transform(both, labels)
+    if layerwise_lr_decay is not None:
+        optimizer = optax.chain(optimizer, _scale_by_layer(layerwise_lr_decay))
+    if ema_decay is not None:
+        learns = functools.partial(_learns, frozen=frozen)
+        optimizer = optax.chain(optimizer, optax.masked(average_params(ema_decay), learns))
+    return optimizer
+
+
+def check_decay(name: str, decay: float) -> None:
+    """Raises ValueError for a decay outside (0, 1]."""
+    if not 0 < decay <= 1:
+        raise ValueError(f"{name}={decay} must be above 0 and at most 1.")
+
+
+def layer_rates(params: Params, decay: float) -> Params:
+    """What the learning rate of each parameter is multiplied by: 1 for the head and what else lies
+    behind the layers, `decay` for the last layer, its square for the one before, and so on, of L
+    layers `decay` ** (L + 1) for the embeddings. Stacked layers have a vector, [L, 1, ...]. Each
+    stack of an encoder-decoder is counted by itself; shared words go by the deeper one. A group of
+    ALBERT's layers is one.
+
+    Raises:
+        ValueError: where layers are stacked by their kind of attention and so in no order, as a
+            Reformer's.
+    """
+    flat: dict[str, Any] = flax.traverse_util.flatten_dict(params, sep="/")
+    unordered = [path for path in flat if re.search(r"/\w+_layers/", path)]
+    if unordered:
+        raise ValueError(
+            f"layerwise_lr_decay={decay}: the layers of this model are stacked by their kind of "
+            f"attention ({unordered[0]}), not in their order; leave it out."
+        )
+    depths = {
+        path.partition("layers/")[0]: leaf.shape[0]
+        for path, leaf in flat.items()
+        if "/layers/" in path
+    }
+    deepest = max(depths.values(), default=0)
+
+    def rate(path: str) -> Any:
+        stack, layers, _ = path.partition("layers/")
+        if layers and stack in depths:
+            depth = depths[stack]
+            rates = decay ** np.arange(depth, 0, -1, dtype=np.float32)
+            return rates.reshape(-1, *[1] * (flat[path].ndim - 1))  # [L, 1, ...]
+        if re.search(r"(^|/)(shared|embeddings\w*)/", path):
+            own = path.partition("embeddings")[0]
+            return np.float32(decay ** (depths.get(own, deepest) + 1))
+        return np.float32(1.0)
+
+    return _by_path(params, rate)
+
+
+def _scale_by_layer(decay: float) -> optax.GradientTransformation:
+    """Multiplies what AdamW gives, its weight decay too, as a learning rate for each would."""
+    check_decay("layerwise_lr_decay", decay)
+
+    def init(params: Any) -> optax.EmptyState:
+        layer_rates(params, decay)  # raises where there are none
+        return optax.EmptyState()
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, Any]:
+        rates = layer_rates(params, decay)
+        return jax.tree.map(lambda update, rate: update * rate, updates, rates), state
+
+    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
+
+
+class AverageState(NamedTuple):
+    """After so many updates the moving average of the parameters that learn."""
+
+    updates: jax.Array
+    averaged_params: Params
+
+
+def average_params(decay: float) -> optax.GradientTransformation:
+    """Keeps a moving average of the parameters beside them, in float32, behind all that changes the
+    updates, which it leaves alone. After update n (from 0) the average keeps of what it was the
+    share min(decay, (1 + n) / (10 + n)), as TensorFlow's ExponentialMovingAverage with
+    `num_updates`, so that the parameters that a run began with are soon forgotten.
+
+    Raises:
+        ValueError: for a decay outside (0, 1].
+    """
+    check_decay("ema_decay", decay)
+
+    def init(params: Params) -> AverageState:
+        copied: Params = jax.tree.map(lambda p: jnp.array(p, jnp.float32), params)
+        return AverageState(jnp.zeros((), jnp.int32), copied)
+
+    def update(
+        updates: Params, state: AverageState, params: Params | None = None
+    ) -> tuple[Params, AverageState]:
+        assert params is not None
+        kept = jnp.minimum(decay, (1 + state.updates) / (10 + state.updates))
+        new: Any = optax.apply_updates(params, updates)
+        average: Any = optax.incremental_update(new, state.averaged_params, 1 - kept)
+        return updates, AverageState(state.updates + 1, average)
+
+    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def averaged(params: Params, opt_state: Any) -> Params:
+    """The parameters with their averages in place of those that learn, where the state of the
+    optimizer has some."""
+    average = optax.tree_utils.tree_get(opt_state, "averaged_params")
+    if average is None:
+        return params
+
+    def pick(own: jax.Array, mean: Any) -> jax.Array:
+        return own if isinstance(mean, optax.MaskedNode) else mean.astype(own.dtype)
+
+    return jax.tree.map(pick, params, average)
 
 
 def _by_path(params: Params, value: Callable[[str], Any]) -> Params:
@@ -108,6 +230,16 @@ def _by_path(params: Params, value: Callable[[str], Any]) -> Params:
 
 def _decays(params: Params) -> Params:
     return _by_path(params, lambda path: path.split("/")[-1] not in ("bias", "scale", "buffer"))
+
+
+def _learns(params: Params, frozen: str | None) -> Params:
+    """Which parameters change."""
+    pattern = "^$" if frozen is None else frozen
+
+    def learns(path: str) -> bool:
+        return path.split("/")[-1] != "buffer" and not re.search(pattern, path)
+
+    return _by_path(params, learns)
 
 
 def _label_frozen(params: Params, pattern: str) -> Params:

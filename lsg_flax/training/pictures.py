@@ -3,7 +3,6 @@
 Axes: O rows, Y labels.
 """
 
-import json
 import pathlib
 import warnings
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from lsg_flax.files import Json
-from lsg_flax.training.log import SCORED
+from lsg_flax.training.log import SCORED, read_log
 
 RUN = "run.png"
 _MOST_NAMES = 40  # of labels that are written beside a matrix
@@ -45,8 +44,7 @@ def draw_run(
     Returns:
         The picture; None without matplotlib.
     """
-    lines = (log / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
+    records = read_log(log)
     figure = _figure((10.0, 7.0), log / RUN)
     if figure is None:
         return None

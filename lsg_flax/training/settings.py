@@ -2,51 +2,52 @@
 flags of `lsg-flax train`. Every field says what it means where it stands."""
 
 import dataclasses
-import functools
 import os
 import pathlib
 import re
 import typing
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal
 
 import optax
 
 from lsg_flax.checks import short
 from lsg_flax.data import Columns, DataOptions, OnError, TextUnit
 from lsg_flax.generation import OPTION_NAMES
+from lsg_flax.hub import check_repository
 from lsg_flax.models import SCORES, TASKS, ProblemType, Remat
 from lsg_flax.patterns import LSGConfig
 from lsg_flax.sharding import AXES, check_axes
 from lsg_flax.training.coerce import check_names, coerced, read_yaml
+from lsg_flax.training.embedding_settings import COSINE, EMBEDDING_NAMES, EmbeddingSettings
+from lsg_flax.training.help import of_data, of_devices, of_model, of_run, of_training
 from lsg_flax.training.log import Logging
 from lsg_flax.training.losses import smooths
 from lsg_flax.training.optimizers import Schedule, make_optimizer, make_schedule, read_schedule
+from lsg_flax.training.packing import check_packed
+from lsg_flax.training.refinements import FROZEN as FROZEN
+from lsg_flax.training.refinements import Refinements, Trained
 from lsg_flax.training.scores import ROUGE
-from lsg_flax.training.states import Saving
+from lsg_flax.training.states import BestMode, Saving
 
-Group = Literal["data", "model", "training", "devices", "run"]
 Precision = Literal["float32", "bfloat16"]
-Trained = Literal["all", "head", "global_tokens_and_head"]
 Words = str | tuple[str, ...]
 
-_MODEL = "^([a-z_]*embedder/)?"  # a scorer is made of models
-# What stays as it is, by what is trained; searched in paths such as "encoder/layers/mlp_up/kernel".
-FROZEN: dict[str, str | None] = {
-    "all": None,
-    "head": f"{_MODEL}(shared|encoder|decoder)/",
-    "global_tokens_and_head": f"{_MODEL}(shared|decoder|encoder(?!/embeddings/global_embeddings))/",
-}
 # Fields that change where and how a run works, and not what it computes: a run may be continued
 # with others. The data is known by its contents.
 _MAY_CHANGE = (
     *("output", "cache", "train_data", "eval_data", "devices", "mesh", "evaluate_every"),
     *("eval_batch_size", "save_every", "keep", "best", "tensorboard", "remat"),
-    *("log_every", "picture"),
+    *("log_every", "picture", "push_to_hub"),
     *("predict_with_generate", "generation", "generation_rows"),
+    *("early_stopping_patience", "early_stopping_threshold", "report_to", "run_name"),
 )
-# Fields for texts to write. Like `label_smoothing` they came later: runs that are older have none.
+# Fields for texts to write. Like those below they came later: runs that are older have none.
 _FOR_TARGETS = ("max_target_length", "target_buckets", "src_lang", "tgt_lang")
+_LATER = (
+    *(*_FOR_TARGETS, "label_smoothing", "class_weights", "layerwise_lr_decay", "ema_decay"),
+    *("lora_r", "lora_alpha", "lora_target_modules"),
+)
 _LOWER_IS_BETTER = ("eval_loss", "eval_mse", "eval_perplexity")
 _EPOCHS = 3
 LARGEST_SEED = 2**32 - 1  # JAX would drop what is beyond without a word
@@ -55,9 +56,9 @@ _LEAST = {
     1: (
         *("steps", "epochs", "batch_size", "accumulate", "max_length", "devices"),
         *("evaluate_every", "eval_batch_size", "save_every", "keep", "log_every"),
-        *("max_target_length", "generation_rows"),
+        *("max_target_length", "generation_rows", "lora_r", "early_stopping_patience"),
     ),
-    0: ("stride", "learning_rate", "weight_decay", "max_grad_norm"),
+    0: ("stride", "learning_rate", "weight_decay", "max_grad_norm", "early_stopping_threshold"),
 }
 # How texts are written to be scored: whether, and what else is said of it. A row has one text.
 _WRITTEN = ("predict_with_generate", "generation", "generation_rows")
@@ -65,27 +66,13 @@ _OPTIONS = [name for name in OPTION_NAMES if name != "num_return_sequences"]
 _LSG_HINTS: dict[str, Any] = typing.get_type_hints(LSGConfig)
 
 
-class Help(NamedTuple):
-    """What a setting is, and what is done where it is not given."""
-
-    group: Group
-    about: str
-    unset: str = "none"
-    choices: Callable[[], tuple[str, ...]] | None = None  # of a text that is one of several
-
-
-_data, _model, _training, _devices, _run = (
-    functools.partial(Help, group) for group in get_args(Group)
-)
-
-
 def trained_tasks() -> tuple[str, ...]:
     """The tasks that are trained from files: those whose rows can be read."""
-    return tuple(name for name, task in TASKS.items() if task.targets and task.examples)
+    return tuple(name for name, task in TASKS.items() if task.is_trained and task.examples)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Refinements, EmbeddingSettings):
     """A fine-tuning run; what each field means stands beside it and in `lsg-flax train --help`.
 
     A value may be what YAML makes of it: a list for a tuple, "1e-4" for a number.
@@ -94,124 +81,129 @@ class Settings:
         ValueError: for a value that is not allowed, and for values that exclude each other.
     """
 
-    model: Annotated[str, _model("folder with tokenizer, or id on the Hugging Face hub")]
+    model: Annotated[str, of_model("folder with tokenizer, or id on the Hugging Face hub")]
     train_data: Annotated[
         Words,
-        _data(".jsonl, .csv, .parquet or .txt files, a folder, a pattern, or a dataset's name"),
+        of_data(".jsonl, .csv, .parquet or .txt files, a folder, a pattern, or a dataset's name"),
     ]
     output: Annotated[
-        str, _run("folder for the model, checkpoints/ and log/; to resume, run again")
+        str, of_run("folder for the model, checkpoints/ and log/; to resume, run again")
     ]
-    task: Annotated[str, _model("what the model learns", choices=trained_tasks)]
+    task: Annotated[str, of_model("what the model learns", choices=trained_tasks)]
 
-    eval_data: Annotated[Words | None, _data("held-out data, as --train-data")] = None
-    subset: Annotated[str | None, _data("of a dataset: second argument of load_dataset")] = None
-    train_split: Annotated[str, _data("of a dataset, for training")] = "train"
-    eval_split: Annotated[str, _data("of a dataset, for evaluation")] = "validation"
+    eval_data: Annotated[Words | None, of_data("held-out data, as --train-data")] = None
+    subset: Annotated[str | None, of_data("of a dataset: second argument of load_dataset")] = None
+    train_split: Annotated[str, of_data("of a dataset, for training")] = "train"
+    eval_split: Annotated[str, of_data("of a dataset, for evaluation")] = "validation"
     columns: Annotated[
-        dict[str, str], _data("what columns are called, such as text=body", "their usual names")
+        dict[str, str], of_data("what columns are called, such as text=body", "their usual names")
     ] = dataclasses.field(default_factory=dict)
     labels: Annotated[
         tuple[str, ...] | None,
-        _data("names in the order of their numbers", "those in the data, sorted"),
+        of_data("names in the order of their numbers", "those in the data, sorted"),
     ] = None
-    problem_type: Annotated[ProblemType, _data("of sequence_classification")] = (
+    problem_type: Annotated[ProblemType, of_data("of sequence_classification")] = (
         "single_label_classification"
     )
     max_length: Annotated[
-        int | None, _data("tokens of a row", "what the model was trained at, or reads")
+        int | None, of_data("tokens of a row", "what the model was trained at, or reads")
     ] = None
     buckets: Annotated[
         tuple[int, ...] | None,
-        _data("lengths that rows are padded to", "powers of two from 512, --max-length"),
+        of_data("lengths of rows, with --packing one", "powers of two from 512, --max-length"),
     ] = None
     max_target_length: Annotated[
         int | None,
-        _data("conditional_generation: tokens of a target", "what the model's decoder reads"),
+        of_data("conditional_generation: tokens of a target", "what the model's decoder reads"),
     ] = None
     target_buckets: Annotated[
         tuple[int, ...] | None,
-        _data("lengths that targets are padded to", "powers of two from 512, the longest target"),
+        of_data("lengths that targets are padded to", "powers of two from 512, the longest target"),
     ] = None
     src_lang: Annotated[
-        str | None, _data("language of the texts, such as mBART's en_XX", "the tokenizer's")
+        str | None, of_data("language of the texts, such as mBART's en_XX", "the tokenizer's")
     ] = None
-    tgt_lang: Annotated[str | None, _data("language of the targets", "the tokenizer's")] = None
-    stride: Annotated[int, _data("question_answering: tokens that windows share")] = 128
-    pack: Annotated[bool, _data("language models: join texts to rows of --max-length")] = True
-    text_unit: Annotated[TextUnit, _data("what is a text in .txt files")] = "line"
-    on_error: Annotated[OnError, _data("what a broken row does")] = "raise"
+    tgt_lang: Annotated[str | None, of_data("language of the targets", "the tokenizer's")] = None
+    packing: Annotated[bool, of_data("several texts, kept apart, in each row")] = False
+    stride: Annotated[int, of_data("question_answering: tokens that windows share")] = 128
+    pack: Annotated[bool, of_data("language models: join texts to rows of --max-length")] = True
+    text_unit: Annotated[TextUnit, of_data("what is a text in .txt files")] = "line"
+    on_error: Annotated[OnError, of_data("what a broken row does")] = "raise"
     cache: Annotated[
-        str | None, _data("folder that keeps tokens", "lsg_flax in the user's cache")
+        str | None, of_data("folder that keeps tokens", "lsg_flax in the user's cache")
     ] = None
 
-    convert: Annotated[bool, _model("give it LSG attention and --max-length positions first")] = (
+    convert: Annotated[bool, of_model("give it LSG attention and --max-length positions first")] = (
         False
     )
     lsg: Annotated[
-        dict[str, Any], _model("attention pattern, such as num_global_tokens=7", "the model's")
+        dict[str, Any], of_model("attention pattern, such as num_global_tokens=7", "the model's")
     ] = dataclasses.field(default_factory=dict)
-    dtype: Annotated[Precision, _model("of the computation; parameters are float32")] = "float32"
-    remat: Annotated[Remat, _model("what the backward pass recomputes to save memory")] = "none"
+    dtype: Annotated[Precision, of_model("of the computation; parameters are float32")] = "float32"
+    remat: Annotated[Remat, of_model("what the backward pass recomputes to save memory")] = "none"
 
     epochs: Annotated[
-        int | None, _training("passes over the data", f"{_EPOCHS}, or what --steps says")
+        int | None, of_training("passes over the data", f"{_EPOCHS}, or what --steps says")
     ] = None
-    steps: Annotated[int | None, _training("optimizer steps, in place of --epochs")] = None
-    batch_size: Annotated[int, _training("rows per step, over all devices and microbatches")] = 8
-    accumulate: Annotated[int, _training("microbatches that the rows of a step are cut into")] = 1
-    learning_rate: Annotated[float, _training("peak learning rate, which warmup rises to")] = 5e-5
-    schedule: Annotated[Schedule, _training("of the learning rate, after warmup")] = "linear"
-    warmup: Annotated[float, _training("share of the steps in which the rate rises")] = 0.1
-    weight_decay: Annotated[float, _training("of AdamW; not for biases and LayerNorms")] = 0.01
+    steps: Annotated[int | None, of_training("optimizer steps, in place of --epochs")] = None
+    batch_size: Annotated[int, of_training("rows per step, over all devices and microbatches")] = 8
+    accumulate: Annotated[int, of_training("microbatches that the rows of a step are cut into")] = 1
+    learning_rate: Annotated[float, of_training("peak learning rate, which warmup rises to")] = 5e-5
+    schedule: Annotated[Schedule, of_training("of the learning rate, after warmup")] = "linear"
+    warmup: Annotated[float, of_training("share of the steps in which the rate rises")] = 0.1
+    weight_decay: Annotated[float, of_training("of AdamW; not for biases and LayerNorms")] = 0.01
     label_smoothing: Annotated[
-        float, _training("share of each label that goes to all classes evenly")
+        float, of_training("share of each label that goes to all classes evenly")
     ] = 0.0
-    max_grad_norm: Annotated[float | None, _training("gradients are clipped to it")] = 1.0
-    train_only: Annotated[Trained, _training("which parameters learn")] = "all"
+    max_grad_norm: Annotated[float | None, of_training("gradients are clipped to it")] = 1.0
+    train_only: Annotated[Trained, of_training("which parameters learn")] = "all"
     frozen: Annotated[
         str | None,
-        _training("regular expression of parameters that do not, in place of --train-only"),
+        of_training("regular expression of parameters that do not, in place of --train-only"),
     ] = None
-    seed: Annotated[int, _training("of dropout and of the order of the data")] = 0
+    seed: Annotated[int, of_training("of dropout and of the order of the data")] = 0
 
     mesh: Annotated[
-        dict[str, int], _devices(f"devices along {', '.join(AXES)}", "all along data")
+        dict[str, int], of_devices(f"devices along {', '.join(AXES)}", "all along data")
     ] = dataclasses.field(default_factory=dict)
-    devices: Annotated[int | None, _devices("use the first N devices", "all")] = None
+    devices: Annotated[int | None, of_devices("use the first N devices", "all")] = None
 
     evaluate_every: Annotated[
-        int | None, _run("steps between evaluations", "those of an epoch")
+        int | None, of_run("steps between evaluations", "those of an epoch")
     ] = None
-    eval_batch_size: Annotated[int | None, _run("rows at once", "those of a microbatch")] = None
-    save_every: Annotated[int | None, _run("steps between checkpoints", "as --evaluate-every")] = (
-        None
-    )
-    keep: Annotated[int, _run("how many of the last checkpoints stay")] = 2
+    eval_batch_size: Annotated[int | None, of_run("rows at once", "those of a microbatch")] = None
+    save_every: Annotated[
+        int | None, of_run("steps between checkpoints", "as --evaluate-every")
+    ] = None
+    keep: Annotated[int, of_run("how many of the last checkpoints stay")] = 2
     best: Annotated[
-        str | None, _run("score whose best model goes to OUTPUT/best", "eval_loss with --eval-data")
+        str | None,
+        of_run("score whose best model goes to OUTPUT/best", "eval_loss with --eval-data"),
     ] = None
     predict_with_generate: Annotated[
-        bool, _run("conditional_generation: score what the model writes for --eval-data by ROUGE")
+        bool, of_run("conditional_generation: score what the model writes for --eval-data by ROUGE")
     ] = False
     generation: Annotated[
         dict[str, Any],
-        _run("how it is written: options of generate, such as num_beams=4", "the checkpoint's"),
+        of_run("how it is written: options of generate, such as num_beams=4", "the checkpoint's"),
     ] = dataclasses.field(default_factory=dict)
     generation_rows: Annotated[
-        int | None, _run("it is written for the first N rows of --eval-data", "all")
+        int | None, of_run("it is written for the first N rows of --eval-data", "all")
     ] = None
     log_every: Annotated[
         int | None,
-        _run(
+        of_run(
             "steps between lines of progress: loss, tokens/s, time left, memory",
             "one every ten seconds, where there is no terminal",
         ),
     ] = None
     picture: Annotated[
-        bool, _run("draw loss, scores, learning rate and lengths: OUTPUT/log/run.png")
+        bool, of_run("draw loss, scores, learning rate and lengths: OUTPUT/log/run.png")
     ] = True
-    tensorboard: Annotated[bool, _run("write event files to OUTPUT/log too")] = False
+    push_to_hub: Annotated[
+        str | None, of_run("repository of the hub, such as me/areas, that gets the best model")
+    ] = None
+    tensorboard: Annotated[bool, of_run("write event files to OUTPUT/log too")] = False
 
     @classmethod
     def for_data(cls, *, model: str, task: str, data: Words, **given: Any) -> "Settings":
@@ -228,8 +220,11 @@ class Settings:
         check_axes(self.mesh)
         self._check_pattern()
         self._check_choices()
+        if self.packing:
+            check_packed(self.task, self.problem_type, self.mesh.get("sequence", 1))
         self._check_evaluation()
         self._check_targets()
+        self._check_embedding()
         self.data_options(self.max_length or 1, None, token_type_ids=False)
 
     def _check_pattern(self) -> None:
@@ -272,6 +267,8 @@ class Settings:
                 raise ValueError(
                     f"frozen={self.frozen!r} is no regular expression: {error}."
                 ) from error
+        if self.push_to_hub is not None:
+            check_repository(self.push_to_hub)
         if self.epochs and self.steps:
             raise ValueError(f"epochs={self.epochs} and steps={self.steps}: give one of them.")
         if self.frozen is not None and self.train_only != "all":
@@ -296,6 +293,7 @@ class Settings:
         kind = self.problem_type if task.scorer == "problem_type" else self.task
         scores = () if scorer is None else SCORES[scorer]
         scores = (*scores, *(ROUGE if self.predict_with_generate else ()))
+        scores = (*scores, *((COSINE,) if self.teacher is not None else ()))
         known = ("eval_loss", *(f"eval_{name}" for name in scores))
         if self.best is not None and self.best not in known:
             more = {f"eval_{name}" for name in ROUGE if self.writes_targets}
@@ -327,8 +325,10 @@ class Settings:
                 )
         if self.predict_with_generate and self.eval_data is None:
             raise ValueError("predict_with_generate=True needs eval_data to write texts for.")
-        targets = TASKS[self.task].targets
-        smoothed = all(smooths(target, self.problem_type) for target in targets)
+        targets, named_labels = TASKS[self.task].targets, TASKS[self.task].named_labels
+        smoothed = bool(targets) and all(smooths(t, self.problem_type) for t in targets)
+        named, evaluates = smoothed and named_labels, self.eval_data is not None
+        self.check_refinements(self.frozen, has_classes=named, evaluates=evaluates)
         if not 0 <= self.label_smoothing < 1 or (self.label_smoothing and not smoothed):
             raise ValueError(
                 f"label_smoothing={self.label_smoothing} must be from 0 to below 1, and 0 for "
@@ -341,6 +341,11 @@ class Settings:
         return TASKS[self.task].examples == "text_to_text"
 
     @property
+    def ladder(self) -> tuple[int, ...] | None:
+        """The lengths that rows of one text are padded to."""
+        return None if self.packing else self.buckets
+
+    @property
     def microbatch_size(self) -> int:
         """Rows that go through the model at once."""
         return self.batch_size // self.accumulate
@@ -349,14 +354,14 @@ class Settings:
     def identity(self) -> dict[str, Any]:
         """What makes a run this run: it can be continued only with the same."""
         values = dataclasses.asdict(self)
-        unset = [name for name in (*_FOR_TARGETS, "label_smoothing") if not values[name]]
+        unset = [n for n in (*_LATER, "packing", *EMBEDDING_NAMES) if not values[n]]
         return {n: value for n, value in values.items() if n not in (*_MAY_CHANGE, *unset)}
 
     def data_options(
         self, length: int, labels: tuple[str, ...] | None, *, token_type_ids: bool
     ) -> DataOptions:
         """How rows become examples of at most `length` tokens; `labels` are the model's own."""
-        names = ("task", "problem_type", "pack", "stride", "text_unit", "on_error")
+        names = ("task", "problem_type", "stride", "text_unit", "on_error")
         named = self.problem_type != "regression"
         return DataOptions(
             max_length=length,
@@ -364,17 +369,22 @@ class Settings:
             token_type_ids=token_type_ids,
             columns=Columns(**self.columns),
             max_target_length=self.max_target_length,
+            with_labels=self.teacher is None,
+            pack=self.pack and not self.packing,
             **{name: getattr(self, name) for name in names},
         )
 
-    def optimizer(self, steps: int) -> optax.GradientTransformation:
-        """AdamW for a run of so many steps."""
+    def optimizer(self, steps: int, unused: str | None = None) -> optax.GradientTransformation:
+        """AdamW for a run of so many steps; `unused` matches parameters that nothing reads."""
+        frozen = self.frozen or self.stays(self.train_only)
         return make_optimizer(
             self.learning_rate,
             **self._schedule(steps),
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
-            frozen=FROZEN[self.train_only] if self.frozen is None else self.frozen,
+            frozen="|".join(filter(None, (frozen, unused))) or None,
+            layerwise_lr_decay=self.layerwise_lr_decay,
+            ema_decay=self.ema_decay,
         )
 
     def _schedule(self, steps: int) -> dict[str, Any]:
@@ -385,13 +395,19 @@ class Settings:
         """What a run of so many steps tells of itself, and writes to `folder`."""
         rates = make_schedule(self.learning_rate, **self._schedule(steps))
         options = {"every": self.log_every, "learning_rate": read_schedule(rates)} | more
+        options["reporting"] = self.reporting()
         return Logging(folder, self.tensorboard, **options)
 
     def saving(self, folder: pathlib.Path, every: int, identity: dict[str, Any]) -> Saving:
         """Saves in `folder`, each time that `every` steps are done if nothing else is said."""
-        best = self.best or ("eval_loss" if self.eval_data is not None else None)
-        mode = "min" if best in _LOWER_IS_BETTER else "max"
+        best, mode = self.judged_by
         return Saving(folder, self.save_every or every, self.keep, best, mode, identity)
+
+    @property
+    def judged_by(self) -> tuple[str | None, BestMode]:
+        """The score that says which model is better, and whether "max" or "min" of it is."""
+        best = self.best or ("eval_loss" if self.eval_data is not None else None)
+        return best, "min" if best in _LOWER_IS_BETTER else "max"
 
     def steps_of(self, epoch_length: Callable[[int], int]) -> int:
         """How many steps the run has; `epoch_length` counts those of so many epochs."""

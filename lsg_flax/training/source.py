@@ -9,10 +9,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from lsg_flax.data import TokenizedDataset
+from lsg_flax.data import DataOptions, TokenizedDataset
 from lsg_flax.hub import (
     Checkpoint,
     LSGOptions,
+    SentenceSettings,
     Tokenizer,
     check_languages,
     make_lsg,
@@ -32,6 +33,7 @@ class SourceModel:
         task: what it is trained for.
         length: how many a row of the run has at most.
         converts: whether it gets LSG attention, or more positions, first.
+        sentences: how texts become vectors, where these are trained; it is saved so.
     """
 
     name: str
@@ -40,6 +42,12 @@ class SourceModel:
     task: str
     length: int
     converts: bool
+    sentences: SentenceSettings | None = None
+
+    @property
+    def model_task(self) -> str:
+        """The task of the model that is trained."""
+        return TASKS[self.task].model_task
 
     @property
     def config(self) -> ModelConfig:
@@ -49,15 +57,17 @@ class SourceModel:
     @property
     def reads(self) -> int:
         """How many tokens the model to train reads."""
-        config = self.checkpoint.config_for(self.task)
-        return self.length if self.converts else Model(config, self.task).max_length
+        config = self.checkpoint.config_for(self.model_task)
+        return self.length if self.converts else Model(config, self.model_task).max_length
 
     def check_globals(self) -> None:
         """Raises ValueError if there are no global tokens to train."""
         if self.config.lsg is None and not self.converts:
+            remedy = "train the head alone (train_only='head')"
+            remedy += ", or set convert (--convert)" if self.config.LENGTHENS else ""
             raise ValueError(
-                f"train_only='global_tokens_and_head', but {self.name} has full attention and no "
-                "global tokens; set convert (--convert) to give it some."
+                f"train_only='global_tokens_and_head', but {self.name} has {self.config.attention} "
+                f"attention and no global tokens; {self.config.or_convert(remedy)}."
             )
 
     def check_targets(self, longest: int | None) -> None:
@@ -70,6 +80,12 @@ class SourceModel:
             )
         model = Model(self.checkpoint.config_for(self.task), self.task)
         jax.eval_shape(model.shift_right, jax.ShapeDtypeStruct((1, 2), np.int32))
+
+    def with_target_length(self, options: DataOptions) -> DataOptions:
+        """The options, with targets as long as the model reads where nothing is said of it."""
+        if not options.has_target_texts or options.max_target_length is not None:
+            return options
+        return dataclasses.replace(options, max_target_length=self.reads)
 
     def reader(self, src_lang: str | None, tgt_lang: str | None) -> Tokenizer:
         """A tokenizer that reads texts and targets as of these languages, by default its own.
@@ -95,8 +111,9 @@ class SourceModel:
     def check_tokens(self, data: TokenizedDataset) -> None:
         """Raises ValueError for tokens that the model has no embedding for."""
         size = self.config.vocab_size
-        ids = [s.fields.get("input_ids", s.fields.get("labels")) for s in data.streams.values()]
-        largest = max(data.pad_token_id, *(int(part.max()) for part in ids if part is not None))
+        fields = [pair for stream in data.streams.values() for pair in stream.fields.items()]
+        ids = [part for name, part in fields if name.endswith(("input_ids", "labels"))]
+        largest = max(data.pad_token_id, *(int(part.max()) for part in ids))
         if largest >= size:
             raise ValueError(
                 f"the tokenizer of {self.name} gives the token {largest}, but vocab_size={size} "
@@ -129,8 +146,8 @@ class SourceModel:
         """
         if not self.converts:
             options = {"dtype": dtype, "mesh": mesh} | overrides | pattern
-            return self.checkpoint.load(self.task, **options)
-        model, params = self.checkpoint.load(self.task, dtype=dtype, **overrides)
+            return self.checkpoint.load(self.model_task, **options)
+        model, params = self.checkpoint.load(self.model_task, dtype=dtype, **overrides)
         options = LSGOptions(self.length, resize_lsg=self.config.lsg is not None)
         model, params = make_lsg(model, params, self.tokenizer, options=options, pattern=pattern)
         return model, params if mesh is None else shard(jax.device_get(params), mesh)
@@ -153,9 +170,10 @@ def open_source(name: str, task: str, max_length: int | None, *, convert: bool) 
     checkpoint = open_checkpoint(name)
     config = checkpoint.config
     config.check_tokens()
-    model = Model(checkpoint.config_for(task), task)
+    learned = TASKS[task]
+    model = Model(checkpoint.config_for(learned.model_task), learned.model_task)
     reads, plain = model.max_length, config.lsg is None
-    if model.task_record.examples is None:
+    if learned.learned_by is None and model.task_record.examples is None:
         raise ValueError(
             f"no rows of data are made for {task} of {config.model_type}, whose labels are not "
             "those of other families; train it on batches of your own with "
@@ -171,14 +189,10 @@ def open_source(name: str, task: str, max_length: int | None, *, convert: bool) 
     usual = min(reads, tokenizer.model_max_length)
     length = max_length or (LSGOptions.max_sequence_length if convert and plain else usual)
     if length > reads and not convert:
+        remedy = "set convert (--convert) to make it read more here, " if config.LENGTHENS else ""
         raise ValueError(
             f"max_length={length}, but {name} reads {reads} tokens; "
-            + (
-                "set convert (--convert) to make it read more here, or run lsg-flax convert "
-                f"{name} TARGET --max-sequence-length {length} and train TARGET."
-                if config.LENGTHENS
-                else f"give at most max_length={reads}."
-            )
+            f"{config.or_convert(f'{remedy}give at most max_length={reads}', length)}."
         )
     tokenizer.model_max_length = length  # which others then read by default
     converts = convert and (plain or length > reads)

@@ -95,6 +95,7 @@ class Checkpoints:
         *,
         data: Any = None,
         scores: dict[str, float] | None = None,
+        waiting: Any = None,
     ) -> None:
         """Begins to save the state as the checkpoint of its step. Returns when it is copied out of
         the devices, so that the next step may overwrite it; a save still running is waited for.
@@ -103,6 +104,7 @@ class Checkpoints:
             data: the place in the data, anything JSON can hold; with several processes each
                 gives its own.
             scores: of an evaluation, which `best` looks at.
+            waiting: how long a better score has been waited for, anything JSON can hold.
 
         Raises:
             ValueError: if the step is there already, or `best` is not among the scores.
@@ -120,7 +122,7 @@ class Checkpoints:
                 f"best={self._best!r} is not among the metrics of evaluation: {sorted(scores)}."
             )
         metrics = {name: float(value) for name, value in (scores or {}).items()} or None
-        places = {"data": _of_all_processes(data)}
+        places = {"data": _of_all_processes(data)} | ({"waiting": waiting} if waiting else {})
         self._writing = step
         with self._explained():
             self._checkpointer.save_async(
@@ -254,6 +256,15 @@ def restore(
         with _damage_named(path, step):
             state = checkpointer.load(step, abstract)
         return state, _own(places, path)
+
+
+def saved_waiting(path: str | os.PathLike, step: int) -> Any:
+    """What `Checkpoints.save` was given as `waiting` at a step; None without, or without such a
+    checkpoint."""
+    if step not in saved_steps(path):
+        return None
+    with _damage_named(path, step), ocp.training.Checkpointer(_absolute(path)) as checkpointer:
+        return (checkpointer.metadata(step).custom_metadata or {}).get("waiting")
 
 
 def saved_steps(path: str | os.PathLike) -> list[int]:

@@ -6,7 +6,8 @@ sharding.py, it runs on a mesh, which `fit(mesh=...)` does.
 Axes: M microbatches, B batch.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -17,13 +18,16 @@ from jaxtyping import PRNGKeyArray
 
 from lsg_flax.models import Batch, Model, Params
 from lsg_flax.sharding import sharded_init, shardings_for
+from lsg_flax.training.lora import merge_lora
 from lsg_flax.training.losses import (
     Metrics,
     batch_metrics,
+    label_options,
     loss_sums,
     target_counts,
     weighted_mean,
 )
+from lsg_flax.training.optimizers import averaged
 
 TrainStep = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
 
@@ -60,22 +64,29 @@ def init_state(
     return sharded_init(init, params, key, mesh=mesh)
 
 
+def trained_params(state: TrainState) -> Params:
+    """The parameters that a state stands for, as the model has them and as they are evaluated and
+    saved: averages in place of what they are averages of, and adapters merged."""
+    return merge_lora(averaged(state.params, state.opt_state))
+
+
 def make_train_step(
     model: Model,
     optimizer: optax.GradientTransformation,
     accumulate_steps: int = 1,
     *,
     label_smoothing: float = 0.0,
+    class_weights: Sequence[float] | None = None,
 ) -> TrainStep:
     """One optimizer step as a jitted function `(state, batch) -> (state, metrics)`. Under
     `jax.set_mesh(mesh)`, with state and batch placed by sharding.py, it runs on that mesh.
 
     The state is donated: use the returned one. With `accumulate_steps` M > 1 every array of the
     batch has a leading axis of M microbatches, [M, B, ...], run one after the other. Each one's
-    summed losses are divided by the number of labels that count in all M together, so the gradient
-    is that of one batch of M * B, however the labels are spread (dropout masks differ). Gradients
-    are summed in float32. Recompute activations with `model.clone(remat="full")`. Labels are
-    smoothed as `loss_fn` does.
+    summed losses are divided by the number of labels that count in all M together (or their
+    weights), so the gradient is that of one batch of M * B, however the labels are spread (dropout
+    masks differ). Gradients are summed in float32. Recompute activations with
+    `model.clone(remat="full")`. Labels are smoothed and weighed as `loss_fn` does.
 
     Returns:
         The step. Its metrics are those of `loss_fn` (over all microbatches) and `update_norm`, the
@@ -87,39 +98,65 @@ def make_train_step(
     if accumulate_steps < 1:
         raise ValueError(f"accumulate_steps={accumulate_steps} must be at least 1.")
 
+    options = label_options(label_smoothing, class_weights)
+
     def gradients(params, batch, counts, key):
         def loss(params):
-            sums = loss_sums(model, params, batch, key, label_smoothing)
+            sums = loss_sums(model, params, batch, key, options)
             return weighted_mean(model, sums, counts)
 
         return jax.value_and_grad(loss)(params)
 
-    def accumulated(params, batch, counts, key):
-        def add(total, numbered):
-            number, microbatch = numbered
-            parts = gradients(params, microbatch, counts, jax.random.fold_in(key, number))
-            return jax.tree.map(lambda t, p: t + p.astype(jnp.float32), total, parts), None
+    def compute(params, batch, key):
+        counts = target_counts(model, batch, options)
 
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-        numbers = jnp.arange(accumulate_steps)
-        total, _ = jax.lax.scan(add, (jnp.float32(0.0), zeros), (numbers, batch))
-        return total
+        def of_part(params, part, key):
+            return gradients(params, part, counts, key)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        counts = target_counts(model, batch)
-        key = jax.random.fold_in(state.key, state.step)
         if accumulate_steps > 1:
-            _check_microbatches(batch, accumulate_steps)
-            loss, grads = accumulated(state.params, batch, counts, key)
+            check_microbatches(batch, accumulate_steps)
+            loss, grads = accumulate_gradients(of_part, params, batch, key)
         else:
-            loss, grads = gradients(state.params, batch, counts, key)
+            loss, grads = of_part(params, batch, key)
+        return grads, batch_metrics(loss, batch, target_counts(model, batch))
+
+    return make_step(compute, optimizer)
+
+
+def make_step(compute: Callable, optimizer: optax.GradientTransformation, *given: Any) -> TrainStep:
+    """One optimizer step as a jitted function, as `make_train_step` gives it, by the gradients and
+    metrics that `compute(params, batch, key, *given)` gives; `given` are trees of arrays."""
+
+    def train_step(state: TrainState, batch: Batch, *given: Any) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        grads, metrics = compute(state.params, batch, key, *given)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = batch_metrics(loss, batch, counts) | {"update_norm": optax.tree.norm(updates)}
+        metrics = metrics | {"update_norm": optax.tree.norm(updates)}
         new = state.replace(step=state.step + 1, params=params, opt_state=opt_state)  # type: ignore[attr-defined]
         return _placed(new), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    jitted = jax.jit(train_step, donate_argnums=0)
+    if not given:
+        return jitted
+    return functools.wraps(train_step)(lambda state, batch: jitted(state, batch, *given))
+
+
+def accumulate_gradients(
+    gradients: Callable, params: Params, batch: Batch, key: PRNGKeyArray
+) -> tuple[Any, Params]:
+    """The sums in float32 of what `gradients(params, part, key)` gives for the microbatches of
+    [M, B, ...], one after the other: a loss, and its gradient."""
+
+    def add(total, numbered):
+        number, part = numbered
+        parts = gradients(params, part, jax.random.fold_in(key, number))
+        return jax.tree.map(lambda t, p: t + p.astype(jnp.float32), total, parts), None
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    numbers = jnp.arange(len(jax.tree.leaves(batch)[0]))
+    total, _ = jax.lax.scan(add, (jnp.float32(0.0), zeros), (numbers, batch))
+    return total
 
 
 def _placed(state: TrainState) -> TrainState:
@@ -131,7 +168,8 @@ def _placed(state: TrainState) -> TrainState:
     return jax.lax.with_sharding_constraint(state, shardings_for(state, mesh))
 
 
-def _check_microbatches(batch: Batch, count: int) -> None:
+def check_microbatches(batch: Batch, count: int) -> None:
+    """Raises ValueError for a batch that is not cut into so many microbatches."""
     shapes = {name: tuple(array.shape) for name, array in batch.items()}
     if any(not shape or shape[0] != count for shape in shapes.values()):
         raise ValueError(

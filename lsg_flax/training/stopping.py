@@ -1,15 +1,71 @@
-"""A run that is asked to stop: signals noted between two steps, and the exception that tells it."""
+"""A run that stops before its last step: it is asked to by a signal, noted between two steps and
+told by an exception, or its score gets no better."""
 
+import dataclasses
 import os
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from types import FrameType
+from typing import NamedTuple
 
 import jax
 from jax.experimental import multihost_utils
 
+from lsg_flax.training.states import BestMode
+
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+class Waiting(NamedTuple):
+    """The best score so far, and how many evaluations were no better since one was."""
+
+    best: float
+    evaluations: int
+
+
+@dataclasses.dataclass(frozen=True)
+class EarlyStopping:
+    """Stops a run after `patience` evaluations in a row that are no better than the best before
+    them by more than `threshold`, as transformers' EarlyStoppingCallback.
+
+    Attributes:
+        metric: one that the evaluation gives.
+        mode: whether "max" or "min" of it is best.
+    """
+
+    metric: str
+    patience: int
+    threshold: float = 0.0
+    mode: BestMode = "min"
+
+    def __post_init__(self):
+        if self.patience < 1 or self.threshold < 0:
+            raise ValueError(
+                f"patience={self.patience} must be at least 1, and threshold={self.threshold} at "
+                "least 0."
+            )
+
+    def after(self, waiting: Waiting | None, scores: Mapping[str, float]) -> Waiting:
+        """How long has been waited with these scores.
+
+        Raises:
+            ValueError: if the metric is not among them.
+        """
+        if self.metric not in scores:
+            raise ValueError(
+                f"metric={self.metric!r} is not among the metrics of evaluation: {sorted(scores)}."
+            )
+        score, sign = float(scores[self.metric]), 1 if self.mode == "max" else -1
+        if waiting is None or sign * (score - waiting.best) > self.threshold:
+            return Waiting(score, 0)
+        best = score if sign * (score - waiting.best) > 0 else waiting.best
+        return Waiting(best, waiting.evaluations + 1)
+
+    def ends(self, waiting: Waiting | None) -> bool:
+        """Whether that was long enough."""
+        return waiting is not None and waiting.evaluations >= self.patience
 
 
 class Preempted(SystemExit):

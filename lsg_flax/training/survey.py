@@ -8,9 +8,19 @@ import dataclasses
 import numpy as np
 
 from lsg_flax.buckets import default_buckets
-from lsg_flax.data import INPUT, TARGET, TokenizedDataset, train_batches
-from lsg_flax.training.finetune import load_data, options_for, source_for, training_buckets
+from lsg_flax.data import INPUT, READ, TARGET, TokenizedDataset, pack_rows, spread, train_batches
+from lsg_flax.training.embedding_source import check_negatives, check_queries, embedding_ladders
+from lsg_flax.training.finetune import (
+    check_packages,
+    load_data,
+    options_for,
+    pattern_for,
+    source_for,
+    training_buckets,
+)
+from lsg_flax.training.packing import packing_for
 from lsg_flax.training.settings import Settings
+from lsg_flax.training.source import SourceModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,16 +30,18 @@ class DataSurvey:
     Attributes:
         rows: as they are learned from; windows of questions and pieces of joined texts count each.
         skipped: broken rows that were left out.
-        lengths: tokens of the shortest, the middle one, the 90th of 100, and the longest row.
+        lengths: tokens of a row, see `spread`.
+        others: the same of texts that are read beside the rows' own.
         cut: in words, what is lost of long texts; "" if nothing is.
         labels: how often each label is there, where they have names.
-        buckets: how many rows are padded to each length.
+        buckets: how many rows are padded to each length; with packing rows of several texts.
         real: the share of their places that are no padding.
     """
 
     rows: int
     skipped: int
-    lengths: tuple[int, ...]
+    lengths: dict[str, int]
+    others: dict[str, dict[str, int]]
     cut: str
     labels: dict[str, int]
     buckets: dict[int, int]
@@ -53,6 +65,7 @@ def survey(settings: Settings, *, progress: bool = True) -> RunSurvey:
     Raises:
         FileNotFoundError, ValueError, ImportError: as `finetune`.
     """
+    check_packages(settings)
     source = source_for(settings)
     options, tokenizer = options_for(settings, source), source.tokenizer
     if settings.writes_targets:
@@ -60,34 +73,63 @@ def survey(settings: Settings, *, progress: bool = True) -> RunSurvey:
     train, held_out = load_data(settings, options, tokenizer, progress)
     source.check_tokens(train)
     length = source.length
-    whole = settings.mesh.get("sequence", 1) > 1  # as `finetune` pads for several devices
-    buckets = training_buckets(settings.buckets, length, source.config)
-    buckets = buckets or ((length,) if whole else default_buckets(length))
-    ladders = {INPUT: buckets, TARGET: settings.target_buckets}
+    ladders = _ladders(settings, source, train, held_out)
+    given = {name: lengths for name, lengths in ladders.items() if lengths is not None}
+    packing = None
+    if settings.packing:
+        packing = packing_for(source, pattern_for(settings, source), settings.buckets)
     batches = train_batches(
         train,
         batch_size=settings.microbatch_size,
         microbatches=settings.accumulate,
-        buckets={name: given for name, given in ladders.items() if given is not None},
         seed=settings.seed,
         prefetch=0,
+        buckets=given if packing is None else None,
+        packing=packing,
     )
     epoch, steps = batches.steps(1), settings.steps_of(batches.steps)
     batches.close()
-    other = None if held_out is None else _survey_of(held_out, buckets, length)
-    return RunSurvey(_survey_of(train, buckets, length), other, steps, epoch)
+    buckets, other = ladders[INPUT] or (), None
+    if held_out is not None:
+        own = embedding_ladders(settings, source, held_out, None) if source.sentences else ladders
+        other = _survey_of(held_out, own[INPUT] or (), length)
+    learned = _survey_of(train, buckets, length)
+    if packing is not None:
+        shared = len(pack_rows(train.lengths, packing, seed=settings.seed))
+        real = float(train.lengths.sum() / (shared * packing.length))
+        learned = dataclasses.replace(learned, buckets={packing.length: shared}, real=real)
+    return RunSurvey(learned, other, steps, epoch)
+
+
+def _ladders(
+    settings: Settings,
+    source: SourceModel,
+    train: TokenizedDataset,
+    held_out: TokenizedDataset | None,
+) -> dict[str, tuple[int, ...] | None]:
+    """The lengths that `finetune` pads to, which refuses what is refused here."""
+    if source.sentences is not None:
+        found = embedding_ladders(settings, source, train, None)
+        check_negatives(settings, train, found)
+        check_queries(settings, held_out)
+        return {**found}
+    whole = settings.mesh.get("sequence", 1) > 1  # as `finetune` pads for several devices
+    buckets = training_buckets(settings.ladder, source.length, source.config)
+    buckets = buckets or ((source.length,) if whole else default_buckets(source.length))
+    return {INPUT: buckets, TARGET: settings.target_buckets}
 
 
 def _survey_of(data: TokenizedDataset, buckets: tuple[int, ...], length: int) -> DataSurvey:
     lengths = np.asarray(data.lengths)  # [O]
+    read = {name: stream.lengths for name, stream in data.streams.items() if name in READ}
     ladder = np.sort(buckets)
     padded = ladder[np.searchsorted(ladder, lengths)]
     found, counts = np.unique(padded, return_counts=True)
-    quantiles = np.quantile(lengths, (0, 0.5, 0.9, 1), method="nearest")
     return DataSurvey(
         len(data),
         data.skipped,
-        tuple(int(value) for value in quantiles),
+        data.spread,
+        {name: spread(of) for name, of in read.items() if name != INPUT},
         data.cut.words(length),
         _count_labels(data),
         dict(zip(found.tolist(), counts.tolist(), strict=True)),

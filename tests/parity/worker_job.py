@@ -1,4 +1,4 @@
-"""tests/reference/worker.py with four more kinds, for `python worker_job.py JOB_DIR`. Runs in the
+"""tests/reference/worker.py with five more kinds, for `python worker_job.py JOB_DIR`. Runs in the
 reference environment.
 
 strict_load: class, checkpoint, own_query_embedder?
@@ -12,6 +12,10 @@ generate: class, checkpoint, calls (each {"inputs": [part, ...], "options": {...
 tensorflow: class, config
     in   the variables of a checkpoint of TensorFlow by their names
     out  the tensors of the model that load_tf_weights makes of them
+ranking_loss: scale
+    in   anchors, candidates
+    out  loss, and its gradients of both: cross entropy of scaled cosines, the own one being right,
+         as sentence-transformers' MultipleNegativesRankingLoss computes it
 """
 
 import json
@@ -21,6 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "reference"))
 
+import torch
 import transformers
 import worker
 import worker_local  # noqa: F401 (makes its kind known)
@@ -38,6 +43,16 @@ def run_strict_load(case, inputs, folder):
     tensors = load_file(path / "model.safetensors")
     model.load_state_dict(tensors, strict=True)
     return {}, {"keys": sorted(tensors)}
+
+
+def run_ranking_loss(case, inputs, folder):
+    given = {name: torch.tensor(array, requires_grad=True) for name, array in inputs.items()}
+    anchors, candidates = (torch.nn.functional.normalize(x, dim=1) for x in given.values())
+    scores = anchors @ candidates.T * case["scale"]
+    loss = torch.nn.functional.cross_entropy(scores, torch.arange(len(scores)))
+    loss.backward()
+    outputs = {f"grad.{name}": worker.to_numpy(x.grad) for name, x in given.items()}
+    return outputs | {"loss": worker.to_numpy(loss)}, {}
 
 
 def run_auto(case, inputs, folder):
@@ -89,6 +104,7 @@ worker.KINDS |= {
     "auto": run_auto,
     "generate": run_generate,
     "tensorflow": run_tensorflow,
+    "ranking_loss": run_ranking_loss,
 }
 
 if __name__ == "__main__":

@@ -1,0 +1,105 @@
+"""A finished folder as a repository of the Hugging Face hub: checked before the work that makes it,
+and sent after."""
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Iterator
+
+from lsg_flax.hub.download import needed_files
+from lsg_flax.hub.sentence_files import read_modules
+
+_LOGIN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
+
+
+class PushError(OSError):
+    """A folder was not sent to the hub; it is as it was."""
+
+
+def check_repository(name: str) -> None:
+    """Raises ValueError for what is no name of a repository, such as "me/areas"."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(
+            f"push_to_hub={name!r} is no name of a repository on the hub: {error} Give USER/NAME, "
+            "such as 'me/areas'."
+        ) from error
+
+
+def check_push(name: str) -> None:
+    """Asks the hub who is logged in, before the work whose result is to be sent there.
+
+    Raises:
+        ValueError: for what is no name of a repository, and without a token that may write.
+        PushError: if the hub cannot be asked.
+    """
+    import huggingface_hub
+
+    check_repository(name)
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise ValueError(
+            f"push_to_hub={name!r} needs the network, and HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE "
+            "is set; unset it, or leave push_to_hub out."
+        )
+    if huggingface_hub.get_token() is None:
+        raise ValueError(
+            f"push_to_hub={name!r} needs a token of the hub, and there is none: {_LOGIN}."
+        )
+    with _explained(f"nothing was begun: push_to_hub={name!r}", "run again, or leave it out"):
+        user = huggingface_hub.HfApi().whoami()
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise ValueError(
+            f"push_to_hub={name!r} needs a token that may write, and that of {user['name']} may "
+            f"only read: {_LOGIN}."
+        )
+
+
+def push_folder(folder: str | os.PathLike, name: str) -> str:
+    """Sends the files of a checkpoint, its card and what belongs to it, and nothing else that lies
+    in its folder, to a repository, which is made if it is not there.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        PushError: if it fails; the folder is as it was.
+    """
+    import huggingface_hub
+
+    place = pathlib.Path(folder)
+    api = huggingface_hub.HfApi()
+    again = f"{place} is complete; send it with `hf upload {name} {place}`, or by the same command"
+    with _explained(f"{place} was not sent to {name}", again):
+        repository = api.create_repo(name, exist_ok=True)
+        api.upload_folder(
+            repo_id=repository.repo_id,
+            folder_path=place,
+            allow_patterns=_files_of(place),
+            commit_message="Model by lsg_flax",
+        )
+    return str(repository)
+
+
+def _files_of(folder: pathlib.Path) -> list[str]:
+    modules = [place.relative_to(folder).as_posix() for _, place in read_modules(folder)]
+    there = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+    return needed_files(there, [place for place in modules if place != "."])
+
+
+@contextlib.contextmanager
+def _explained(what: str, remedy: str) -> Iterator[None]:
+    """Each version of huggingface_hub has other errors, of the network's too, for one failure."""
+    try:
+        yield
+    except Exception as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            remedy = f"{_LOGIN}; {remedy}"
+        elif status is None:
+            remedy = f"look at the network; {remedy}"
+        said = " ".join(str(error).split()).rstrip(".")
+        raise PushError(f"{what}: {said}. Then: {remedy}.") from error

@@ -1,0 +1,152 @@
+"""What is static about a call of the GPU's kernels: the windows that they go through, the tiles
+that they work on, and which calls they are made for.
+
+Axes: B batch, N heads, H head width, T tokens (queries), S keys, Q queries of a block, W keys of a
+block's windows.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+
+from lsg_flax.kernels.spec import Biases, Queries, Source, Spec, Window
+from lsg_flax.kernels.triton import is_there
+
+WIDTHS, DTYPES = (32, 64, 128), ("float32", "bfloat16", "float16")
+LEAST_TILE, QUERIES = 16, 64  # tiles are powers of two
+# Programs that keep a GPU busy: several for each of its cores.
+PROGRAMS = 1024
+
+
+class TiledWindow(NamedTuple):
+    """A window, or the shared keys as one that does not move.
+
+    Attributes:
+        view: the number of the softmax part that XLA has it in: that of all windows, or of the
+            shared keys. Dropout counts places in these.
+        first: of its keys in that part.
+        keys: of that part, W.
+    """
+
+    window: Window
+    view: int
+    first: int
+    keys: int
+
+
+class Tiles(NamedTuple):
+    """Queries and keys that a program works on at once, and its warps."""
+
+    queries: int
+    keys: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class TiledPlan:
+    """A call.
+
+    Attributes:
+        windows: of all sources; the shared keys are the last source.
+        heads: of all devices.
+        width: of a head.
+        interpret: run it without a GPU, slowly.
+    """
+
+    spec: Spec
+    windows: tuple[TiledWindow, ...]
+    length: int
+    heads: int
+    width: int
+    dtype: str
+    row_axes: tuple[str, ...] = ()
+    head_axes: tuple[str, ...] = ()
+    interpret: bool = False
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.length // self.spec.block)
+
+    @property
+    def tiles(self) -> Tiles:
+        """Of such a size that in half precision a compiler puts no registers into memory, and the
+        shared memory of any GPU is enough: 64 KiB at most, of the 99 of an L4's program."""
+        exact, block = self.dtype == "float32", self.spec.block
+        divisor = block & -block  # the largest power of two in it
+        queries = divisor if divisor >= LEAST_TILE else _tile_of(block)
+        keys = QUERIES // (1 + exact) // (1 + (self.width == WIDTHS[-1]))
+        return Tiles(min(QUERIES, queries), keys, 8 if exact else 4)
+
+    @property
+    def tiles_of_block(self) -> int:
+        return -(-self.spec.block // self.tiles.queries)
+
+    @property
+    def query_tiles(self) -> int:
+        return self.blocks * self.tiles_of_block
+
+    def keys_of(self, width: int) -> int:
+        """Keys of a tile where there are `width` of them."""
+        return min(self.tiles.keys, _tile_of(width))
+
+    def windows_of(self, source: int) -> list[TiledWindow]:
+        """Those of one source."""
+        return [seen for seen in self.windows if seen.window.source == source]
+
+
+def _tile_of(count: int) -> int:
+    """The power of two that holds so many."""
+    return max(LEAST_TILE, 1 << (count - 1).bit_length())
+
+
+class TiledArrays(NamedTuple):
+    """What the kernels read; inside of a kernel references to the parts of one row and head.
+
+    Attributes:
+        rows, heads: their numbers among those of all devices.
+        seeds: of dropout, for each step and part of the softmax; None without dropout.
+        sources: tokens first, [B, S, N, H]; masks are integers.
+    """
+
+    rows: Any  # [B]
+    heads: Any  # [N]
+    seeds: Any  # [steps, views, 2]
+    query: Any  # [B, T, N, H]
+    sources: tuple[Source, ...]
+
+
+def tiled_windows(
+    spec: Spec, sources: tuple[Source, ...], shared: Source | None
+) -> tuple[TiledWindow, ...]:
+    """What every block of queries sees."""
+    total, first, found = sum(w.width for w in spec.windows), 0, []
+    for window in spec.windows:
+        found.append(TiledWindow(window, 0, first, total))
+        first += window.width
+    if shared is not None:
+        keys = shared.mask.shape[-1]
+        whole = Window(len(sources), 0, 0, keys, spec.shared_rule)
+        found.append(TiledWindow(whole, int(bool(spec.windows)), 0, keys))
+    return tuple(found)
+
+
+def refusal(queries: Queries, sources: tuple[Source, ...], biases: Biases) -> str | None:
+    """Why the kernels cannot compute a call, or None: what is given, what is allowed, what to do.
+
+    Args:
+        sources: the shared keys too.
+    """
+    dtype, width = queries.features.dtype.name, queries.features.shape[2]
+    other = "or implementation='xla'"
+    if not is_there():
+        return f"this JAX has no Triton backend of Pallas any more; use an older one, {other}."
+    if dtype not in DTYPES:
+        return f"dtype {dtype} is none of {', '.join(DTYPES)}; cast the inputs, {other}."
+    if width not in WIDTHS:
+        return f"heads of width {width} are none of {', '.join(map(str, WIDTHS))}; use {other[3:]}."
+    if jax.tree.leaves(biases):
+        return f"the GPU's kernels add no biases to scores; use {other[3:]}."
+    if any(source.positions is not None for source in sources):
+        return f"the GPU's kernels know keys by their places alone; use {other[3:]}."
+    return None

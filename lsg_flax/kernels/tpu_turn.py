@@ -1,0 +1,67 @@
+"""Rotary positions inside the fused kernels: queries and keys are turned on the chip, so that none
+is written and read for it.
+
+By places in the whole call, where a score depends on how far query and key are apart: the turn of a
+place is that of its block times that within the block, as complex numbers multiply.
+
+Axes: Q queries of a block, H head width.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+from lsg_flax.kernels.tpu_plan import LANES, FusedPlan
+
+
+class Tables(NamedTuple):
+    """Cosine and sine times the size, [2, _, 128], of the places in a block and of the blocks on
+    the chip; sines of a head's first half are negative."""
+
+    places: Any
+    blocks: Any
+
+
+def tables(plan: FusedPlan) -> tuple[Tables, Tables] | None:
+    """Of queries, and of keys."""
+    turn = plan.spec.turn
+    if turn is None:
+        return None
+    place = np.arange(plan.block)
+    first = (np.arange(plan.scratch_blocks) - plan.before) * plan.block
+    angles, growth = np.asarray(turn.angles), np.asarray(turn.growth)
+    middle = plan.blocks * plan.block // 2  # where no size changes
+
+    def table(places, sizes):
+        exact = np.exp(sizes[:, None] * growth + 1j * places[:, None] * angles)
+        half = np.stack([exact.real, exact.imag])  # [2, _, H / 2]
+        sign = np.array([1.0, -1.0])[:, None, None]
+        pairs = np.concatenate([sign * half, half], axis=-1)
+        return jnp.asarray(np.tile(pairs, LANES // pairs.shape[-1]), jnp.float32)
+
+    ahead = place + turn.ahead
+    queries = Tables(table(ahead, ahead), table(first, first - middle))
+    return queries, Tables(table(place, -place), table(first, middle - first))
+
+
+def turn(
+    plan: FusedPlan, x: Float[Array, "Q 128"], table: Tables, block, back: bool = False
+) -> Float[Array, "Q 128"]:
+    """The features of a block, rotated; or gradients of such, rotated back.
+
+    Args:
+        block: its number on the chip.
+    """
+    x, sign = x.astype(jnp.float32), -1.0 if back else 1.0
+    of_block = [table.blocks[i, pl.ds(block, 1), :] for i in range(2)]
+    cosine = table.places[0] * of_block[0] - table.places[1] * of_block[1]
+    sine = table.places[0] * of_block[1] + table.places[1] * of_block[0]
+    half = plan.width // 2
+    first = (lax.broadcasted_iota(jnp.int32, x.shape, 1) & half) == 0
+    other = jnp.where(first, pltpu.roll(x, LANES - half, 1), pltpu.roll(x, half, 1))
+    return x * cosine + other * (sign * sine)

@@ -1,0 +1,66 @@
+"""From the states of a text's tokens to one vector.
+
+Axes: B batch, T tokens, D model width.
+"""
+
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from lsg_flax.models.config import ModelConfig
+
+Pooling = Literal["mean", "cls", "max", "global"]
+
+
+def pool(
+    states: Float[Array, "B T D"],
+    mask: Bool[Array, "B T"] | Int[Array, "B T"],
+    mode: Pooling,
+    *,
+    normalize: bool = False,
+) -> Float[Array, "B D"]:
+    """One vector per text, in float32; zeros for a text of padding alone.
+
+    Args:
+        states: the encoder's last states.
+        mask: 1 or True for real tokens.
+        mode: "mean" and "max" over the real tokens; "cls" the first token's state. "global" is the
+            first global token's state, which with `pool_with_global` has taken the first token's
+            place: here the same as "cls".
+        normalize: scale to length 1.
+
+    Raises:
+        ValueError: for another mode.
+    """
+    check_pooling(mode)
+    real = mask.astype(bool)
+    states = states.astype(jnp.float32)
+    if mode == "mean":
+        count = jnp.maximum(real.sum(axis=1, keepdims=True), 1)
+        pooled = jnp.where(real[:, :, None], states, 0).sum(axis=1) / count
+    elif mode == "max":
+        pooled = jnp.where(real[:, :, None], states, jnp.finfo(jnp.float32).min).max(axis=1)
+    else:
+        pooled = states[:, 0]
+    pooled = jnp.where(real.any(axis=1, keepdims=True), pooled, 0)  # [B, D]
+    return unit(pooled) if normalize else pooled
+
+
+def unit(vectors: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
+    """Scaled to length 1; zeros stay zeros, and have a finite gradient."""
+    squares = (vectors**2).sum(axis=-1, keepdims=True)
+    return vectors * lax.rsqrt(jnp.maximum(squares, 1e-24))
+
+
+def check_pooling(mode: str, config: ModelConfig | None = None) -> None:
+    """Raises ValueError for what is no way of pooling, or none of a model of this config, whose
+    first token has not become a global one."""
+    if mode not in get_args(Pooling):
+        raise ValueError(f"pooling={mode!r} must be one of {', '.join(get_args(Pooling))}.")
+    if mode == "global" and config and not (config.lsg and config.lsg.pool_with_global):
+        remedy = config.or_convert("use 'cls' or 'mean'")
+        raise ValueError(
+            f"pooling='global' needs an LSG model with pool_with_global=True; {remedy}."
+        )

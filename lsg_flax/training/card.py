@@ -1,0 +1,117 @@
+"""The model cards of a run: what was learned, by which settings, and how well."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import yaml
+
+from lsg_flax.data import TokenizedDataset
+from lsg_flax.hub import (
+    Card,
+    card_text,
+    check_push,
+    open_checkpoint,
+    push_folder,
+    table,
+    write_card,
+)
+from lsg_flax.training.log import SCORED, read_log
+from lsg_flax.training.settings import Settings, Words
+from lsg_flax.training.source import SourceModel
+
+# Fields that say where things lie, not what was done.
+_PLACES = (
+    *("output", "cache", "push_to_hub", "tensorboard", "picture", "log_every", "keep"),
+    *("report_to", "run_name"),
+)
+
+
+def check_publishing(settings: Settings) -> None:
+    """Raises, before anything is trained, for what the hub would not take; see `hub.check_push`."""
+    if settings.push_to_hub is not None and jax.process_index() == 0:
+        check_push(settings.push_to_hub)
+
+
+def publish(
+    settings: Settings, source: SourceModel, train: TokenizedDataset, step: int, best: int | None
+) -> str | None:
+    """Writes the cards of a run's models, where nobody has written another, and sends the best
+    model, or the only one, to the hub if that is asked for; the first process does both.
+
+    Args:
+        train: what was learned from.
+        step, best: those of the models in OUTPUT and OUTPUT/best, if there is one.
+
+    Returns:
+        The address of what was sent; None if nothing was.
+
+    Raises:
+        hub.PushError: if it could not be sent.
+    """
+    if jax.process_index() > 0:
+        return None
+    output = pathlib.Path(settings.output)
+    steps = {output: step} | ({} if best is None else {output / "best": best})
+    for folder, of in steps.items():
+        made, card = open_checkpoint(folder), _card(settings, train, of)
+        name = settings.push_to_hub or output.resolve().name
+        write_card(folder, card_text(card, name, made, source.checkpoint, settings.model))
+    return None if settings.push_to_hub is None else push_folder([*steps][-1], settings.push_to_hub)
+
+
+def _card(settings: Settings, train: TokenizedDataset, step: int) -> Card:
+    """What is said of the model of a step."""
+    scores = _scores_at(pathlib.Path(settings.output) / "log", step)
+    learned, held_out = (_shown(data) for data in (settings.train_data, settings.eval_data))
+    rows: dict[str, object] = {
+        "data": learned,
+        "rows": f"{len(train):,}",
+        "tokens of a row": ", ".join(f"{name} {n:,}" for name, n in train.spread.items()),
+        "cut": train.cut.words(train.options["max_length"]) or "nothing",
+    }
+    sections = {"Training data": table(rows)}
+    if scores:
+        values = {name: f"{value:.4f}" for name, value in scores.items()}
+        sections[f"Scores on {held_out}"] = table(values, ("score", "value"))
+    sections["Settings of `lsg-flax train`"] = f"```yaml\n{_given(settings)}```"
+    about = (
+        f"`{_shown(settings.model)}`, trained for {settings.task} by lsg_flax, {step:,} steps, in "
+        f"{settings.dtype}."
+    )
+    return Card(about, sections, scores, held_out)
+
+
+def _shown(value: Words | None) -> str:
+    """Names of data; of files without the folders that they lie in, since a card is for others."""
+    return ", ".join(_name(part) for part in ([value] if isinstance(value, str) else value or ()))
+
+
+def _name(value: Any) -> Any:
+    """A value; of a text that is a place on this machine its last part."""
+    if not isinstance(value, str):
+        return value
+    place = pathlib.Path(value)
+    return place.absolute().name if place.is_absolute() or place.exists() else value
+
+
+def _scores_at(log: pathlib.Path, step: int) -> dict[str, float]:
+    """Those of an evaluated step; none where there is no such evaluation."""
+    records = [record for record in read_log(log) if record["step"] == step]
+    record = records[-1] if records else {}
+    return {n.removeprefix(SCORED): v for n, v in record.items() if n.startswith(SCORED)}
+
+
+def _given(settings: Settings) -> str:
+    """What differs from the defaults, as a file of settings."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        if value == default or field.name in _PLACES:
+            continue
+        values[field.name] = (
+            [_name(part) for part in value] if isinstance(value, tuple) else _name(value)
+        )
+    return yaml.safe_dump(values, sort_keys=False)

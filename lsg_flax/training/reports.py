@@ -1,0 +1,161 @@
+"""Where a run is reported to beside its own log: TensorBoard, Weights & Biases, MLflow.
+
+Each package is told where to report to in its own way, by a login or by WANDB_PROJECT,
+MLFLOW_TRACKING_URI and their like.
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+import pathlib
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from lsg_flax.files import read_json, write_aside
+from lsg_flax.training.coerce import check_names
+
+IDS = "reported.json"  # by which a run that goes on is the same run there
+_INSTALL = {
+    "tensorboard": ("tensorboardX", "pip install 'lsg-flax[tensorboard]'"),
+    "wandb": ("wandb", "pip install wandb"),
+    "mlflow": ("mlflow", "pip install mlflow"),
+}
+REPORTS = tuple(_INSTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reporting:
+    """What a run is reported to.
+
+    Attributes:
+        to: of "tensorboard", "wandb", "mlflow".
+        run_name: what the run is called there; None leaves it to the package.
+        settings: of the run, shown beside its curves.
+
+    Raises:
+        ValueError: for another name.
+        ImportError: for a package that is not installed.
+    """
+
+    to: tuple[str, ...] = ()
+    run_name: str | None = None
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        check_names("report_to", self.to, REPORTS)
+        for name in self.to:
+            _package(name)
+
+
+@runtime_checkable
+class Report(Protocol):
+    """Takes the numbers of steps."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Those of a step."""
+
+    def close(self, *, failed: bool) -> None:
+        """The run is over."""
+
+
+def open_reports(
+    reporting: Reporting, folder: str | os.PathLike | None, *, first: int
+) -> list[Report]:
+    """Those that are asked for.
+
+    Args:
+        folder: of the run's log, where the names of its runs elsewhere are kept; None forgets them.
+        first: the step that the run goes on behind.
+    """
+    opened: list[Report] = []
+    for name in reporting.to:
+        ids = _Ids(None if folder is None else pathlib.Path(folder), name)
+        opened.append(_OPEN[name](reporting, ids, first))
+    return opened
+
+
+class _Ids:
+    """The id of this run in one of the packages."""
+
+    def __init__(self, folder: pathlib.Path | None, name: str):
+        self.folder, self._name = folder, name
+        self._all: dict[str, str] = {}
+        if folder is not None and (folder / IDS).exists():
+            self._all = read_json(folder / IDS)
+
+    def get(self) -> str | None:
+        return self._all.get(self._name)
+
+    def keep(self, value: str) -> None:
+        if self.folder is not None and value != self.get():
+            written = json.dumps(self._all | {self._name: value})
+            write_aside(self.folder / IDS, f"{written}\n".encode())
+
+
+class _TensorBoard:
+    def __init__(self, reporting: Reporting, ids: _Ids, first: int):
+        # Files are named by the second: a run that goes on at once must not replace its own file.
+        suffix = f".{uuid.uuid4().hex}"
+        writer = _package("tensorboard").SummaryWriter
+        self._board = writer(str(ids.folder), purge_step=first + 1, filename_suffix=suffix)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self, *, failed: bool) -> None:
+        self._board.close()
+
+
+class _WandB:
+    """Steps that are computed anew are dropped there: their numbers are those of before."""
+
+    def __init__(self, reporting: Reporting, ids: _Ids, first: int):
+        known, where = ids.get(), ids.folder and str(ids.folder)
+        self._run = _package("wandb").init(
+            id=known,
+            resume="allow" if known else None,
+            name=reporting.run_name,
+            config=dict(reporting.settings),
+            dir=where,
+        )
+        ids.keep(self._run.id)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self, *, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
+
+
+class _MLflow:
+    def __init__(self, reporting: Reporting, ids: _Ids, first: int):
+        self._package, known = _package("mlflow"), ids.get()
+        run = self._package.start_run(run_id=known, run_name=None if known else reporting.run_name)
+        if known is None:
+            settings = {name: str(value) for name, value in reporting.settings.items()}
+            self._package.log_params(settings)
+        ids.keep(run.info.run_id)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._package.log_metrics(dict(values), step=step, synchronous=False)
+
+    def close(self, *, failed: bool) -> None:
+        self._package.end_run("FAILED" if failed else "FINISHED")
+
+
+_OPEN: dict[str, Callable[[Reporting, _Ids, int], Report]] = {
+    "tensorboard": _TensorBoard,
+    "wandb": _WandB,
+    "mlflow": _MLflow,
+}
+
+
+def _package(name: str) -> Any:
+    package, install = _INSTALL[name]
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(f"report_to={name!r} needs the package {package}: {install}.") from error
