@@ -27,6 +27,7 @@ from lsg_flax.data import (
     TARGET,
     DataOptions,
     TokenizedDataset,
+    TrainBatches,
     labels_for,
     load_examples,
     train_batches,
@@ -169,11 +170,7 @@ def _run(
     size = settings.microbatch_size
     ladders = _ladders(settings, source, model, (train, held_out), mesh)
     same: dict[str, Any] = {"buckets": ladders, "seed": settings.seed}
-    rows = same
-    if settings.packing:
-        packing = packing_for(source, model.config.lsg, settings.buckets)
-        rows = {"packing": packing, "seed": settings.seed}
-    batches = train_batches(train, batch_size=size, microbatches=settings.accumulate, **rows)
+    batches = _batches(settings, source, model, train, same)
     steps, every = settings.steps_of(batches.steps), settings.evaluate_every or batches.steps(1)
     unused = "^pooler/" if source.sentences and "pooler" in params else None
     optimizer, key = settings.optimizer(steps, unused), jax.random.key(settings.seed)
@@ -351,6 +348,21 @@ def _ladders(
     buckets = buckets_for(lengths, settings.max_length, model, sizes, mesh)
     ladders = {INPUT: buckets, TARGET: settings.target_buckets}
     return {name: lengths for name, lengths in ladders.items() if lengths is not None}
+
+
+def _batches(
+    settings: Settings,
+    source: SourceModel,
+    model: Model,
+    train: TokenizedDataset,
+    padded: dict[str, Any],
+) -> TrainBatches:
+    """Microbatches of padded rows, or of rows that several texts share."""
+    packed: dict[str, Any] = {"seed": settings.seed}
+    if settings.packing:
+        packed["packing"] = packing_for(source, model.config.lsg, settings.buckets)
+    sizes = {"batch_size": settings.microbatch_size, "microbatches": settings.accumulate}
+    return train_batches(train, **sizes, **(packed if settings.packing else padded))
 
 
 def mesh_of(devices: int | None, axes: dict[str, int]) -> Mesh | None:
