@@ -16,6 +16,7 @@ exclude_patterns = ["*.json", "site"]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 suppress_warnings = ["myst.strikethrough"]
+highlight_language = "none"  # of blocks that name none: what commands show
 default_role = "code"  # docstrings write names in single backticks
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

@@ -17,14 +17,14 @@ SHOW = "\nimport numpy; numpy.save('pytorch.npy', logits.numpy())\n"
 @pytest.mark.filterwarnings("ignore:weights for task")
 def test_both_sides_of_the_page_agree(tmp_path, monkeypatch):
     """PyTorch converts and runs; what lsg_flax reads of its folder gives the same logits."""
+    python = str(pathlib.Path(os.environ["LSG_REFERENCE_PYTHON"]).absolute())
     monkeypatch.chdir(tmp_path)
     shutil.copytree(GOLDEN / "bert_to_convert_512", "path/to/bert")
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
     torch = [block for block in blocks if "lsg_converter" in block]
     assert len(torch) == 2
     pathlib.Path("page.py").write_text("\n".join(torch) + SHOW)
-    command = [os.environ["LSG_REFERENCE_PYTHON"], "page.py"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run([python, "page.py"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     names = {}
     for block in blocks:
