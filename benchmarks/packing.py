@@ -107,7 +107,8 @@ def main() -> None:
     print(
         f"{len(lengths):,} texts of {lengths.min()} to {lengths.max():,} tokens, {jax.devices()[0]}"
     )
-    print(f"{arguments.task}, {arguments.layers} layers of {arguments.width}, {arguments.block=}")
+    sizes = f"{arguments.layers} layers of {arguments.width}, blocks of {arguments.block}"
+    print(f"{arguments.task}, {sizes}")
     print(f"at most {rows.shape[1]} texts in a row; seconds of a step: {seconds}")
     speeds = {}
     for name, part in steps.items():
