@@ -37,7 +37,8 @@ class Hub:
             name = f"{asked.get('organization') or 'me'}/{asked['name']}"
             self.repositories.setdefault(name, {})
             return 200, {"url": f"{self.endpoint}/{name}"}
-        _, _, _, user, name, *what = path.split("/")
+        user, name, *what = [*path.split("/")[3:], "", ""]  # the client may ask for shorter paths
+        what = [part for part in what if part]
         if what == ["preupload", "main"]:
             files = [f["path"] for f in json.loads(body)["files"]]
             regular = {"uploadMode": "regular", "shouldIgnore": False}
