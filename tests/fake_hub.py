@@ -37,8 +37,10 @@ class Hub:
             name = f"{asked.get('organization') or 'me'}/{asked['name']}"
             self.repositories.setdefault(name, {})
             return 200, {"url": f"{self.endpoint}/{name}"}
-        user, name, *what = [*path.split("/")[3:], "", ""]  # the client may ask for shorter paths
-        what = [part for part in what if part]
+        parts = path.split("/")[3:]
+        if len(parts) < 3:  # the client asks for more than a push needs
+            return 404, {"error": path}
+        user, name, *what = parts
         if what == ["preupload", "main"]:
             files = [f["path"] for f in json.loads(body)["files"]]
             regular = {"uploadMode": "regular", "shouldIgnore": False}

@@ -104,7 +104,7 @@ def test_half_precision(capsys, writers):
         (["WRITER", "in.txt", "o.jsonl", "--prompt", "w5"], "got in.txt o.jsonl and --prompt."),
         (
             ["WRITER", "in.pdf", "out.jsonl"],
-            "'in.pdf' is no file or folder here, and `datasets` cannot load it",
+            "in.pdf must end in .jsonl, .csv, .parquet, .txt",
         ),
         (["WRITER", "in.txt", "."], ". is a folder; give the name of a file"),
         (["WRITER", "in.txt", "out.jsonl"], "in.txt is no file"),

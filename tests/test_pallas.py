@@ -14,7 +14,6 @@ import pathlib
 import re
 import subprocess
 import sys
-from typing import Any, NamedTuple
 
 import hypothesis
 import hypothesis.strategies as st
@@ -24,9 +23,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from kernel_cases import CAUSAL, FIRST, NONE, arrays, assert_equal, case, outputs
 
 from lsg_flax import chips, topologies
-from lsg_flax.attention import lsg_attention, lsg_attention_reference
+from lsg_flax.attention import lsg_attention
 from lsg_flax.kernels import (
     FusedPlan,
     FusedSpec,
@@ -42,27 +42,6 @@ from lsg_flax.patterns.config import LSGConfig
 from lsg_flax.planning import PlanSettings, plan
 from lsg_flax.sharding import make_mesh
 
-TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3}
-
-
-class Case(NamedTuple):
-    """What is static about a call."""
-
-    config: LSGConfig
-    length: int = 300
-    heads: int = 2
-    key_heads: int = 2
-    width: int = 64
-    dtype: str = "float32"
-    options: Any = ()
-
-
-def case(length=300, heads=2, key_heads=None, width=64, dtype="float32", options=(), **config):
-    small = {"block_size": 64, "sparse_block_size": 64} | config
-    return Case(LSGConfig(**small), length, heads, key_heads or heads, width, dtype, options)
-
-
-CAUSAL, FIRST, NONE = ("causal", True), ("global_tokens", "first_token"), ("global_tokens", "none")
 CASES = [
     case(400, block_size=128, sparse_block_size=128),
     case(384, block_size=128, sparse_block_size=128, dtype="bfloat16", num_global_tokens=17),
@@ -80,65 +59,23 @@ CASES = [
 ]
 
 
-def arrays(case: Case, seed: int):
-    generator = np.random.default_rng(seed)
-    options = dict(case.options)
-    prepended = options.get("global_tokens", "prepended") == "prepended"
-    split = case.config.num_global_tokens if prepended else 0
-    batch, length = 2, split + case.length
-
-    def floats(heads):
-        return jnp.asarray(
-            generator.standard_normal((batch, length, heads, case.width)), "bfloat16"
-        )
-
-    mask = generator.random((batch, length)) < generator.choice([0.3, 0.9, 1.0], (batch, 1))
-    mask[0, length - generator.integers(case.length) :] = False
-    heads = (case.heads, case.key_heads, case.key_heads, case.heads)
-    return *(floats(n).astype(case.dtype) for n in heads), jnp.asarray(mask)
-
-
-@functools.partial(jax.jit, static_argnames=("case", "oracle"))
-def outputs(case: Case, query, key, value, gradient, mask, oracle=False):
-    """The context and all gradients."""
-    options = {"config": case.config, **dict(case.options)}
-    if oracle:
-        function = functools.partial(lsg_attention_reference, mask=mask, **options)
-        query, key, value, gradient = (x.astype(jnp.float32) for x in (query, key, value, gradient))
-    else:
-        options["implementation"] = "pallas_interpret"
-        function = functools.partial(lsg_attention, mask=mask, **options)
-    context, transpose = jax.vjp(function, query, key, value)
-    return context, transpose(gradient)
-
-
-def assert_equal(case: Case, seed: int):
-    inputs = arrays(case, seed)
-    found, wanted = outputs(case, *inputs), outputs(case, *inputs, oracle=True)
-    limit = TOLERANCE[case.dtype]
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        assert x.dtype == case.dtype
-        size = max(1.0, float(jnp.abs(y).max()))
-        np.testing.assert_allclose(x.astype(jnp.float32), y, rtol=limit, atol=limit * size)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_equal_the_oracle(case):
-    assert_equal(case, 0)
+    assert_equal(case, 0, "pallas_interpret")
 
 
 @pytest.mark.slow
 @hypothesis.settings(max_examples=12, deadline=None)
 @hypothesis.given(st.sampled_from(CASES), st.integers(0, 2**16))
 def test_kernels_equal_the_oracle_under_any_mask(case, seed):
-    assert_equal(case, seed)
+    assert_equal(case, seed, "pallas_interpret")
 
 
 def test_rows_that_see_nothing_are_zero_and_pass_no_gradient():
     case = CASES[4]
     query, key, value, gradient, mask = arrays(case, 0)
     mask = mask.at[0].set(False)
-    context, gradients = outputs(case, query, key, value, gradient, mask)
+    context, gradients = outputs(case, query, key, value, gradient, mask, "pallas_interpret")
     for x in (context, *gradients):
         assert not x[0].any() and x[1].any() and jnp.isfinite(x).all()
 
@@ -249,9 +186,9 @@ def test_devices_compute_their_own_rows_and_heads(rows, heads):
 )
 def test_shards_of_a_sequence_see_their_neighbours(case):
     *inputs, mask = arrays(case, 0)
-    wanted = outputs(case, *inputs, mask, oracle=True)
+    wanted = outputs(case, *inputs, mask)
     with jax.set_mesh(make_mesh(data=2, sequence=4)):
-        found = outputs(case, *inputs, mask)
+        found = outputs(case, *inputs, mask, "pallas_interpret")
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from kernel_cases import assert_close
 
 from lsg_flax import chips, topologies
 from lsg_flax.attention import (
@@ -71,12 +72,6 @@ def local_outputs(pattern: Local, query, key, value, gradient, mask, oracle=Fals
 
     context, transpose = jax.vjp(attend, query, key, value)
     return context, transpose(gradient)
-
-
-def assert_close(found, wanted):
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        size = max(1.0, float(jnp.abs(y).max()))
-        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * size)
 
 
 @pytest.mark.parametrize(("options", "length"), LOCAL)

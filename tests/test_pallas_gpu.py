@@ -6,22 +6,22 @@ Interpreting is slow, so arrays are small and cases few.
 """
 
 import functools
-from typing import Any, NamedTuple
 
 import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
+import kernel_cases
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from kernel_cases import CAUSAL, FIRST, NONE, arrays, assert_close, assert_equal, outputs
 
 from lsg_flax.attention import (
     full_attention,
     local_attention,
     lsg_attention,
-    lsg_attention_reference,
 )
 from lsg_flax.kernels import (
     NOT_SELF,
@@ -41,8 +41,6 @@ from lsg_flax.kernels import (
 from lsg_flax.patterns.config import LSGConfig
 from lsg_flax.sharding import make_mesh
 
-TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 5e-3}
-
 
 @pytest.fixture(scope="module", autouse=True)
 def on_gpu():
@@ -55,24 +53,10 @@ def on_gpu():
         yield
 
 
-class Case(NamedTuple):
-    """What is static about a call."""
-
-    config: LSGConfig
-    length: int = 200
-    heads: int = 2
-    key_heads: int = 2
-    width: int = 32
-    dtype: str = "float32"
-    options: Any = ()
+def case(length=200, width=32, **options):
+    return kernel_cases.case(length, width=width, **options)
 
 
-def case(length=200, heads=2, key_heads=None, width=32, dtype="float32", options=(), **config):
-    small = {"block_size": 64, "sparse_block_size": 64} | config
-    return Case(LSGConfig(**small), length, heads, key_heads or heads, width, dtype, options)
-
-
-CAUSAL, FIRST, NONE = ("causal", True), ("global_tokens", "first_token"), ("global_tokens", "none")
 CASES = [
     case(300, block_size=128, sparse_block_size=128, width=64, num_global_tokens=17),
     # Of width 64: scaling rounds queries of 32 and 128, in XLA as well, and adds to the error.
@@ -86,58 +70,21 @@ CASES = [
 ]
 
 
-def arrays(case: Case, seed: int):
-    generator = np.random.default_rng(seed)
-    prepended = dict(case.options).get("global_tokens", "prepended") == "prepended"
-    length = (case.config.num_global_tokens if prepended else 0) + case.length
-    heads = (case.heads, case.key_heads, case.key_heads, case.heads)
-    floats = (generator.standard_normal((2, length, n, case.width)) for n in heads)
-    mask = generator.random((2, length)) < generator.choice([0.3, 0.9, 1.0], (2, 1))
-    mask[0, length - generator.integers(case.length) :] = False
-    return *(jnp.asarray(x, "bfloat16").astype(case.dtype) for x in floats), jnp.asarray(mask)
-
-
-@functools.partial(jax.jit, static_argnames=("case", "oracle"))
-def outputs(case: Case, query, key, value, gradient, mask, oracle=False):
-    """The context and all gradients."""
-    options = {"config": case.config, **dict(case.options)}
-    if oracle:
-        function = functools.partial(lsg_attention_reference, mask=mask, **options)
-        query, key, value, gradient = (x.astype(jnp.float32) for x in (query, key, value, gradient))
-    else:
-        function = functools.partial(lsg_attention, mask=mask, implementation="pallas", **options)
-    context, transpose = jax.vjp(function, query, key, value)
-    return context, transpose(gradient)
-
-
-def assert_close(found, wanted, limit=1e-5):
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        size = max(1.0, float(jnp.abs(y).max()))
-        np.testing.assert_allclose(x.astype(jnp.float32), y, rtol=limit, atol=limit * size)
-
-
-def assert_equal(case: Case, seed: int):
-    inputs = arrays(case, seed)
-    found = outputs(case, *inputs)
-    assert {x.dtype.name for x in jax.tree.leaves(found)} == {case.dtype}
-    assert_close(found, outputs(case, *inputs, oracle=True), TOLERANCE[case.dtype])
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_equal_the_oracle(case):
-    assert_equal(case, 0)
+    assert_equal(case, 0, "pallas")
 
 
 @hypothesis.settings(max_examples=20, deadline=None, derandomize=True, database=None)
 @hypothesis.given(st.sampled_from(CASES), st.integers(0, 2**16))
 def test_kernels_equal_the_oracle_under_any_mask(case, seed):
-    assert_equal(case, seed)
+    assert_equal(case, seed, "pallas")
 
 
 def test_rows_that_see_nothing_are_zero_and_pass_no_gradient():
     case = CASES[3]
     *inputs, mask = arrays(case, 0)
-    context, gradients = outputs(case, *inputs, mask.at[0].set(False))
+    context, gradients = outputs(case, *inputs, mask.at[0].set(False), "pallas")
     for x in (context, *gradients):
         assert not x[0].any() and x[1].any() and jnp.isfinite(x).all()
 
@@ -237,9 +184,9 @@ def test_devices_compute_their_own_rows_and_heads(rows, heads):
 def test_shards_of_a_sequence_see_their_neighbours():
     case = CASES[3]._replace(length=800)
     inputs = arrays(case, 0)
-    wanted = outputs(case, *inputs, oracle=True)
+    wanted = outputs(case, *inputs)
     with jax.set_mesh(make_mesh(data=2, sequence=4)):
-        assert_close(outputs(case, *inputs), wanted)
+        assert_close(outputs(case, *inputs, "pallas"), wanted)
 
 
 @pytest.mark.parametrize(

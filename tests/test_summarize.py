@@ -371,9 +371,9 @@ def _devices(count):
         ("summarize WRITER no.jsonl", "no.jsonl is no file"),
         (
             "summarize WRITER in.xml",
-            "'in.xml' is no file or folder here, and `datasets` cannot load it",
+            "in.xml must end in .jsonl, .csv, .parquet, .txt, or be a folder",
         ),
-        ("summarize WRITER papers", "'papers' is no file or folder here"),
+        ("summarize WRITER papers", "or a pattern of such files; nothing is there now."),
         (
             "summarize WRITER long.txt --no-truncation",
             "more than 48, which this pipeline reads: pass --truncation",
