@@ -24,11 +24,12 @@ from lsg_flax.checks import require
 from lsg_flax.kernels import Implementation, Source, masked_softmax, pad, rows_to_fill
 from lsg_flax.patterns import (
     LSG,
-    Arrays,
     Full,
     GlobalTokens,
     Runtime,
+    check_shards,
     checked_arrays,
+    checked_for,
     checked_tokens,
     features_first,
     rotary_of,
@@ -103,13 +104,13 @@ def lsg_attention(
             that the settings do not allow.
     """
     pattern = LSG(config, causal, global_tokens, num_segments or 1)
-    inputs = _checked((query, key, value, mask), pattern, segment_ids, num_segments)
+    inputs = checked_for(pattern, (query, key, value, mask), segment_ids, num_segments)
     pattern = replace(pattern, filler=rows_to_fill(pattern.split))
     lsh = lsh_key if lsh_rotations is None else lsh_rotations
     run = Runtime(dropout_rate, dropout_key, lsh, implementation, blocks_per_step)
     (features, source), shards = inputs.features_first(), sharding.sequence_shards()
     split, length = pattern.split, query.shape[1] - pattern.split
-    _check_shards(segment_ids, shards)
+    check_shards(segment_ids, shards)
 
     def attend(query, source, run):
         tokens = query.shape[-1] - split
@@ -173,7 +174,7 @@ def lsg_attention_reference(
     """`lsg_attention` without dropout, by the full [tokens, tokens + representatives] pattern:
     quadratic, for tests and reading."""
     pattern = LSG(config, causal, global_tokens, num_segments or 1)
-    inputs = _checked((query, key, value, mask), pattern, segment_ids, num_segments)
+    inputs = checked_for(pattern, (query, key, value, mask), segment_ids, num_segments)
     split, keys, values, texts = pattern.split, inputs.key, inputs.value, inputs.segments
     length = query.shape[1] - split
     heads = (*inputs.mask.shape[:1], query.shape[2], inputs.mask.shape[1])
@@ -346,7 +347,7 @@ def attend_windows(
         partial(patterns.attend_locally, pattern, bias=attn_bias),
         sharding.sequence_shards(),
     )
-    _check_shards(segment_ids, shards)
+    check_shards(segment_ids, shards)
     if shards == 1:
         context = attend(features, source, run)
     else:
@@ -418,43 +419,3 @@ def _if_shared(context: Float[Array, "B T N H"], query, key) -> Float[Array, "B 
         return jnp.where(same, context, jnp.nan)
     require(bool(same), "shared_qk=True is for one array as query and key; those given differ.")
     return context
-
-
-def _check_shards(segment_ids, shards: int) -> None:
-    require(
-        segment_ids is None or shards == 1,
-        f"segment_ids with sequence={shards} devices: a row of several texts is not cut over a "
-        "sequence axis; lay its devices along data.",
-    )
-
-
-def _checked(arrays: tuple, pattern: LSG, segment_ids, num_segments: int | None) -> Arrays:
-    if pattern.global_tokens not in ("prepended", "first_token", "none"):
-        raise ValueError(
-            f"global_tokens={pattern.global_tokens!r} is unknown; choose 'prepended', "
-            "'first_token' or 'none'."
-        )
-    tokens, split, texts = checked_tokens(*arrays), pattern.split, pattern.texts
-    if tokens.query.shape[1] < split:
-        raise ValueError(
-            f"the first {'num_segments x ' if texts > 1 else ''}num_global_tokens={split} "
-            f"positions are the globals, but there are only {tokens.query.shape[1]} positions."
-        )
-    if segment_ids is None:
-        require(num_segments is None, f"num_segments={num_segments} needs segment_ids.")
-        return tokens
-    patterns.check_packing(pattern.config)
-    require(
-        pattern.global_tokens != "first_token",
-        "global_tokens='first_token' is one global for the whole row, and segment_ids put several "
-        "texts there; choose 'prepended' or 'none'.",
-    )
-    require(
-        not split or num_segments is not None,
-        f"segment_ids with prepended globals: each text has its own num_global_tokens="
-        f"{pattern.config.num_global_tokens}; say how many texts there are, num_segments=.",
-    )
-    batch, length = tokens.mask.shape
-    segments = patterns.checked_segments(segment_ids, (batch, length - split))
-    segments = patterns.with_globals(segments, texts, split // texts)
-    return checked_tokens(*arrays, segments=segments)

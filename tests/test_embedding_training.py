@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_run import PLAIN, save_tiny, save_tiny_writer, texts, write
+from tiny_run import PLAIN, save_tiny, save_tiny_writer, texts, tiny_model, write
 
 import lsg_flax
 from lsg_flax import cli, hub, training
@@ -24,7 +24,8 @@ from lsg_flax.pipelines import Embedder
 from lsg_flax.sharding import make_mesh, shard, shard_batch
 from lsg_flax.training import contrastive, distillation, embedding, retrieval
 from lsg_flax.training.embedding_source import Teacher
-from lsg_flax.training.settings import Settings, read_settings
+from lsg_flax.training.settings import Settings
+from lsg_flax.training.settings_file import read_settings
 from lsg_flax.training.step import init_state
 
 RNG = np.random.default_rng(0)
@@ -293,19 +294,11 @@ def model(tmp_path_factory):
 def dense(tmp_path_factory):
     """A teacher of the same tokens and width, with full attention."""
     folder = tmp_path_factory.mktemp("dense")
-    config = EncoderConfig(
-        vocab_size=31,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=16,
-    )
-    model = Model(config, "base")
-    params = jax.jit(model.init)(jax.random.key(1), np.zeros((1, 3), np.int32))["params"]
     tokenizer = hub.read_tokenizer(PLAIN)
     assert tokenizer is not None
-    hub.save_sentence_model(folder, model, params, tokenizer, SentenceSettings("mean", True, 8))
+    hub.save_sentence_model(
+        folder, *tiny_model(None, 1), tokenizer, SentenceSettings("mean", True, 8)
+    )
     return folder
 
 

@@ -21,9 +21,12 @@ from lsg_flax import cli, hub
 from lsg_flax.generation.loop import decode
 from lsg_flax.locks import PlaceTaken, locked
 from lsg_flax.models import PROBLEM_SCORERS, SCORES, TASKS
-from lsg_flax.training.finetune import finetune, options_for
+from lsg_flax.training.finetune import finetune
+from lsg_flax.training.preparation import options_for
+from lsg_flax.training.refinements import FROZEN
 from lsg_flax.training.scores import ROUGE
-from lsg_flax.training.settings import FROZEN, Settings, read_settings, trained_tasks
+from lsg_flax.training.settings import Settings, trained_tasks
+from lsg_flax.training.settings_file import read_settings
 from lsg_flax.training.source import open_source
 from lsg_flax.training.survey import survey
 from lsg_flax.training.written import writing_options

@@ -22,8 +22,8 @@ from lsg_flax import cli, hub, sharding, training
 from lsg_flax.convert_from_torch import params_to_torch
 from lsg_flax.models import Model, read_config, reformer, reversible
 from lsg_flax.training import Settings, finetune, loss_fn, losses, survey
-from lsg_flax.training.finetune import training_buckets
 from lsg_flax.training.flops import train_flops
+from lsg_flax.training.preparation import training_buckets
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 SMALL: dict[str, Any] = {

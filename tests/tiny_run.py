@@ -16,8 +16,8 @@ PLAIN = GOLDEN / "bert_to_convert_512"
 WORDS = [f"w{i}" for i in range(5, 30)]
 
 
-def save_tiny(folder):
-    """A model that reads 16 tokens, without a head."""
+def tiny_model(lsg: LSGConfig | None, seed: int):
+    """A model that reads 16 tokens, without a head, and its parameters."""
     config = EncoderConfig(
         vocab_size=31,
         hidden_size=16,
@@ -25,11 +25,16 @@ def save_tiny(folder):
         num_attention_heads=2,
         intermediate_size=32,
         max_position_embeddings=16,
-        lsg=LSGConfig(block_size=8, sparse_block_size=8, num_global_tokens=2),
+        lsg=lsg,
     )
     model = lsg_flax.Model(config, "base")
-    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 3), np.int32))["params"]
-    lsg_flax.save_pretrained(folder, model, params, hub.read_tokenizer(PLAIN))
+    return model, jax.jit(model.init)(jax.random.key(seed), np.zeros((1, 3), np.int32))["params"]
+
+
+def save_tiny(folder):
+    """It, with LSG attention, and a licence beside it."""
+    lsg = LSGConfig(block_size=8, sparse_block_size=8, num_global_tokens=2)
+    lsg_flax.save_pretrained(folder, *tiny_model(lsg, 0), hub.read_tokenizer(PLAIN))
     (folder / "LICENSE").write_text("licence")
     return folder
 

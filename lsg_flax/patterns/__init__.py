@@ -1,8 +1,9 @@
 """Attention patterns: which keys a query sees, on one device, on a shard, and with a cache."""
 
 from lsg_flax.patterns.arguments import Arrays as Arrays
+from lsg_flax.patterns.arguments import check_shards as check_shards
 from lsg_flax.patterns.arguments import checked_arrays as checked_arrays
-from lsg_flax.patterns.arguments import checked_segments as checked_segments
+from lsg_flax.patterns.arguments import checked_for as checked_for
 from lsg_flax.patterns.arguments import checked_tokens as checked_tokens
 from lsg_flax.patterns.arguments import features_first as features_first
 from lsg_flax.patterns.arguments import tokens_first as tokens_first

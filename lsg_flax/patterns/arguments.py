@@ -9,7 +9,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from lsg_flax.checks import require
 from lsg_flax.kernels import Source
+from lsg_flax.patterns.pattern import LSG
+from lsg_flax.patterns.segments import check_packing, with_globals
 
 
 class Arrays(NamedTuple):
@@ -92,6 +95,49 @@ def checked_arrays(query, key, value, mask) -> Arrays:
     repeats = query.shape[2] // key.shape[2]
     key, value = (jnp.repeat(x, repeats, axis=2) if repeats > 1 else x for x in (key, value))
     return Arrays(query, key, value, mask)
+
+
+def check_shards(segment_ids, shards: int) -> None:
+    """Raises ValueError for several texts in rows that are cut over a sequence axis."""
+    require(
+        segment_ids is None or shards == 1,
+        f"segment_ids with sequence={shards} devices: a row of several texts is not cut over a "
+        "sequence axis; lay its devices along data.",
+    )
+
+
+def checked_for(pattern: LSG, arrays: tuple, segment_ids, num_segments: int | None) -> Arrays:
+    """`checked_tokens` of query, key, value and mask, prepended globals in front, with the segments
+    of both; raises ValueError for what the pattern cannot be."""
+    if pattern.global_tokens not in ("prepended", "first_token", "none"):
+        raise ValueError(
+            f"global_tokens={pattern.global_tokens!r} is unknown; choose 'prepended', "
+            "'first_token' or 'none'."
+        )
+    tokens, split, texts = checked_tokens(*arrays), pattern.split, pattern.texts
+    if tokens.query.shape[1] < split:
+        raise ValueError(
+            f"the first {'num_segments x ' if texts > 1 else ''}num_global_tokens={split} "
+            f"positions are the globals, but there are only {tokens.query.shape[1]} positions."
+        )
+    if segment_ids is None:
+        require(num_segments is None, f"num_segments={num_segments} needs segment_ids.")
+        return tokens
+    check_packing(pattern.config)
+    require(
+        pattern.global_tokens != "first_token",
+        "global_tokens='first_token' is one global for the whole row, and segment_ids put several "
+        "texts there; choose 'prepended' or 'none'.",
+    )
+    require(
+        not split or num_segments is not None,
+        f"segment_ids with prepended globals: each text has its own num_global_tokens="
+        f"{pattern.config.num_global_tokens}; say how many texts there are, num_segments=.",
+    )
+    batch, length = tokens.mask.shape
+    segments = checked_segments(segment_ids, (batch, length - split))
+    segments = with_globals(segments, texts, split // texts)
+    return checked_tokens(*arrays, segments=segments)
 
 
 def features_first(x: Float[Array, "B T N H"]) -> Float[Array, "B N H T"]:

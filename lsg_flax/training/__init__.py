@@ -32,8 +32,8 @@ from lsg_flax.training.settings import LARGEST_SEED as LARGEST_SEED
 from lsg_flax.training.settings import REQUIRED as REQUIRED
 from lsg_flax.training.settings import Precision as Precision
 from lsg_flax.training.settings import Settings as Settings
-from lsg_flax.training.settings import read_settings as read_settings
 from lsg_flax.training.settings import trained_tasks as trained_tasks
+from lsg_flax.training.settings_file import read_settings as read_settings
 from lsg_flax.training.states import SaveError as SaveError
 from lsg_flax.training.states import Saving as Saving
 from lsg_flax.training.states import restore_state as restore_state

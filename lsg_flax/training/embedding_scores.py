@@ -51,7 +51,8 @@ class EmbeddingScorer:
         rows, and with a teacher "cosine", the mean of each text's with its own; the loss is then
         the distance to it. Each has "eval_" before its name."""
         width, sums = self._run.model.config.hidden_size, np.zeros(3)
-        kinds = [(texts, np.zeros((texts.size, width), np.float32)) for texts in self._kinds]
+        both = self._queries, self._documents
+        kinds = [(texts, np.zeros((texts.size, width), np.float32)) for texts in both]
         for batch, rows in batches:
             found = jax.device_get(self._start(params, dict(batch) | {"rows": rows}))
             real = found["rows"] >= 0
@@ -73,10 +74,6 @@ class EmbeddingScorer:
             return self._program(params, batch, *self._run.given)
         with jax.set_mesh(self._mesh):
             return self._program(params, shard_batch(batch, self._mesh), *self._run.given)
-
-    @property
-    def _kinds(self) -> tuple["_TextNumbers", "_TextNumbers"]:
-        return self._queries, self._documents
 
     def _retrieval(
         self, queries: Float[np.ndarray, "B D"], documents: Float[np.ndarray, "O D"]

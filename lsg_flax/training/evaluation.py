@@ -28,11 +28,11 @@ from lsg_flax.training.embedding import make_run
 from lsg_flax.training.embedding_scores import EmbeddingScorer
 from lsg_flax.training.embedding_settings import EMBEDDING
 from lsg_flax.training.embedding_source import embedding_ladders, no_pooler_needed
-from lsg_flax.training.finetune import buckets_for, mesh_of, options_for, source_for
 from lsg_flax.training.learning import writing_of
 from lsg_flax.training.log import SCORED
 from lsg_flax.training.metrics import judge
 from lsg_flax.training.pictures import draw_confusion
+from lsg_flax.training.preparation import buckets_for, mesh_of, options_for, source_for
 from lsg_flax.training.scores import Scores, make_rouge_scorer
 from lsg_flax.training.settings import Settings
 from lsg_flax.training.source import SourceModel, open_source

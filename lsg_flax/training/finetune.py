@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,43 +20,31 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from lsg_flax import hub
-from lsg_flax.buckets import default_buckets
-from lsg_flax.data import (
-    INPUT,
-    TARGET,
-    DataOptions,
-    TokenizedDataset,
-    TrainBatches,
-    labels_for,
-    load_examples,
-    train_batches,
-)
-from lsg_flax.models import TASKS, Model, ModelConfig, Params
-from lsg_flax.patterns import LSGConfig
+from lsg_flax.data import DataOptions, TokenizedDataset
+from lsg_flax.models import Model, Params
 from lsg_flax.progress import say
-from lsg_flax.sharding import check_batches, make_mesh
 from lsg_flax.training.card import check_publishing, publish
-from lsg_flax.training.embedding_settings import EMBEDDING
-from lsg_flax.training.embedding_source import (
-    check_negatives,
-    check_queries,
-    embedding_ladders,
-    no_pooler_needed,
-    with_sentences,
-)
+from lsg_flax.training.embedding_source import no_pooler_needed
 from lsg_flax.training.flops import train_flops
 from lsg_flax.training.learning import learns_answers, learns_vectors
 from lsg_flax.training.log import SCORED
 from lsg_flax.training.loop import Evaluation, fit
 from lsg_flax.training.lora import add_lora
-from lsg_flax.training.optimizers import layer_rates
-from lsg_flax.training.packing import packing_for
 from lsg_flax.training.pictures import draw_run
 from lsg_flax.training.places import check_cache_folder, check_run_folder
-from lsg_flax.training.reports import Reporting
-from lsg_flax.training.scores import make_rouge_scorer
+from lsg_flax.training.preparation import (
+    Parts,
+    batches_for,
+    check_packages,
+    head_for,
+    load_data,
+    mesh_of,
+    options_for,
+    source_for,
+    train_ladders,
+)
 from lsg_flax.training.settings import Settings
-from lsg_flax.training.source import SourceModel, open_source
+from lsg_flax.training.source import SourceModel
 from lsg_flax.training.states import (
     Saving,
     best_step,
@@ -134,15 +121,6 @@ def finetune(
         return _run(settings, source, mesh, progress=progress, begins=begins)
 
 
-def check_packages(settings: Settings) -> None:
-    """Raises ImportError for what a run needs besides lsg_flax, and is not installed."""
-    settings.reporting()
-    if settings.tensorboard:
-        Reporting(("tensorboard",))
-    if settings.predict_with_generate:
-        make_rouge_scorer()
-
-
 def _run(
     settings: Settings,
     source: SourceModel,
@@ -152,25 +130,12 @@ def _run(
     begins: Callable[[], None],
 ) -> Finetuned:
     """The run, in a folder that is its own."""
-    # ------------------------------------------------------------- what there is to work with
     output = pathlib.Path(settings.output)
-    options, tokenizer = options_for(settings, source), source.tokenizer
-    if settings.writes_targets:
-        tokenizer = source.reader(settings.src_lang, settings.tgt_lang)
-    train, held_out = load_data(settings, options, tokenizer, progress)
-    for data in filter(None, (train, held_out)):
-        source.check_tokens(data)
-    _say_cut(train, options, shown=progress)
-    dtype, head = jnp.dtype(settings.dtype).type, _head_for(train, options)
-    with no_pooler_needed() if source.sentences else contextlib.nullcontext():
-        model, params = source.load(head, settings.lsg, dtype, mesh)
-    model = model.clone(remat=settings.remat)
-
-    # ------------------------------------------------------------- the run
+    (train, held_out), tokenizer, model, params = _load(settings, source, mesh, progress)
     size = settings.microbatch_size
-    ladders = _ladders(settings, source, model, (train, held_out), mesh)
+    ladders = train_ladders(settings, source, model, (train, held_out), mesh)
     same: dict[str, Any] = {"buckets": ladders, "seed": settings.seed}
-    batches = _batches(settings, source, model, train, same)
+    batches = batches_for(settings, source, model, train, same)
     steps, every = settings.steps_of(batches.steps), settings.evaluate_every or batches.steps(1)
     unused = "^pooler/" if source.sentences and "pooler" in params else None
     optimizer, key = settings.optimizer(steps, unused), jax.random.key(settings.seed)
@@ -205,6 +170,23 @@ def _run(
     return dataclasses.replace(result, pushed=pushed)
 
 
+def _load(
+    settings: Settings, source: SourceModel, mesh: Mesh | None, progress: bool
+) -> tuple[Parts, hub.Tokenizer, Model, Params]:
+    """What there is to work with: the data, the tokenizer of its targets, and the model."""
+    options, tokenizer = options_for(settings, source), source.tokenizer
+    if settings.writes_targets:
+        tokenizer = source.reader(settings.src_lang, settings.tgt_lang)
+    data = load_data(settings, options, tokenizer, progress)
+    for part in filter(None, data):
+        source.check_tokens(part)
+    _say_cut(data[0], options, shown=progress)
+    dtype, head = jnp.dtype(settings.dtype).type, head_for(data[0], options)
+    with no_pooler_needed() if source.sentences else contextlib.nullcontext():
+        model, params = source.load(head, settings.lsg, dtype, mesh)
+    return data, tokenizer, model.clone(remat=settings.remat), params
+
+
 def _say_cut(train: TokenizedDataset, options: DataOptions, *, shown: bool) -> None:
     words = train.cut.words(options.max_length)
     if shown and words and jax.process_index() == 0:
@@ -225,189 +207,6 @@ def _result(
     _save(output, model, params, source)
     scores = {name: value for name, value in last.items() if name.startswith(SCORED)}
     return Finetuned(output, model, params, int(state.step), scores, best, history)
-
-
-def source_for(settings: Settings) -> SourceModel:
-    """The checkpoint to begin with; raises ValueError if it lacks what is to be trained, or cannot
-    have the pattern that is asked for."""
-    length, convert = settings.max_length, settings.convert
-    source = open_source(settings.model, settings.task, length, convert=convert)
-    if settings.task == EMBEDDING:
-        source = with_sentences(settings, source)
-    if settings.train_only == "global_tokens_and_head":
-        source.check_globals()
-    if settings.writes_targets:
-        source.check_targets(settings.max_target_length)
-    lsg = pattern_for(settings, source)
-    if settings.packing:
-        packing_for(source, lsg, settings.buckets)
-    if settings.lora is not None or settings.layerwise_lr_decay is not None:
-        task = source.model_task
-        _check_tree(settings, Model(source.checkpoint.config_for(task), task))
-    for name, lengths in (
-        ("buckets", settings.ladder),
-        ("target_buckets", settings.target_buckets),
-    ):
-        if lengths and max(lengths) > source.reads:
-            raise ValueError(
-                f"{name}={list(lengths)} must be lengths in 1..{source.reads}, what "
-                f"{settings.model} reads."
-            )
-    return source
-
-
-def _check_tree(settings: Settings, model: Model) -> None:
-    """Raises ValueError for modules that the model lacks, and layers without an order."""
-    params = model.abstract_params()
-    if settings.lora is not None:
-        settings.lora.kernels(params)
-    if settings.layerwise_lr_decay is not None:
-        layer_rates(params, settings.layerwise_lr_decay)
-
-
-def pattern_for(settings: Settings, source: SourceModel) -> LSGConfig | None:
-    """The pattern that is trained; raises ValueError for one that there cannot be."""
-    if source.converts:
-        return dataclasses.replace(source.config.lsg or LSGConfig(), **settings.lsg)
-    return source.checkpoint.config_for(source.model_task, **settings.lsg).lsg
-
-
-def options_for(settings: Settings, source: SourceModel) -> DataOptions:
-    """How rows are read. A head that is trained further keeps its labels, if the data has no
-    others; else the data's own count."""
-    segments, head = source.config.segments > 1, source.labels
-    options = settings.data_options(source.length, head, token_type_ids=segments)
-    if source.sentences is not None:
-        lower = source.sentences.do_lower_case
-        return dataclasses.replace(options, token_type_ids=False, lower_case=lower)
-    options = source.with_target_length(options)
-    if head is None or settings.labels or options.labels is None:
-        return options
-    part = {"subset": settings.subset, "split": settings.train_split}
-    labels = labels_for(settings.train_data, options, head, **part)
-    if labels != head and len(labels) == len(head):
-        warnings.warn(
-            f"{source.name} has a head for the labels {', '.join(head)}; training goes on from its "
-            f"weights, with those of the data in their place: {', '.join(labels)}.",
-            stacklevel=3,
-        )
-    return dataclasses.replace(options, labels=labels)
-
-
-def load_data(
-    settings: Settings, options: DataOptions, tokenizer: hub.Tokenizer, progress: bool
-) -> tuple[TokenizedDataset, TokenizedDataset | None]:
-    """What is learned from and, if given, what is held out, with the same labels."""
-    load = functools.partial(
-        load_examples,
-        tokenizer=tokenizer,
-        subset=settings.subset,
-        cache=settings.cache,
-        progress=progress and jax.process_index() == 0,
-    )
-    settings.weights_of(options.labels)  # before reading, where the labels are known
-    learned = load(settings.train_data, options, split=settings.train_split)
-    settings.weights_of(learned.labels)
-    if settings.eval_data is None:
-        return learned, None
-    if options.label_column is not None:
-        options = dataclasses.replace(options, labels=learned.labels)
-    if options.problem_type == "regression":
-        options = dataclasses.replace(options, width=learned.arrays["labels"].shape[1])
-    return learned, load(settings.eval_data, options, split=settings.eval_split)
-
-
-def _head_for(data: TokenizedDataset, options: DataOptions) -> dict[str, Any]:
-    """Fields of the config that make a head for the labels of the data."""
-    task = TASKS[options.task]
-    if not task.named_labels:
-        return {}
-    by_problem = any(target.loss == "problem_type" for target in task.targets)
-    values = {"problem_type": options.problem_type} if by_problem else {}
-    if options.problem_type == "regression":
-        return values | {"num_labels": data.arrays["labels"].shape[1]}
-    return values | {"labels": data.labels}
-
-
-def _ladders(
-    settings: Settings,
-    source: SourceModel,
-    model: Model,
-    data: tuple[TokenizedDataset, TokenizedDataset | None],
-    mesh: Mesh | None,
-) -> dict[str, tuple[int, ...]]:
-    """The lengths that training data is padded to, by stream where they are not left to it; raises
-    ValueError for rows that cannot be learned from, or that the mesh cannot cut."""
-    if source.sentences is not None:
-        found = embedding_ladders(settings, source, data[0], mesh)
-        check_negatives(settings, data[0], found)
-        check_queries(settings, data[1])
-        return found
-    lengths = training_buckets(settings.ladder, source.length, source.config)
-    sizes = (settings.microbatch_size, settings.eval_batch_size)
-    buckets = buckets_for(lengths, settings.max_length, model, sizes, mesh)
-    ladders = {INPUT: buckets, TARGET: settings.target_buckets}
-    return {name: lengths for name, lengths in ladders.items() if lengths is not None}
-
-
-def _batches(
-    settings: Settings,
-    source: SourceModel,
-    model: Model,
-    train: TokenizedDataset,
-    padded: dict[str, Any],
-) -> TrainBatches:
-    """Microbatches of padded rows, or of rows that several texts share."""
-    packed: dict[str, Any] = {"seed": settings.seed}
-    if settings.packing:
-        packed["packing"] = packing_for(source, model.config.lsg, settings.buckets)
-    sizes = {"batch_size": settings.microbatch_size, "microbatches": settings.accumulate}
-    return train_batches(train, **sizes, **(packed if settings.packing else padded))
-
-
-def mesh_of(devices: int | None, axes: dict[str, int]) -> Mesh | None:
-    """The mesh of the first `devices`, by default all; None on a single one."""
-    every = jax.devices()
-    count = devices or len(every)
-    if count > len(every) or (count < len(every) and jax.process_count() > 1):
-        raise ValueError(
-            f"devices={count}, but there are {len(every)} of {jax.process_count()} processes; "
-            "choose at most as many, and all of them where there are several processes."
-        )
-    mesh = make_mesh(**axes, devices=every[:count])
-    return None if count == 1 and jax.process_count() == 1 else mesh
-
-
-def training_buckets(
-    given: tuple[int, ...] | None, longest: int, config: ModelConfig
-) -> tuple[int, ...] | None:
-    """The lengths of batches that a model is trained on, by default those that it can be; None
-    where it trains on all, for the data to choose. Raises ValueError for lengths that it cannot."""
-    unit = config.training_unit
-    if given is None and unit > 1:
-        given = tuple(sorted({-(-length // unit) * unit for length in default_buckets(longest)}))
-    for length in given or ():
-        config.check_training_length(length)
-    return given
-
-
-def buckets_for(
-    given: tuple[int, ...] | None,
-    max_length: int | None,
-    model: Model,
-    rows: tuple[int, int | None],
-    mesh: Mesh | None,
-) -> tuple[int, ...] | None:
-    """The lengths of batches; raises for what the mesh cannot cut, before anything is compiled."""
-    if mesh is None:
-        return given
-    length, lsg = max_length or model.max_length, model.config.lsg
-    # A text that is short for the shards of a long sequence is padded to what they need.
-    usual = (length,) if mesh.shape["sequence"] > 1 else default_buckets(length)
-    named = zip(("batch_size", "eval_batch_size"), rows, strict=True)
-    sizes = {name: size for name, size in named if size is not None}
-    check_batches(mesh, sizes, given or usual, lsg and lsg.needs_padding)
-    return given or usual
 
 
 def _contents(

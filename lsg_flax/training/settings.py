@@ -2,7 +2,6 @@
 flags of `lsg-flax train`. Every field says what it means where it stands."""
 
 import dataclasses
-import os
 import pathlib
 import re
 import typing
@@ -18,14 +17,13 @@ from lsg_flax.hub import check_repository
 from lsg_flax.models import SCORES, TASKS, ProblemType, Remat
 from lsg_flax.patterns import LSGConfig
 from lsg_flax.sharding import AXES, check_axes
-from lsg_flax.training.coerce import check_names, coerced, read_yaml
+from lsg_flax.training.coerce import check_names, coerced
 from lsg_flax.training.embedding_settings import COSINE, EMBEDDING_NAMES, EmbeddingSettings
 from lsg_flax.training.help import of_data, of_devices, of_model, of_run, of_training
 from lsg_flax.training.log import Logging
 from lsg_flax.training.losses import smooths
 from lsg_flax.training.optimizers import Schedule, make_optimizer, make_schedule, read_schedule
 from lsg_flax.training.packing import check_packed
-from lsg_flax.training.refinements import FROZEN as FROZEN
 from lsg_flax.training.refinements import Refinements, Trained
 from lsg_flax.training.scores import ROUGE
 from lsg_flax.training.states import BestMode, Saving
@@ -208,11 +206,11 @@ class Settings(Refinements, EmbeddingSettings):
     @classmethod
     def for_data(cls, *, model: str, task: str, data: Words, **given: Any) -> "Settings":
         """Settings to read `data` for a model that is there; nothing is trained or written."""
-        places = {"model": model, "train_data": data, "eval_data": data, "output": "."}
-        return read_settings(None, {"task": task} | places | given)
+        places: dict[str, Any] = {"train_data": data, "eval_data": data, "output": "."}
+        return cls(model=model, task=task, **coerced_values(places | given))
 
     def __post_init__(self):
-        for name, value in _coerced_all(vars(self)).items():
+        for name, value in coerced_values(vars(self)).items():
             object.__setattr__(self, name, value)
         self._check_numbers()
         check_names("columns", self.columns, [f.name for f in dataclasses.fields(Columns)])
@@ -421,39 +419,7 @@ REQUIRED = tuple(
 )
 
 
-def read_settings(
-    file: str | os.PathLike | None, given: Mapping[str, Any] | None = None
-) -> Settings:
-    """Settings from a YAML file, those in `given` in place of the file's; the entries of
-    mappings such as `columns` one by one.
-
-    Args:
-        file: None takes `given` alone.
-        given: values by the names of `Settings`.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: for a file that is no YAML mapping, unknown or missing names, and as
-            `Settings`.
-    """
-    values = {} if file is None else read_yaml(pathlib.Path(file))
-    known = [f.name for f in dataclasses.fields(Settings)]
-    check_names("settings" if file is None else str(file), values, known)
-    for name, value in (given or {}).items():
-        before = values.get(name)
-        if isinstance(value, Mapping) and isinstance(before, Mapping):
-            value = {**before, **value}
-        values[name] = value
-    check_names("settings", values, known)
-    missing = [name for name in REQUIRED if values.get(name) is None]
-    if missing:
-        raise ValueError(
-            f"{', '.join(missing)} must be given"
-            + (" as flags or in a YAML file." if file is None else f", as flags or in {file}.")
-        )
-    return Settings(**_coerced_all(values))
-
-
-def _coerced_all(values: Mapping[str, Any]) -> dict[str, Any]:
+def coerced_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by the names of `Settings`, of the types that those have; raises ValueError."""
     hints = typing.get_type_hints(Settings)
     return {name: coerced(name, value, hints[name]) for name, value in values.items()}

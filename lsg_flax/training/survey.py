@@ -10,7 +10,8 @@ import numpy as np
 from lsg_flax.buckets import default_buckets
 from lsg_flax.data import INPUT, READ, TARGET, TokenizedDataset, pack_rows, spread, train_batches
 from lsg_flax.training.embedding_source import check_negatives, check_queries, embedding_ladders
-from lsg_flax.training.finetune import (
+from lsg_flax.training.packing import packing_for
+from lsg_flax.training.preparation import (
     check_packages,
     load_data,
     options_for,
@@ -18,7 +19,6 @@ from lsg_flax.training.finetune import (
     source_for,
     training_buckets,
 )
-from lsg_flax.training.packing import packing_for
 from lsg_flax.training.settings import Settings
 from lsg_flax.training.source import SourceModel
 
