@@ -7,10 +7,12 @@ tests start: in JAX_COMPILATION_CACHE_DIR, or else in the user's cache folder (`
 
 import functools
 import gc
+import importlib
 import inspect
 import itertools
 import os
 import pathlib
+import sys
 
 import compiling
 import jax
@@ -62,6 +64,19 @@ def pytest_runtest_logfinish():
     if pieces > MOST_PIECES:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """A module of examples/ or benchmarks/ by its name, imported anew."""
+    for folder in ("examples", "benchmarks"):
+        monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parent.parent / folder))
+
+    def load(name):
+        sys.modules.pop(name, None)
+        return importlib.import_module(name)
+
+    return load
 
 
 @pytest.fixture

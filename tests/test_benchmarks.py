@@ -1,10 +1,8 @@
 """The tables of benchmarks that compile for TPUs, or run beside torchax, and what they read from
 schedules, without either."""
 
-import importlib
 import json
 import pathlib
-import sys
 
 import numpy as np
 import pytest
@@ -23,18 +21,6 @@ SCHEDULE = """
   0x17   : > { six }
   0x18   :  { seven }
 """
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """A benchmark by its name, imported anew."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-
-    def load(name):
-        sys.modules.pop(name, None)
-        return importlib.import_module(name)
-
-    return load
 
 
 @pytest.mark.parametrize(("depth", "sizes"), [(1, [7]), (2, [3, 1])])

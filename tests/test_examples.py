@@ -1,4 +1,4 @@
-"""The short examples run as they stand, in a tiny setting. The demo has `make demo`."""
+"""The short examples run as they stand, in a tiny setting. The demo: test_demo.py."""
 
 import importlib
 import json

@@ -1,10 +1,8 @@
 """The examples and the benchmark of summarisation on the papers of aclsum and tiny models."""
 
-import importlib
 import json
 import pathlib
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -12,19 +10,6 @@ from golden_data import GOLDEN
 from tiny_tokenizers import write_words
 
 ROOT = pathlib.Path(__file__).parent.parent
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """A module of examples/ or benchmarks/ by its name, imported anew."""
-    for folder in ("examples", "benchmarks"):
-        monkeypatch.syspath_prepend(str(ROOT / folder))
-
-    def load(name):
-        sys.modules.pop(name, None)
-        return importlib.import_module(name)
-
-    return load
 
 
 @pytest.fixture

@@ -42,6 +42,7 @@ from lsg_flax.training.states import saved_steps as saved_steps
 from lsg_flax.training.step import TrainState as TrainState
 from lsg_flax.training.step import TrainStep as TrainStep
 from lsg_flax.training.step import init_state as init_state
+from lsg_flax.training.step import make_step as make_step
 from lsg_flax.training.step import make_train_step as make_train_step
 from lsg_flax.training.step import trained_params as trained_params
 from lsg_flax.training.stopping import EarlyStopping as EarlyStopping
