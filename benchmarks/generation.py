@@ -1,12 +1,12 @@
-"""`generate` of lsg_flax against that of the PyTorch reference on this machine: an LSG-BART of base
-size, 4,096 tokens in, 64 out, 4 beams; same weights, same tokens, in turn, in one run.
+"""Times `generate` of lsg_flax beside that of the PyTorch reference on this machine: an LSG-BART of
+base size, 4,096 tokens in, 64 out, 4 beams; same weights, same tokens, in turn, in one run.
 
     make bench     # or: python benchmarks/generation.py --reference-python PATH
 
-Both processes stay alive side by side. The machine may be shared: what counts is the ratio, of
-which each pair of turns gives one. Memory is a process's peak resident size after warm-up.
-lsg_flax's program comes from JAX's persistent compilation cache, which a process before it has
-filled, and whose memory, with what compiling left there, is told too. Writes docs/generation.json.
+Both processes stay alive side by side. The machine may be shared, so only the ratio is meaningful;
+each pair of turns gives one. Memory is a process's peak resident size after warm-up. lsg_flax's
+program comes from JAX's persistent compilation cache, which an earlier process has filled; that
+process's memory, with what compiling left there, is printed too. Writes docs/generation.json.
 """
 
 import json

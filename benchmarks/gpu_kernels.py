@@ -4,8 +4,8 @@ attention and beside cuDNN's flash attention of all tokens to all.
     python benchmarks/gpu_kernels.py [--tokens 4096 16384] [--rows 4] [--json]
 
 12 heads of 64, bfloat16, forward and with all gradients; LSG attention with a global and blocks of
-128. The kernels are compared with XLA's numbers first. Times are medians of calls that follow each
-other; all rows are of one run.
+128. The kernels are first compared with XLA's numbers. Times are medians of consecutive calls; all
+rows are of one run.
 """
 
 import argparse

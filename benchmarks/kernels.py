@@ -1,14 +1,15 @@
-"""What the fused LSG kernels cost on TPUs, by compiling for them on this machine.
+"""Measures what the fused LSG kernels cost on TPUs, by compiling for them on this machine.
 
     pip install 'lsg-flax[plan]'
     python benchmarks/kernels.py [--chips v5e v5p v6e] [--json]
 
 Attention of 4 rows of 4,096 tokens and a global, 12 heads of 64, bfloat16, forward and with all
-gradients: "layer", what a model's layer calls between its projections, whose arrays [rows, tokens +
-global, heads * width] have the global behind the tokens; and the whole of `lsg_attention`, which
-has it in front, by the kernels and by XLA.
+gradients. "layer" is what a model's layer calls between its projections; its arrays [rows, tokens +
+global, heads * width] have the global behind the tokens. The other rows are the whole of
+`lsg_attention`, which has it in front, by the kernels and by XLA.
+
 Bytes are those to and from the chip's main memory. Cycles of a kernel are the bundles of its loops'
-bodies in the compiler's final schedule times their rounds, those of XLA its own estimate.
+bodies in the compiler's final schedule times their rounds; those of XLA are its own estimate.
 """
 
 import argparse

@@ -1,5 +1,5 @@
-"""Language models of bytes that differ in their attention: what a step of training costs by length,
-and how well they predict after the same budget.
+"""Compares language models of bytes that differ in their attention: the cost of a training step by
+length, and how well they predict after the same budget.
 
     python benchmarks/long_attention.py [--lengths 1024 4096] [--rivals LSG full] [--output docs]
 
@@ -14,10 +14,10 @@ tokens sorted by one round of hashing; its positions are axial, and its layers r
 The cost is that of a loss with the gradients of all parameters. Each rival has a process of its
 own, and those of a length take turns. A rival whose first run, compilation included, takes longer
 than --limit seconds is stopped, and not tried on longer texts. Memory is the process's peak
-resident size once it is warm.
+resident size after warm-up.
 
 Then each trains alone on the texts of examples/enwik8.py, until it has had both budgets, that of
-tokens and that of seconds (compilation and measuring apart), at one constant rate of learning after
+tokens and that of seconds (without compilation and measuring), at a constant learning rate after
 some warm-up. Bits per byte are those of held-out texts, every twentieth. Prints a table; writes
 long_attention.{json,png}.
 """
@@ -251,7 +251,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=[*RIVALS])
     parser.add_argument("--lengths", type=int, nargs="+", default=[2**n for n in range(10, 17)])
-    parser.add_argument("--limit", type=int, default=60, help="seconds of a first run")
+    parser.add_argument("--limit", type=int, default=60, help="seconds that a first run may take")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--training-length", type=int, default=4096)
     parser.add_argument("--tokens", type=int, default=300_000, help="to train on")

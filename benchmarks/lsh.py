@@ -1,12 +1,12 @@
-"""Reformer's attentions beside transformers': projections and attention of one layer, same weights
-and rotations, in turn, on this CPU; or what sorting by buckets costs on a TPU.
+"""Times Reformer's attentions beside transformers': projections and attention of one layer, same
+weights and rotations, in turn, on this CPU. Or measures what sorting by buckets costs on a TPU.
 
     python benchmarks/lsh.py --reference-python .venv-reference/bin/python
     PYTHONPATH=.libtpu python benchmarks/lsh.py --tpu    (see docs/plan.md for .libtpu)
 
 The default config: 12 heads of 64, states of 256, chunks of 64, one chunk before, one hash
-(buckets in factors); float32. On TPU the compiler's own bytes and cycles: of 16,384 tokens of 12
-heads sorted by 512 buckets, and of the whole attention with gradients in bfloat16.
+(buckets in factors); float32. For a TPU it prints the compiler's own bytes and cycles, of 16,384
+tokens of 12 heads sorted by 512 buckets, and of the whole attention with gradients in bfloat16.
 """
 
 import os

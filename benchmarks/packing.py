@@ -1,10 +1,10 @@
-"""Real tokens per second of training on texts of 200 to 2,000 tokens: each padded to 4,096, padded
-to buckets of lengths, and packed into rows of 4,096 with several texts each.
+"""Measures real tokens per second of training on texts of 200 to 2,000 tokens: padded to 4,096,
+padded to buckets of lengths, and packed into rows of 4,096 with several texts each.
 
     python benchmarks/packing.py
 
-All steps have as many places: 4,096 tokens. A step of each shape is timed in turn; what a pass over
-the texts takes follows from how many steps of each shape it has.
+All steps have the same number of positions, 4,096. A step of each shape is timed in turn; the time
+of a pass over the texts follows from the number of steps of each shape.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""The tables of docs/plan.md: what fits v5e chips and what they do, by compiling for them on this
-machine.
+"""Makes the tables of docs/plan.md: what fits v5e chips and what a step costs there, by compiling
+for them on this machine.
 
     pip install 'lsg-flax[plan]'
     python benchmarks/plan_facts.py [--remat full | --generation]
 
 The largest batch per chip of RoBERTa-base at 4,096 tokens, with LSG and with full attention, and
 one sequence of 1,048,576 tokens over all eight. A compilation takes one to three minutes on 2 CPU
-cores, the more the closer to the limit; the whole runs for most of an hour. With --generation, in a
-few minutes: what a step of beam search moves with LSG-BART-base.
+cores, and longer near the limit; everything takes most of an hour. --generation instead measures
+what a step of beam search moves with LSG-BART-base, in a few minutes.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""One picture of several panels, in which each rival has its colour."""
+"""Draws one picture of several panels, in which each rival has its colour."""
 
 import pathlib
 from typing import NamedTuple

@@ -1,9 +1,9 @@
-"""A layer of Reformer beside transformers': same weights, same rotations, in turn, on this CPU.
+"""Times a layer of Reformer beside transformers': same weights and rotations, in turn, on this CPU.
 
     python benchmarks/reformer.py --reference-python .venv-reference/bin/python
 
 The layer has the default config's sizes (256 wide, 12 heads of 64, chunks of 64, one round of
-hashing) and stands between axial positions and the last LayerNorm; forward, and forward and
+hashing) and is between axial positions and the last LayerNorm. It is timed forward, and forward and
 backward of a loss in training mode without dropout, with the gradients of all parameters.
 """
 

@@ -1,11 +1,11 @@
-"""Retrieval of whole documents: MiniLM on what it can read, its LSG conversion on all of it.
+"""Measures retrieval of whole documents: MiniLM on what it can read, its LSG conversion on all.
 
     python benchmarks/retrieval.py [--documents 60] [--seed 0]
 
 Documents are modules of this Python's standard library, 1,024 tokens and longer, read up to 4,096.
-A query is the first sentence of a docstring in one of them, which is cut out of the document: what
-remains to be found is the code and the text that it described. Queries are told apart by where the
-docstring begins, in the first 512 tokens or later; of each kind a document gives up to three.
+A query is the first sentence of a docstring in one of them, which is removed from the document:
+what remains to be found is the code and the text that it described. Queries whose docstring begins
+in the first 512 tokens and later ones are counted apart; a document has up to three of each kind.
 Nothing is trained. Prints how often the right document comes first or among ten, and the mean
 reciprocal rank (MRR).
 """

@@ -1,13 +1,13 @@
-"""Summaries of arXiv papers by a published LSG-BART, scored beside the numbers on its model card.
+"""Scores summaries of arXiv papers by a published LSG-BART beside the numbers on its model card.
 
     python benchmarks/rouge_arxiv.py --variant local-128 [--documents 200] [--output rouge_arxiv]
     python benchmarks/rouge_arxiv.py --model FOLDER --data arxiv_test.jsonl    # without a network
 
 The model is ccdv/lsg-bart-base-4096-arxiv, the data the test split of ccdv/arxiv-summarization
 (6,440 papers; pip install 'lsg-flax[data,summarization]'), or a .jsonl that has --text-column
-and --summary-column. Summaries are kept in --output, where an interrupted run goes on. The beam
-search has the card's settings (5 beams, 32 to 320 tokens, length penalty 2); what it does not say
-is the checkpoint's.
+and --summary-column. Summaries are kept in --output, where an interrupted run resumes. The beam
+search has the card's settings (5 beams, 32 to 320 tokens, length penalty 2); all others are the
+checkpoint's.
 
 A published score agrees if it lies within the 95 % interval of the one measured here, by bootstrap
 over the papers; the exit status is 1 if one does not. With 200 papers that is about 1 point to
@@ -161,7 +161,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=pathlib.Path, help=f"a .jsonl; {DATA} by default")
     parser.add_argument("--text-column", default="article")
     parser.add_argument("--summary-column", default="abstract")
-    parser.add_argument("--documents", type=int, help="the first so many; all by default")
+    parser.add_argument("--documents", type=int, help="only the first ones; all by default")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("rouge_arxiv"))
     for name, value in BEAM_SEARCH.items():

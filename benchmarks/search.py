@@ -1,11 +1,12 @@
-"""Search for the largest inner products: its time beside NumPy's, and its program on a TPU slice.
+"""Times the search for the largest inner products beside NumPy's, or compiles it for a TPU slice.
 
     python benchmarks/search.py [--blocks 1000000] [--questions 32] [--beam 5 5000]
     PYTHONPATH=.libtpu python benchmarks/search.py --plan v5e:2x4 [--blocks 13353718]
 
 The first times `device_search` in float32 and NumPy's matmul with argpartition in turn, on vectors
-of 128 numbers, and compares what they find. The second compiles the search for chips that need not
-be there, embeddings in bfloat16 over all of them, and prints bytes per chip.
+of 128 numbers, and compares what they find. The second compiles the search for chips that the
+machine does not have, with embeddings in bfloat16 sharded over all of them, and prints bytes per
+chip.
 """
 
 import argparse

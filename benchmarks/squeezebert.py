@@ -1,10 +1,10 @@
-"""SqueezeBERT's forward pass beside PyTorch's: same weights, same tokens, in turn, on this CPU.
+"""Times SqueezeBERT's forward pass beside PyTorch's: same weights and tokens, in turn, on this CPU.
 
     python benchmarks/squeezebert.py --reference-python .venv-reference/bin/python
 
 The model is of base size (12 layers, 768 wide, groups 4/4/4/1/4/4 as squeezebert-uncased). Both
 processes stay alive and run alternately, so that a slow moment of the machine hits both. CPU
-seconds are those of the process, over all its threads: they are not stretched by other programs.
+seconds are those of the process, over all its threads; other programs do not lengthen them.
 """
 
 import os

@@ -1,5 +1,5 @@
-"""Programs that are compiled for a chip on this machine, each in a process of its own, and what
-their text and the schedules of their kernels say.
+"""Compiles programs for a chip on this machine, each in a process of its own, and reads their text
+and the schedules of their kernels.
 
 A script that measures with `measure_apart` runs itself with `--one` and compiles with
 `compile_for` there. Both sides need the package; the process may be another Python's.

@@ -1,4 +1,4 @@
-"""What TPU compilers make of LSG attention: docs/kernels.md's tables and picture, without a TPU.
+"""Makes docs/kernels.md's tables and picture of what TPU compilers make of LSG attention.
 
     make tpu-report      # or, in pieces: PYTHONPATH=.libtpu python benchmarks/tpu_report.py \\
                          #     --chips v5e --what pallas splash --passes both --lengths 1024 4096
@@ -9,19 +9,19 @@ forward and with all gradients:
 xla      `lsg_attention` by its definition
 pallas   by the fused kernels
 layer    the kernels as a model's layer calls them: arrays [rows, tokens + globals, heads * width],
-         as projections write them, with the global behind the tokens and a tile filled up
+         as projections write them, with the global behind the tokens and a full last tile
 splash   JAX's splash attention with the same pattern as one mask over tokens, representatives and
          a global; it selects none, and has no rows for the global
 torchax  the PyTorch reference's `LSGSelfAttention`, run by torchax (`make torchax`)
 step     a training step of RoBERTa-base, with 4 rows a chip on four chips, as `lsg-flax plan`
 step0    the same without dropout of attention
 
-Each is compiled in a process of its own, some for minutes. Rows are kept in OUTPUT/tpu_report.json
-as they come, in place of those that they repeat, and the tables are of all rows that are there. GB
-are those to and from main memory, temporaries what is allocated there (of a step what is needed at
-its peak). Cycles of XLA are its own estimate, in which sorts, gathers, scatters and kernels count
-0; those of kernels, for 4,096 tokens, are the bundles of their loops in the compiler's final
-schedule times their rounds, of splash attention at most.
+No TPU is needed. Each is compiled in a process of its own, some for minutes. Each row is saved in
+OUTPUT/tpu_report.json when it is done, in place of an earlier one, and the tables have all saved
+rows. GB are those to and from main memory, temporaries what is allocated there (for a step, what is
+needed at its peak). Cycles of XLA are its own estimate, in which sorts, gathers, scatters and
+kernels count 0. Those of kernels, for 4,096 tokens, are the bundles of their loops in the
+compiler's final schedule times their rounds; for splash attention that is an upper bound.
 """
 
 import argparse
@@ -245,7 +245,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--chips", nargs="+", choices=TOPOLOGIES, default=[*TOPOLOGIES])
     parser.add_argument("--what", nargs="*", choices=LABELS, default=[*LABELS], help="or none")
     parser.add_argument("--passes", nargs="+", choices=["forward", "both"])
-    parser.add_argument("--lengths", type=int, nargs="+", help="tokens; 4,096 and the picture's")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", help="tokens; 4,096 and the picture's by default"
+    )
     parser.add_argument("--torchax-python", default=".venv-torchax/bin/python")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("docs"))
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)

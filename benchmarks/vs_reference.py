@@ -1,5 +1,5 @@
-"""lsg_flax against the PyTorch reference on this machine: same weights, same tokens, in turn, in
-one run.
+"""Times lsg_flax beside the PyTorch reference on this machine: same weights, same tokens, in turn,
+in one run.
 
     make bench            # or: python benchmarks/vs_reference.py --reference-python PATH
 

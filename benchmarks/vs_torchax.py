@@ -1,5 +1,5 @@
-"""lsg_flax beside the PyTorch reference run by torchax, in one process: the same weights, tokens
-and compiler, forward and the gradients of all parameters.
+"""Times lsg_flax beside the PyTorch reference run by torchax, in one process: the same weights,
+tokens and compiler, forward and with the gradients of all parameters.
 
     make torchax      # or, by its Python: .venv-torchax/bin/python benchmarks/vs_torchax.py
     PYTHONPATH=.libtpu .venv-torchax/bin/python benchmarks/vs_torchax.py --chip v5e
@@ -11,7 +11,7 @@ turn, so that a slow moment of the machine hits both: medians, and the median of
 neighbouring runs. Temporaries are those that the compiled program allocates.
 
 With --chip both are compiled for one TPU instead, with 4 rows, in bfloat16, and nothing runs. XLA's
-cycles count sorts, gathers, scatters and kernels 0.
+cycles count sorts, gathers, scatters and kernels as 0.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""local_attention beside lucidrains' LocalAttention: same arrays, in turn, on this CPU.
+"""Times local_attention beside lucidrains' LocalAttention: same arrays, in turn, on this CPU.
 
     python benchmarks/windows.py --reference-python .venv-reference/bin/python
 

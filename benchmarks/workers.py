@@ -1,5 +1,5 @@
-"""Processes that stay alive side by side and take turns, so that a slow moment of the machine hits
-all of them."""
+"""Runs processes that stay alive side by side and take turns, so that a slow moment of the machine
+hits all of them."""
 
 import argparse
 import json

@@ -1,6 +1,11 @@
 """How Sphinx builds the site (`make docs`): MyST pages, and the API from the docstrings."""
 
+import dataclasses
+import re
+import typing
+
 import lsg_flax
+from lsg_flax.training import Help
 
 project = "lsg_flax"
 author = "the lsg_flax developers"
@@ -18,6 +23,7 @@ myst_heading_anchors = 3
 suppress_warnings = ["myst.strikethrough"]
 highlight_language = "none"  # of blocks that name none: what commands show
 default_role = "code"  # docstrings write names in single backticks
+smartquotes_action = "q"  # flags keep their two dashes
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
@@ -41,13 +47,52 @@ html_theme_options = {
 html_show_sourcelink = False
 
 
-def _short_arrays(_app, _what, _name, _object, _options, signature, returns):
-    """`Array` is called by the module that defines it, which nobody imports it from."""
+def _helps(item):
+    """The fields of a class that say by a `Help` what they are, with it."""
+    if not dataclasses.is_dataclass(item):
+        return []
+    hints = typing.get_type_hints(item, include_extras=True)
+    said = [
+        (f, getattr(hints[f.name], "__metadata__", [None])[0]) for f in dataclasses.fields(item)
+    ]
+    return [(field, help) for field, help in said if isinstance(help, Help)]
+
+
+def _signature(_app, _what, _name, item, _options, signature, returns):
+    """`Array` is called by the module that defines it, which nobody imports it from; a signature
+    of dozens of settings is a list below the docstring."""
+    if _helps(item):
+        return "(**settings)", returns
     return tuple(
         part and part.replace("jaxlib._jax.Array", "Array") for part in (signature, returns)
     )
 
 
+def _settings(_app, _what, _name, item, _options, lines):
+    """The list of settings, by their groups."""
+    groups = {}
+    for field, help in _helps(item):
+        default = (
+            help.unset if field.default in (None, dataclasses.MISSING) else repr(field.default)
+        )
+        required = {field.default, field.default_factory} == {dataclasses.MISSING}
+        about = f"{help.about} ({'required' if required else f'default: {default}'})"
+        groups.setdefault(help.group, []).append(f"* ``{field.name}`` -- {about}")
+    for group, rows in groups.items():
+        lines += ["", f"**{group.capitalize()}**", "", *rows, ""]
+
+
+def _literal(_app, _what, _name, _object, _options, lines):
+    """Axes such as *B, and values in quotes such as "eval_", mean no reStructuredText."""
+    for number, line in enumerate(lines):
+        if ":type" in line:
+            lines[number] = line.replace("*", r"\*")
+        elif "`" not in line:
+            lines[number] = re.sub(r'"[^"\s]*(?:\*|_")[^"\s]*"?', r"``\g<0>``", line)
+
+
 def setup(app):
     """Sphinx calls it."""
-    app.connect("autodoc-process-signature", _short_arrays)
+    app.connect("autodoc-process-signature", _signature)
+    app.connect("autodoc-process-docstring", _settings)
+    app.connect("autodoc-process-docstring", _literal, priority=900)  # behind napoleon

@@ -1,10 +1,10 @@
-"""Whole papers and their abstracts: the 250 of aclsum, which the ACL Anthology published.
+"""Reads whole papers and their abstracts: the 250 papers of aclsum, from the ACL Anthology.
 
     pip install --no-deps aclsum==0.1.2    # MIT licence; its one dependency is not needed here
 
-A paper's text is the body that Grobid found in its PDF, one paragraph per line, 1,600 to 19,000
-words (4,394 is the median), without headings, tables, references and abstract. An abstract has 121
-words (median). In ten papers or so the introduction repeats sentences of the abstract.
+A paper's text is the body that Grobid found in its PDF, one paragraph per line, without headings,
+tables, references and abstract. It has 1,600 to 19,000 words (4,394 at the median), an abstract 121
+(median). In about ten papers the introduction repeats sentences of the abstract.
 """
 
 import json

@@ -1,5 +1,5 @@
-"""What the examples read where nothing else is given, and every machine has: a real checkpoint, and
-real long texts, Python's own sources and documentation."""
+"""The default data of the examples: a real checkpoint, and real long texts that every machine has,
+Python's own sources and documentation."""
 
 import importlib.util
 import json

@@ -7,7 +7,7 @@
     LSG attention : forward and backward 3.18 s, 358 MB
 
 One block, two sequences, random parameters. Up to two blocks (256 tokens) nothing changes.
-Measured on 2 CPU cores that were busy with other work: look at the ratio.
+Measured on 2 CPU cores that were busy with other work, so only the ratio is meaningful.
 """
 
 import argparse

@@ -1,5 +1,5 @@
-"""lsg_flax in Flax NNX: a pretrained encoder as a part of an NNX model that is trained there, and
-LSG attention in NNX's own attention layer.
+"""lsg_flax in Flax NNX: trains an NNX model that contains a pretrained encoder, and uses LSG
+attention in NNX's own attention layer.
 
     python examples/attention_in_nnx.py CHECKPOINT     # a BERT: a folder or a hub id
     4 texts of 1024 tokens: ToNNX and apply differ by 0.0e+00

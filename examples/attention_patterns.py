@@ -1,10 +1,10 @@
-"""Which keys each query sees, drawn for every selection: docs/patterns.png.
+"""Draws which keys each query sees, for every selection: docs/patterns.png.
 
     python examples/attention_patterns.py [--output docs/patterns.png] [--tokens 96]
 
-Values are the rows of the identity matrix, so that the context of a query is its attention weights;
-a representative that is a mean shares its weight among the tokens of its group. Global tokens
-stand in front. It takes seconds and needs `pip install 'lsg-flax[plots]'`.
+Values are the rows of the identity matrix, so the context of a query is its attention weights. A
+representative that is a mean shares its weight among the tokens of its group. Global tokens come
+first. It takes seconds and needs `pip install 'lsg-flax[plots]'`.
 """
 
 import argparse

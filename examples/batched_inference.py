@@ -1,10 +1,10 @@
-"""A file of long documents in, a file of predictions out: over all devices, and resumable.
+"""Predicts for a file of long documents over all devices, and resumes after a kill.
 
     python examples/batched_inference.py [documents.jsonl] [--checkpoint FOLDER] [--devices 8]
 
-By default MiniLM, converted to LSG, reads 32 sources of Python's library; it has no classifier, so
-a line holds the pooler's vector. A checkpoint with labels answers as `lsg_flax.pipeline` does. Stop
-it and start it again: it goes on behind the last finished window. Expected with --devices 2
+By default MiniLM, converted to LSG, reads 32 sources of Python's library. It has no classifier, so
+a line has the pooler's vector. A checkpoint with labels answers as `lsg_flax.pipeline` does. Stop
+and restart it: it resumes after the last finished window. Expected with --devices 2
 --max-length 1024, on 2 busy CPU cores:
 
     predictions.jsonl: 32 documents, 32 of them now
@@ -26,10 +26,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("documents", nargs="?", help=".jsonl or .txt; Python's library by default")
     parser.add_argument("--output", default="predictions.jsonl")
     parser.add_argument("--checkpoint", help="with tokenizer; MiniLM by default")
-    parser.add_argument("--max-length", type=int, default=4096, help="longer documents are cut")
+    parser.add_argument("--max-length", type=int, default=4096, help="truncates longer documents")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--window", type=int, default=16, help="documents written together")
-    parser.add_argument("--devices", type=int, help="let the processor play so many")
+    parser.add_argument("--devices", type=int, help="simulated by the CPU; else real ones")
     parser.add_argument("--export", help="also write the program, as StableHLO, to this file")
     return parser.parse_args(arguments)
 

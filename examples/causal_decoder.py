@@ -1,11 +1,11 @@
-"""A small GPT-2-like decoder written around `lsg_attention`, trained on Python's documentation.
+"""Trains a small GPT-2-like decoder, written around `lsg_attention`, on Python's documentation.
 
     python examples/causal_decoder.py        # --steps 240 --length 1024
     LSG attention: 8.10 -> 3.72 bits per byte, 0.06 s a step
     full attention: 8.10 -> 3.91 bits per byte, 0.16 s a step
 
-On held-out text; the frequencies of bytes alone give 4.68. Measured on 2 CPU cores that were busy
-with other work; 40 seconds of CPU time in all.
+Bits per byte are of held-out text; the frequencies of bytes alone give 4.68. Measured on 2 CPU
+cores that were busy with other work; 40 seconds of CPU time in all.
 """
 
 import argparse

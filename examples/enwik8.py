@@ -1,16 +1,16 @@
-"""lucidrains' training script for local-attention: a LocalTransformer that reads and writes bytes.
+"""Trains a LocalTransformer on bytes as lucidrains' script for local-attention does, and writes.
 
     python examples/enwik8.py --data enwik8.gz          # the script's sizes: 100,000 steps
     python examples/enwik8.py --small [--reformer]      # minutes on 2 CPU cores; or a Reformer
 
 The script's settings: 90 million bytes of enwik8 to train on and 5 million to validate on, random
-stretches, batches of 4 in 4 microbatches, Adam at 2e-4, gradients cut to a norm of 0.5. Without a
-file the bytes are those of Python's sources and, where aclsum is installed, of its papers: every
+stretches, batches of 4 in 4 microbatches, Adam at 2e-4, gradients clipped to a norm of 0.5. Without
+a file the bytes are those of Python's sources and, if aclsum is installed, of its papers. Every
 twentieth text is held out.
 
-Measured with --small --steps 450 on 2 CPU cores that others used too, 13 minutes: 2.33 bits per
-byte in stretches of 256 bytes. zlib packs the held-out text to 2.31, lzma to 2.03: to beat these
-the model must be larger, and trained for longer.
+Measured with --small --steps 450, in 13 minutes on 2 CPU cores that others used too: 2.33 bits per
+byte in stretches of 256 bytes. zlib compresses the held-out text to 2.31, lzma to 2.03. A model
+that beats these must be larger, and trained for longer.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=pathlib.Path, help="enwik8.gz, or another file")
     parser.add_argument("--small", action="store_true", help="a small model that reads 256 bytes")
-    parser.add_argument("--reformer", action="store_true", help="a Reformer in its place")
+    parser.add_argument("--reformer", action="store_true", help="train a Reformer instead")
     parser.add_argument("--steps", type=int, help="100,000 by default, with --small 300")
     parser.add_argument("--rate", type=float, help="2e-4 by default, with --small 2e-3")
     parser.add_argument("--written", type=int, default=512, help="bytes to write at the end")

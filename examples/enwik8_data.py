@@ -1,4 +1,4 @@
-"""The bytes of enwik8, or of texts at hand, and random stretches of them."""
+"""Reads the bytes of enwik8, or of local texts, and takes random stretches of them."""
 
 import gzip
 import pathlib

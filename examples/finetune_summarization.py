@@ -1,13 +1,13 @@
-"""Summarisation of whole papers: an LSG-BART learns to write the abstract of a paper from its text.
+"""Fine-tunes summarisation: an LSG-BART learns to write the abstract of a whole paper.
 
     python examples/finetune_summarization.py
     python examples/finetune_summarization.py --model FOLDER_OR_HUB_ID --learning-rate 8e-5
 
 With a --model that reads 4,096 tokens, such as ccdv/lsg-bart-base-4096, this is the recipe for a
-summariser of your own. Without it, as where no pretrained weights can be had, a small model with
-random ones is trained on the 100 training papers of aclsum. That shows that data, training,
-evaluation, generation and ROUGE fit together, and no more: 100 papers teach nobody English. Its
-summaries score no better than those of other papers, and worse than what needs no training.
+summariser of your own. Without it a small model with random weights is trained on the 100 training
+papers of aclsum. That shows only that data, training, evaluation, generation and ROUGE work
+together: 100 papers teach nobody English. Its summaries score no better than those of other papers,
+and worse than summaries that need no training.
 """
 
 import argparse

@@ -1,18 +1,18 @@
-"""Questions on Python's documentation, answered by a REALM that is made of MiniLM.
+"""Answers questions on Python's documentation with a REALM that is made from MiniLM.
 
     python examples/open_qa.py [--steps 200] [--output open_qa_output]
 
-Index and questions: open_qa_data.py. What training begins with: open_qa_start.py.
-Expected, with some 500 s of CPU time: of 183 held-out questions the best 1, 5 and 20 of
-898 blocks have the answer for
+open_qa_data.py makes index and questions, open_qa_start.py the model that training starts from.
+Expected, with some 500 s of CPU time: the best 1, 5 and 20 of 898 blocks have the answer for this
+share of 183 held-out questions:
 
     BM25                      40 %   68 %   81 %
     MiniLM's own vectors      36 %   68 %   81 %
     REALM, before training    34 %   64 %   83 %
     REALM, trained            40 %   74 %   91 %   and 15 % of 60 are answered exactly, before none
 
-So the retriever passes BM25 but for the best block; the reader has only begun to learn. The last
-line is a command that asks on: the folder has models, tokenizer, blocks and their embeddings.
+So the retriever is better than BM25 except for the best block, and the reader has only begun to
+learn. The last printed line is a command that asks the resulting folder more questions.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Scores]:
     parser.add_argument("--blocks", type=int, default=1000, help="of the corpus, at most")
     parser.add_argument("--steps", type=int, default=200, help="with one question each")
     parser.add_argument("--asked", type=int, default=60, help="held-out questions to answer")
-    parser.add_argument("--refresh-every", type=int, help="steps; a thread embeds blocks anew")
+    parser.add_argument("--refresh-every", type=int, help="steps; a thread embeds blocks again")
     options = parser.parse_args(arguments)
     begun, source = time.perf_counter(), options.model or minilm()
 

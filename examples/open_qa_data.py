@@ -1,9 +1,9 @@
-"""The corpus and the questions of open_qa.py, made of documentation that every Python has.
+"""Makes the corpus and the questions of open_qa.py from documentation that every Python has.
 
 An entry of an index is a name, such as `random.shuffle` or `str.title`, with what the docstring or
-the page of the language's documentation says of it. The first sentence, a docstring's heading, is
-taken out of the corpus and becomes a question, whose answer is the name; the rest stays. So nothing
-of a question need stand in its block, as in the inverse cloze task (arXiv 1906.00300).
+the page of the language's documentation says about it. The first sentence, a docstring's heading,
+is removed from the corpus and becomes a question, whose answer is the name. So a block need not
+contain any word of its question, as in the inverse cloze task (arXiv 1906.00300).
 """
 
 import ast

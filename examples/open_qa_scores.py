@@ -1,5 +1,5 @@
-"""What open_qa.py measures: whether a question finds its block, by vectors and by BM25, and whether
-it is answered."""
+"""Scores of open_qa.py: whether a question finds its block, by vectors and by BM25, and whether it
+is answered."""
 
 import bm25s
 import numpy as np

@@ -1,4 +1,4 @@
-"""How open_qa.py begins: MiniLM as REALM's embedder and reader, before any training."""
+"""Makes the model that open_qa.py starts from: MiniLM as REALM's embedder and reader, untrained."""
 
 import pathlib
 

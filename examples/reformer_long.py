@@ -1,11 +1,11 @@
-"""One sequence of 65,536 tokens through a reversible Reformer, forward and backward.
+"""Runs one sequence of 65,536 tokens through a reversible Reformer, forward and backward.
 
     python examples/reformer_long.py [--tokens 65536] [--layers 2 12] [--width 64]
     PYTHONPATH=.libtpu python examples/reformer_long.py --topology v5e:1x1
 
-Measures a quarter of the tokens and all of them, each in a process of its own: what goes into a
-layer is computed back from what came out, so that memory does not grow with depth. The second
-command compiles for a TPU that need not be there; `make tpu` installs what it needs.
+Measures a quarter of the tokens and all of them, each in a process of its own. A layer's inputs are
+computed back from its outputs, so memory does not grow with depth. The second command compiles for
+a TPU that the machine does not have; `make tpu` installs what it needs.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> dict[tuple[int, int], dict[str, 
     parser.add_argument("--tokens", type=int, default=65_536)
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 12])
     parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--topology", help="compile for it in place of running, such as v5e:1x1")
+    parser.add_argument("--topology", help="compile for it instead of running, such as v5e:1x1")
     options = parser.parse_args(arguments)
     lengths = [options.tokens] if options.topology else [options.tokens // 4, options.tokens]
     found: dict[tuple[int, int], dict[str, float]] = {}

@@ -1,15 +1,15 @@
-"""One text longer than a device should hold, cut over several: a forward pass and a training step.
+"""Shards one text that is too long for a device over several: a forward pass and a training step.
 
     python examples/sharded_long_sequence.py [--devices 8] [--tokens 65536] [--remat full]
     python examples/sharded_long_sequence.py --devices 0 --tokens 1048576   # on eight real chips
-Expected of the first command, on 2 busy CPU cores that play eight devices:
+Expected from the first command, on 2 busy CPU cores that simulate eight devices:
 
     logits of the first tokens differ from those of one device by at most 1.6e-05
     step of 65536 tokens: 7.1 s, loss 5.527
     memory of a device: 1,156 MB alone, 147 MB as one of 8
 
-and its collectives: edges of shards (permutes of 49 kB at any length), tables that are looked up
-(all-to-all), parameters and gradients.
+It also prints the collectives: edges of shards (permutes of 49 kB at any length), tables that are
+looked up (all-to-all), parameters and gradients.
 """
 
 import argparse
@@ -25,7 +25,7 @@ VOCABULARY, HIDDEN, IGNORED = 257, 256, -100  # bytes, and one that hides anothe
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--devices", type=int, default=8, help="the processor plays; 0: real ones")
+    parser.add_argument("--devices", type=int, default=8, help="simulated by the CPU; 0: real ones")
     parser.add_argument("--tokens", type=int, default=65_536)
     parser.add_argument("--width", type=int, default=64, help="of the model, of two layers")
     parser.add_argument("--remat", choices=["none", "full", "dots"], default="none")

@@ -1,5 +1,5 @@
-"""A small LSG-BART with random weights and a tokenizer of its own, for where no pretrained one can
-be downloaded: it shows that everything runs, and how fast. It knows nothing until it is trained."""
+"""Makes a small LSG-BART with random weights and its own tokenizer, for machines that cannot
+download a pretrained one. It shows that everything runs, and how fast; it knows nothing yet."""
 
 import pathlib
 from collections.abc import Iterable

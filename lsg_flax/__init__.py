@@ -1,5 +1,7 @@
-"""LSG attention and long-document BERT-like encoders in JAX/Flax. Importing it does not import
-torch."""
+"""LSG attention, and the long-document models built on it, in JAX/Flax.
+
+Importing the package does not import torch.
+"""
 
 import importlib
 from types import ModuleType
@@ -19,9 +21,9 @@ from lsg_flax.open_qa import OpenQA as OpenQA
 from lsg_flax.patterns import LSGConfig as LSGConfig
 from lsg_flax.pipelines import pipeline as pipeline
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-# Folders that cost time to import, or need not be there for inference: imported when first used.
+# Imported on first use: these folders are slow to import, or are not needed for inference.
 _LAZY = ("adapters", "data", "planning", "training")
 
 

@@ -1,4 +1,4 @@
-"""LSG and local attention as the `attention_fn` of Flax's own attention layers, Linen and NNX.
+"""LSG and local attention as the `attention_fn` of Flax's attention layers, Linen and NNX.
 
 Axes: B batch (any number of axes here), T tokens, S keys, N heads, K key heads, H head width.
 """
@@ -18,30 +18,32 @@ from lsg_flax.patterns import GlobalTokens, Local, LSGConfig, Runtime
 
 _MASK = (
     "this attention can only hide padding, the same keys from every query, and with causal=True "
-    "what comes later. Give the layer mask[..., None, None, :] of a [batch, tokens] mask"
+    "later tokens. Pass the layer mask[..., None, None, :] of a [batch, tokens] mask"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionFn:
-    """Takes the place of `flax.linen.dot_product_attention` (or `flax.nnx`'s):
+    """LSG or local attention that replaces `flax.linen.dot_product_attention` (or `flax.nnx`'s):
     `nn.MultiHeadDotProductAttention(num_heads=8, attention_fn=AttentionFn(LSGConfig()))`.
 
-    The layer's parameters stay what they are; up to two blocks of tokens the numbers are those of
-    the layer without it, too. Compares and hashes by its settings, so that two modules made alike
-    share one compilation.
+    The layer's parameters stay as they are. Up to two blocks of tokens its numbers are those of
+    ordinary attention as well. Two records with equal settings are equal and have the same hash, so
+    that the modules that use them share one compilation.
 
-    The layer's `mask` is read as Flax reads it, nonzero = seen. It may hide padding only, and be
-    causal if `causal` is on; the output at padded positions means nothing. [B, 1, 1, T] is best: a
-    [T, T] mask costs quadratic memory, and must be compared with what is carried out. Any other
-    mask raises; under jit, where its values cannot be read, the output is NaN.
+    The layer's `mask` has Flax's meaning: nonzero means seen. It may hide only padding, and later
+    tokens if `causal` is on; the outputs at padded positions have no meaning. Prefer a mask of
+    [B, 1, 1, T]: one of [T, T] costs quadratic memory and must be compared with the pattern. Any
+    other mask raises ValueError; under jit, where its values cannot be read, the output is NaN.
 
     Attributes:
         config: the pattern: an `LSGConfig`, or `Local` windows.
-        causal: no token sees a later one. NNX layers may say so per call, `is_causal=True`.
-        global_tokens: see `lsg_attention`. "first_token" suits a sequence that starts with a
+        causal: whether a token sees no later token. NNX layers may set it per call,
+            `is_causal=True`.
+        global_tokens: as in `lsg_attention`. "first_token" suits a sequence that starts with a
             [CLS] or BOS token, "none" any other; "prepended" is for models that put
-            `config.num_global_tokens` learned vectors in front themselves. Windows have none.
+            `config.num_global_tokens` learned vectors in front themselves. `Local` windows have no
+            globals and ignore it.
     """
 
     config: LSGConfig | Local
@@ -64,16 +66,23 @@ class AttentionFn:
         module: Any = None,
         is_causal: bool = False,
     ) -> Float[Array, "*B T N H"]:
-        """What Flax's layers call, with their argument names.
+        """Computes the attention; Flax's layers call it with these argument names.
 
         Args:
-            broadcast_dropout: not used: every weight is dropped by itself.
+            query, key, value: projected inputs.
+            mask: see the class.
+            broadcast_dropout: ignored; dropout is drawn for every weight on its own.
             dropout_rng, dropout_rate, deterministic: dropout of attention weights.
+            dtype: of the computation.
+            is_causal: as `causal` of the class, for this call.
+
+        Returns:
+            The attended values, [*B, T, N, H].
 
         Raises:
-            ValueError: for cross-attention, cached decoding, and arguments that LSG attention
-                cannot carry out: `bias`, `precision`, `module` (Flax's `sow_weights=True`), masks
-                of another form.
+            ValueError: for cross-attention, cached decoding, masks of another form, and arguments
+                that this attention does not support: `bias`, `precision`, `module` (Flax's
+                `sow_weights=True`).
         """
         del broadcast_dropout
         _refuse(bias=bias, precision=precision, module=module)
@@ -113,7 +122,7 @@ class AttentionFn:
         if isinstance(self.config, Local) and causal != self.config.causal:
             raise ValueError(
                 f"causal={causal} of the layer, but the windows are Local(causal="
-                f"{self.config.causal}); say the same in both, since windows look behind or not."
+                f"{self.config.causal}); set both to the same value."
             )
         return causal
 
@@ -130,8 +139,8 @@ def _refuse(**arguments) -> None:
 
 
 def _padding(mask, shape: tuple[int, ...], causal: bool):
-    """A mask of Flax as [B, T], B now one axis, and whether that says all: True, or an array where
-    only the run can tell."""
+    """Returns a mask of Flax as [B, T], with B as one axis, and whether it loses nothing: True, or
+    under jit a boolean array."""
     *batch, length, heads, _ = shape
     full = (*batch, heads, length, length)
     padded = (1,) * (len(full) - mask.ndim) + mask.shape
@@ -152,8 +161,8 @@ def _padding(mask, shape: tuple[int, ...], causal: bool):
 
 
 def _says_no_more(mask, real, causal: bool):
-    """Whether every query sees all real keys (earlier ones if causal); one that is padding itself
-    may see nothing, as `nn.make_attention_mask` has it."""
+    """Whether every query sees all real keys (the earlier ones if causal). A query that is padding
+    may see nothing, as in the masks of `nn.make_attention_mask`."""
     expected = real[..., None, None, :]  # [*B, 1, 1, T]
     if causal and mask.shape[-2] > 1:
         order = jnp.tri(mask.shape[-1], dtype=bool)

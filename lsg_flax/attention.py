@@ -1,9 +1,9 @@
 """LSG attention (arXiv 2210.15497) as pure functions of arrays: usable with any model, JAX library
 or training loop.
 
-`lsg_attention` is the linear-cost computation, `lsg_attention_reference` the same pattern written
-out over all pairs of tokens, slow and obvious; tests hold the first to the second. `full_attention`
-is ordinary attention in linear memory.
+`lsg_attention` costs time and memory linear in the number of tokens. `lsg_attention_reference`
+computes the same pattern over all pairs of tokens: slow and obvious. Tests compare the two.
+`full_attention` is ordinary attention in linear memory.
 
 Axes: B batch, T tokens, S keys, N heads, K key heads, H head width, G global tokens, R
 representatives, Q queries of a block, W keys of a block's windows. Arrays are [B, T, N, H] in and
@@ -61,47 +61,50 @@ def lsg_attention(
 ) -> Float[Array, "B T N H"]:
     """Local + sparse + global attention, linear in the number of tokens.
 
+    A query attends to its own block and both neighbouring blocks (only the previous one if causal),
+    to `sparse_block_size` representatives on either side of those, and to the globals, under one
+    softmax. Up to two blocks of tokens this is full attention.
+
     Under `jax.set_mesh` with a `sequence` axis each device computes its own blocks; devices
     exchange only the edges of their shards and what the globals see.
 
-    A query attends to its own block and both neighbours (the previous one only, if causal), to
-    `sparse_block_size` representatives on either side of those, and to the globals, under one
-    softmax. Up to two blocks of tokens it is full attention.
-
     Args:
-        query, key, value: projected inputs; key and value may have fewer heads (K divides N). Any
-            length: they are padded to whole blocks here.
-        mask: True for real tokens, all by default. A query that sees nothing gets zeros and passes
-            no gradient.
-        config: the pattern. `pool_with_global` and `mask_first_token` are carried out by models.
-        causal: no token sees a later one. As in the reference, the outputs of prepended globals are
-            then their queries.
+        query, key, value: projected inputs of any length; this function pads them to whole blocks.
+            key and value may have fewer heads (K divides N).
+        mask: True for real tokens; by default all tokens are real. A query that sees no key gives
+            zeros and zero gradients.
+        config: the pattern. This function ignores `pool_with_global` and `mask_first_token`, which
+            the models apply.
+        causal: whether a token sees no later token. As in the reference, the outputs of prepended
+            globals are then their own queries.
         global_tokens: "prepended": the first `config.num_global_tokens` positions are globals,
-            outside the blocks; they see and are seen by everything. "first_token": token 0 of the
-            sequence is the one global (the reference's standalone `attention_layers`). "none": no
-            globals.
+            outside the blocks; they see all tokens, and all tokens see them. "first_token": token 0
+            of the sequence is the one global (the reference's standalone `attention_layers`).
+            "none": no globals.
         dropout_rate: probability of dropping an attention weight; needs `dropout_key`.
-        lsh_key: for sparsity_type "lsh", the key its rotations are drawn from; a fixed seed by
-            default, so that results repeat.
+        lsh_key: random key of the rotations for sparsity_type "lsh". By default a fixed seed, so
+            that results are reproducible.
         lsh_rotations: the rotations themselves, instead of a key (see `sparsity.lsh_rotations`).
-        implementation: "xla"; "pallas", the fused kernels of the device, a TPU or NVIDIA's GPU;
-            "pallas_interpret", those for TPUs without one, slowly; None picks the fastest for the
-            device that is known to be correct: on GPUs, where the kernels never ran, "xla".
-        blocks_per_step: query blocks computed at once. Trades memory for parallelism; affects
+        implementation: "xla"; "pallas", the fused kernels for a TPU or an NVIDIA GPU;
+            "pallas_interpret", the TPU kernels interpreted on any device, slowly. None picks the
+            fastest implementation known to be correct on the device: "xla" on GPUs, where the
+            kernels have never run.
+        blocks_per_step: query blocks computed at once. It trades memory for parallelism and affects
             speed, not numerics.
-        segment_ids: of several texts in one row, each beginning at a block: 1 for the tokens of the
-            first, 2 of the second, 0 for padding. No text sees another; each has what it has alone
-            in a row. Prepended globals are not numbered here, see `num_segments`. Under jit,
-            where values cannot be read, rows of other texts give NaN.
-        num_segments: how many texts a row has at most; each has its own prepended globals, those of
-            the first text in front. Needed with both.
+        segment_ids: for several texts packed into one row, each starting at the start of a block: 1
+            for the tokens of the first text, 2 for the second, 0 for padding. No text sees another,
+            so each gives the outputs that it gives in a row of its own. Prepended globals have no
+            entry here (see `num_segments`). Under jit, where values cannot be checked, a row with
+            invalid segments gives NaN.
+        num_segments: the largest number of texts in a row. Required with segment_ids and prepended
+            globals: each text has its own globals, and those of the first text come first.
 
     Returns:
-        The attended values in the dtype of `query`.
+        The attended values, [B, T, N, H], in the dtype of `query`.
 
     Raises:
-        ValueError: for shapes that do not fit together (they are named), integers, or a length
-            that the settings do not allow.
+        ValueError: if shapes do not fit together (the message gives them), an array is not
+            floating-point, or the settings do not allow the length.
     """
     pattern = LSG(config, causal, global_tokens, num_segments or 1)
     inputs = checked_for(pattern, (query, key, value, mask), segment_ids, num_segments)
@@ -135,8 +138,11 @@ def _over_shards(
     split: int,
     extra: int,
 ) -> Float[Array, "B N H T"]:
-    """The attention of a whole sequence in shards over the ambient mesh: the first `split` tokens,
-    its globals, go to each of them, and `extra` ones fill the last."""
+    """Computes the attention of a sequence in shards over the ambient mesh.
+
+    Every shard gets the first `split` tokens, the globals. `extra` padding tokens fill the last
+    shard.
+    """
     length = query.shape[-1]
     arrays = jax.tree.map(lambda x: pad(x, 0, extra), (query, source))
     first, own = (
@@ -171,8 +177,11 @@ def lsg_attention_reference(
     segment_ids: Int[Array, "B _"] | None = None,
     num_segments: int | None = None,
 ) -> Float[Array, "B T N H"]:
-    """`lsg_attention` without dropout, by the full [tokens, tokens + representatives] pattern:
-    quadratic, for tests and reading."""
+    """`lsg_attention` without dropout, computed from the dense mask [tokens, tokens +
+    representatives]. Its cost is quadratic: it is for tests and for reading.
+
+    Args and errors are those of `lsg_attention`.
+    """
     pattern = LSG(config, causal, global_tokens, num_segments or 1)
     inputs = checked_for(pattern, (query, key, value, mask), segment_ids, num_segments)
     split, keys, values, texts = pattern.split, inputs.key, inputs.value, inputs.segments
@@ -206,15 +215,17 @@ def attention_pattern(
     causal: bool = False,
     global_tokens: GlobalTokens = "prepended",
 ) -> Bool[np.ndarray, "T S"]:
-    """Which query may see which key: rows are globals and tokens, columns those and
-    representatives.
+    """Returns which query may see which key, as a boolean matrix.
 
     Args:
-        length: tokens, without prepended globals.
+        config: the pattern.
+        length: number of tokens T, without prepended globals.
+        causal, global_tokens: as in `lsg_attention`.
 
     Returns:
-        [G + T, G + T + R]; representatives are those of the tokens padded to whole blocks, none up
-        to two blocks. The rows of prepended globals are all True, or unused if causal.
+        [G + T, G + T + R]. Rows are globals, then tokens; columns are globals, tokens, then
+        representatives. The representatives are those of the tokens padded to whole blocks; there
+        are none up to two blocks. The rows of prepended globals are all True, or unused if causal.
     """
     return patterns.seen_by(LSG(config, causal, global_tokens), length)
 
@@ -234,15 +245,22 @@ def full_attention(
     """Ordinary attention of every query to every key, in memory linear in the length.
 
     Args:
-        key, value: they may have fewer heads (K divides N).
-        mask: True for keys that may be attended to, all by default.
-        causal: query t sees keys 0..t.
-        implementation: as of `lsg_attention`; on TPUs "pallas" is JAX's kernels.
-        segment_ids: of several texts in one row, which do not see each other: 1 for the tokens of
-            the first, 2 of the second, 0 for padding. Queries and keys are then the same tokens.
+        query: projected queries.
+        key, value: projected keys and values; they may have fewer heads (K divides N).
+        mask: True for keys that may be attended to; by default all.
+        causal: whether query t sees only keys 0..t.
+        dropout_rate: probability of dropping an attention weight; needs `dropout_key`.
+        implementation: as in `lsg_attention`; on TPUs "pallas" uses JAX's kernels.
+        segment_ids: for several texts packed into one row, which do not see each other: 1 for the
+            tokens of the first text, 2 for the second, 0 for padding. Queries and keys must then be
+            the same tokens.
+
+    Returns:
+        The attended values, [B, T, N, H], in the dtype of `query`.
 
     Raises:
-        ValueError: for shapes that do not fit together (they are named), and integers.
+        ValueError: if shapes do not fit together (the message gives them), or an array is not
+            floating-point.
     """
     check = checked_arrays if segment_ids is None else partial(checked_tokens, segments=segment_ids)
     features, source = check(query, key, value, mask).features_first()
@@ -273,45 +291,46 @@ def local_attention(
     blocks_per_step: int | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Attention within windows of tokens and their neighbours, linear in the number of tokens: that
-    of local-attention 1.11.2 (`local_attention.py`), whose option names it has.
+    """Attention of each token to its window and the neighbouring windows, linear in the number of
+    tokens. Options and numbers are those of local-attention 1.11.2 (`local_attention.py`).
 
     Under `jax.set_mesh` with a `sequence` axis each device computes its own windows; devices
     exchange only the edges of their shards.
 
     Args:
-        query, key, value: projected inputs; key and value may have fewer heads (K divides N). Any
-            length: they are padded to whole windows here, and no query sees that padding.
-        mask: True for real tokens, all by default. A query that sees nothing gets zeros and passes
-            no gradient.
-        window_size: tokens of a window.
-        causal: no token sees a later one.
-        look_backward, look_forward: how many windows before and behind its own a token sees; by
-            default one before, and one behind unless causal.
-        exact_windowsize: a token sees `look_backward * window_size` tokens before its own place and
-            `look_forward * window_size` behind it, rather than whole windows.
-        shared_qk: query and key are one array; keys are brought to length 1, and a token sees
-            itself only if it sees nothing else.
-        scale: of the scores; H ** -0.5 by default.
-        use_rotary_pos_emb: rotate queries and keys by their places. As in the reference, queries
-            stand in the last window that they see, wherever their own is.
-        use_xpos, xpos_scale_base: change their lengths too (xpos); the base is by default half a
-            window.
+        query, key, value: projected inputs of any length; this function pads them to whole windows,
+            and no query sees that padding. key and value may have fewer heads (K divides N).
+        mask: True for real tokens; by default all tokens are real. A query that sees no key gives
+            zeros and zero gradients.
+        window_size: tokens per window.
+        causal: whether a token sees no later token.
+        look_backward, look_forward: how many windows before and after its own a token sees; by
+            default one before, and one after unless causal.
+        exact_windowsize: whether a token sees exactly `look_backward * window_size` tokens before
+            its own position and `look_forward * window_size` after it, instead of whole windows.
+        shared_qk: whether query and key are one array. Keys are then normalised to length 1, and a
+            token sees itself only if it sees no other token.
+        scale: factor of the scores; H ** -0.5 by default.
+        use_rotary_pos_emb: whether to rotate queries and keys by their positions. As in the
+            reference, queries get the positions of the last window that they see, not of their own.
+        use_xpos, xpos_scale_base: whether to scale rotated queries and keys by their positions as
+            well (xpos), and the base of that scale, by default half a window.
         attn_bias: added to the scores of each window, whose queries see W = (look_backward + 1 +
             look_forward) * window_size keys.
         dropout_rate: probability of dropping an attention weight; needs `dropout_key`.
-        implementation: as of `lsg_attention`.
-        blocks_per_step: windows computed at once. Trades memory for parallelism; affects speed, not
-            numerics.
-        segment_ids: of several texts in one row, each beginning at a window, as in `lsg_attention`.
+        implementation: as in `lsg_attention`.
+        blocks_per_step: windows computed at once. It trades memory for parallelism and affects
+            speed, not numerics.
+        segment_ids: for several texts packed into one row, as in `lsg_attention`; each text starts
+            at the start of a window.
 
     Returns:
-        The attended values in the dtype of `query`.
+        The attended values, [B, T, N, H], in the dtype of `query`.
 
     Raises:
-        ValueError: for shapes that do not fit together (they are named), integers, or options that
-            do not fit. Under jit, where values cannot be read, a shared query and key that differ
-            give NaN.
+        ValueError: if shapes do not fit together (the message gives them), an array is not
+            floating-point, or options contradict each other. Under jit, where values cannot be
+            checked, a shared query and key that differ give NaN.
     """
     forward = look_forward if look_forward is not None else int(not causal)
     rotary = rotary_of(
@@ -339,7 +358,7 @@ def attend_windows(
     run: Runtime = ONE_DEVICE,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """`local_attention` with its options as two records."""
+    """`local_attention` with its options in two records, `pattern` and `run`."""
     inputs = checked_tokens(query, key, value, mask, segment_ids)
     _check_bias(pattern, attn_bias, query.shape[2])
     features, source = inputs.features_first()
@@ -367,8 +386,8 @@ def local_attention_reference(
     attn_bias: Float[Array, "N Q W"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """`attend_windows` without dropout, by all pairs of tokens: quadratic, for tests and
-    reading."""
+    """`attend_windows` without dropout, over all pairs of tokens. Its cost is quadratic: it is for
+    tests and for reading."""
     inputs = checked_tokens(query, key, value, mask, segment_ids)
     length, size, forward = query.shape[1], pattern.window_size, pattern.look_forward
     query, keys = query.astype(jnp.float32), inputs.key.astype(jnp.float32)
@@ -410,12 +429,12 @@ def _check_bias(pattern: Local, bias, heads: int) -> None:
 
 
 def _if_shared(context: Float[Array, "B T N H"], query, key) -> Float[Array, "B T N H"]:
-    """The context if query and key are one array; NaN where only the run can tell that they are
-    not."""
+    """The context if query and key are equal. If they differ: raises ValueError, or gives NaN under
+    jit, where values cannot be checked."""
     if query is key:
         return context
     same = jnp.array_equal(query, key) if query.shape == key.shape else jnp.array(False)
     if isinstance(same, jax.core.Tracer):
         return jnp.where(same, context, jnp.nan)
-    require(bool(same), "shared_qk=True is for one array as query and key; those given differ.")
+    require(bool(same), "shared_qk=True needs one array as query and key; those given differ.")
     return context

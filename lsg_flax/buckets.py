@@ -1,12 +1,12 @@
-"""Lengths that rows are padded to, so that a few compilations serve all texts."""
+"""Lengths that rows are padded to, so that few compilations serve all texts."""
 
 SHORTEST_BUCKET = 512
-MOST_TOKENS = 2**27  # of a process's batch: half a GiB for each array of ids, before the model runs
+MOST_TOKENS = 2**27  # of a process's batch; each array of ids then takes half a GiB
 
 
 def default_buckets(limit: int, *shorter: int) -> tuple[int, ...]:
-    """Lengths worth a compilation, up to `limit`: the `shorter` ones, powers of two from 512, and
-    `limit` itself."""
+    """Returns the lengths to compile for, up to `limit`: the `shorter` ones, powers of two from
+    512, and `limit` itself."""
     lengths = [*shorter, SHORTEST_BUCKET]
     while lengths[-1] < limit:
         lengths.append(2 * lengths[-1])
@@ -14,16 +14,16 @@ def default_buckets(limit: int, *shorter: int) -> tuple[int, ...]:
 
 
 def check_tokens(rows: int, longest: int, processes: int = 1) -> None:
-    """Raises ValueError for a batch that is padded to more than any device holds.
+    """Raises ValueError for a batch that is padded to more tokens than any device can hold.
 
     Args:
-        rows: of a batch of all processes together.
-        longest: the length that they are padded to.
-        processes: how many share the rows.
+        rows: rows of a batch of all processes together.
+        longest: length that they are padded to.
+        processes: number of processes that share the rows.
     """
     most = MOST_TOKENS // longest * processes
     if rows > most:
         raise ValueError(
             f"batch_size={rows}, in batches padded to {longest:,} tokens a row, is more than any "
-            f"device holds; give at most batch_size={most}."
+            f"device can hold; give at most batch_size={most}."
         )

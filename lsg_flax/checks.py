@@ -1,5 +1,5 @@
-"""Records checked where they are made: types by the fields' annotations, numbers by a table of
-ranges."""
+"""Checks of dataclass fields at construction: types by the fields' annotations, numbers by a table
+of ranges."""
 
 import dataclasses
 import math
@@ -25,7 +25,7 @@ _WORDS = {
 
 
 class Range(NamedTuple):
-    """The numbers that a field may have, both ends included, and how a message says it."""
+    """The numbers that a field may have, both ends included, and the words of its error message."""
 
     least: float
     most: float
@@ -33,8 +33,8 @@ class Range(NamedTuple):
 
 
 def whole(least: int, most: int) -> Range:
-    """The range of a count; `most` is beyond every real model, and keeps a damaged file from
-    exhausting the host."""
+    """The range of a count. `most` is larger than in any real model; it keeps a damaged file from
+    exhausting the host's memory."""
     return Range(least, most, f"must be at least {least} and at most {most:,}")
 
 
@@ -45,19 +45,20 @@ def require(condition: bool, message: str) -> None:
 
 
 def short(value: Any) -> str:
-    """The value as a message shows it."""
+    """The value as error messages show it, shortened."""
     return _SHORT.repr(value)
 
 
 def check_fields(
     record: Any, ranges: Mapping[str, Range], spelled: Callable[[str], str] = str
 ) -> None:
-    """Checks every field of a frozen dataclass. What means the same is taken as annotated: NumPy's
-    numbers, a whole number for a float, a list for a tuple.
+    """Checks every field of a frozen dataclass. Equivalent values are converted to the annotated
+    type: NumPy numbers, an int for a float, a list for a tuple.
 
     Args:
-        ranges: of the fields that are numbers, by name.
-        spelled: what messages call a field.
+        record: the dataclass instance.
+        ranges: the allowed numbers of the numeric fields, by field name.
+        spelled: returns the name that messages use for a field.
 
     Raises:
         ValueError: for a value of another type, or outside its range.
@@ -70,7 +71,7 @@ def check_fields(
 
 
 def checked_value(name: str, value: Any, kind: Any, limits: Range | None = None) -> Any:
-    """The value as the annotation `kind` wants it.
+    """Returns the value as the annotation `kind` requires it.
 
     Raises:
         ValueError: for a value of another type, outside the limits, or a float that is not finite.
@@ -87,7 +88,7 @@ def checked_value(name: str, value: Any, kind: Any, limits: Range | None = None)
 
 
 def _typed(value: Any, kind: Any) -> Any:
-    """The value as `kind` wants it; raises TypeError if it is something else."""
+    """Returns the value as `kind` requires it; raises TypeError if it is of another type."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         for part in parts:
@@ -121,10 +122,10 @@ def _number(value: Any, kind: type) -> Any:
 
 
 def _wanted(value: Any, kind: Any) -> str:
-    """What a message says of a value that is none of `kind`."""
+    """What an error message says about a value that is not of `kind`."""
     parts = typing.get_args(kind) or (kind,)
     if typing.get_origin(kind) is tuple:
-        return f"must be a list, each of them {_WORDS[parts[0]]}"
+        return f"must be a list in which each item is {_WORDS[parts[0]]}"
     literals = next((p for p in (kind, *parts) if typing.get_origin(p) is Literal), None)
     if literals is not None:
         return f"is unknown; choose one of {', '.join(typing.get_args(literals))}"

@@ -1,6 +1,5 @@
-"""What is known of TPU chips and GPUs, and topologies of them by name: "v5e:2x4" is eight v5e
-chips, "h100:8" eight GPUs of one host, "cpu:8" eight devices that this machine's processor
-plays."""
+"""Data of TPU chips and GPUs, and topologies of them by name: "v5e:2x4" is eight v5e chips,
+"h100:8" eight GPUs of one host, "cpu:8" eight devices simulated by this machine's processor."""
 
 import math
 import re
@@ -10,14 +9,15 @@ GIB = 2**30
 
 
 class Tpu(NamedTuple):
-    """What libtpu is told of a chip, and its clock.
+    """The settings of a TPU chip for libtpu, and its clock.
 
     Attributes:
-        clock: Hz, what XLA's cycle estimates are divided by: the chip's FLOP/s over the products
+        clock: Hz, to convert XLA's cycle estimates to seconds: the chip's FLOP/s over the products
             per cycle of its matrix units (4 of 128 x 128 per v5e, 8 per v4 and v5p, 4 of 256 x 256
             per v6e).
-        accelerator: a value for TPU_ACCELERATOR_TYPE.
-        config: the name that makes one device of a chip's two cores, where it is not the default.
+        accelerator: value of TPU_ACCELERATOR_TYPE.
+        config: name of the chip config in which a chip's two cores are one device, if that is not
+            the default.
     """
 
     clock: float
@@ -26,16 +26,16 @@ class Tpu(NamedTuple):
 
 
 class Gpu(NamedTuple):
-    """What XLA asks CUDA about a GPU that is there, and must be told of one that is not.
+    """The data that XLA asks CUDA about a present GPU, and needs to be told about an absent one.
 
     Attributes:
-        name: as JAX's `device_kind`.
+        name: JAX's `device_kind`.
         capability: CUDA's compute capability.
-        cores: streaming multiprocessors.
-        units: float32 units of a core.
-        threads: most of them that a core holds.
-        shared: bytes of shared memory of a core.
-        cache: bytes of the second level.
+        cores: number of streaming multiprocessors.
+        units: number of float32 units per multiprocessor.
+        threads: largest number of threads per multiprocessor.
+        shared: bytes of shared memory per multiprocessor.
+        cache: bytes of the level-2 cache.
         clock: GHz.
     """
 
@@ -53,13 +53,14 @@ class Chip(NamedTuple):
     """Peak numbers of one chip.
 
     Attributes:
-        memory: bytes. Of a TPU those that a program can use, as XLA states when it refuses one
-            (libtpu 0.0.42; the published capacity is a little more); of a GPU all that CUDA sees.
+        memory: bytes of memory. For a TPU those that a program can use, as XLA states when it
+            refuses one (libtpu 0.0.42; the published capacity is a little more); for a GPU all that
+            CUDA reports.
         flops: matrix FLOP/s in bfloat16, without sparsity.
         bandwidth: bytes/s of main memory.
         links: bytes/s that the chip sends to its neighbours over all links together.
-        kinds: words of JAX's `device_kind` of it.
-        compiler: what else its compiler is told.
+        kinds: parts of JAX's `device_kind` by which it is recognised.
+        compiler: further data for its compiler.
     """
 
     memory: int
@@ -110,14 +111,14 @@ CHIPS: dict[str, Chip] = {
         Gpu("NVIDIA L4", (8, 9), 58, 128, 1536, 100 << 10, 48 << 20, 2.04),
     ),
 }
-# Of a TPU slice, of one GPU host, and played by a processor.
+# Limits of a TPU slice, of one GPU host, and of devices simulated by a processor.
 _MOST_CHIPS, _MOST_GPUS, _MOST_DEVICES = 1 << 14, 8, 512
 _SHAPES = {"v4": "v4:2x2x1", "v5e": "v5e:2x4", "v5p": "v5p:2x2x1", "v6e": "v6e:2x4"}
 _SHAPES |= {name: f"{name}:8" for name, chip in CHIPS.items() if isinstance(chip.compiler, Gpu)}
 
 
 class Topology(NamedTuple):
-    """Devices that need not be there; `chip` is None for "cpu"."""
+    """A topology of devices, which need not be present; `chip` is None for "cpu"."""
 
     name: str
     kind: str
@@ -125,7 +126,7 @@ class Topology(NamedTuple):
 
     @property
     def chip(self) -> Chip | None:
-        """What is known of its chips."""
+        """The data of its chips."""
         return CHIPS.get(self.kind)
 
 

@@ -1,8 +1,8 @@
-"""Tensors of a PyTorch checkpoint <-> our parameters, by the families' key tables. Strict: every
-name is used, tied or ignored.
+"""Converts tensors of a PyTorch checkpoint to our parameters and back, by the families' key tables.
+Conversion is strict: every name is used, tied or listed as ignored.
 
-This file knows names and shapes; files are those of hub/, and turning full attention into LSG is
-to_lsg.py's.
+This file handles names and shapes; hub/ reads and writes files, and to_lsg.py converts full
+attention to LSG.
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ from lsg_flax.models import (
 )
 from lsg_flax.tensor_names import NamedTensors, name_tensors, of_part, of_tensorflow
 
-HEAD_SEED = 0  # of head weights that a checkpoint does not have
+HEAD_SEED = 0  # seed of head weights that a checkpoint lacks
 _LISTED = 12
-_FIXED = "/buffer"  # an array that is never trained: where a file lacks it, it is the initial one
+_FIXED = "/buffer"  # an array that is never trained: if a file lacks it, it has its initial value
 
 
 Read = Callable[[tuple[slice, ...]], np.ndarray]  # a part of an array, by its index
@@ -39,23 +39,23 @@ Place = Callable[[str, Read, jax.ShapeDtypeStruct], jax.Array]
 def params_from_torch(
     tensors: Mapping[str, Any], model: Model, place: Place | None = None
 ) -> Params:
-    """Our parameters from the tensors of a PyTorch state dict.
+    """Makes our parameters from the tensors of a PyTorch state dict.
 
-    Weights of the head or pooler that are missing, and those of a head of another size, are drawn
-    from a fixed seed. One warning names them, the tensors outside the body that the task does not
-    read, and what was left out of names.
+    Missing weights of the head or pooler, and weights of a head of another size, are drawn from a
+    fixed seed. One warning lists them, the unused tensors outside the body, and prefixes that were
+    removed from names.
 
     Args:
-        tensors: by name, as stored, of a plain or LSG checkpoint with or without a head, or of a
-            model that has this one as a part; arrays, or what has their shape and dtype and gives
-            parts of itself by slices.
-        model: whose config, task and parameter dtype are wanted.
-        place: makes the array of a path from a function that reads a part of it, and its shape;
-            a whole array on the default device by default.
+        tensors: tensors by their stored names, of a plain or LSG checkpoint with or without a head,
+            or of a model that contains this one; arrays, or objects with shape and dtype that can
+            be sliced.
+        model: the model to make parameters for.
+        place: makes an array from its path, a function that reads a part of it, and its shape; by
+            default the whole array on the default device.
 
     Raises:
-        ValueError: for any other missing tensor or one of the body that is not expected (both are
-            listed), for one of another shape or dtype, and for tied ones that differ.
+        ValueError: for other missing tensors and unexpected tensors of the body (both are listed),
+            tensors of another shape or dtype, and tied tensors that differ.
     """
     config, family = model.config, family_of(model.config.model_type)
     tensors = of_tensorflow(tensors, family)
@@ -96,7 +96,7 @@ def _placed(
     model: Model,
     place: Place | None,
 ) -> Params:
-    """The tree of arrays, in the dtype of the parameters."""
+    """Returns the tree of arrays, in the dtype of the parameters."""
     leaves, dtype = {}, model.param_dtype
     for path, read in readers.items():
 
@@ -112,8 +112,8 @@ def _placed(
 
 
 def params_to_torch(params: Params, model: Model) -> dict[str, np.ndarray]:
-    """The tensors of the PyTorch class for `model`, by name; tied ones are written out, so that it
-    loads them strictly.
+    """Returns the tensors for the PyTorch class of `model`, by name, including tied ones, so that
+    strict loading works.
 
     Raises:
         ValueError: if `params` are not those of `model`.
@@ -148,12 +148,13 @@ def params_to_torch(params: Params, model: Model) -> dict[str, np.ndarray]:
 
 
 def _parts_to_torch(params: Params, model: Model) -> dict[str, np.ndarray]:
-    """Of a scorer; the class in PyTorch has a query embedder in any case, maybe the same one."""
+    """Returns the tensors of a scorer; PyTorch's class always has a query embedder, which may be a
+    copy of the embedder."""
     parts = model.embedders
     if params.keys() != parts.keys():
         raise ValueError(
             f"params of this {model.task} model must have the parts {[*parts]}, got {[*params]}; "
-            "own_query_embedder says whether there are two."
+            "own_query_embedder decides whether there are two."
         )
     tensors = {name: params_to_torch(params[name], part) for name, part in parts.items()}
     tensors = {"query_embedder": tensors["embedder"]} | tensors
@@ -161,7 +162,7 @@ def _parts_to_torch(params: Params, model: Model) -> dict[str, np.ndarray]:
 
 
 def initial_leaves(model: Model, paths: list[str], seed: int) -> dict[str, jax.Array]:
-    """Freshly drawn parameters at `paths`; only these are computed."""
+    """Draws initial parameters at `paths`; only these are computed."""
     if not paths:
         return {}
 
@@ -179,19 +180,19 @@ def _traced_leaf_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     return {path: tuple(leaf.shape) for path, leaf in leaves.items()}
 
 
-# Tracing `init` takes half a second, and a checkpoint that is loaded and saved again asks twice.
-# Any, since type checkers take Linen modules for unhashable.
+# Cached, because tracing `init` takes half a second, and loading and saving both need it. Any,
+# because type checkers believe that Linen modules are not hashable.
 _leaf_shapes: Any = functools.lru_cache(maxsize=32)(_traced_leaf_shapes)
 
 
 def _check_rows(keys: list[Key], shapes: dict[str, tuple[int, ...]], family: Family) -> None:
-    """Raises ValueError if the family's rows are not those of its models."""
+    """Raises ValueError if the family's rows do not match the parameters of its models."""
     rows = {key.path: key for key in keys}
     if rows.keys() != shapes.keys():
         raise ValueError(
             f"the rows of {family.model_type} do not fit its models: they lack "
             f"{sorted(shapes.keys() - rows.keys())[:_LISTED]} and have beside "
-            f"{sorted(rows.keys() - shapes.keys())[:_LISTED]}; mend models/families."
+            f"{sorted(rows.keys() - shapes.keys())[:_LISTED]}; correct models/families."
         )
     for path, key in rows.items():
         key.torch_shape(shapes[path][len(key.layer or ()) :])
@@ -205,20 +206,20 @@ def _by_path(keys: list[Key]) -> dict[str, list[Key]]:
 
 
 def _is_of_body(key: Key) -> bool:
-    """Whether a checkpoint without it is not one of the family."""
+    """Whether every checkpoint of the family must have this tensor."""
     return not key.path.startswith(("head/", "pooler/")) and not key.path.endswith(_FIXED)
 
 
 def _check_body(
     keys: list[Key], named: NamedTensors, family: Family, config: ModelConfig
 ) -> list[str]:
-    """The tensors outside the body that are not read; raises ValueError if the body lacks any or
-    has others."""
+    """Returns the unused tensors outside the body; raises ValueError if tensors of the body are
+    missing or unexpected."""
     unused = named.tensors.keys() - {key.torch for key in keys}
     for pattern in family.ignored:
         unused -= {*fnmatch.filter(unused, named.prefix + pattern)}
     outside = tuple(f"{named.prefix}{row.torch}." for row in family.pooler)
-    if not named.prefix:  # names do not tell which are the body's
+    if not named.prefix:  # without a prefix names do not show what belongs to the body
         outside += tuple(f"{row.torch}." for table in family.tables for row in table.rows)
     # A model may have a part of the body only.
     known = {named.prefix + key.torch for key in family.keys("base", config)}
@@ -226,7 +227,7 @@ def _check_body(
     unexpected = {name for name in unexpected if not name.startswith(outside)}
     wanted = [key.torch for key in keys if _is_of_body(key)]
     around = family.given.torch.partition("{")[0] if family.given else None
-    if around and not any(name.startswith(around) for name in named.tensors):  # they are added
+    if around and not any(name.startswith(around) for name in named.tensors):  # drawn instead
         wanted = [name for name in wanted if not name.startswith(around)]
     missing = [name for name in wanted if name not in named.tensors]
     if missing or unexpected:
@@ -238,7 +239,7 @@ def _check_body(
 
 
 def _other_size(named: NamedTensors, key: Key, shape: tuple[int, ...]) -> str | None:
-    """Says how a tensor of a head is larger or smaller than wanted; None if it is not."""
+    """Returns how the size of a head's tensor differs from the model's; None if it does not."""
     if not key.path.startswith("head/"):
         return None
     given, wanted = tuple(named.tensors[key.torch].shape), key.torch_shape(shape)
@@ -248,8 +249,8 @@ def _other_size(named: NamedTensors, key: Key, shape: tuple[int, ...]) -> str | 
 
 
 def _reader(named: NamedTensors, keys: list[Key], shape: tuple[int, ...]) -> Read:
-    """Reads a part of a leaf, from the tensors of its layers if it is stacked; only that part of a
-    file is touched."""
+    """Returns a function that reads a part of a leaf, from the tensors of its layers if it is
+    stacked; it reads only that part of a file."""
     lead = shape[: len(keys[0].layer)] if keys[0].layer is not None else ()
     expected = shape[len(lead) :]
     for key in keys:

@@ -1,8 +1,8 @@
-"""Files: lines and JSON are read with care; files and folders appear whole or not at all, and are
-written by one process at a time (locks.py).
+"""Files: strict reading of lines and JSON; files and folders are written completely or not at all,
+by one process at a time (locks.py).
 
-What all readers of lines agree on: lines end in \\n or \\r\\n, a byte order mark is no part of the
-text, a place is called FILE:NUMBER, and what is wrong with a line has the same words everywhere.
+All readers of lines agree: lines end in \\n or \\r\\n, a byte order mark is not part of the text, a
+place is FILE:NUMBER, and the same fault in a line has the same message everywhere.
 """
 
 import collections
@@ -21,12 +21,12 @@ import safetensors.numpy
 
 from lsg_flax.locks import holds, locked, refusals
 
-Json = dict[str, Any]  # an object as JSON holds it
+Json = dict[str, Any]  # a JSON object
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_MOST_LEVELS = 100  # of a JSON file; deeper ones could be read here and not be written again
-_UNFINISHED = ".lsg-flax-unfinished-"  # starts names that are ours alone
+_MOST_LEVELS = 100  # of a JSON file; deeper ones can be read, but not written again
+_UNFINISHED = ".lsg-flax-unfinished-"  # prefix of temporary names; nobody else uses it
 
 
 class Line(NamedTuple):
@@ -37,11 +37,11 @@ class Line(NamedTuple):
     raw: bytes  # without the end of the line
 
     def text(self) -> str:
-        """Raises ValueError for bytes that are not UTF-8."""
+        """Returns the text of the line; raises ValueError for bytes that are not UTF-8."""
         return utf8_text(self.raw.decode(errors="surrogateescape"))
 
     def json_object(self) -> Json:
-        """The object that the line holds; raises ValueError, which says what it holds instead."""
+        """Returns the JSON object in the line; raises ValueError if there is something else."""
         text = self.text()
         try:
             values = json.loads(text, object_pairs_hook=_named_once)
@@ -55,22 +55,22 @@ class Line(NamedTuple):
 
 
 class RepeatedName(ValueError):
-    """An object says a name twice, of which a reader would take the last without a word."""
+    """An object has a name twice; Python's reader would silently take the last one."""
 
 
 def _named_once(pairs: list[tuple[str, Any]]) -> Json:
     values = dict(pairs)
     if len(values) < len(pairs):
         counts = collections.Counter(name for name, _ in pairs)
-        raise RepeatedName(f"the name {counts.most_common(1)[0][0]!r} is there twice; leave one")
+        raise RepeatedName(f"the name {counts.most_common(1)[0][0]!r} is there twice; remove one")
     return values
 
 
 def read_lines(file: pathlib.Path, *, blank: bool = True) -> Iterator[Line]:
-    """The lines of a file, one at a time; without `blank`, those that hold anything.
+    """Yields the lines of a file, one at a time; blank lines only if `blank` is set.
 
-    In a .jsonl a blank line is no row anywhere. In a .txt it is none to train on; where an output
-    belongs to each line, it is an empty text.
+    In a .jsonl a blank line is never a row. In a .txt it is not a text to train on, but it is an
+    empty text where each line gets an output.
     """
     with file.open("rb") as lines:
         for number, raw in enumerate(lines, 1):
@@ -81,23 +81,26 @@ def read_lines(file: pathlib.Path, *, blank: bool = True) -> Iterator[Line]:
 
 
 def whole_file(file: pathlib.Path, number: int) -> Line:
-    """A file as one line, which is called by the file's name."""
+    """Returns a whole file as one line, whose place is the file's name."""
     return Line(str(file), number, file.read_bytes().removeprefix(_BYTE_ORDER_MARK))
 
 
 def id_in(content: Json, place: int | str) -> Any:
-    """The id of an object, its place where it has none; raises ValueError for one that no line of
-    JSON can hold."""
+    """Returns the id of an object, or `place` if it has none; raises ValueError for an id that JSON
+    cannot represent."""
     name = content.get("id", place)
     try:
         json.dumps(name, allow_nan=False)
     except ValueError as error:
-        raise ValueError(f"its id {name!r:.60} has NaN or infinity, which JSON does not") from error
+        raise ValueError(
+            f"its id {name!r:.60} has NaN or infinity, which JSON does not allow"
+        ) from error
     return name
 
 
 def utf8_text(text: str) -> str:
-    """The text, of bytes read with "surrogateescape"; raises ValueError if they are not UTF-8."""
+    """Returns the text, which was read with "surrogateescape"; raises ValueError if its bytes are
+    not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -106,8 +109,8 @@ def utf8_text(text: str) -> str:
 
 
 def valid_text(text: str) -> str:
-    """The text; raises ValueError for half of a character, which JSON and Python can hold, and no
-    tokenizer can read."""
+    """Returns the text; raises ValueError for a lone surrogate (half of a character), which JSON
+    and Python allow, but no tokenizer can read."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -119,7 +122,7 @@ def valid_text(text: str) -> str:
 
 
 def check_pointer(file: pathlib.Path) -> None:
-    """Raises ValueError for what git has left in place of a large file."""
+    """Raises ValueError for the pointer that git-lfs leaves instead of a large file."""
     with file.open("rb") as opened:
         if opened.read(len(_POINTER)) == _POINTER:
             raise ValueError(
@@ -129,16 +132,16 @@ def check_pointer(file: pathlib.Path) -> None:
 
 
 def is_blank(text: str) -> bool:
-    """Whether nothing of a text is seen: it has only spaces and characters of control and format,
-    such as U+200B."""
+    """Returns whether a text has no visible character, only spaces, control characters and format
+    characters such as U+200B."""
     return all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text)
 
 
 def read_json(file: pathlib.Path, kind: type = dict) -> Any:
-    """The object (or, by `kind`, the list) in a JSON file.
+    """Returns the object (or, with `kind=list`, the list) in a JSON file.
 
     Raises:
-        ValueError: if the file is damaged, ambiguous, or holds something else.
+        ValueError: if the file is damaged, has a name twice, or has something else.
     """
     check_pointer(file)
     try:
@@ -147,14 +150,14 @@ def read_json(file: pathlib.Path, kind: type = dict) -> Any:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(values, kind):
         wanted = "an object" if kind is dict else f"a {kind.__name__}"
-        raise ValueError(f"{file} must hold {wanted}, but holds a {type(values).__name__}.")
+        raise ValueError(f"{file} must contain {wanted}, but contains a {type(values).__name__}.")
     if _is_deeper(values, _MOST_LEVELS):
-        raise ValueError(f"{file} is nested more than {_MOST_LEVELS} levels deep.")
+        raise ValueError(f"{file} is nested deeper than the {_MOST_LEVELS} allowed levels.")
     return values
 
 
 def _is_deeper(values: Any, levels: int) -> bool:
-    """Whether lists and objects lie in each other over more than so many levels."""
+    """Returns whether lists and objects are nested in more than `levels` levels."""
     layer = [values]
     for _ in range(levels + 1):
         layer = [v for v in layer if isinstance(v, dict | list)]
@@ -170,8 +173,8 @@ def write_json(folder: pathlib.Path, files: Json) -> None:
 
 
 def differences(before: Any, now: Any, missing: Any = None) -> list[tuple[str, Any, Any]]:
-    """Where two trees of dicts differ: path such as "optimizer.seed", value before, value now;
-    `missing` stands for one that is not there."""
+    """Returns where two trees of dicts differ: a path such as "optimizer.seed", the value before,
+    the value now; `missing` stands for a missing value."""
     if not (isinstance(before, dict) and isinstance(now, dict)):
         return [] if before == now else [("", before, now)]
     return [
@@ -182,12 +185,12 @@ def differences(before: Any, now: Any, missing: Any = None) -> list[tuple[str, A
 
 
 def check_output(output: str | os.PathLike, *sources: str | os.PathLike) -> None:
-    """Raises for a name that no file can get, and for the file that is read, also through a link or
-    as the place where the output is before it is complete; of a folder that is read, for a .txt.
+    """Checks the name of an output file.
 
     Raises:
         OSError: for a folder or a device.
-        ValueError: for an input.
+        ValueError: if the output, or a temporary file of it, is one of the inputs, also through a
+            link; and for a .txt in a folder that is read.
     """
     place = check_file(output)
     for source in map(pathlib.Path, sources):
@@ -205,14 +208,14 @@ def check_output(output: str | os.PathLike, *sources: str | os.PathLike) -> None
 
 
 def lies_in(file: str | os.PathLike, folder: str | os.PathLike) -> bool:
-    """Whether a file, or a link to it, lies somewhere in a folder."""
+    """Returns whether a file, or what it links to, is somewhere inside a folder."""
     inside, place = pathlib.Path(folder).resolve(), pathlib.Path(file)
     places = (place.resolve(), place.parent.resolve() / place.name)
     return any(inside in found.parents for found in places)
 
 
 def check_apart(output: str | os.PathLike, model: str | os.PathLike) -> None:
-    """Raises ValueError for an output that is a file of a model's folder already."""
+    """Raises ValueError for an output that already exists as a file in a model's folder."""
     if os.path.lexists(output) and lies_in(output, model):
         raise ValueError(
             f"{output} is a file in the folder of the model, {model}; give another file for the "
@@ -221,39 +224,42 @@ def check_apart(output: str | os.PathLike, model: str | os.PathLike) -> None:
 
 
 def check_file(file: str | os.PathLike) -> pathlib.Path:
-    """The path, where a file can get this name; raises OSError for a folder or a device."""
+    """Returns the path of a file to write; raises OSError for a folder or a device."""
     place = pathlib.Path(file)
     if not os.fspath(file).strip():
-        raise FileNotFoundError(f"{os.fspath(file)!r} is no name; give the name of a file.")
+        raise FileNotFoundError(f"{os.fspath(file)!r} is not a name; give the name of a file.")
     if place.is_dir():
         raise IsADirectoryError(f"{file} is a folder; give the name of a file.")
     stream = os.path.abspath(place).startswith(("/dev/std", "/dev/fd/", "/proc/"))
     if stream or (place.exists() and not place.is_file()):
-        raise OSError(f"{file} is no file but a stream or a device; give the name of a file.")
+        raise OSError(f"{file} is a stream or a device; give the name of a file.")
     return place
 
 
 def check_folder(name: str, folder: str | os.PathLike) -> None:
-    """Raises ValueError for a setting that is a file, or lies in one."""
+    """Raises ValueError for a setting, a folder, whose path is a file or goes through a file."""
     place = pathlib.Path(folder)
     if not os.fspath(folder).strip():
-        raise ValueError(f"{name}={os.fspath(folder)!r} is no name; give a folder.")
+        raise ValueError(f"{name}={os.fspath(folder)!r} is not a name; give a folder.")
     found = next(p for p in (place, *place.absolute().parents) if p.exists())
     if not found.is_dir():
-        what = "is" if found == place else f"lies in {found}, which is"
+        what = "is" if found == place else f"is inside {found}, which is"
         raise ValueError(f"{name}={folder} {what} a file; give a folder, or a new name for one.")
 
 
 def write_aside(file: pathlib.Path, data: bytes) -> None:
-    """Writes a file whole or not at all, as `file_aside`."""
+    """Writes a file completely or not at all, see `file_aside`."""
     with file_aside(file) as aside:
         aside.write_bytes(data)
 
 
 @contextlib.contextmanager
 def file_aside(file: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A file to write, which gets its name if all goes well, on the disk when this returns; its
-    folder is made. For one writer at a time: what a kill leaves is replaced."""
+    """Gives a temporary file to write, inside a `with`, which is renamed to `file` if no error
+    occurs. It is then on the disk (fsync). Its folder is created.
+
+    There may be one writer at a time: the temporary file of a killed writer is replaced.
+    """
     aside = _aside(file)
     try:
         with refusals(file):
@@ -264,7 +270,7 @@ def file_aside(file: pathlib.Path) -> Iterator[pathlib.Path]:
                 os.fsync(opened.fileno())
             os.replace(aside, file)
     except BaseException:
-        with contextlib.suppress(OSError):  # where nothing can be written there is nothing
+        with contextlib.suppress(OSError):  # if nothing could be written, nothing is there
             aside.unlink(missing_ok=True)
         raise
     sync_folder(file.parent)
@@ -273,8 +279,8 @@ def file_aside(file: pathlib.Path) -> Iterator[pathlib.Path]:
 def save_tensors(
     file: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None
 ) -> None:
-    """Writes a safetensors file that others may read, as the umask says: safetensors makes it
-    readable for its owner alone."""
+    """Writes a safetensors file with the permissions of the umask; safetensors itself makes it
+    readable only for its owner."""
     file.touch()
     mode = file.stat().st_mode
     safetensors.numpy.save_file(dict(tensors), file, metadata=metadata)
@@ -286,7 +292,7 @@ def _aside(file: pathlib.Path) -> pathlib.Path:
 
 
 def sync_folder(folder: pathlib.Path) -> None:
-    """The names in a folder on the disk as well; not every system opens folders."""
+    """Writes the names in a folder to the disk (fsync), on systems that can open folders."""
     if hasattr(os, "O_DIRECTORY"):
         handle = os.open(folder, os.O_DIRECTORY)
         try:
@@ -297,8 +303,9 @@ def sync_folder(folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def written_aside(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary folder whose files move to `path` if all goes well, and vanish if not. One
-    process at a time writes there; what a killed one has left is removed.
+    """Gives a temporary folder, inside a `with`, whose files move to `path` if no error occurs and
+    are deleted otherwise. One process at a time writes there; leftovers of killed processes are
+    removed.
 
     Raises:
         OSError: if another process writes there, or nothing can be written.
@@ -317,7 +324,7 @@ def written_aside(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def _move_files(source: pathlib.Path, target: pathlib.Path, *, kept: pathlib.Path) -> None:
-    """Moves all files or none: replaced ones are linked into `kept` and come back if a move
+    """Moves all files or none: replaced files are linked into `kept`, and restored if a move
     fails."""
     moved = []
     try:

@@ -1,9 +1,9 @@
-"""Locks: one process at a time writes a place; and what the system refuses to write. The system
-frees a lock when its process dies, so what a killed one leaves behind blocks nobody.
+"""Locks, so that one process at a time writes to a place, and errors of writing with advice. The
+system frees a lock when its process dies, so the lock file of a killed process blocks nobody.
 
-A lock is `flock` on a small file that says who holds it. On Linux it holds over NFS too, between
-hosts; where a file system or Windows has no such lock, a warning says that nothing keeps two
-processes apart.
+A lock is `flock` on a small file that says who holds it. On Linux it also works over NFS, between
+hosts. If a file system or Windows has no such lock, a warning says that nothing keeps two processes
+apart.
 """
 
 import contextlib
@@ -24,24 +24,26 @@ except ImportError:  # Windows
     fcntl = None
 
 _ADVICE = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room on the disk"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free disk space"),
     errno.EFBIG: "allow larger files (ulimit -f)",
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give a place that may be written"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give a place that is writable"),
 }
 _TAKEN = (errno.EWOULDBLOCK, errno.EACCES)  # EACCES on some file systems
-_WHO = {"process", "host", "since"}  # what a lock says
-_MOST = 1000  # bytes of it
-_held: set[str] = set()  # places, by this process
+_WHO = {"process", "host", "since"}  # names in a lock file
+_MOST = 1000  # bytes that are read of it
+_held: set[str] = set()  # places that this process has locked
 
 
 class PlaceTaken(OSError):
-    """Another process writes there."""
+    """Another process writes to the place."""
 
 
 @contextlib.contextmanager
 def refusals(place: pathlib.Path) -> Iterator[None]:
-    """Says what to do where the system refuses to write to the place. Libraries in Rust say the
-    system's number in words."""
+    """Adds what to do to errors of the system when it refuses to write to a place, inside a `with`.
+
+    Libraries in Rust have the number of the system's error only in their message.
+    """
     try:
         yield
     except Exception as error:
@@ -57,14 +59,14 @@ def refusals(place: pathlib.Path) -> Iterator[None]:
 
 
 def explained(error: Exception) -> bool:
-    """Whether it is an error of the system that already says what to do, or one of ours."""
+    """Returns whether an error already says what to do: it is ours, or was handled before."""
     return isinstance(error, OSError) and (
         error.errno is None or isinstance(error.__cause__, Exception)
     )
 
 
 def refusal(error: OSError, place: pathlib.Path, kept: str = "nothing is written") -> OSError:
-    """What the system refuses, with what is left and what to do about it."""
+    """Returns the system's error with what is written (`kept`) and what to do added."""
     advice = _ADVICE.get(error.errno or 0)
     message = f"{error.strerror}; {kept}" + (f"; {advice} and run again" if advice else "")
     return OSError(error.errno, message, str(error.filename or place))
@@ -72,12 +74,12 @@ def refusal(error: OSError, place: pathlib.Path, kept: str = "nothing is written
 
 @contextlib.contextmanager
 def locked(folder: pathlib.Path) -> Iterator[None]:
-    """This process alone writes into the folder, which is made; one that was made and stays empty
-    is removed again.
+    """Locks a folder for this process, inside a `with`. The folder is created if needed, and then
+    removed again if it stays empty.
 
     Raises:
-        PlaceTaken: if another one does; the message says which.
-        OSError: if the folder cannot be made or written.
+        PlaceTaken: if another process has locked it; the error says which.
+        OSError: if the folder cannot be created or written.
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; give a folder, or a new name for one.")
@@ -95,7 +97,7 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked_file(file: pathlib.Path) -> Iterator[None]:
-    """This process alone writes the file, whose folder is made.
+    """Locks a file for this process, inside a `with`. Its folder is created if needed.
 
     Raises:
         PlaceTaken, OSError: as `locked`.
@@ -107,26 +109,26 @@ def locked_file(file: pathlib.Path) -> Iterator[None]:
 
 
 def holds(place: pathlib.Path) -> bool:
-    """Whether this process has the file or folder locked."""
+    """Returns whether this process has locked the file or folder."""
     return str(place.absolute()) in _held
 
 
 @contextlib.contextmanager
 def _locked_by(lock: pathlib.Path, place: pathlib.Path) -> Iterator[None]:
-    """Holds the file `lock`, which then vanishes."""
+    """Locks the file `lock` inside a `with`, and then deletes it."""
     handle, name = _take(lock, place), str(place.absolute())
     _held.add(name)
     try:
         yield
     finally:
         _held.discard(name)
-        with contextlib.suppress(OSError):  # before it is free: then it may be the next one's
+        with contextlib.suppress(OSError):  # before unlocking: later it may belong to the next one
             lock.unlink()
         os.close(handle)
 
 
 def _take(lock: pathlib.Path, place: pathlib.Path) -> int:
-    """An open file that is locked, and is the one that has the name."""
+    """Returns an open, locked file that is still the one at the path `lock`."""
     while True:
         with refusals(place):
             handle = _open(lock)
@@ -136,13 +138,13 @@ def _take(lock: pathlib.Path, place: pathlib.Path) -> int:
                 _check_ours(handle, lock)
                 who = {"process": os.getpid(), "host": socket.gethostname(), "since": _now()}
                 os.ftruncate(handle, 0)
-                with contextlib.suppress(OSError):  # on a full disk it holds, but says nothing
+                with contextlib.suppress(OSError):  # on a full disk it still locks, but stays empty
                     os.write(handle, json.dumps(who).encode())
                 return handle
         except BaseException:
             os.close(handle)
             raise
-        os.close(handle)  # of a process that has ended in between and removed the name
+        os.close(handle)  # another process ended in the meantime and deleted its file
 
 
 def _open(lock: pathlib.Path) -> int:
@@ -155,7 +157,7 @@ def _open(lock: pathlib.Path) -> int:
 
 
 def _check_ours(handle: int, lock: pathlib.Path) -> None:
-    """Raises FileExistsError for a file that is somebody's and no lock."""
+    """Raises FileExistsError for a file that is not a lock, but somebody's own."""
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         raise _foreign(lock)
     text = _read(handle)
@@ -168,7 +170,7 @@ def _check_ours(handle: int, lock: pathlib.Path) -> None:
 
 
 def _read(handle: int) -> bytes:
-    """What a lock says; writing begins at its start again."""
+    """Returns the content of a lock file, and moves back to its start for writing."""
     os.lseek(handle, 0, os.SEEK_SET)
     text = os.read(handle, _MOST)
     os.lseek(handle, 0, os.SEEK_SET)
@@ -177,8 +179,8 @@ def _read(handle: int) -> bytes:
 
 def _foreign(lock: pathlib.Path) -> FileExistsError:
     return FileExistsError(
-        f"{lock} is needed as a lock, and is there as something else, which is left as it is; move "
-        "it away, or give another place."
+        f"{lock} is needed as a lock, but already exists as something else and is left as it is; "
+        "move it away, or give another place."
     )
 
 
@@ -195,7 +197,7 @@ def _flock(handle: int, place: pathlib.Path) -> None:
                 ) from error
             reason = str(error)
     warnings.warn(
-        f"{place} cannot be locked ({reason}); see to it that no other process writes there.",
+        f"{place} cannot be locked ({reason}); make sure that no other process writes there.",
         stacklevel=2,
     )
 
@@ -211,8 +213,8 @@ def _who(handle: int) -> str:
     try:
         who = json.loads(_read(handle))
         return f"process {who['process']} on {who['host']}, since {who['since']}"
-    except (OSError, ValueError, KeyError, TypeError):  # it is about to write it
-        return "it has just begun"
+    except (OSError, ValueError, KeyError, TypeError):  # it has not written it yet
+        return "it has just started"
 
 
 def _now() -> str:

@@ -1,9 +1,8 @@
-"""What long work tells of itself on stderr: a bar on a terminal; elsewhere (a log file, a pipe) a
-plain line every ten seconds, also while weights are read or a program compiles, and where a `Bar`
-is asked for one.
+"""Progress of long work on stderr: a bar on a terminal; otherwise (a log file, a pipe) a plain line
+every ten seconds, also while weights are read or a program compiles, and when `Bar.tell` is called.
 
-Nobody is told who has not asked: a command asks with `told`, a call with progress=True, by its
-`Bar`. Work within the other work that has asked says what it is with `doing`.
+Nothing is shown unless it is asked for: a command asks with `told`, a call with progress=True by
+its `Bar`. Work inside such work describes itself with `doing`.
 """
 
 import contextlib
@@ -20,20 +19,20 @@ INTERVAL = 10.0  # seconds from line to line
 
 
 class _Work:
-    """Something that goes on."""
+    """Work that is running."""
 
     def words(self) -> str:
         raise NotImplementedError
 
 
 class _Lines:
-    """Tells of all work that goes on, the outer one first, as long as there is any."""
+    """Prints lines about all running work, the outermost first, while there is any."""
 
     def __init__(self):
         self._works: list[_Work] = []
         self._lock = threading.Lock()
         self._ended = threading.Event()
-        self._said = 0.0  # when there was a line
+        self._said = 0.0  # time of the last line
 
     def __bool__(self) -> bool:
         return bool(self._works)
@@ -60,9 +59,9 @@ class _Lines:
                 self.say(words)
 
     def say(self, words: str) -> None:
-        """A line now, and the next one an interval later."""
+        """Prints a line now; the next one follows after an interval."""
         self._said = time.monotonic()
-        with contextlib.suppress(OSError, ValueError):  # nobody reads stderr any more
+        with contextlib.suppress(OSError, ValueError):  # stderr is closed
             tqdm.write(f"lsg-flax: {words}", file=sys.stderr)
             sys.stderr.flush()
 
@@ -71,7 +70,7 @@ _lines = _Lines()
 
 
 def say(words: str) -> None:
-    """A line on stderr, above the bar where there is one."""
+    """Prints a line to stderr, above the bar if there is one."""
     _lines.say(words)
 
 
@@ -84,19 +83,19 @@ class _Doing(_Work):
 
 
 class Bar(_Work):
-    """Counts what is done, inside a `with` or up to `close`."""
+    """Counts finished items, inside a `with` or until `close`."""
 
     def __init__(
         self, unit: str, *, total: int | None = None, initial: int = 0, about: str = "", shown: bool
     ):
-        """Begins to count.
+        """Starts counting.
 
         Args:
             unit: what is counted, such as "documents".
-            total: how many there are; None if nobody knows.
-            initial: how many were done before.
-            about: what is done with them.
-            shown: tell of it.
+            total: number of items; None if unknown.
+            initial: number of items that were done before.
+            about: what is done with them, such as "tokenizing".
+            shown: show the progress.
         """
         self.done, self._total, self._unit = initial, total, unit
         self._about, self._note, self._shown = about, "", shown
@@ -104,7 +103,7 @@ class Bar(_Work):
         terminal = sys.stderr.isatty()
         if shown and initial:
             done = f"{initial:,}" + ("" if total is None else f" of {total:,}")
-            say(f"goes on behind {done} {unit}, which were done before")
+            say(f"resumes after {done} {unit}, which were done before")
         self._drawn = tqdm(
             desc=about or None,
             total=total,
@@ -116,21 +115,21 @@ class Bar(_Work):
             _lines.begin(self)
 
     def update(self, count: int, note: str = "") -> None:
-        """So many more are done; a note stands behind the numbers."""
+        """Adds `count` finished items; `note` is shown after the numbers."""
         self.done, self._note = self.done + count, note
-        if self._first is self._start:  # the time before it went into compiling
+        if self._first is self._start:  # the time before the first items went into compiling
             self._first = time.monotonic(), self.done
         if note:
             self._drawn.set_postfix_str(note, refresh=False)
         self._drawn.update(count)
 
     def tell(self) -> None:
-        """Says now how far it is, on a terminal too."""
+        """Prints the progress now, on a terminal too."""
         if self._shown:
             say(self.words())
 
     def words(self) -> str:
-        """What a line says."""
+        """Returns the text of a line."""
         now, (first, done) = time.monotonic(), self._first
         of = "" if self._total is None else f" of {self._total:,}"
         parts = [f"{self._about}: " * bool(self._about) + f"{self.done:,}{of} {self._unit}"]
@@ -157,14 +156,14 @@ class Bar(_Work):
 
 @contextlib.contextmanager
 def told(about: str) -> Iterator[None]:
-    """Tells of this work, where stderr is no terminal."""
+    """Prints lines about this work, inside a `with`, if stderr is not a terminal."""
     with contextlib.nullcontext() if sys.stderr.isatty() else _begun(about):
         yield
 
 
 @contextlib.contextmanager
 def doing(about: str) -> Iterator[None]:
-    """Tells of this work as well, where it is part of work that is told of by lines."""
+    """Adds this work to the lines, inside a `with`, if it is part of work that prints lines."""
     with _begun(about) if _lines else contextlib.nullcontext():
         yield
 
@@ -180,13 +179,14 @@ def _begun(about: str) -> Iterator[None]:
 
 
 class Compiled:
-    """Which batches a program was compiled for."""
+    """Remembers the shapes of batches that a program was compiled for."""
 
     def __init__(self):
         self._shapes: set[tuple[tuple[str, tuple[int, ...]], ...]] = set()
 
     def call(self, batch: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
-        """To call the program in: tells that it compiles, at the first batch of a shape."""
+        """Returns a context to call the program in; it says that the program compiles, at the first
+        batch of a shape."""
         shapes = tuple((name, np.shape(batch[name])) for name in sorted(batch))
         if shapes in self._shapes:
             return contextlib.nullcontext()

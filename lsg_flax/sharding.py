@@ -1,14 +1,14 @@
-"""Meshes and how arrays lie on them: two tables, one from parameter paths to logical axes, one from
-logical axes to mesh axes.
+"""Meshes, and how parameters and batches are sharded over them: two tables, one from parameter
+paths to logical axes, one from logical axes to mesh axes.
 
-A program says nothing of devices: place its inputs with `shard` and `shard_batch`, run it jitted
-under `jax.set_mesh(mesh)`, and XLA partitions it. The mesh axes::
+Programs do not mention devices. Place a program's inputs with `shard` and `shard_batch` and run it
+jitted under `jax.set_mesh(mesh)`: XLA partitions it. What each mesh axis shards::
 
-    data      rows of the batch; parameters are copied
-    fsdp      rows of the batch; parameters and optimizer states are cut and gathered when used
+    data      rows of the batch; parameters are replicated
+    fsdp      rows of the batch; parameters and optimizer states, gathered when used
     tensor    attention heads, mlp and vocabulary
     sequence  tokens (see models/encoder.py: each shard runs the layers on its own blocks);
-              parameters are cut as with fsdp
+              parameters and optimizer states as with fsdp
 
 Axes: B batch, T tokens, M microbatches.
 """
@@ -27,9 +27,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 SEQUENCE = "sequence"
 AXES = ("data", "fsdp", "tensor", SEQUENCE)
 
-# The ends of parameter paths, and the logical axes of the last dimensions there; leading ones, of
-# stacked layers, are whole, and one that stands twice is cut at the first place that divides.
-# Optimizer states have the paths of their parameters.
+# Ends of parameter paths, and the logical axes of the last dimensions. Leading dimensions, those of
+# stacked layers, are not sharded. A logical axis that is listed twice is sharded at the first
+# dimension that divides evenly. Optimizer states have the paths of their parameters.
 PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"global_layers/attention/.+", ()),  # the user's module
     (r"(embeddings/word_embeddings|shared)/embedding", ("vocab", "width")),
@@ -67,17 +67,19 @@ MESH_AXES: dict[str, tuple[str, ...]] = {
     "length": ("sequence",),
     "columns": ("sequence",),  # of embedding tables, while rows are looked up
 }
-_WHOLE_IF_ODD = ("vocab",)  # published vocabularies are what they are (RoBERTa's has 50,265 words)
+# Replicated where the mesh does not divide them: published vocabularies have any size (RoBERTa's
+# has 50,265 words).
+_WHOLE_IF_ODD = ("vocab",)
 
 
 def check_axes(sizes: Mapping[str, int]) -> None:
-    """Raises ValueError for sizes by axes that make no mesh of any number of devices."""
+    """Raises ValueError if no number of devices can form a mesh of these sizes per axis."""
     if unknown := sorted(sizes.keys() - set(AXES)):
         raise ValueError(f"unknown mesh axes {unknown}; known are {', '.join(AXES)}.")
     wrong = {name: n for name, n in sizes.items() if type(n) is not int or (n < 1 and n != -1)}
     if wrong or list(sizes.values()).count(-1) > 1:
         shown = ", ".join(f"mesh.{name}={size!r}" for name, size in (wrong or sizes).items())
-        raise ValueError(f"{shown}: give whole numbers from 1, and -1 for at most one axis.")
+        raise ValueError(f"{shown}: give integers of at least 1, and -1 for at most one axis.")
 
 
 def make_mesh(
@@ -88,16 +90,16 @@ def make_mesh(
     sequence: int = 1,
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """A mesh with the axes data, fsdp, tensor and sequence, in this order: the last ones are the
-    nearest neighbours.
+    """Makes a mesh with the axes data, fsdp, tensor and sequence, in this order: devices along the
+    last axes are nearest to each other.
 
     Args:
-        data, fsdp, tensor, sequence: devices along each axis; one may be -1 and takes what is left.
-            `data` does so where no other is -1.
-        devices: those of all processes by default.
+        data, fsdp, tensor, sequence: number of devices along each axis. One may be -1: it takes all
+            devices that are left. By default `data` is -1, or 1 if another axis is -1.
+        devices: the devices to use; by default those of all processes.
 
     Raises:
-        ValueError: if the axes do not use up the devices.
+        ValueError: if the product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = [-1 if -1 not in (fsdp, tensor, sequence) else 1] if data is None else [data]
@@ -116,17 +118,21 @@ def make_mesh(
     types = (AxisType.Auto,) * len(AXES)  # Explicit axes break Linen's lookups
     try:
         return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
-    except (ValueError, AssertionError, NotImplementedError):  # a torus that it cannot lay out
+    except (ValueError, AssertionError, NotImplementedError):  # JAX cannot map it to the torus
         return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=types)
 
 
 def shardings_for(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """The `NamedSharding` of every leaf of parameters, of an optimizer's state, or of a train
-    state that holds both; concrete or abstract. Scalars and random keys are whole.
+    """Returns the `NamedSharding` of every leaf of a tree.
+
+    Args:
+        tree: parameters, an optimizer's state, or a train state of both; concrete or abstract
+            arrays. Scalars and random keys are replicated.
+        mesh: a mesh with the axes of `make_mesh`.
 
     Raises:
-        ValueError: for a parameter that the table does not know, by its path, or one that the mesh
-            cannot cut evenly.
+        ValueError: for a parameter whose path `PARAMETER_AXES` does not match, or one that the mesh
+            does not divide evenly.
     """
 
     def of_leaf(keys, leaf) -> NamedSharding:
@@ -139,7 +145,7 @@ def shardings_for(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
 
 
 def shard(tree: Any, mesh: Mesh) -> Any:
-    """The tree of `shardings_for`, placed so.
+    """Places a tree on the devices of a mesh, sharded as `shardings_for` says.
 
     Raises:
         ValueError: as `shardings_for`.
@@ -148,8 +154,8 @@ def shard(tree: Any, mesh: Mesh) -> Any:
 
 
 def sharded_init(function: Callable, *args: Any, mesh: Mesh) -> Any:
-    """`function(*args)`, whose results lie as `shardings_for` says from the start: no device ever
-    holds the whole.
+    """Returns `function(*args)`, whose results are sharded as `shardings_for` says from the start:
+    no device ever holds the whole tree.
 
     Example:
         params = sharded_init(lambda key: model.init(key, ids)["params"], key, mesh=mesh)
@@ -161,14 +167,16 @@ def sharded_init(function: Callable, *args: Any, mesh: Mesh) -> Any:
 def batch_shardings(
     batch: Mapping[str, Any], mesh: Mesh, *, microbatches: bool = False
 ) -> dict[str, NamedSharding]:
-    """How a batch lies: rows over data and fsdp, tokens over sequence.
+    """Returns the sharding of each array of a batch: rows over data and fsdp, tokens over sequence.
 
     Args:
         batch: arrays or shapes by Hugging Face's names; [B, ...] or, with `microbatches`,
-            [M, B, ...]. Arrays of the shape of `input_ids` have tokens.
+            [M, B, ...]. Arrays that begin with the shape of `input_ids` have a token axis.
+        mesh: a mesh with the axes of `make_mesh`.
+        microbatches: whether the arrays have a leading axis M, which is not sharded.
 
     Raises:
-        ValueError: if rows or tokens cannot be cut evenly.
+        ValueError: if the mesh does not divide the rows or the tokens evenly.
     """
     tokens = batch.get("input_ids", batch.get("inputs_embeds"))
     lead = tuple(tokens.shape) if tokens is not None else ()
@@ -192,7 +200,7 @@ def batch_shardings(
                 )
                 raise ValueError(
                     f"{name} {tuple(array.shape)} has {size} {what}, which {_said(axes, mesh)} "
-                    f"cannot cut evenly; {remedy}, a multiple of {count}."
+                    f"cannot split evenly; {remedy}, a multiple of {count}."
                 )
         shardings[name] = NamedSharding(mesh, _spec(spec))
     return shardings
@@ -204,16 +212,17 @@ def check_batches(
     buckets: Iterable[int],
     needs_padding: Callable[[int, int], int] | None,
 ) -> None:
-    """Checks what a mesh has to cut before anything is compiled.
+    """Checks, before anything is compiled, that a mesh divides all batches evenly.
 
     Args:
-        rows: numbers of rows in a batch, by the names of the options that say so.
-        buckets: lengths that rows are padded to.
+        mesh: a mesh with the axes of `make_mesh`.
+        rows: numbers of rows in a batch, by the names of the options that set them.
+        buckets: lengths in tokens that rows are padded to.
         needs_padding: `LSGConfig.needs_padding` of a model with LSG attention.
 
     Raises:
-        ValueError: for rows or tokens that cannot be cut evenly, and for shards of the sequence
-            that are too short for the pattern.
+        ValueError: if the mesh does not divide rows or tokens evenly, or if shards of the sequence
+            are too short for the pattern.
     """
     shards = mesh.shape[SEQUENCE]
     for (name, size), bucket in itertools.product(rows.items(), buckets):
@@ -226,22 +235,22 @@ def check_batches(
 
 
 def check_devices(mesh: Mesh) -> None:
-    """Raises ValueError for a mesh that reaches into other processes, where each process is to do
-    its own work."""
+    """Raises ValueError if the mesh has devices of other processes, for work that each process does
+    on its own."""
     if {device.process_index for device in mesh.devices.flat} != {jax.process_index()}:
         raise ValueError(
             "the mesh has devices of other processes; give each process its own documents and a "
-            "mesh of its own devices: make_mesh(..., devices=jax.local_devices())."
+            "mesh of its local devices: make_mesh(..., devices=jax.local_devices())."
         )
 
 
 def shard_batch(
     batch: Mapping[str, np.ndarray], mesh: Mesh, *, microbatches: bool = False
 ) -> dict[str, jax.Array]:
-    """A batch from the host, placed as `batch_shardings` says.
+    """Places a batch from the host on the mesh, sharded as `batch_shardings` says.
 
-    With several processes each gives its own rows, as many as every other; the result is the global
-    batch.
+    With several processes each passes its own rows, the same number in each process; the result is
+    the global batch.
 
     Raises:
         ValueError: as `batch_shardings`.
@@ -266,10 +275,15 @@ def shard_batch(
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Asks XLA to lay `x` out by logical axes on the ambient mesh; does nothing without one.
+    """Asks XLA to shard `x` by logical axes over the ambient mesh; does nothing without a mesh.
 
-    It never changes a number. Axes that do not divide, and those that a surrounding `jax.shard_map`
-    has taken, are left out.
+    It never changes values.
+
+    Args:
+        x: any array.
+        *names: the logical axis (a key of `MESH_AXES`) of each dimension of `x`, None for
+            dimensions that are not sharded. Axes that the mesh does not divide, and mesh axes that
+            an enclosing `jax.shard_map` uses, are skipped.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -284,8 +298,11 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def over_rows(function: Callable) -> Callable:
-    """The function of arrays [B, ...] on every device's own rows, for what XLA gives each device
-    all rows of. It is called as it is without a mesh, and for rows that do not divide."""
+    """Wraps a function of arrays [B, ...] so that each device runs it on its own rows.
+
+    It is for operations for which XLA would gather all rows on every device. Without a mesh, or if
+    the mesh does not divide the rows, the function is called directly.
+    """
 
     def run(*arrays):
         mesh = jax.sharding.get_abstract_mesh()
@@ -300,17 +317,19 @@ def over_rows(function: Callable) -> Callable:
 
 
 def sequence_shards() -> int:
-    """How many shards of tokens the ambient mesh asks for; 1 without one, and inside a shard."""
+    """Returns the number of sequence shards of the ambient mesh; 1 without a mesh, and inside a
+    shard."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.shape[SEQUENCE] if SEQUENCE in mesh.auto_axes else 1
 
 
 def over_sequence(function: Callable, *, in_axes: Any, out_axes: Any) -> Callable:
-    """`jax.shard_map` over the ambient mesh's sequence axis; the other axes stay with XLA.
+    """Applies `jax.shard_map` over the ambient mesh's sequence axis; XLA partitions the other axes.
 
     Args:
-        in_axes, out_axes: as in `jax.vmap`: the axis of each argument and result that is cut, None
-            for those that every shard has whole.
+        function: what each shard runs.
+        in_axes, out_axes: as in `jax.vmap`: the sharded axis of each argument and result, None for
+            those that every shard has whole.
     """
 
     def specs(axes):
@@ -321,7 +340,8 @@ def over_sequence(function: Callable, *, in_axes: Any, out_axes: Any) -> Callabl
         )
 
     def run(*arguments):
-        # What every shard has whole crosses in float32: its gradient is a sum over the shards.
+        # Arguments that every shard has whole are passed in float32, because their gradients are
+        # sums over the shards.
         dtypes = jax.tree.map(lambda x: x.dtype, arguments)
         widened = tuple(
             jax.tree.map(_widened, argument) if axis is None else argument
@@ -344,7 +364,7 @@ def _widened(x: jax.Array) -> jax.Array:
 
 
 def check_heads(num_attention_heads: int) -> None:
-    """Raises ValueError if the ambient mesh cannot give each device whole heads."""
+    """Raises ValueError if the tensor axis of the ambient mesh does not divide the heads."""
     count = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
     if num_attention_heads % count:
         raise ValueError(
@@ -354,11 +374,11 @@ def check_heads(num_attention_heads: int) -> None:
 
 
 def _spec_of(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    kernel, _, adapter = path.partition("_lora_")  # of training/lora.py: lies as its kernel
+    kernel, _, adapter = path.partition("_lora_")  # of training/lora.py: sharded as its kernel
     rules = [names for end, names in PARAMETER_AXES if re.search(rf"(^|/|_){end}$", kernel)]
     if not rules:
         raise ValueError(
-            f"no rule says how to shard {path} {shape}; add its path to "
+            f"no rule says how to shard {path} {shape}; add a rule for its path to "
             "lsg_flax.sharding.PARAMETER_AXES."
         )
     names = (None,) * (len(shape) - len(rules[0])) + rules[0]
@@ -371,8 +391,9 @@ def _spec_of(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> Pa
         if size % _count(axes, mesh):
             if name not in (*_WHOLE_IF_ODD, *names[place + 1 :]):
                 raise ValueError(
-                    f"{_said(axes, mesh)} cannot cut the {name} axis of {path} {shape} evenly: "
-                    f"{size} is no multiple of {_count(axes, mesh)}. Choose a mesh that divides it."
+                    f"{_said(axes, mesh)} cannot split the {name} axis of {path} {shape} evenly: "
+                    f"{size} is not a multiple of {_count(axes, mesh)}. Choose a mesh that divides "
+                    "it."
                 )
             axes = None
         spec.append(axes)
@@ -380,8 +401,8 @@ def _spec_of(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> Pa
 
 
 def _spec(axes: Sequence[tuple[str, ...] | None]) -> PartitionSpec:
-    """In the shortest form, as XLA returns it: another would count as another sharding, and
-    compile anew."""
+    """The spec in its shortest form, as XLA returns it: JAX would take any other form for another
+    sharding and recompile."""
     axes = list(axes)
     while axes and axes[-1] is None:
         axes.pop()
@@ -389,7 +410,7 @@ def _spec(axes: Sequence[tuple[str, ...] | None]) -> PartitionSpec:
 
 
 def _axes_of(name: str | None, mesh: Mesh | AbstractMesh) -> tuple[str, ...] | None:
-    """The mesh axes of a logical axis that are more than one device."""
+    """The mesh axes of a logical axis that have more than one device."""
     axes = tuple(axis for axis in MESH_AXES.get(name or "", ()) if mesh.shape.get(axis, 1) > 1)
     return axes or None
 

@@ -1,6 +1,5 @@
-"""Names of tensors as files have them -> those of a family's PyTorch class: what training code put
-around a model is left out, old names are made new, and a tensor that is stored under a tied name is
-found there."""
+"""Maps the names of tensors in files to those of a family's PyTorch class: removes prefixes of
+wrappers, replaces old names, and finds tensors that are stored under a tied name."""
 
 import re
 from collections.abc import Mapping
@@ -12,10 +11,10 @@ from lsg_flax.models import Family, ModelConfig, modern_name
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 
-# Attributes and keys that hold a whole model, and what torch itself puts into names.
+# Attributes and keys that contain a whole model, and parts that torch itself adds to names.
 _AROUND = re.compile(r"((0\.)?(auto_)?model|module|state_dict|model_state_dict|params)\.")
 _WITHIN = re.compile(r"(?<![^.])_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
-_MOST_AROUND = 8  # more of them are damage
+_MOST_AROUND = 8  # more prefixes mean a damaged file
 _QUANTISED = {
     r"\.(SCB|weight_format)$": "bitsandbytes (8 bit)",
     r"\.(absmax|quant_map|quant_state\..*)$": "bitsandbytes (4 bit)",
@@ -28,11 +27,11 @@ class NamedTensors(NamedTuple):
     """The tensors of a checkpoint by the names of the family's class with a head.
 
     Attributes:
-        tensors: by these names.
-        stored: the same names -> those in the file.
-        left_out: beginnings of the file's names that hold the model.
-        prefix: of the body's tensors here.
-        prefixed: whether the file has the prefix too.
+        tensors: the tensors by these names.
+        stored: the same names -> the names in the file.
+        left_out: prefixes of wrappers that were removed from the file's names.
+        prefix: prefix of the body's tensors in these names.
+        prefixed: whether the file has this prefix too.
     """
 
     tensors: dict[str, Any]
@@ -42,12 +41,12 @@ class NamedTensors(NamedTuple):
     prefixed: bool
 
     def shown(self, name: str) -> str:
-        """A name as the file has it, or would have it."""
+        """Returns a name as it is, or would be, in the file."""
         bare = name if self.prefixed else name.removeprefix(self.prefix)
         return self.stored.get(name, bare)
 
     def check_dtype(self, name: str) -> None:
-        """Raises ValueError for a tensor that holds no floats."""
+        """Raises ValueError for a tensor that is not floating-point."""
         dtype = str(self.tensors[name].dtype)
         if dtype not in FLOATS:
             raise ValueError(
@@ -64,14 +63,15 @@ class NamedTensors(NamedTuple):
 
 
 def of_part(tensors: Mapping[str, Any], part: str) -> Mapping[str, Any]:
-    """Those of a part of a model, by its own names; all, where the file has no such part."""
+    """Returns the tensors of a part of a model, by the part's own names; all tensors if the file
+    has no such part."""
     beginning = f"{part}."
     inner = {n.removeprefix(beginning): t for n, t in tensors.items() if n.startswith(beginning)}
     return inner or tensors
 
 
 def has_own_part(tensors: Mapping[str, Any], part: str, other: str) -> bool:
-    """Whether a file has a part, and it is not the same as another one."""
+    """Whether a file has a part that differs from another part."""
     twins = [
         (t, tensors.get(other + n.removeprefix(part)))
         for n, t in tensors.items()
@@ -81,7 +81,8 @@ def has_own_part(tensors: Mapping[str, Any], part: str, other: str) -> bool:
 
 
 def of_tensorflow(tensors: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
-    """The variables of a TensorFlow checkpoint as PyTorch has them; all others as they are."""
+    """Converts the variables of a TensorFlow checkpoint to PyTorch's names and layouts; returns
+    other tensors unchanged."""
     if not family.tf_names or not any("/" in name for name in tensors):
         return tensors
     found = {}
@@ -100,7 +101,7 @@ def of_tensorflow(tensors: Mapping[str, Any], family: Family) -> Mapping[str, An
 def name_tensors(
     tensors: Mapping[str, Any], family: Family, config: ModelConfig, task: str
 ) -> NamedTensors:
-    """The tensors by the names of the family's class with a head, tied ones once.
+    """Returns the tensors by the names of the family's class with a head, tied ones only once.
 
     Raises:
         ValueError: if two tensors that differ have one name or are tied, and for quantised ones.
@@ -128,8 +129,8 @@ def name_tensors(
 
 
 def _resolve_ties(named: NamedTensors, family: Family, config: ModelConfig, task: str) -> None:
-    """Gives a tensor that is stored only under a tied name its own; of equal twins of the task's
-    head, takes out the one that repeats the other."""
+    """Renames tensors that are stored only under a tied name; of equal tied tensors of the task's
+    head, removes the one that repeats the other."""
     tied, tensors = config.tie_word_embeddings, named.tensors
     own, needed = family.tied_names(task, tied=tied), {k.torch for k in family.keys(task, config)}
     if task == "base":  # whose class has no prefix
@@ -148,7 +149,7 @@ def _resolve_ties(named: NamedTensors, family: Family, config: ModelConfig, task
                 "own output weights."
             )
         del tensors[name]
-    for name, source in pairs:  # what one head repeats is another one's own
+    for name, source in pairs:  # a tied name of one head may be a tensor of another head
         if source in tensors and name not in tensors and name in needed and source not in needed:
             tensors[name], named.stored[name] = tensors.pop(source), named.stored[source]
 
@@ -160,7 +161,8 @@ def _beginnings_of_heads(family: Family) -> set[str]:
 
 
 def _without_wrappers(name: str, known: set[str]) -> str:
-    """The name inside what holds the model; as it is if that leads to none of the model's."""
+    """Returns the name without prefixes of wrappers; unchanged if that gives no name of the
+    model."""
     inner = _WITHIN.sub("", name)
     for _ in range(_MOST_AROUND):
         around = None if inner.partition(".")[0] in known else _AROUND.match(inner)
@@ -189,7 +191,8 @@ def _refuse_quantised(tensors: Mapping[str, Any]) -> None:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """NaN equals itself here; what numpy cannot read equals nothing."""
+    """Whether two tensors are equal. NaN equals NaN; a tensor that numpy cannot read equals
+    none."""
     if not {str(one.dtype), str(other.dtype)} <= {*FLOATS, "int64"}:
         return False
     if tuple(one.shape) != tuple(other.shape):

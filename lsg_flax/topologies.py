@@ -1,5 +1,5 @@
-"""Compilers for chips that are not there: what a process must find in its environment, the devices
-to compile for, and what is missing where they cannot be had."""
+"""Compilation for absent chips: the environment that a process needs, the devices to compile for,
+and errors that say what is missing."""
 
 import importlib.util
 import os
@@ -11,35 +11,35 @@ from jax.experimental import topologies
 
 from lsg_flax.chips import Chip, Gpu, Topology, Tpu
 
-_SHARE = 0.75  # of a GPU's memory, that JAX takes where nobody says how much
+_SHARE = 0.75  # share of a GPU's memory that JAX allocates by default
 _SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 _HERE = "Without it --topology cpu:8 plans for eight devices on this machine."
 
 
 def environment_for(topology: Topology) -> dict[str, str]:
-    """This process's environment with what a process must find when it imports jax to compile for
-    `topology`."""
+    """Returns the environment in which a process must import jax to compile for `topology`: this
+    process's environment with further variables."""
     environment = dict(os.environ) | {"JAX_PLATFORMS": "cpu"}
     given = environment.get("XLA_FLAGS", "")
     flags = [re.sub(r"--xla_force_host_platform_device_count=\d+", "", given)]
     if topology.chip is None:
         flags.append(f"--xla_force_host_platform_device_count={topology.devices}")
     elif isinstance(topology.chip.compiler, Gpu):
-        # XLA chooses a Triton kernel's tiles by trying them on the GPU. Without one it takes poor
-        # ones, and none for some odd numbers of rows; products then go to cuBLAS.
+        # XLA chooses a Triton kernel's tiles by trying them on the GPU. Without a GPU it chooses
+        # poor ones, and finds none for some odd numbers of rows; with this flag cuBLAS is used.
         flags.insert(0, "--xla_gpu_enable_triton_gemm=false")
     else:
         environment |= {
-            "TPU_SKIP_MDS_QUERY": "1",  # asks no metadata server: there is none
+            "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask
             "TPU_ACCELERATOR_TYPE": topology.chip.compiler.accelerator,
             "TPU_WORKER_HOSTNAMES": "localhost",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # it takes no chip, so several may compile at once
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is used, so several may compile at once
         }
     return environment | {"XLA_FLAGS": " ".join(flags).strip()}
 
 
 def devices_of(topology: Topology) -> list[Any]:
-    """The devices to compile for, in a process started with `environment_for`.
+    """Returns the devices to compile for, in a process started with `environment_for`.
 
     Raises:
         ValueError: for a shape that does not exist, or CPU devices that this process does not have.
@@ -64,7 +64,7 @@ def devices_of(topology: Topology) -> list[Any]:
         described = topologies.get_topology_desc(topology.name, platform, **options)
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         raise ValueError(
-            f"{topology.name} is no topology that this compiler knows: {error}"
+            f"{topology.name} is not a topology that this compiler knows: {error}"
         ) from error
     return list(described.devices)
 
@@ -79,7 +79,7 @@ def _tpu_options(topology: Topology, tpu: Tpu) -> dict[str, Any]:
 
 
 def _gpu_options(topology: Topology, chip: Chip, gpu: Gpu) -> dict[str, Any]:
-    """One host of one slice, and the fields of XLA's GpuTargetConfigProto."""
+    """Options for one host of GPUs: the fields of XLA's GpuTargetConfigProto, and the topology."""
     device: dict[str, int | float] = {
         "threads_per_block_limit": 1024,
         "threads_per_warp": 32,
@@ -108,7 +108,7 @@ def _gpu_options(topology: Topology, chip: Chip, gpu: Gpu) -> dict[str, Any]:
 
 
 def check_compiler(topology: Topology) -> None:
-    """Raises ImportError if programs for it cannot be compiled here."""
+    """Raises ImportError if programs for the topology cannot be compiled here."""
     if topology.chip is None:
         return
     if isinstance(topology.chip.compiler, Tpu):
@@ -136,11 +136,11 @@ def has_cuda_plugin() -> bool:
 
 
 def capacity_of(topology: Topology) -> int | None:
-    """Bytes that a program can use on a chip: of a GPU the share that JAX takes of its memory, by
-    this environment; None for a CPU.
+    """Returns the bytes that a program can use on a chip; for a GPU the share of its memory that
+    JAX allocates in this environment; None for a CPU.
 
     Raises:
-        ValueError: for a share that is none.
+        ValueError: if the environment has an invalid share.
     """
     chip = topology.chip
     if chip is None or isinstance(chip.compiler, Tpu):
@@ -149,10 +149,10 @@ def capacity_of(topology: Topology) -> int | None:
 
 
 def memory_share() -> float:
-    """The part of a GPU's memory that JAX takes.
+    """Returns the share of a GPU's memory that JAX allocates.
 
     Raises:
-        ValueError: for an environment in which it is no number above 0 and at most 1.
+        ValueError: if the environment has a share that is not above 0 and at most 1.
     """
     name = next((name for name in _SHARES if os.environ.get(name)), None)
     if name is None:
@@ -161,7 +161,7 @@ def memory_share() -> float:
     share = float(given) if re.fullmatch(r"\d*\.?\d+", given) else 0.0
     if not 0 < share <= 1:
         raise ValueError(
-            f"{name}={given!r} in the environment must be a number above 0 and at most 1: the part "
-            f"of a GPU's memory that JAX takes. Without it that is {_SHARE}."
+            f"{name}={given!r} in the environment must be a number above 0 and at most 1: the "
+            f"share of a GPU's memory that JAX allocates. Without it that is {_SHARE}."
         )
     return share

@@ -33,7 +33,7 @@ SHORT = {  # models that read 8 tokens
 LONG, TEXT = np.full((1, 12), 5), " ".join(["w5"] * 10)
 ADVICE = "or make a checkpoint that reads more: lsg_flax.convert_checkpoint(source, target, max_s"
 COMMAND = "or make a checkpoint that reads more: lsg-flax convert SOURCE TARGET --max-sequence-leng"
-NONE = "(no conversion of a {} can make a checkpoint that reads more)"
+NONE = "(no conversion of a {} model can make a checkpoint that reads more)"
 
 
 def config_of(family: str):
@@ -126,4 +126,4 @@ def test_training_advises_its_own_conversion_too(tmp_path, family, given):
     message = str(error.value)
     assert ("set convert (--convert)" in message) == (family == "bert"), message
     assert ("lsg_flax.convert_checkpoint" in message) == (family == "bert"), message
-    assert (f"no conversion of a {family} can" in message) == (family != "bert"), message
+    assert (f"no conversion of a {family} model can" in message) == (family != "bert"), message

@@ -68,7 +68,7 @@ def test_a_card_of_somebodys_own_stays(source, tmp_path):
     edited = (target / "README.md").read_text().replace("700", "about 700")
     for text in (edited, "# mine\n"):
         (target / "README.md").write_text(text)
-        says = r"long/README.md was written or edited by hand and stays as it is; move it away"
+        says = r"long/README.md was written or edited by hand and is kept; move it away"
         with pytest.warns(UserWarning, match=says):
             lsg_flax.convert_checkpoint(source, target, max_sequence_length=800)
         assert (target / "README.md").read_text() == text
@@ -134,7 +134,7 @@ def test_a_run_has_a_card_for_each_of_its_models_and_sends_the_best(tiny, tmp_pa
     records = [record for record in result.history if record["step"] == result.best]
     assert scores == {n: records[0][f"eval_{n}"] for n in ("loss", "accuracy", "macro_f1")}
     assert f"{result.best} steps" in card.text and 'from_pretrained("me/areas")' in card.text
-    assert "| rows | 24 |" in card.text and "texts were cut at 16 tokens" in card.text
+    assert "| rows | 24 |" in card.text and "texts were truncated to 16 tokens" in card.text
     block = card.text.split("```yaml\n")[1].split("```")[0]
     given = yaml.safe_load(block)
     assert given["train_data"] == "train.jsonl" and given["learning_rate"] == 0.01
@@ -161,12 +161,12 @@ def test_a_conversion_is_sent_with_what_belongs_to_it_alone(capsys, source, tmp_
 
 
 BEGIN = {
-    "no token": (None, "", "--push-to-hub me/x needs a token of the hub, and there is none: log"),
+    "no token": (None, "", "--push-to-hub me/x needs a token for the hub, but there is none: log"),
     "offline": ("write", "", "needs the network, and HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is"),
-    "another token": ("none", "", "nothing was begun: --push-to-hub me/x: "),
+    "another token": ("none", "", "nothing was started: --push-to-hub me/x: "),
     "read only": ("read", "", "that of me may only read: log in with `hf auth login`, or set HF_T"),
-    "no network": ("write", "", "Then: look at the network; run again, or leave it out."),
-    "an error": ("write", "whoami", "out of order. Then: run again, or leave it out."),
+    "no network": ("write", "", "What to do: check the network; run again, or leave it out."),
+    "an error": ("write", "whoami", "out of order. What to do: run again, or leave it out."),
 }
 
 
@@ -199,7 +199,9 @@ def test_a_name_of_no_repository(capsys, source, tmp_path, name):
     given = ["--model", source, "--task", "masked_lm", "--train-data", "x"]
     for command in (["convert", source], ["train", *given, "--output"]):
         code, _, err = run(capsys, *command, tmp_path / "out", "--push-to-hub", name)
-        assert code == 2 and "is no name of a repository on the hub" in err and "me/areas" in err
+        assert (
+            code == 2 and "is not a valid repository name on the hub" in err and "me/areas" in err
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -209,8 +211,8 @@ def test_what_could_not_be_sent_is_kept(capsys, source, tmp_path, monkeypatch, f
     with fake_hub(monkeypatch) as fake:
         fake.fails = fails
         code, out, err = run(capsys, "convert", source, target, "--push-to-hub", "me/x")
-        assert code == 2 and "long was not sent to me/x: " in err and out.startswith("wrote"), err
-        assert f"{target} is complete; send it with `hf upload me/x {target}`" in err
+        assert code == 2 and "long was not pushed to me/x: " in err and out.startswith("wrote"), err
+        assert f"{target} is complete; push it with `hf upload me/x {target}`" in err
         fake.fails = ""
         assert hub.push_folder(target, "me/x") == f"{fake.endpoint}/me/x"
         assert fake.repositories["me/x"] == contents(target)

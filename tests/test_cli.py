@@ -156,8 +156,8 @@ def test_inspect_counts_layers_once_and_reads_shards(capsys, tmp_path):
         (["convert", "./nowhere", "out"], "./nowhere is not a folder"),
         (["inspect", "./nowhere"], "./nowhere is not a folder"),
         (["convert", SOURCE, SOURCE / "config.json"], "is a file; give a folder"),
-        (["convert", SOURCE, SOURCE], "is or lies in the source"),
-        (["convert", SOURCE, SOURCE / "new"], "is or lies in the source"),
+        (["convert", SOURCE, SOURCE], "or inside it, where nothing is written"),
+        (["convert", SOURCE, SOURCE / "new"], "or inside it, where nothing is written"),
         (["convert", SOURCE, "out", "--resize-lsg"], "--resize-lsg needs an LSG checkpoint"),
         (["convert", SOURCE, "out", "--block-size", "12", "--sparsity-factor", "5"], "divisible"),
         (["convert", SOURCE, "out", "--num-global-tokens", "513"], "outside 1..512"),
@@ -311,11 +311,17 @@ def test_files_that_may_not_be_large_enough(tmp_path, command):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["inspect", ""], "the model is '', no name; give a folder ('.' is the current one)"),
-        (["convert", "", "new"], "the model is '', no name"),
-        (["convert", SOURCE, ""], "'' is no name; give a folder"),
-        (["predict", SOURCE, "in.txt", "", "--outputs"], "'' is no name; give the name of a file"),
-        (["predict", "", "in.txt", "o", "--outputs"], "the model is '', no name"),
+        (
+            ["inspect", ""],
+            "the model is '', which is empty; give a folder ('.' is the current one)",
+        ),
+        (["convert", "", "new"], "the model is '', which is empty"),
+        (["convert", SOURCE, ""], "'' is not a name; give a folder"),
+        (
+            ["predict", SOURCE, "in.txt", "", "--outputs"],
+            "'' is not a name; give the name of a file",
+        ),
+        (["predict", "", "in.txt", "o", "--outputs"], "the model is '', which is empty"),
     ],
 )
 def test_a_name_that_is_empty(capsys, tmp_path, monkeypatch, arguments, says):
@@ -351,7 +357,7 @@ def test_a_damaged_header_is_reported(capsys, tmp_path):
     shutil.copytree(SOURCE, tmp_path, dirs_exist_ok=True)
     (tmp_path / hub.WEIGHTS).write_bytes((SOURCE / hub.WEIGHTS).read_bytes()[:100])
     code, _, err = run(capsys, "inspect", tmp_path)
-    assert code == 2 and "is damaged or cut short" in err
+    assert code == 2 and "is damaged or truncated" in err
 
 
 @pytest.mark.parametrize(
@@ -465,17 +471,17 @@ def test_doctor_says_what_is_here_and_what_is_missing(capsys, monkeypatch):
     assert states["torch"] == "missing torch: pip install 'lsg-flax[torch]'"
     assert states["data"] == "missing pyarrow: pip install 'lsg-flax[data]'"
     assert states["plots"].startswith("missing all of it, newer than this installation")
-    assert states["metrics"] == states["export"] == "there"
+    assert states["metrics"] == states["export"] == "installed"
     assert f"devices: {jax.device_count()} x cpu (cpu)\n" in out
     remedy = f"pip install 'jax[cuda12]=={jax.__version__}'"
     assert out.splitlines()[-4:] == [
-        f"problem: /dev/nvidia0: JAX computes on cpu; {remedy}",
+        f"problem: /dev/nvidia0: JAX uses only cpu; {remedy}",
         f"problem: numpy is {np.__version__}: pip install 'numpy>=99'",
         "problem: no-such-package is missing: pip install 'no-such-package>=1'",
         "problems: 3",
     ]
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    assert "JAX computes on cpu; JAX_PLATFORMS=cpu keeps it" in run(capsys, "doctor")[1]
+    assert "JAX uses only cpu; JAX_PLATFORMS=cpu hides" in run(capsys, "doctor")[1]
 
 
 def test_doctor_says_that_no_device_was_found(capsys, monkeypatch):
@@ -487,7 +493,8 @@ def test_doctor_says_that_no_device_was_found(capsys, monkeypatch):
     code, out, _ = run(capsys, "doctor")
     assert (
         code == 0
-        and "no JAX_PLATFORMS=nonsense here. Unable to initialize backend 'nonsense'." in out
+        and "JAX_PLATFORMS=nonsense is not available here. Unable to initialize backend 'nonsense'."
+        in out
     )
 
 

@@ -113,13 +113,13 @@ def test_half_precision(capsys, writers):
         ([TOKENIZER, "--prompt", "w5"], "is a masked_lm checkpoint, which cannot continue texts"),
         (
             ["WRITER", "--prompt", "w5 " * 60],
-            "has 61 tokens, and with --max-new-tokens 64 a prompt must have 1 to 1: this",
+            "has 61 tokens, but with --max-new-tokens 64 a prompt must have 1 to 1: this",
         ),
         (["WRITER", "--prompt", "w5", "--max-new-tokens", 0], "--max-new-tokens 0 must be at"),
         (["WRITER", "--prompt", "w5", "--batch-size", 0], "--batch-size 0 must be at least 1"),
         (
             ["WRITER", "--prompt", "w5", "--top-k", 3, "--max-new-tokens", 4],
-            "need --do-sample; without",
+            "need --do-sample: without",
         ),
     ],
 )

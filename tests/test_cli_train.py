@@ -70,13 +70,13 @@ def test_train_then_predict(capsys, tiny, tmp_path, monkeypatch):
     line = r"lsg-flax: 3 of 3 steps, .*, loss \d\S*, .* tokens/s, .* GiB at most, .*eval_loss"
     assert re.search(line, err), err
     assert (output / "log" / "run.png").read_bytes().startswith(PNG)
-    assert f"{output}/log/metrics.jsonl" in out and f"go on from: {output}/checkpoints" in out
+    assert f"{output}/log/metrics.jsonl" in out and f"resume from: {output}/checkpoints" in out
     (output / "log" / "run.png").unlink()
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib.figure", None)
         again = run(capsys, "train", "--config", file, "--output", output, "--steps", 3)
     assert again[0] == 0 and "next: lsg-flax predict" in again[1] and "run.png" not in again[1]
-    warned = "run.png is not drawn: it needs matplotlib, pip install 'lsg-flax[plots]'."
+    warned = "run.png is not drawn, because matplotlib is missing: pip install 'lsg-flax[plots]'."
     assert [line for line in again[2].splitlines() if "warning" in line][-1].endswith(warned)
     assert again[2].count("is not drawn") == 1 and not (output / "log" / "run.png").exists()
     documents = tmp_path / "documents.jsonl"
@@ -122,7 +122,7 @@ def csv_of(file, labels) -> pathlib.Path:
     return file
 
 
-SCORED = """lsg-flax: 4 of 8 texts were cut at 8 tokens, and 53.6% of all tokens with them
+SCORED = """lsg-flax: 4 of 8 texts were truncated to 8 tokens, which drops 53.6% of all tokens
 """
 COLUMNS = ("--columns", "text=body,label=area")
 
@@ -204,7 +204,7 @@ def test_evaluate_names_labels_that_the_model_does_not_know(capsys, classifier, 
     code, _, err = run(capsys, *given, "--labels", "low", "middle", "top")
     assert code == 2 and "are 3 names, but" in err and "has 2 labels: high, low" in err
     code, _, err = run(capsys, "evaluate", PLAIN, data, "--task", "sequence_classification")
-    assert code == 2 and "there is nothing to evaluate for sequence_classification" in err
+    assert code == 2 and "has no head for sequence_classification" in err
 
 
 FLAGS = {  # one that is not the default for every field
@@ -303,7 +303,7 @@ def test_every_setting_has_a_flag(monkeypatch, tmp_path, turn):
 
 ERRORS = {
     ("train", "--model", "x"): "train_data, output, task must be given",
-    ("train", "--config", "none.yaml"): "none.yaml is no file",
+    ("train", "--config", "none.yaml"): "none.yaml is not a file",
     ("predict", PLAIN, "none.jsonl", "out.jsonl"): "masked_lm has no answers, only outputs",
     ("predict", PLAIN, "none.jsonl", "o.jsonl", "--outputs"): "none.jsonl is no file",
     ("predict", PLAIN, "a", "b", "--outputs", "--mesh", "data=3"): "does not fit 8 devices",
@@ -329,7 +329,7 @@ EARLY = {
     ("--answers", "top_k=true"): "--answers: top_k=True must be a whole number",
     ("--answers", "function_to_apply=cube"): "--answers: function_to_apply='cube' is unknown",
     ("--task", "pretraining"): "a model for pretraining has no answers, only outputs: add",
-    (*ASKS, "doc_stride=-1"): "doc_stride=-1 must be a whole number from 0",
+    (*ASKS, "doc_stride=-1"): "doc_stride=-1 must be an integer of at least 0",
     (*ASKS, "align_to_words=7"): "align_to_words=7 is unknown",
 }
 
@@ -359,7 +359,7 @@ def test_train_says_where_metrics_go_when_it_begins(capsys, tiny, tmp_path):
     code, _, err = run(capsys, "train", "--config", file)
     assert code == 2 and "none.jsonl" in err and "metrics" not in err
     code, _, err = run(capsys, "train", "--config", file, "--frozen", "[")
-    assert code == 2 and "error: --frozen [ is no regular expression" in err
+    assert code == 2 and "error: --frozen [ is not a regular expression" in err
 
 
 @pytest.mark.slow

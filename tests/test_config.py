@@ -172,20 +172,23 @@ def test_an_invalid_config_json_is_refused(fields, says):
         ({"tie_word_embeddings": None}, "tie_word_embeddings=None must be true or false"),
         ({"hidden_act": "gelu2"}, "hidden_act='gelu2' is not supported; supported are gelu, "),
         ({"hidden_act": ["gelu"]}, r"hidden_act=\['gelu'\] must be a text"),
-        ({"pad_token_id": 11}, r"pad_token_id=11 is outside -11..10, the rows that vocab_size=11"),
+        (
+            {"pad_token_id": 11},
+            r"pad_token_id=11 is outside -11..10, the rows of a table of vocab_size=11",
+        ),
         ({"pad_token_id": -12}, "pad_token_id=-12 is outside -11..10"),
         ({"pad_token_id": [0]}, r"pad_token_id=\[0\] must be a whole number or null"),
         ({"problem_type": 3}, "problem_type=3 is unknown; choose one of single"),
         (
             {"problem_type": "single_label_classification", "num_labels": 1},
-            "needs two labels or more, and num_labels=1; use problem_type='regression'",
+            "needs two labels or more, got num_labels=1; use problem_type='regression'",
         ),
         ({"model_type": ["bert"]}, r"model_type=\['bert'\] must be a text"),
         ({"architectures": [3]}, r"architectures=\[3\] must be a text or a list"),
         ({"architectures": {"a": 1}}, r"architectures=\{'a': 1\} must be a text or a list"),
         ({"id2label": ["a", "b"]}, r"id2label=\['a', 'b'\] must be a mapping, such as id2label="),
         ({"id2label": {"0": ["a"]}}, r"id2label=\['a'\] must be a text or a whole number"),
-        ({"id2label": {"x": "a"}}, "id2label has the id 'x', which is no whole number"),
+        ({"id2label": {"x": "a"}}, "id2label has the id 'x'; ids must be integers"),
         ({"id2label": {"0": "a", "00": "b"}}, r"ids \[0\]; they must be 0..1 without gaps"),
         ({"id2label": {}}, "num_labels=0 must be at least 1"),
         ({"label2id": ["a"]}, r"label2id=\['a'\] must be a mapping"),
@@ -226,13 +229,13 @@ def test_padding_counted_from_the_end_is_a_row_of_the_table():
 
 @pytest.mark.parametrize("names", [["a", "a"], ["a", " "]])
 def test_names_of_labels_that_are_not_told_apart_are_kept_and_said(names):
-    with pytest.warns(UserWarning, match=rf"id2label has names that are empty or .*'{names[1]}'"):
+    with pytest.warns(UserWarning, match=rf"id2label has empty or .*'{names[1]}'"):
         config = EncoderConfig.from_dict(TINY | {"id2label": dict(enumerate(names))})
     assert config.labels == tuple(names)
 
 
 def test_what_id2label_says_wins_and_is_said():
-    with pytest.warns(UserWarning, match="num_labels=3 does not count, since id2label has 2 names"):
+    with pytest.warns(UserWarning, match="num_labels=3 is ignored, because id2label has 2 names"):
         config = EncoderConfig.from_dict(TINY | {"id2label": {"0": "a", "1": "b"}, "num_labels": 3})
     assert config.labels == ("a", "b")
 
@@ -333,7 +336,7 @@ def test_what_we_write_is_read_by_the_transformers_of_today(family, changes, tmp
 
 @pytest.mark.parametrize("kind", ["stride", "block_stride"])
 def test_more_stride_than_heads_warns_and_runs(kind):
-    with pytest.warns(UserWarning, match=rf"'{kind}'.*factor=4 over num_attention_heads=2"):
+    with pytest.warns(UserWarning, match=rf"'{kind}'.*factor=4 larger than num_attention_heads=2"):
         EncoderConfig(**TINY, lsg=LSGConfig(sparsity_type=kind, sparsity_factor=4))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""From files to rows: readers, tokenising per task, the cache."""
+"""From files to rows: readers, tokenizing per task, the cache."""
 
 import csv
 import json
@@ -156,13 +156,13 @@ def test_a_name_that_is_nothing(load, tmp_path, monkeypatch):
         raise FileNotFoundError("no such dataset")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(ValueError, match="'nothing_here' is no file or folder here, and"):
+    with pytest.raises(ValueError, match="'nothing_here' is not a file or folder here, and"):
         load("nothing_here")
-    with pytest.raises(FileNotFoundError, match=r"missing.jsonl is no file"):
+    with pytest.raises(FileNotFoundError, match=r"missing.jsonl is not a file"):
         load(str(tmp_path / "missing.jsonl"))
     (tmp_path / "a.txt").write_text("w1")
     (tmp_path / "b.tsv").write_text("w1")
-    with pytest.raises(ValueError, match=r"none of .jsonl, .csv"):
+    with pytest.raises(ValueError, match=r"give a file of .jsonl, .csv"):
         load(tmp_path / "b.tsv")
     write(tmp_path / "c.jsonl", TEXTS)
     with pytest.raises(ValueError, match=r"of the kinds \['.jsonl', '.txt'\]"):
@@ -186,7 +186,7 @@ BROKEN = {
     "label negative": (b'{"text": "w1", "label": -1}', "label -1 is none of the 2"),
     "label fractional": (
         b'{"text": "w1", "label": 0.5}',
-        "a label is a name or a whole number, got 0.5",
+        "a label must be a name or a whole number, got 0.5",
     ),
     "several labels": (b'{"text": "w1", "label": ["odd"]}', "multi_label_classification"),
     "text empty": (b'{"text": "", "label": "odd"}', "'text' is empty"),
@@ -195,8 +195,11 @@ BROKEN = {
     "label empty": (b'{"text": "w1", "label": ""}', "the label '' is empty"),
     "label with space": (b'{"text": "w1", "label": " odd"}', "' odd' has spaces around it"),
     "label null": (b'{"text": "w1", "label": null}', "column 'label' is empty"),
-    "label NaN": (b'{"text": "w1", "label": NaN}', "a label is a name or a whole number, got nan"),
-    "label an object": (b'{"text": "w1", "label": {}}', "a label is a name or a whole number"),
+    "label NaN": (
+        b'{"text": "w1", "label": NaN}',
+        "a label must be a name or a whole number, got nan",
+    ),
+    "label an object": (b'{"text": "w1", "label": {}}', "a label must be a name or a whole number"),
     "a name twice": (b'{"text": "w1", "text": "w2", "label": 0}', "the name 'text' is there twice"),
 }
 
@@ -247,13 +250,13 @@ def test_a_broken_header_of_csv_is_never_skipped(load, tmp_path, header, message
 def test_columns_of_parquet_are_there_and_differ(load, tmp_path, names):
     table = pyarrow.table([["w5"]] * len(names), names=names)
     pyarrow.parquet.write_table(table, tmp_path / "data.parquet")
-    with pytest.raises(ValueError, match="parquet: columns must be there and differ by name, got"):
+    with pytest.raises(ValueError, match="parquet: it needs columns with different names, got"):
         load(tmp_path / "data.parquet", on_error="skip")
 
 
 def test_a_quote_that_is_not_closed_is_never_skipped(load, tmp_path):
     (tmp_path / "data.csv").write_text('text,label\nw1,a\n"w2,b\nw3,a\n')
-    with pytest.raises(ValueError, match=r"data.csv:3: a quoted field goes wrong by line 4"):
+    with pytest.raises(ValueError, match=r"data.csv:3: a quoted field is wrong at line 4"):
         load(tmp_path / "data.csv", on_error="skip")
 
 
@@ -265,7 +268,7 @@ def test_a_long_field_of_csv(load, tmp_path):
 def test_a_broken_parquet_file(load, tmp_path):
     path = write_as(".parquet", tmp_path)
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=r"data.parquet is no valid Parquet file after row 0"):
+    with pytest.raises(ValueError, match=r"data.parquet is not valid Parquet after row 0"):
         load(path, on_error="skip")
 
 
@@ -413,9 +416,9 @@ def test_several_labels_and_regression(load):
     for wrong, message in broken:
         with pytest.raises(ValueError, match=f"rows.jsonl:2: .*{message}"):
             load([rows[0], {"text": "w1", "label": wrong}], problem_type="regression")
-    with pytest.raises(ValueError, match=r"rows.jsonl:1: 1 numbers, but 2 in the training data"):
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: the label has 1 numbers, but 2 in the"):
         load(rows, problem_type="regression", width=2)
-    with pytest.raises(ValueError, match="width=2 must be at least 1, and is for regression"):
+    with pytest.raises(ValueError, match="width=2 must be at least 1, and is only for"):
         load(rows, width=2)
 
 
@@ -479,7 +482,7 @@ def test_windows_of_questions_hold_the_answer_or_say_that_they_do_not(load, leng
     "change, message",
     [
         ({"answers": {"text": ["dog"], "answer_start": [3]}}, "is not at character 3"),
-        ({"answers": {"text": ["dog"], "answer_start": []}}, "1 texts, 0 places"),
+        ({"answers": {"text": ["dog"], "answer_start": []}}, "1 texts, but 0 answer_start"),
         ({"answers": "dog"}, "answers must be"),
         ({"question": words(40)}, "after a question of 40; stride=5"),
         ({"context": None}, "column 'context' is empty"),
@@ -505,7 +508,9 @@ def test_choices_are_pairs_with_the_text(load, tokenizer):
         for ids, choice in zip(data[i]["input_ids"], row["choices"], strict=True):
             assert ids.tolist() == tokenizer(row["text"], choice)["input_ids"]
         assert data[i]["labels"] == row["label"]
-    with pytest.raises(ValueError, match=r"rows.jsonl:2: .*has 2 texts; .* as many in all rows"):
+    with pytest.raises(
+        ValueError, match=r"rows.jsonl:2: .*has 2 texts; .* the same number in all rows"
+    ):
         load([rows[0], rows[1] | {"choices": ["a", "b"]}], "multiple_choice")
     with pytest.raises(ValueError, match=r"rows.jsonl:1: label 3 is none of the 3"):
         load([rows[0] | {"label": 3}], "multiple_choice")
@@ -611,7 +616,7 @@ def test_tokenizers_that_cannot_serve(load, tokenizer):
         load(TEXTS, "masked_lm", tokenizer=without)
     slow = Counting(tokenizer)
     slow.is_fast, slow.init_kwargs = False, {}
-    with pytest.raises(ValueError, match="as a slow tokenizer does not"):
+    with pytest.raises(ValueError, match="a slow tokenizer, does not know"):
         load(SQUAD, "question_answering", tokenizer=slow)
     padless = Counting(tokenizer)
     padless.pad_token_id = None
@@ -657,7 +662,7 @@ def test_words_need_a_tokenizer_that_puts_spaces_before_them(load):
         ({"task": "token_classification", "labels": ("a", "a")}, "must be different names"),
         ({"task": "token_classification", "labels": ()}, "different names, at least one"),
         ({"task": "token_classification", "labels": ("a", "")}, "at least one and none empty"),
-        ({"max_target_length": 8}, "is for tasks with a text to write, not masked_lm; leave it"),
+        ({"max_target_length": 8}, "is for tasks that write texts, not masked_lm; leave it"),
         (WRITTEN | {"max_target_length": 1}, "max_target_length=1 must be at least 2"),
         (WRITTEN | {"labels": ("a",)}, "are for sequence_classification and token_classification"),
         (WRITTEN | {"problem_type": "regression"}, "not conditional_generation"),
@@ -715,7 +720,7 @@ def test_a_damaged_cache_is_not_used(load, tokenizer, tmp_path, damage, name):
     (file,) = (tmp_path / "cache").rglob(name)
     damage(file)
     counting = Counting(tokenizer)
-    with pytest.warns(UserWarning, match="It is not used; the data is tokenised anew"):
+    with pytest.warns(UserWarning, match="It is not used; the data is tokenized again"):
         again = load(rows, tokenizer=counting)
     assert counting.calls == 1 and rows_of(again) == expected
     with warnings.catch_warnings(action="error"):  # whole again

@@ -421,7 +421,7 @@ def test_a_stream_of_pairs_continues_and_knows_its_lengths(pairs):
     assert {batch["labels"].shape[1] for batch in other} == {9}
     with pytest.raises(ValueError, match="target_buckets: "):
         other.set_state(state)
-    with pytest.raises(ValueError, match="the longest row has 9 tokens of target"):
+    with pytest.raises(ValueError, match="at least 9, the tokens of the longest target"):
         train_batches(pairs, **options, buckets={"target": (4, 8)})
     with pytest.raises(ValueError, match=r"name \['output'\], not \['input', 'target'\]"):
         train_batches(pairs, **options, buckets={"output": (4, 8)})
@@ -552,7 +552,7 @@ def test_one_row_is_enough(make):
     regression = make(rows=1, problem_type="regression")
     batch = next(train_batches(regression, batch_size=4, seed=0))  # the row of four epochs
     assert numbers(batch) == [0] * 4
-    with pytest.raises(ValueError, match="epochs=3 of 1 rows make no whole batch of 4 rows"):
+    with pytest.raises(ValueError, match="epochs=3 of 1 rows do not fill a batch of 4 rows"):
         train_batches(regression, batch_size=4, seed=0, epochs=3)
 
 
@@ -566,11 +566,11 @@ def test_one_row_is_enough(make):
         ),
         ({"process_count": 3, "process_index": 0}, "must be a multiple of process_count=3"),
         ({"process_count": 2, "process_index": 2}, "process_index=2 must lie in 0..1"),
-        ({"buckets": (8, 16)}, "the longest row has 30 tokens"),
-        ({"buckets": ()}, "must be lengths from 1"),
+        ({"buckets": (8, 16)}, "one of them at least 30"),
+        ({"buckets": ()}, "must be lengths of at least 1"),
         ({"seed": -1}, "seed=-1"),
         ({"epochs": 0}, "epochs=0 at least 1"),
-        ({"mask_probability": 1.0}, "mask_probability=1.0 must lie between"),
+        ({"mask_probability": 1.0}, "mask_probability=1.0 must be above 0"),
     ],
 )
 def test_options_that_do_not_fit(make, options, message):
@@ -579,7 +579,7 @@ def test_options_that_do_not_fit(make, options, message):
 
 
 def test_floats_cannot_be_filled_up(make):
-    with pytest.raises(ValueError, match="remainder='fill': choose 'fill' or 'carry'; with labels"):
+    with pytest.raises(ValueError, match="remainder='fill' must be 'fill' or 'carry'; with float"):
         train_batches(make(problem_type="regression"), batch_size=4, seed=0, remainder="fill")
 
 
@@ -607,9 +607,15 @@ def test_every_text_lies_whole_in_one_row(lengths, sizes, seed):
 PACKING = Packing(64, 8)
 
 
-@pytest.mark.parametrize("task", ["sequence_classification", "token_classification", "masked_lm"])
-def test_packed_rows_hold_the_texts_of_the_data(make, task):
-    data = make(task, pack=False)
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        *(("sequence_classification", {}), ("token_classification", {}), ("masked_lm", {})),
+        ("sequence_classification", {"problem_type": "regression"}),
+    ],
+)
+def test_packed_rows_hold_the_texts_of_the_data(make, task, options):
+    data = make(task, pack=False, **options)
     stream = train_batches(data, batch_size=3, seed=1, epochs=2, packing=PACKING)
     found, labels = collections.Counter(), RECORDS[task].targets[0].labels
     assert stream.buckets == (64,)
@@ -632,7 +638,7 @@ def test_packed_rows_hold_the_texts_of_the_data(make, task):
                 np.testing.assert_array_equal(batch[labels][row, where], text[labels])
             found[int(numbers[row, number])] += 1
         if task == "sequence_classification":
-            assert (batch[labels][numbers < 0] == -100).all()
+            assert (batch[labels][numbers < 0] == (0 if options else -100)).all()
         else:
             assert (batch[labels][segments == 0] == -100).all()
     assert set(found.values()) == {2} and len(found) == len(data)
@@ -659,7 +665,7 @@ def test_packed_rows_continue_and_are_shared_by_processes(make):
 @pytest.mark.parametrize(
     ("task", "options", "message"),
     [
-        ("sequence_classification", {"buckets": BUCKETS}, "rows that are shared have one length"),
+        ("sequence_classification", {"buckets": BUCKETS}, "packed rows have one length"),
         ("sequence_classification", {"packing": Packing(24, 8)}, "longer than a row of length=24"),
         ("question_answering", {}, "one for each text or token, not for question_answering"),
         ("multiple_choice", {}, "not for multiple_choice"),
@@ -668,5 +674,5 @@ def test_packed_rows_continue_and_are_shared_by_processes(make):
 def test_data_that_cannot_share_rows_is_named(make, task, options, message):
     with pytest.raises(ValueError, match=message):
         train_batches(make(task), **{"batch_size": 2, "seed": 0, "packing": PACKING} | options)
-    with pytest.raises(ValueError, match="give a multiple of the block"):
+    with pytest.raises(ValueError, match="the length a multiple of the block"):
         Packing(20, 8)

@@ -278,7 +278,7 @@ def test_retrieval_scores_by_hand():
 @pytest.mark.parametrize("relevant", [[], [[0], []]])
 def test_retrieval_needs_queries_with_documents(relevant):
     vectors = np.eye(2)[: len(relevant)]
-    with pytest.raises(ValueError, match="needs a text with a positive"):
+    with pytest.raises(ValueError, match="needs queries that each have a positive"):
         retrieval.retrieval_scores(vectors, np.eye(2), relevant, scale=1.0)
 
 
@@ -407,7 +407,7 @@ ROWS = {
     "other name": (
         [{"text": "w5", "pos": "w6"}],
         {},
-        r"there are \['text', 'pos'\]. Name it by col",
+        r"there are \['text', 'pos'\]. Give its name by col",
     ),
     "empty text": ([GOOD, {"text": " ", "positive": "w6"}], {}, "odd.jsonl:2: 'text' is empty"),
     "empty positive": ([GOOD | {"positive": "  "}], {}, "odd.jsonl:1: 'positive' is empty"),
@@ -458,10 +458,10 @@ TEACHERS = {
     "wide": (
         "wide",
         {},
-        "has vectors of 20 numbers, and .* of 16; give a teacher of the same width",
+        "has vectors of 20 numbers, but .* has 16; give a teacher of the same width",
     ),
-    "words": ("words", {}, "has another tokenizer than .*have no or another number.*is shown the"),
-    "raw": ("raw", {"model": "dense"}, "has normalize=False, and .* normalize=True"),
+    "words": ("words", {}, "has another tokenizer than .*are missing or have other ids.*reads the"),
+    "raw": ("raw", {"model": "dense"}, "has normalize=False, but .* has normalize=True"),
     "nothing": ("nothing", {}, "nothing"),
     "long": (
         "dense",
@@ -493,11 +493,11 @@ SETTINGS = {
     "pooling: mean, task: masked_lm": "pooling='mean' is for task='embedding'",
     "pooling: sum": "pooling='sum' must be one of mean, cls, max, global",
     "teacher_length: 8": "teacher_length=8 needs a teacher",
-    "teacher: x, similarity_scale: 3": "similarity_scale=3.0 is for pairs",
+    "teacher: x, similarity_scale: 3": "similarity_scale=3.0 is for learning from pairs",
     "similarity_scale: -1": "similarity_scale=-1.0 must be above 0",
     "train_only: head": "train_only='head': embeddings have no head",
-    "label_smoothing: 0.1": "label_smoothing=0.1 must be from 0 to below 1, and 0 for labels that",
-    "eval_data: e, best: eval_cosine": "best='eval_cosine' is none of the scores of embedding",
+    "label_smoothing: 0.1": "label_smoothing=0.1 must be at least 0 and below 1, and 0 for label",
+    "eval_data: e, best: eval_cosine": "best='eval_cosine' must be one of the scores of emb",
     "eval_data: e, best: eval_accuracy": r"known|eval_loss, eval_recall@1, .*, eval_ndcg@10",
 }
 
@@ -516,7 +516,7 @@ def test_models_that_have_no_one_vector_are_refused(model, tmp_path):
     writer = save_tiny_writer(tmp_path / "writer")
     with pytest.raises(ValueError, match=r"writer is an encoder-decoder \(bart\)"):
         training.survey(settings_of(writer, tmp_path), progress=False)
-    with pytest.raises(ValueError, match="says nothing of pooling; pass pooling="):
+    with pytest.raises(ValueError, match="would say how to pool; pass pooling="):
         training.survey(settings_of(model, tmp_path, pooling=None), progress=False)
 
 
@@ -536,4 +536,4 @@ def test_a_dry_run_shows_both_sides(model, tmp_path, capsys):
     assert cli.main(["data", *arguments]) == 0
     out = capsys.readouterr().out
     assert re.search(r"tokens of the positive: shortest \d+, half \d+", out)
-    assert "steps: 9, 3 in an epoch" in out
+    assert "steps: 9, 3 per epoch" in out

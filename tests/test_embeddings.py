@@ -231,11 +231,11 @@ def test_settings_that_are_not_supported_are_refused_by_name(make, change, says)
     ("file", "values", "says"),
     [
         ("modules.json", [{"type": TYPES + "Pooling", "path": "x"}], "first must be a Transformer"),
-        ("modules.json", {}, "must hold a list, but holds a dict"),
+        ("modules.json", {}, "must contain a list, but contains a dict"),
         ("modules.json", ["x"], "x has no type or no path"),
-        ("modules.json", [{"type": "Transformer", "path": "../x"}], "a folder inside, not '../x'"),
+        ("modules.json", [{"type": "Transformer", "path": "../x"}], "a subfolder, not '../x'"),
         ("modules.json", [{"type": "MLMTransformer", "path": ""}], r"lists \['MLMTransformer'\]"),
-        ("1_Pooling/config.json", [], "must hold an object"),
+        ("1_Pooling/config.json", [], "must contain an object"),
         ("config_sentence_transformers.json", {"default_prompt_name": "q"}, "puts a prompt before"),
     ],
 )
@@ -266,7 +266,7 @@ def test_parts_that_do_not_fit_are_refused(make, unchecked):
     with pytest.raises(FileNotFoundError, match="has no tokenizer"):
         Embedder.from_pretrained(folder)
     (folder / "1_Pooling" / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"1_Pooling/config\.json is not there; pass"):
+    with pytest.raises(FileNotFoundError, match=r"1_Pooling/config\.json does not exist; pass"):
         Embedder.from_pretrained(folder)
 
 
@@ -422,7 +422,8 @@ def test_the_command_embeds_lines_and_objects(make, tmp_path, capsys):
     out = tmp_path / "deep" / "out.npy"
     assert cli.main(["embed", str(folder), str(tmp_path / "in.txt"), str(out)]) == 0
     np.testing.assert_allclose(np.load(out), expected, rtol=1e-5, atol=1e-6)
-    assert "3 vectors of 3, texts cut at 24 tokens" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "3 vectors of 3 numbers (texts longer than 24 tokens are truncated)" in said
     out = tmp_path / "out.jsonl"
     options = ["--pooling", "cls", "--normalize", "--max-length", "9", "--batch-size", "2"]
     assert cli.main(["embed", str(folder), str(tmp_path / "in.jsonl"), str(out), *options]) == 0
@@ -446,7 +447,7 @@ def test_the_command_reads_parquet_and_patterns_as_train_does(make, tmp_path, ca
         line = ["embed", folder, tmp_path / source, out, "--columns", "text=body,id=key"]
         assert cli.main([str(part) for part in line]) == 0
         err = capsys.readouterr().err
-        assert f"1 of {count} texts were cut at 24 tokens" in err and err.count("\n") == 1
+        assert f"1 of {count} texts were truncated to 24 tokens" in err and err.count("\n") == 1
         written = [json.loads(line) for line in out.read_text().splitlines()]
         names = ["a.parquet0", "a.parquet1", "b.parquet0"]
         assert [line["id"] for line in written] == names[:count]

@@ -1,15 +1,24 @@
 """The short examples run as they stand, in a tiny setting. The demo: test_demo.py."""
 
+import glob
 import importlib
+import importlib.util
 import json
+import os
 import pathlib
+import subprocess
 import sys
+from fnmatch import fnmatch
 
+import compiling
+import nbformat
 import numpy as np
 import pytest
 from golden_data import GOLDEN
+from nbclient import NotebookClient
 
-from lsg_flax import LSGConfig, cli
+import lsg_flax
+from lsg_flax import LSGConfig, cli, hub
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 pytestmark = [
@@ -123,6 +132,89 @@ def test_bytes_are_learned_and_written(example, capsys, tmp_path, flags):
     bits = [float(line.split()[2]) for line in out.splitlines() if line.startswith("step ")]
     assert len(bits) == 4 and 8.5 > bits[0] > bits[-1] > 0
     assert "the quick brown fox jumps over the lazy dog." in out
+
+
+NOTEBOOK = EXAMPLES / "long_classifier.ipynb"
+SMALL = """
+MAX_LENGTH, STEPS, BATCH_SIZE = 512, 1, 2
+MOST_DOCUMENTS = {"train": 4, "held_out": 2}
+"""
+
+
+def test_the_notebook_runs_as_it_stands(tmp_path, monkeypatch):
+    """On one CPU device, with small numbers behind its cell of sizes, and without installing."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    (sizes,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", ()))
+    sizes.source += SMALL
+    monkeypatch.setenv("XLA_FLAGS", compiling.xla_flags(1))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(EXAMPLES.parent), *sys.path]))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")  # installing anything fails
+    monkeypatch.chdir(tmp_path)
+    NotebookClient(notebook, kernel_name="python3", timeout=600).execute()
+    said = {
+        cell.id: "".join(out.get("text", "") for out in cell.outputs if out.get("name") == "stdout")
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    }
+    assert said["parameters"].startswith("1 x cpu, float32, ")
+    assert "reads 512 tokens" in said["convert"] and "train: 4 documents" in said["documents"]
+    assert "after 1 steps: {'eval_loss'" in said["finetune"] and "answered: [{" in said["predict"]
+    (picture,) = next(c.outputs for c in notebook.cells if c.id == "picture")
+    assert "image/png" in picture.data
+    exported = tmp_path / "long_classifier" / "for_pytorch"
+    assert "classifier.weight" in said["export"]
+    assert lsg_flax.pipeline("text-classification", str(exported))("import email")[0]["label"]
+
+
+@pytest.mark.parametrize(
+    ("devices", "build"),
+    [
+        (["/dev/vfio/0"], "jax[tpu]"),
+        (["/dev/accel0"], "jax[tpu]"),
+        (["/dev/nvidia0"], "jax[cuda12]"),
+        ([], "jax"),
+    ],
+)
+@pytest.mark.parametrize("in_clone", [True, False])
+def test_the_notebook_installs_what_its_device_needs(
+    tmp_path, monkeypatch, devices, build, in_clone
+):
+    cell = next(c for c in nbformat.read(NOTEBOOK, as_version=4).cells if c.id == "install")
+    ran = []
+    monkeypatch.setattr(subprocess, "run", lambda command, check: ran.append(command))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(glob, "glob", lambda pattern: [d for d in devices if fnmatch(d, pattern)])
+    monkeypatch.chdir(EXAMPLES if in_clone else tmp_path)
+    exec(cell.source, {})
+    where = f" @ {EXAMPLES.parent.resolve().as_uri()}" if in_clone else ""
+    assert ran == [
+        [sys.executable, "-m", "pip", "install", "--quiet", build, f"lsg-flax[plots]{where}"]
+    ]
+
+
+def test_the_notebook_is_committed_without_outputs():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert code and not any(cell.outputs or cell.execution_count for cell in code)
+
+
+def test_a_dense_embedder_teaches_its_conversion(example, tmp_path, capsys):
+    module = example("distill_embeddings")
+    sizes = ["--steps", "2", "--papers", "2", "--texts", "3", "--length", "64"]
+    source, teacher = GOLDEN / "bert_to_convert_512", str(tmp_path / "teacher")
+    pooled = hub.SentenceSettings("mean", True, 512)
+    read = (*lsg_flax.from_pretrained(source, "base"), hub.read_tokenizer(source))
+    hub.save_sentence_model(teacher, *read, pooled)
+    found = module.main([*sizes, "--teacher", teacher, "--folder", str(tmp_path)])
+    before, result, scores = found
+    assert result.step == 2 and before != result.scores["eval_cosine"]
+    averaged, converted, taught = scores.values()
+    assert averaged.keys() == converted.keys() == taught.keys() >= {"mrr@10", "recall@1"}
+    assert "LSG, taught, whole: " in capsys.readouterr().out
+    again = module.main([*sizes, "--teacher", teacher, "--folder", str(tmp_path)])[1]
+    assert again.scores == result.scores  # nothing is trained twice
 
 
 def test_every_short_example_is_at_most_100_lines():

@@ -143,7 +143,7 @@ def test_settings_that_cannot_be(options, message, tmp_path):
 
 def test_choices_cannot_be_exported(tmp_path):
     model = Model(make()[0].config, "multiple_choice")
-    with pytest.raises(ValueError, match="multiple_choice has inputs of another shape"):
+    with pytest.raises(ValueError, match=r"multiple_choice. has inputs of another shape"):
         export_model(model, {}, tmp_path / "x", length=16)
 
 

@@ -253,7 +253,7 @@ def test_a_place_without_locks_is_told_of(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    says = pytest.warns(UserWarning, match="cannot be locked .*No locks.*see to it that no other")
+    says = pytest.warns(UserWarning, match="cannot be locked .*No locks.*make sure that no other")
     with says, locked(tmp_path):
         pass
 
@@ -309,7 +309,7 @@ def test_what_a_library_in_rust_says_of_a_full_disk(tmp_path):
     class RustError(Exception):
         pass
 
-    says = pytest.raises(OSError, match=r"No space left.*make room on the disk.*out'")
+    says = pytest.raises(OSError, match=r"No space left.*free disk space.*out'")
     with says, written_aside(tmp_path / "out"):
         raise RustError("Error while serializing: I/O error: No space left (os error 28)")
     assert not list(tmp_path.iterdir())
@@ -372,16 +372,16 @@ def test_a_writer_killed_at_any_touch_of_the_disk(tmp_path):
     ("contents", "says"),
     [
         (b"", "config.json is not valid JSON: Expecting value"),
-        (b'{"a": 1, "b": {"c": 1, "c": 1}}', "not valid JSON: the name 'c' is there twice; leave"),
+        (b'{"a": 1, "b": {"c": 1, "c": 1}}', "not valid JSON: the name 'c' is there twice; remove"),
         (b"[" * 100_000, "not valid JSON: maximum recursion depth"),
-        (b'{"a": ' * 101 + b"1" + b"}" * 101, "is nested more than 100 levels deep"),
+        (b'{"a": ' * 101 + b"1" + b"}" * 101, "is nested deeper than the 100 allowed levels"),
         (b'{"a": "\xff"}', "not valid JSON: 'utf-8' codec can't decode byte 0xff in position 7"),
         (
             b"{" + b",".join(b'"%d": 1' % n for n in [*range(50_000), 7]) + b"}",
             "'7' is there twice",
         ),
         (b"version https://git-lfs.github.com/spec/v1", "config.json is a git-lfs pointer, not"),
-        (b"[1]", "must hold an object, but holds a list"),
+        (b"[1]", "must contain an object, but contains a list"),
         (b"7" * 5000, "not valid JSON: Exceeds the limit"),
     ],
 )

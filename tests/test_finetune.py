@@ -21,6 +21,7 @@ from lsg_flax import cli, hub
 from lsg_flax.generation.loop import decode
 from lsg_flax.locks import PlaceTaken, locked
 from lsg_flax.models import PROBLEM_SCORERS, SCORES, TASKS
+from lsg_flax.training.evaluation import evaluate_files
 from lsg_flax.training.finetune import finetune
 from lsg_flax.training.preparation import options_for
 from lsg_flax.training.refinements import FROZEN
@@ -200,7 +201,7 @@ def test_labels_of_the_data_win_over_those_of_a_head(with_a_head, tmp_path, foun
 def test_weights_of_as_many_other_labels_are_said_to_be_kept(with_a_head, tmp_path):
     data = labelled(tmp_path, ["poor", "so so", "superb"])
     settings = settings_of(with_a_head, tmp_path, train_data=data)
-    with pytest.warns(UserWarning, match="bad, fair, good; training goes on.*poor, so so, superb"):
+    with pytest.warns(UserWarning, match="bad, fair, good; training starts.*poor, so so, superb"):
         options = options_for(settings, source_of(settings))
     assert options.labels == ("poor", "so so", "superb")
 
@@ -239,13 +240,21 @@ def test_the_same_command_goes_on_bit_for_bit(tiny, tmp_path):
         run(settings)
 
 
+CLOSE = {"rel": 1e-5, "abs": 1e-5}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind", ["single_label_classification", "token_classification", "masked_lm", "causal_lm"]
+    "kind", [*PROBLEM_SCORERS, "token_classification", "masked_lm", "causal_lm"]
 )
-def test_packed_runs_go_on_bit_for_bit(tiny, tmp_path, kind):
+def test_packed_runs_go_on_bit_for_bit_and_are_scored_as_if_they_were_not(tiny, tmp_path, kind):
     options = {"packing": True, "buckets": [40], "batch_size": 2, "max_length": 15}
     options |= {"devices": 2 if kind == "causal_lm" else 1}
+    if kind == "regression":  # nearly equal predictions would have a correlation of rounding alone
+        model, params = lsg_flax.from_pretrained(tiny, "base")
+        params = jax.tree.map(lambda x: 6 * x, params)
+        tiny = tmp_path / "wide"
+        lsg_flax.save_pretrained(tiny, model, params, hub.read_tokenizer(PLAIN))
     settings = settings_of(tiny, tmp_path, kind, **options)
     whole = run(settings)
     assert {record["compilations"] for record in whole.history} == {1}
@@ -255,16 +264,23 @@ def test_packed_runs_go_on_bit_for_bit(tiny, tmp_path, kind):
     assert [record["step"] for record in rest.history] == [3, 4]
     assert [r["loss"] for r in whole.history[2:]] == [r["loss"] for r in rest.history]
     assert (rest.output / hub.WEIGHTS).read_bytes() == weights and rest.scores == whole.scores
-    shown = survey(settings, progress=False).train
-    assert list(shown.buckets) == [40] and shown.real > 0.5
+    shown = survey(settings, progress=False)
+    assert shown.held_out is not None and shown.train.real > shown.held_out.real > 0.5
+    assert list(shown.train.buckets) == list(shown.held_out.buckets) == [40]
+    alone = {n: getattr(settings, n) for n in ("task", "problem_type", "max_length", "seed")}
+    alone |= {"model": str(rest.output), "data": settings.eval_data, "pack": False, "devices": 1}
+    one = evaluate_files(Settings.for_data(**alone), progress=False)
+    assert rest.scores == pytest.approx({f"eval_{n}": v for n, v in one.scores.items()}, **CLOSE)
+    shared = Settings.for_data(**alone, packing=True, buckets=[40])
+    assert evaluate_files(shared, progress=False).scores == pytest.approx(one.scores, **CLOSE)
 
 
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
         ("question_answering", {}, "packing=True is for masked_lm, .*, not for question_answering"),
-        ("regression", {}, "with one label each, not for sequence_class.*'regression'"),
-        ("masked_lm", {"buckets": [20]}, "rows that texts share have one length, a multiple of"),
+        ("multiple_choice", {}, "packing=True is for .*, not for multiple_choice; leave it out"),
+        ("masked_lm", {"buckets": [20]}, "give one length, a multiple of"),
         ("masked_lm", {"buckets": [16, 32]}, "buckets=.16, 32. with packing=True"),
         ("masked_lm", {"lsg": {"strict_reference": True}}, "strict_reference=True reproduces"),
     ],
@@ -364,15 +380,15 @@ YAML = {
     "mesh: 8": "mesh=8 must be a mapping",
     "remat: some": "remat='some' must be one of none, full, dots",
     "{epochs: 1, steps: 2}": "epochs=1 and steps=2: give one",
-    "{batch_size: 6, accumulate: 4}": "batch_size=6 is no multiple of accumulate=4",
+    "{batch_size: 6, accumulate: 4}": "batch_size=6 must be a multiple of accumulate=4",
     "{train_only: head, frozen: x}": "give one of them",
-    "warmup: 100": "warmup=100.0 is a share",
+    "warmup: 100": "warmup=100.0 must be a share",
     "best: eval_f1": "best='eval_f1' needs eval_data",
-    "{eval_data: x, best: eval_f1}": "eval_f1' is none of the scores of masked_lm: eval_loss, eval",
+    "{eval_data: x, best: eval_f1}": "eval_f1' must be one of the scores of masked_lm: eval_loss, ",
     "{eval_data: x, evaluate_every: 10, save_every: 4}": "must be a multiple of save_every=4",
     "buckets: [0, 8]": r"buckets=\[0, 8\] must be lengths of at least 1",
-    "mesh: {data: -3}": "mesh.data=-3: give whole numbers from 1, and -1 for at most one axis",
-    "mesh: {data: -1, fsdp: -1}": "mesh.data=-1, mesh.fsdp=-1: give whole numbers",
+    "mesh: {data: -3}": "mesh.data=-3: give integers of at least 1, and -1 for at most one axis",
+    "mesh: {data: -1, fsdp: -1}": "mesh.data=-1, mesh.fsdp=-1: give integers",
     "mesh: {data: 1.5}": "mesh.data=1.5 must be a whole number",
     f"seed: {2**70}": f"seed={2**70} must lie in 0..4294967295",
     "seed: -1": "seed=-1 must lie in 0..4294967295",
@@ -380,7 +396,7 @@ YAML = {
     f"steps: {2**31}": "steps=2147483648 must be at most 2147483647",
     "lsg: {block_size: 0}": "block_size=0 must be at least 1",
     "lsg: {num_global_tokens: 600}": "num_global_tokens=600 is outside 1..512",
-    r'cache: "a\0b"': "has a character of 0",
+    r'cache: "a\0b"': "has a NUL character",
     "epochs: 2.5": "epochs=2.5 must be a whole number",
     "epochs: true": "epochs=True must be a whole number",
     "accumulate: 0": "accumulate=0 must be at least 1",
@@ -388,15 +404,15 @@ YAML = {
     "keep: 0": "keep=0 must be at least 1",
     "learning_rate: .nan": "learning_rate=nan must be a number",
     "learning_rate: -1e-4": "learning_rate=-0.0001 must be at least 0",
-    "label_smoothing: 1": "label_smoothing=1.0 must be from 0 to below 1",
-    "max_target_length: 8": "max_target_length=8 is for tasks with a text to write, not masked_lm",
-    "tgt_lang: en_XX": "tgt_lang='en_XX' is for tasks with a text to write",
-    "generation: {num_beams: 2}": "generation=.* is for tasks with a text to write, not masked_lm",
-    "{eval_data: x, best: eval_rouge1}": "none of the scores of masked_lm: [^;]*eval_perplexity.$",
+    "label_smoothing: 1": "label_smoothing=1.0 must be at least 0 and below 1",
+    "max_target_length: 8": "max_target_length=8 is for tasks that write texts, .* not masked_lm",
+    "tgt_lang: en_XX": "tgt_lang='en_XX' is for tasks that write texts",
+    "generation: {num_beams: 2}": "generation=.* is for tasks that write texts, .* not masked_lm",
+    "{eval_data: x, best: eval_rouge1}": "one of the scores of masked_lm: [^;]*eval_perplexity.$",
     "max_grad_norm: 0": "max_grad_norm=0.0 would clip|max_grad_norm=0 would clip",
     "schedule: exponential": "schedule='exponential' must be one of linear, cosine, constant",
-    "frozen: '['": r"frozen='\[' is no regular expression: unterminated",
-    "frozen: ''": "frozen='' is empty; give a value, or leave it out",
+    "frozen: '['": r"frozen='\[' is not a regular expression: unterminated",
+    "frozen: ''": "frozen='' is empty; give a value or leave it out",
     "cache: ' '": "cache=' ' is empty",
     "labels: [a, '']": "labels='' is empty",
     "columns: {text: ''}": "columns.text='' is empty",
@@ -404,12 +420,12 @@ YAML = {
     "problem_type: regression": "problem_type='regression' is for sequence_classification",
     "lsg: {block_size: big}": "lsg.block_size='big' must be a whole number",
     "lsg: {sparsity_type: odd}": "lsg.sparsity_type='odd' must be one of none, norm",
-    "- model": "must hold lines such as",
+    "- model": "must have lines such as",
     "a: b: c": "run.yaml:1 is not valid YAML",
-    "seed: 1\nsteps: 2\nseed: 3": "run.yaml:3: 'seed' is in line 1 already; leave one",
-    '{"columns": {"text": "a",\n"text": "b"}}': "run.yaml:2: 'text' is in line 1 already",
+    "seed: 1\nsteps: 2\nseed: 3": "run.yaml:3: 'seed' is already in line 1; remove one",
+    '{"columns": {"text": "a",\n"text": "b"}}': "run.yaml:2: 'text' is already in line 1",
     "lsg:\n\tblock_size: 8": r"run.yaml:2 is not valid YAML: .*with spaces, not tabs",
-    "1: 2": "run.yaml:1: the name 1 is no text; quote it",
+    "1: 2": "run.yaml:1: the name 1 is not text; quote it",
     "seed: 2020-13-45": "seed='2020-13-45' must be a whole number",
     "steps: 1\nseed: !!int abc": "run.yaml:2: 'abc' cannot be read as int; give another value",
     "pack: !!bool abc": "run.yaml:1: 'abc' cannot be read as bool",
@@ -420,7 +436,7 @@ YAML = {
     "subset: 2020": "subset=2020 must be a text; quote it",
     "steps: 1:30": "steps='1:30' must be a whole number",
     "steps: 010": "steps='010' must be a whole number",
-    "mesh: &m {data: 1}\nlsg: {<<: *m}": "run.yaml:2: '<<' is not read here; write the names out",
+    "mesh: &m {data: 1}\nlsg: {<<: *m}": "run.yaml:2: '<<' is not supported; write the setting",
     "{packing: true, mesh: {sequence: 2}}": "packing=True with mesh.sequence=2",
     "[" * 9999: "not valid YAML: maximum recursion",
 }
@@ -483,7 +499,7 @@ def test_missing_settings_are_named(tmp_path):
         read_settings(None, {"model": "m"})
     with pytest.raises(ValueError, match="task='base' must be one of masked_lm, causal_lm, seq"):
         read_settings(None, {"model": "m", "train_data": "a", "output": "o", "task": "base"})
-    with pytest.raises(FileNotFoundError, match=r"none.yaml is no file"):
+    with pytest.raises(FileNotFoundError, match=r"none.yaml is not a file"):
         read_settings(tmp_path / "none.yaml")
 
 
@@ -631,9 +647,9 @@ def test_a_mesh_learns_to_write_as_one_device(writer, tmp_path):
 
 WRITER_YAML = {
     "{eval_data: x, best: eval_rougeL}": "eval_perplexity; ROUGE needs predict_with_generate",
-    "{eval_data: x, predict_with_generate: true, best: eval_f1}": "none of .*eval_rougeLsum",
+    "{eval_data: x, predict_with_generate: true, best: eval_f1}": "one of .*eval_rougeLsum",
     "predict_with_generate: true": "predict_with_generate=True needs eval_data",
-    "{eval_data: x, generation_rows: 4}": "generation_rows=4 says how .* set predict_with_generate",
+    "{eval_data: x, generation_rows: 4}": "generation_rows=4 is for .* set predict_with_generate",
     "generation: {num_beam: 4}": "generation: 'num_beam' is unknown; did you mean 'num_beams'",
     "generation: {num_return_sequences: 4}": "'num_return_sequences' is unknown",
     "target_buckets: [0]": r"target_buckets=\[0\] must be lengths of at least 1",
@@ -655,14 +671,14 @@ def test_wrong_settings_of_what_is_written_are_named(tmp_path, text):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"max_target_length": 17}, "the decoder of .* has 16 positions; give at most as many"),
-        ({"target_buckets": (4,)}, "the longest row has 5 tokens of target; add a bucket"),
+        ({"max_target_length": 17}, "the decoder of .* has 16 positions; give at most that many"),
+        ({"target_buckets": (4,)}, "at least 5, the tokens of the longest target; add a"),
         ({"target_buckets": (32,)}, r"target_buckets=\[32\] must be lengths in 1..16"),
-        ({"src_lang": "en_XX"}, "src_lang='en_XX', tgt_lang=None: .* tells no languages apart"),
+        ({"src_lang": "en_XX"}, "src_lang='en_XX', tgt_lang=None: .* does not know languages"),
         ({"generation": {"num_beams": 0}}, "num_beams=0 must be"),
         ({"generation": {"length_penalty": 2.0}}, "need num_beams > 1"),
         ({"generation": {"max_length": 18}}, "max_length=18 .* this checkpoint has 16"),
-        ({"generation": {}, "max_target_length": None}, "nothing says how long the texts may"),
+        ({"generation": {}, "max_target_length": None}, "nothing limits the length of the texts"),
         ({"train_only": "head"}, "matches every parameter"),
         ({"eval_batch_size": 3, "devices": 2}, "eval_batch_size gives 3 rows"),
     ],
@@ -686,7 +702,9 @@ def test_a_model_and_a_tokenizer_that_cannot_write_are_refused(tmp_path):
     other = save_tiny_writer(tmp_path / "other")
     config = json.loads((other / hub.CONFIG).read_text()) | {"decoder_start_token_id": None}
     (other / hub.CONFIG).write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="decoder_start_token_id=None, with which decoder_input_i"):
+    with pytest.raises(
+        ValueError, match="decoder_start_token_id=None, which are needed to make decoder_input_i"
+    ):
         run(writing_of(other, tmp_path))
 
 

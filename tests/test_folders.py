@@ -185,8 +185,14 @@ def test_an_embedder_carries_what_belongs_to_it(bert, tmp_path):
 
 
 DAMAGED = {
-    "tokenizer.json": ("garbage", "can make no tokenizer \\(Expecting value.*download them again"),
-    "tokenizer_config.json": ("[]", "can make no tokenizer \\('list' object.*download them again"),
+    "tokenizer.json": (
+        "garbage",
+        "cannot make a tokenizer \\(Expecting value.*download them again",
+    ),
+    "tokenizer_config.json": (
+        "[]",
+        "cannot make a tokenizer \\('list' object.*download them again",
+    ),
     "vocab.txt": (None, "has tokenizer_config.json, but BertTokenizer needs vocab.txt too"),
 }
 
@@ -194,7 +200,7 @@ DAMAGED = {
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 5\n"
 WITHOUT_WORDS = {
     "pointer": (POINTER, "vocab.txt is a git-lfs pointer, not the file itself"),
-    "unknown": ("a\nb\n", "can make no tokenizer .*UNK.* token"),
+    "unknown": ("a\nb\n", "cannot make a tokenizer .*UNK.* token"),
 }
 
 
@@ -333,7 +339,7 @@ def test_nothing_is_written_into_the_source(bert, tmp_path, inside, linked):
         target = tmp_path / "link"
         target.symlink_to(bert, target_is_directory=True)
     before = contents(bert)
-    with pytest.raises(ValueError, match="is or lies in the source"):
+    with pytest.raises(ValueError, match="or inside it, where nothing is written"):
         lsg_flax.convert_checkpoint(bert, target / inside)
     assert contents(bert) == before and not (bert / "new").exists()
 
@@ -347,7 +353,7 @@ def test_a_target_with_another_models_files_is_refused(bert, tmp_path, name):
     lsg_flax.convert_checkpoint(bert, tmp_path / "long", max_sequence_length=700)
     (tmp_path / "long" / name).write_text("{}")
     before = contents(tmp_path / "long")
-    with pytest.raises(ValueError, match=f"long holds {name} of another model.*remove them, or"):
+    with pytest.raises(ValueError, match=f"long has {name} of another model.*remove them, or"):
         lsg_flax.convert_checkpoint(bert, tmp_path / "long", max_sequence_length=800)
     assert contents(tmp_path / "long") == before
 
@@ -360,7 +366,7 @@ def test_a_target_that_no_conversion_has_made_is_refused(bert, tmp_path, text):
         (target / hub.CONFIG).write_text(text)
     before = contents(target)
     with pytest.raises(
-        ValueError, match=r"other holds a config\.json that no conversion has written"
+        ValueError, match=r"other has a config\.json that no conversion has written"
     ):
         lsg_flax.convert_checkpoint(bert, target)
     assert contents(target) == before
@@ -374,7 +380,7 @@ def test_a_conversion_replaces_nobodys_files(bert, tmp_path, name):
     target.mkdir()
     (target / name).write_text("mine")
     (target / "corpus.txt").write_text("mine")
-    with pytest.raises(ValueError, match=f"long holds {name}, not written by a conversion of this"):
+    with pytest.raises(ValueError, match=f"long has {name}, not written by a conversion of this"):
         lsg_flax.convert_checkpoint(bert, target, max_sequence_length=600)
     assert contents(target) == {name: b"mine", "corpus.txt": b"mine"}
     (target / name).unlink()
@@ -388,7 +394,7 @@ def test_a_save_keeps_what_somebody_has_written(bert, tmp_path):
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "LICENSE").write_text("mine")
     opened = hub.open_checkpoint(bert)
-    says = pytest.warns(UserWarning, match="saved keeps its LICENSE, and the model that is saved")
+    says = pytest.warns(UserWarning, match="saved keeps its LICENSE, but the model that is saved")
     with says:
         lsg_flax.save_pretrained(tmp_path / "saved", *opened.load(), source=opened)
     with says, warnings.catch_warnings():
@@ -402,7 +408,7 @@ def test_a_save_warns_of_another_models_files_and_loses_nothing(bert, tmp_path):
     lsg_flax.save_pretrained(saved, *model)
     (saved / "merges.txt").write_text("of a RoBERTa")
     lsg_flax.save_pretrained(saved, *model)  # says nothing of the tokenizer
-    with pytest.warns(UserWarning, match=r"still holds merges.txt of another model"):
+    with pytest.warns(UserWarning, match=r"still has merges.txt of another model"):
         lsg_flax.save_pretrained(saved, *model, hub.read_tokenizer(bert))
     assert (saved / "merges.txt").read_text() == "of a RoBERTa"
 
@@ -418,7 +424,7 @@ def test_modules_outside_the_folder_are_never_opened(tmp_path, path, place):
     modules = [{"type": "a.Transformer", "path": ""}, {"type": "a.Pooling", "path": "1_Pooling"}]
     modules[place]["path"] = path
     (tmp_path / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(ValueError, match="must have a folder inside, not"):
+    with pytest.raises(ValueError, match="must have a subfolder, not"):
         read_modules(tmp_path)
 
 

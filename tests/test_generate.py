@@ -405,14 +405,17 @@ def test_rows_whose_scores_are_nan_are_refused(options):
     call = options | {"max_length": 6, "suppress_tokens": 8}
     call |= {"model": model, "params": params | {"words": {"embedding": words}}}
     assert len(generate(**call, input_ids=[[3, 4, 5], [6, 7, 9]])) == 2
-    with pytest.raises(ValueError, match=r"gives NaN for rows \[1\] of input_ids, so that nothing"):
+    with pytest.raises(ValueError, match=r"gives NaN for rows \[1\] of input_ids, so no text"):
         generate(**call, input_ids=[[3, 4, 5], [6, 7, 8]])
 
 
 NO_START = TableModel(decoder_start_token_id=None, bos_token_id=0)
 BAD = [
-    ({"num_beams": 2, "num_return_sequences": 3}, "=3 texts of a row are more than num_beams=2"),
-    ({"num_return_sequences": 2}, "more than num_beams=1 writes: give more beams, or do_sample"),
+    ({"num_beams": 2, "num_return_sequences": 3}, "=3 is more than num_beams=2"),
+    (
+        {"num_return_sequences": 2},
+        "more than num_beams=1 texts per row: give more beams, or do_sample",
+    ),
     ({"top_p": 0.5}, r"{'top_p': 0.5} need do_sample=True"),
     ({"length_penalty": 2.0}, r"{'length_penalty': 2.0} need num_beams > 1"),
     ({"return_scores": True}, "return_scores=True needs num_beams > 1"),
@@ -430,14 +433,17 @@ BAD = [
     ({"min_length": 30}, "min_length=30 is more than the 20 tokens that max_length=20 allows"),
     ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens=9 is more than the 8 tokens"),
     ({"min_length": -1}, "min_length=-1 must be a whole number, at least 0"),
-    ({"max_new_tokens": 65}, "needs 65 positions, and this checkpoint has 64: at most 64 fit"),
-    ({"max_length": 70}, "max_length=70 behind a prompt of 1 tokens needs 69 positions"),
+    (
+        {"max_new_tokens": 65},
+        "needs 65 positions, but this checkpoint has 64: at most 64 fit",
+    ),
+    ({"max_length": 70}, "max_length=70 after a prompt of 1 tokens needs 69 positions"),
     ({"max_length": 8, "max_new_tokens": 7}, "max_length=8 and max_new_tokens=7 are two limits"),
     ({"max_length": 2.5}, "max_length=2.5 must be a whole number"),
     ({"decoder_input_ids": np.full((3, 65), 4)}, "at most 0 fit"),
-    ({"decoder_input_ids": np.full((3, 9), 4), "max_length": 10}, "leaves no room behind a prompt"),
+    ({"decoder_input_ids": np.full((3, 9), 4), "max_length": 10}, "leaves no room after a prompt"),
     ({"decoder_input_ids": np.full((2, 3), 4)}, r"\(2, 3\) must have the 3 rows of input_ids"),
-    ({"decoder_input_ids": np.full((3, 2), 44)}, "decoder_input_ids lie in 44..44, but vocab_size"),
+    ({"decoder_input_ids": np.full((3, 2), 44)}, "decoder_input_ids are in 44..44, but vocab_size"),
     ({"stream": print, "num_beams": 2}, "stream shows .* num_beams=2"),
     ({"stream": print}, "stream shows .* not of 3 rows"),
     ({"model": NO_START}, "no decoder_start_token_id to begin with"),
@@ -447,10 +453,10 @@ BAD = [
     ({"num_beams": 2.0}, "num_beams=2.0 must be a whole number, at least 1"),
     ({"num_beams": 2, "early_stopping": "always"}, "'always' must be True, False or 'never'"),
     ({"num_beams": 2, "length_penalty": float("nan")}, "length_penalty=nan must be finite"),
-    ({"num_beams": 2, "length_penalty": 50.0}, "length_penalty=50.0 leaves no number for"),
+    ({"num_beams": 2, "length_penalty": 50.0}, "length_penalty=50.0 over- or underflows for"),
     ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 must be positive and finite"),
     ({"no_repeat_ngram_size": 1.5}, "no_repeat_ngram_size=1.5 must be a whole number"),
-    ({"do_sample": True}, "draws with a key: give key="),
+    ({"do_sample": True}, "needs a random key: give key="),
     ({"do_sample": "yes"}, "do_sample='yes' must be True or False"),
     (
         {"do_sample": True, "key": 0, "temperature": 1e-38},
@@ -462,22 +468,25 @@ BAD = [
     ),
     ({"do_sample": True, "key": 0, "top_k": 2.0}, "top_k=2.0 must be a whole number, at least 1"),
     ({"do_sample": True, "key": 0, "top_p": float("nan")}, "top_p=nan must be finite"),
-    ({"position_ids": np.zeros((3, 9), int)}, r"\['position_ids'\] are for a decoder alone"),
-    ({"pad_token_id": None}, "rows that end need a pad_token_id"),
+    (
+        {"position_ids": np.zeros((3, 9), int)},
+        r"\['position_ids'\] need a model without an encoder",
+    ),
+    ({"pad_token_id": None}, "rows that end are padded with pad_token_id"),
     ({"decoder_start_token_id": [2, 3]}, r"=\[2, 3\] must be one token id for all rows"),
     ({"pad_token_id": [1, 2]}, r"pad_token_id=\[1, 2\] must be one token id"),
     ({"input_ids": [[3, 4], [5]]}, "input_ids has rows of different lengths; pad documents"),
     ({"input_ids": DOCUMENTS + 9}, "allows 0..11; tokenizer and checkpoint do not belong together"),
     ({"stream": True}, "stream=True must be a function of one token id"),
     ({"do_sample": True, "key": 3}, r"give key=jax.random.key\(seed\), not 3"),
-    ({"do_sample": True, "key": jax.random.split(jax.random.key(0))}, "draws with a key: give"),
+    ({"do_sample": True, "key": jax.random.split(jax.random.key(0))}, "needs a random key: give"),
     ({"mesh": "data"}, r"mesh='data' must be one of lsg_flax.sharding.make_mesh"),
     ({"bucket": 0}, "bucket=0 must be a whole number, at least 1"),
     (
         {"attention_mask": MASK * [[1], [0], [1]]},
-        r"rows \[1\] of input_ids are padding alone: leave",
+        r"rows \[1\] of input_ids are only padding: leave",
     ),
-    ({"input_ids": DOCUMENTS * 0 + PAD}, r"rows \[0, 1, 2\] of input_ids are padding alone"),
+    ({"input_ids": DOCUMENTS * 0 + PAD}, r"rows \[0, 1, 2\] of input_ids are only padding"),
     ({"suppress_tokens": range(12)}, "leave none of vocab_size=12 tokens to begin with: allow at"),
     (
         {
@@ -499,7 +508,7 @@ BAD = [
     ({"model": FLOATS, "params": MODEL}, r"not dict of \['table'\] and TableModel"),
     (
         {"params": None},
-        "a model and its parameters, as model, params = .*, not TableModel and NoneType",
+        "a model and its parameters, as returned by .*, not TableModel and NoneType",
     ),
     ({"params": {"params": FLOATS}}, r"not TableModel and dict of \['params'\]"),
 ]

@@ -95,8 +95,8 @@ def test_nothing_but_whether_all_have_ended_leaves_a_device(programs, options):
 @pytest.mark.parametrize(
     ("rows", "placed", "message"),
     [
-        (3, True, r"3 rows, which data=8 cannot cut evenly; choose .* a multiple of 8"),
-        (8, False, r"params lie on 1 devices, but mesh has 8: load them with from_pretrained\("),
+        (3, True, r"3 rows, which data=8 cannot split evenly; choose .* a multiple of 8"),
+        (8, False, r"params are on 1 devices, but mesh has 8: load them with from_pretrained\("),
     ],
 )
 def test_what_does_not_lie_on_a_mesh_is_refused(rows, placed, message):

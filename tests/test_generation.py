@@ -394,7 +394,7 @@ RIGHT = np.array([[1, 1, 1, 1], [1, 1, 0, 0]])
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         (
             {"max_new_tokens": 304},
-            "needs 307 positions, and this checkpoint has 306: at most 303 fit",
+            "needs 307 positions, but this checkpoint has 306: at most 303 fit",
         ),
         ({"input_ids": np.zeros((2, 400), int)}, "at most 0 fit"),
         ({"input_ids": np.full((2, 4), VOCABULARY)}, "vocab_size=23 allows 0..22"),
@@ -476,7 +476,7 @@ def test_a_full_cache(unchecked):
     with pytest.raises(ValueError, match="the cache is full: all its 5 slots"):
         model.apply({"params": params}, ids[:, :1], cache=last.cache)
     with pytest.raises(
-        ValueError, match=r"one token of each of its 2 rows, \[2, 1\], not \[2, 4\]"
+        ValueError, match=r"one token for each of its 2 rows, \[2, 1\], got \[2, 4\]"
     ):
         model.apply({"params": params}, ids, cache=cache)
     with pytest.raises(ValueError, match="either a cache, or cache_length"):

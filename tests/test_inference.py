@@ -202,7 +202,7 @@ def test_a_mesh_gives_what_one_device_gives(axes):
 def test_meshes_that_do_not_fit():
     model, params = make()
     mesh = sharding.make_mesh(data=4, sequence=2)
-    with pytest.raises(ValueError, match=r"6 rows, which data=4 cannot cut .* a multiple of 4"):
+    with pytest.raises(ValueError, match=r"6 rows, which data=4 cannot split .* a multiple of 4"):
         inference.Predictor(model, params, mesh=mesh, batch_size=6, buckets=BUCKETS)
     with pytest.raises(ValueError, match=r"31 tokens, which sequence=2 cannot .* a multiple of 2"):
         inference.Predictor(model, params, mesh=mesh, batch_size=8, buckets=(24, 31))

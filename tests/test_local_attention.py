@@ -236,7 +236,7 @@ def test_options_that_do_not_fit_are_refused(name):
 def test_widths_and_shared_arrays():
     query, key, value, _ = arrays(0, 1, 9)
     odd = [x[..., :5] for x in (query, key, value)]
-    with pytest.raises(ValueError, match="heads are 5 wide"):
+    with pytest.raises(ValueError, match="odd width 5"):
         local_attention(*odd, window_size=WINDOW)
     assert attention(*odd, window_size=WINDOW, use_rotary_pos_emb=False).shape == odd[0].shape
     shared = {"window_size": WINDOW, "shared_qk": True}

@@ -169,12 +169,12 @@ def test_a_step_reads_its_windows_alone():
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown": ({"look_backwards": 2}, "look_backwards in config.json"),
-    "global": ({"global_attn_layer": "Attention"}, "given beside the folder"),
+    "global": ({"global_attn_layer": "Attention"}, "passed to from_pretrained"),
     "no layer": ({"layers_insert_global_attn": [0, 3]}, r"=\[0, 3\] must be .* 1 to depth=2"),
     "forward": ({"look_forward": 1}, "look_forward=1 with causal=True"),
-    "window": ({"local_attn_window_size": 25}, "local_attn_window_size=25 is larger than the max"),
+    "window": ({"local_attn_window_size": 25}, "local_attn_window_size=25 is larger than max"),
     "streams": ({"num_residual_streams": 0}, "num_residual_streams=0 must be at least 1"),
-    "odd": ({"dim_head": 5}, "heads are 5 wide"),
+    "odd": ({"dim_head": 5}, "odd width 5"),
     "none": ({"num_tokens": 0}, "num_tokens=0"),
     "lsg": ({"base_model_prefix": "lsg"}, "has no LSG attention"),
 }
@@ -382,7 +382,7 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "bidirectional": ({"causal": False}, {}, "this one has causal=False"),
     "none kept": ({}, {"do_sample": True, "filter_thres": 0.99}, "filter_thres=0.99 keeps none"),
     "idle": ({}, {"filter_thres": 0.5}, "need do_sample=True"),
-    "twice": ({}, {"do_sample": True, "filter_thres": 0.5, "top_k": 2}, "are one thing"),
+    "twice": ({}, {"do_sample": True, "filter_thres": 0.5, "top_k": 2}, "set the same thing"),
 }
 
 
@@ -411,7 +411,7 @@ def test_texts_with_global_layers_are_written_without_a_cache(name, tmp_path):
     prompt, count = inputs["x"], case["generate"]
     tokens = generate(model, params, prompt, max_new_tokens=count, use_cache=False)
     np.testing.assert_array_equal(tokens[:, prompt.shape[1] :], outputs["tokens"])
-    with pytest.raises(ValueError, match=r"has no cache, .* use_cache=False"):
+    with pytest.raises(ValueError, match=r"cannot use a cache, .* use_cache=False"):
         generate(model, params, prompt, max_new_tokens=count)
 
 
@@ -453,7 +453,7 @@ def test_global_layers_are_added_to_a_checkpoint_and_kept_in_it(tmp_path):
     module = nn.Sequential([nn.Dense(10), nn.gelu, nn.Dense(10)])
     tree = made(module, layers_insert_global_attn=[1])[1]["encoder"]["global_layers"]
     assert tree["attention"]["layers_2"]["kernel"].shape == (1, 10, 10)
-    with pytest.raises(ValueError, match=r"gave \(1, 2, 3\) for states \(1, 2, 10\)"):
+    with pytest.raises(ValueError, match=r"returned \(1, 2, 3\) for states \(1, 2, 10\)"):
         made(nn.Dense(3), layers_insert_global_attn=[1])
     with pytest.raises(ValueError, match=r"Dense with layers_insert_global_attn=\[\]"):
         made(nn.Dense(10))

@@ -173,7 +173,7 @@ def test_patterns_that_there_are_not_are_refused(name):
     ("run", "message"),
     [
         (Runtime(lsh=(jnp.ones((2, WIDTH, 1, 3)),)), r"= \(2, 6, 2, 3\), got \[\(2, 6, 1, 3\)\]"),
-        (Runtime(sequence_axis="sequence"), "not cut over a sequence axis"),
+        (Runtime(sequence_axis="sequence"), "cannot be sharded over a sequence axis"),
     ],
 )
 def test_runs_that_do_not_fit_are_refused(run, message):

@@ -225,6 +225,25 @@ def test_answers_as_squad_compares_them():
     assert answer_scores(["big black cat"], [["black cat"]])["f1"] == 0.8
 
 
+@pytest.mark.parametrize(
+    ("given", "right", "exact", "f1"),
+    [  # counted by hand from the published rule
+        ("  An   U.S.A. ", ["usa"], 1, 1),
+        ("twenty-one", ["Twenty one"], 0, 0),  # a hyphen joins
+        ("theatre another", ["another theatre"], 0, 1),  # articles are whole words
+        ("«cat»", ["cat"], 0, 0),  # other punctuation than ASCII's stays
+        ("cat cat dog", ["cat dog dog"], 0, 2 / 3),  # words count as often as in both
+        ("the cat sat on the mat", ["the cat", "on a mat"], 0, 2 * (2 / 4) / (2 / 4 + 1)),
+        ("a", ["the", "!"], 1, 1),  # nothing is left of any
+        ("", ["the", "cat"], 0, 0),  # what is nothing is no answer beside others
+        ("the", [], 1, 1),
+        ("cat", [], 0, 0),
+    ],
+)
+def test_answers_of_the_published_rule(given, right, exact, f1):
+    assert answer_scores([given], [right]) == pytest.approx({"exact_match": exact, "f1": f1})
+
+
 def test_perplexity_of_a_uniform_guess():
     assert math.isclose(perplexity(math.log(50)), 50)
     assert perplexity(1e9) == math.inf

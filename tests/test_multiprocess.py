@@ -58,7 +58,7 @@ def test_both_processes_stop_at_one_step(tmp_path):
     assert crash.finish(processes) == [143, 143], said(tmp_path)
     last = crash.checkpoints(tmp_path)[-1]
     assert len(crash.losses(tmp_path)) == last
-    assert f"stopped behind step {last}" in said(tmp_path)
+    assert f"stopped after step {last}" in said(tmp_path)
 
 
 def test_a_kill_costs_the_steps_since_the_last_save(tmp_path):

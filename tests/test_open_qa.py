@@ -158,7 +158,9 @@ def test_a_reader_of_long_blocks(tmp_path):
     qa = OpenQA.from_pretrained(SOURCE, reader=tmp_path / "long")
     assert qa.reader.max_length == 128 and qa.embedder.max_length == 64
     assert qa.answer(QUESTION).answer
-    with pytest.raises(ValueError, match=r"embedder and reader differ in \[.*give it to OpenQA"):
+    with pytest.raises(
+        ValueError, match=r"embedder and reader differ in \[.*pass its folder to OpenQA"
+    ):
         qa.save_pretrained(tmp_path / "saved")
 
 
@@ -528,7 +530,7 @@ def test_beams_that_do_not_fit_are_named(copied):
         ("", None, None, "the question has no tokens but 2 special ones"),
         ("who ? " * 40, None, None, r"\(1, 82\) must be one question.* at most 64 tokens"),
         ("who ?", [[2, 9], [2, 9]], None, r"\(2, 2\) must be one question"),
-        ("who ?", [[2, 999, 3]], None, r"input_ids lie in 2..999"),
+        ("who ?", [[2, 999, 3]], None, r"input_ids are in 2..999"),
         ("who ?", None, [[5], [5, 6, 7, 8, 9, 10]], r"answers of \[1, 6\].*max_span_width=5"),
         ("who ?", None, [[5], []], r"answers of \[1, 0\] tokens; give at least one"),
         ("who ?", None, [], r"answers of \[\] tokens; give at least one"),

@@ -137,11 +137,11 @@ def test_full_and_local_attention_of_packed_texts(causal):
         ({"config": LSGConfig(**SMALL, strict_reference=True)}, "strict_reference=True"),
         ({"config": LSGConfig(block_size=12, sparse_block_size=8)}, "sparse_block_size=8 tokens"),
         ({"global_tokens": "first_token"}, "choose 'prepended' or 'none'"),
-        ({"num_segments": None}, "say how many texts"),
+        ({"num_segments": None}, "the most texts of a row"),
         ({"segment_ids": jnp.ones((1, 24), bool)}, "segment_ids must be integers of shape"),
         ({"segment_ids": jnp.ones((1, 8), int)}, "segment_ids must be integers of shape"),
         ({"segment_ids": None}, "num_segments=2 needs segment_ids"),
-        ({"segment_ids": jnp.ones((1, 24), int).at[0, 6:].set(2)}, "begin at a multiple of"),
+        ({"segment_ids": jnp.ones((1, 24), int).at[0, 6:].set(2)}, "start at a multiple of"),
         ({"implementation": "pallas"}, "implementation='pallas' has no kernel"),
     ],
 )
@@ -214,15 +214,30 @@ def test_packed_texts_have_the_outputs_that_they_have_alone(family, task, lsg):
                 np.testing.assert_allclose(found, getattr(other, name), **CLOSE)
 
 
-@pytest.mark.parametrize("task", ["masked_lm", "causal_lm", "sequence_classification"])
-def test_the_loss_of_packed_texts_is_that_of_the_same_texts(task):
-    model, params = made("bert", task, LSG, num_labels=3)
+SEVERAL, NUMBERS = "multi_label_classification", "regression"
+
+
+@pytest.mark.parametrize(
+    ("task", "problem", "outputs"),
+    [
+        *(("masked_lm", None, 3), ("causal_lm", None, 3), ("sequence_classification", None, 3)),
+        ("sequence_classification", SEVERAL, 3),
+        *(("sequence_classification", NUMBERS, count) for count in (1, 2)),
+    ],
+)
+def test_the_loss_of_packed_texts_is_that_of_the_same_texts(task, problem, outputs):
+    model, params = made("bert", task, LSG, num_labels=outputs)
+    model = model.clone(config=model.config.with_overrides(problem_type=problem))
     inputs, places = packed_inputs()
     longest = max(map(len, places))
     ids = inputs["input_ids"][0]
     rows = np.stack([np.pad(ids[at], (0, longest - len(at))) for at in places])
     mask = np.stack([np.arange(longest) < len(at) for at in places])
-    if task == "sequence_classification":
+    if problem is not None:
+        shape = (len(places), outputs) if outputs > 1 else (len(places),)
+        labels = np.random.default_rng(0).integers(0, 2, shape).astype(np.float32)
+        packed = np.concatenate([labels, np.full_like(labels[:1], 9.0)])[None]
+    elif task == "sequence_classification":
         labels = np.array([2, 0, 1, 1])
         packed = np.append(labels, -100)[None]  # a text that is not there
     else:
@@ -256,18 +271,22 @@ LSG_BERT = ("bert", "masked_lm", LSG)
     ("kind", "given", "says"),
     [
         (LSG_BERT, {"segment_ids": [[1] * 8 + [3] * 8]}, "at most num_segments=2 texts"),
-        (LSG_BERT, {"segment_ids": [[2] * 8 + [1] * 8]}, "of row 0 number no texts"),
+        (LSG_BERT, {"segment_ids": [[2] * 8 + [1] * 8]}, "of row 0 are invalid"),
         (LSG_BERT, {"segment_ids": [[1] * 6 + [2] * 10]}, "first at a multiple of block_size=4"),
-        (LSG_BERT, {"segment_ids": [[1] * 4 + [0] * 4 + [1] * 8]}, "tokens lie together"),
+        (
+            LSG_BERT,
+            {"segment_ids": [[1] * 4 + [0] * 4 + [1] * 8]},
+            "tokens of each must be contiguous",
+        ),
         (LSG_BERT, {"segment_ids": [[1.0] * 16]}, "dtype float.*must be integers"),
         (LSG_BERT, {"segment_ids": [[1] * 8]}, "segment_ids has shape .1, 8., but the inputs"),
         (LSG_BERT, {"segment_ids": None}, "num_segments=2 needs segment_ids"),
         (LSG_BERT, {"num_segments": 0}, "num_segments=0 must be at least 1"),
         (("bert", "causal_lm", LSG), {"cache_length": 16}, "segment_ids with a cache"),
-        (("bert", "multiple_choice", LSG), {}, "not for task='multiple_choice'"),
+        (("bert", "multiple_choice", LSG), {}, "not supported for task='multiple_choice'"),
         (("bert", "sequence_classification", None), {"num_segments": None}, "give num_segments="),
-        (("bart", "sequence_classification", None), {}, "not for a bart model"),
-        (("reformer", "masked_lm", None), {}, "not for a reformer model"),
+        (("bart", "sequence_classification", None), {}, "not a bart model"),
+        (("reformer", "masked_lm", None), {}, "not a reformer model"),
         (
             ("bert", "base", dataclasses.replace(LSG, strict_reference=True)),
             {},

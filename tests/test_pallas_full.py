@@ -224,7 +224,7 @@ DROPOUT = {"dropout_rate": 0.1, "dropout_key": jax.random.key(0)}
         (full_attention, X, DROPOUT, "without dropout there, and dropout_rate=0.1"),
         (full_attention, X.astype(jnp.float16), {}, "dtype float16 is none of float32, bfloat16"),
         (full_attention, X[..., :24], {}, "heads of width 24 are no multiple of 16"),
-        (local_attention, X, {"window_size": 100}, "window_size=100 is no multiple of 64"),
+        (local_attention, X, {"window_size": 100}, "window_size=100 is not a multiple of 64"),
         (local_attention, X[..., :48], {"window_size": 64}, "width 48 are none of 32, 64, 128"),
         (
             local_attention,

@@ -24,7 +24,14 @@ from lsg_flax.planning import search as plan_search
 from lsg_flax.planning.compile import compile_plan, out_of_memory
 from lsg_flax.planning.hlo import Collective, read_loop, read_program
 from lsg_flax.planning.program import abstract_batch, planned_model, sharded_program
-from lsg_flax.planning.settings import ChipMemory, Plan, PlanSettings
+from lsg_flax.planning.roofline import draw_roofline, roofline_figure
+from lsg_flax.planning.settings import (
+    ChipMemory,
+    GenerationPlan,
+    Plan,
+    PlanSettings,
+    StepReads,
+)
 from lsg_flax.training import losses
 
 TINY = {
@@ -251,7 +258,7 @@ def test_a_loop_of_unknown_length_is_read_apart():
     assert (once.unknown_loops, a_round.unknown_loops) == (0, 0)
     whole = read_program(text)
     assert once.bytes + a_round.bytes == whole.bytes and whole.unknown_loops == 1
-    with pytest.raises(ValueError, match="has no loop whose number of rounds is not known"):
+    with pytest.raises(ValueError, match="has no loop with an unknown number of rounds"):
         read_loop(compiled_text(jnp.tanh, jnp.ones(8)))
 
 
@@ -454,16 +461,19 @@ def test_a_decoder_has_a_length_of_its_own(bart, mode):
         ({"topology": "cpu:64"}, "needs 64 CPU devices"),
         ({"topology": "cpu:513"}, "'cpu:513' is unknown; .* at most 16,384 chips, or 512 such"),
         ({"mesh": {"data": 3}}, "does not fit 8 devices"),
-        ({"batch_size": 12}, "12 rows, which data=8 cannot cut evenly"),
+        ({"batch_size": 12}, "12 rows, which data=8 cannot split evenly"),
         ({"task": "base"}, "task='base' has no loss"),
         ({"max_length": 0}, "must be at least 1"),
         ({"lsg": {"block_size": 15}}, "not divisible by"),
-        ({"mode": "generate"}, "writes texts, and task='sequence_classification' does not"),
-        ({"attention": "local", "lsg": {}}, "attention='local': a bert has none"),
+        ({"mode": "generate"}, "generates texts, but task='sequence_classification' does not"),
+        (
+            {"attention": "local", "lsg": {}},
+            "attention='local': a bert model has no such attention",
+        ),
         ({"max_target_length": 8}, "max_target_length=8 is for an encoder-decoder's task"),
         (
             {"mode": "generate", "task": "causal_lm", "max_new_tokens": 128},
-            "max_new_tokens=128 leaves no place for a prompt in max_length=128",
+            "max_new_tokens=128 leaves no room for a prompt in max_length=128",
         ),
     ],
 )
@@ -630,7 +640,7 @@ def test_the_largest_batch_is_on_the_border(source, start, fixed):
 def test_a_cpu_has_no_batch_to_fill(source):
     settings = settings_of(source, mesh=MESH)
     unknown = dataclasses.replace(fake_planner(1.0, COSTS)(settings), capacity=None)
-    with pytest.raises(ValueError, match="no known memory"):
+    with pytest.raises(ValueError, match=r"the memory of .* is unknown"):
         plan_search.largest_batch(unknown, fake_planner(1.0, COSTS))
 
 
@@ -666,12 +676,148 @@ def test_wrong_usage(source, capsys, flags, says):
     assert says in capsys.readouterr().err
 
 
+# ------------------------------------------------------------------------- the picture
+
+DOCS = pathlib.Path(__file__).parent.parent / "docs"
+PICTURE = pathlib.Path("plan.png")
+
+
+@pytest.fixture(scope="module")
+def recorded() -> Plan:
+    """RoBERTa-base for eight v5e chips, as docs/plan.md's command wrote it."""
+    values = json.loads((DOCS / "roofline.json").read_text())
+    return Plan.from_json(json.dumps(values["shown"][0]))
+
+
+def drawn_points(figure, panel: int) -> dict[str, tuple[float, float]]:
+    """What stands in a panel, by the words in front of the colon of its line in the legend."""
+    lines = [
+        line for line in figure.axes[panel].get_lines() if line.get_marker() not in ("", "None")
+    ]
+    return {
+        line.get_label().split(":")[0]: tuple(line.get_xydata()[0])
+        for line in lines
+        if len(line.get_xydata())
+    }
+
+
+def test_a_plan_is_drawn_below_its_chips_roofs(recorded):
+    """At FLOPs per byte and FLOP/s, by the published numbers of a v5e."""
+    figure, program = roofline_figure(PICTURE, {"LSG": recorded}), recorded.program
+    peak, memory, links = 197e12, 819e9, 200e9
+    sent = sum(2 * 7 / 8 * c.runs * c.bytes for c in program.collectives)
+    least = max(program.flops / peak, program.bytes / memory, sent / links)
+    speed = program.flops / least
+    kernels = program.kernel_flops / program.kernel_bytes
+    assert 0 < program.kernel_flops < program.flops and program.kernels == 24
+    expected = {
+        "a step": (program.flops / program.bytes, speed),
+        "custom kernels": (kernels, min(peak, kernels * memory)),
+    }
+    for panel, points in ((0, expected), (1, {"a step": (program.flops / sent, speed)})):
+        drawn = drawn_points(figure, panel)
+        assert drawn.keys() == points.keys()
+        for name, point in points.items():
+            assert drawn[name] == pytest.approx(point), name
+    for axes, rate in zip(figure.axes, (memory, links), strict=True):
+        roof = next(line for line in axes.get_lines() if line.get_color() == "black").get_xydata()
+        assert roof[1] == pytest.approx((peak / rate, peak))
+        assert roof[0, 1] == pytest.approx(roof[0, 0] * rate) and roof[2, 1] == peak
+        (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+        for x, y in (*drawn_points(figure, list(figure.axes).index(axes)).values(), *roof):
+            assert left <= x <= right and bottom <= y <= top
+        assert "FLOPs per byte" in axes.get_xlabel() and "FLOP/s" in axes.get_ylabel()
+    said = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert said[:2] == ["LSG", f"a step: {1e3 * least:,.2f} ms at least, by its FLOPs"]
+    assert figure.get_facecolor() == (1, 1, 1, 1)  # a page may be dark
+
+
+def test_what_else_a_plan_may_have_is_drawn(recorded):
+    """Generation, limits other than FLOPs, kernels of unknown work; one chip sends nothing."""
+    program = recorded.program
+    prefill, prefill_times = program._replace(collectives=()), {"compute": 0.5, "memory": 0.7}
+    alone = dataclasses.replace(
+        recorded,
+        program=program._replace(collectives=(), unknown_kernels=2, kernel_flops=0.0),
+        generation=GenerationPlan(StepReads(1, 1, 0), prefill, prefill_times),
+    )
+    figure = roofline_figure(PICTURE, {"one chip": alone})
+    assert len(figure.axes) == 1
+    assert drawn_points(figure, 0).keys() == {"a step", "before the first step"}
+    said = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert said[0] == "one chip (2 kernels of unknown work count no FLOPs)"
+    assert said[2] == "before the first step: 700.00 ms at least, by its memory traffic"
+    both = roofline_figure(PICTURE, {"one chip": alone, "eight": recorded})
+    assert len(both.axes) == 2 and drawn_points(both, 1).keys() == {"a step"}
+
+
+def test_a_plan_of_an_earlier_version_is_drawn_without_its_kernels(recorded):
+    values = json.loads(recorded.to_json())
+    for name in ("kernel_flops", "kernel_bytes"):
+        del values["program"][name]
+    figure = roofline_figure(PICTURE, {"LSG": Plan.from_json(json.dumps(values))})
+    assert drawn_points(figure, 0).keys() == {"a step"}
+
+
+def test_plans_that_cannot_be_drawn_say_why(recorded, tmp_path):
+    file = tmp_path / "plan.png"
+    refused = dataclasses.replace(recorded, fits=False, program=None, times={})
+    with pytest.raises(ValueError, match=r"plan.png is not drawn: .* 0 of 1 plans for v5e"):
+        draw_roofline(file, {"refused": refused})
+    settings = dataclasses.replace(recorded.settings, topology="h100:8")
+    other = dataclasses.replace(recorded, settings=settings)
+    with pytest.raises(ValueError, match="2 of 2 plans for h100, v5e"):
+        draw_roofline(file, {"TPU": recorded, "GPU": other})
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_the_command_draws_what_it_shows(recorded, source, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lsg_flax.cli.plan.plan", lambda settings: recorded)
+    command = ["plan", source, "--topology", "v5e:2x4", "--batch-size", "32"]
+    assert cli.main([*command, "--picture", str(tmp_path / "a.png")]) == 0
+    assert f"wrote {tmp_path}/a.png" in capsys.readouterr().out
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert [*tmp_path.glob(".lsg-flax*")] == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--picture", "a.png", "--topology", "cpu:8"], "--topology cpu:8 has no known peaks"),
+        (["--picture", "a.gif"], "a.gif must end in .png, .svg, .pdf"),
+        (["--picture", "none/a.png"], "none is no folder to write a.png into"),
+        (["--picture", "folder.png"], "folder.png is a folder"),
+        (["--picture", "a.svg", "--json", "a.svg"], "--json and --picture both name a.svg"),
+        (["--picture", "config.png"], "is the input"),
+        (["--picture", "closed/a.png"], "closed cannot be written to; give a.png another folder"),
+        (["--picture", "a.png", "no matplotlib"], "a.png is not drawn: it needs matplotlib"),
+    ],
+)
+def test_a_picture_that_cannot_be_is_refused_before_anything_is_compiled(
+    tmp_path, capsys, monkeypatch, flags, says
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.png").write_text(json.dumps(TINY))
+    for name in ("folder.png", "closed"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr("os.access", lambda folder, _: folder.name != "closed")
+    monkeypatch.setattr("lsg_flax.cli.plan.plan", lambda _: pytest.fail("it compiles"))
+    if flags[-1] == "no matplotlib":
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        flags = flags[:-1]
+    command = ["plan", "config.png", "--topology", "v5e:2x4", "--batch-size", "8", *flags]
+    assert cli.main(command) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+    assert {f.name for f in tmp_path.iterdir()} == {"config.png", "folder.png", "closed"}
+
+
 @pytest.mark.slow
 def test_an_error_of_the_other_process_is_one_line(source, capsys):
     command = ["plan", source, "--task", "base", "--topology", "cpu:2", "--batch-size", "3"]
     assert cli.main([*command, "--mode", "inference"]) == 2
     error = capsys.readouterr().err
-    assert "3 rows, which data=2 cannot cut evenly" in error and error.count("\n") == 1
+    assert "3 rows, which data=2 cannot split evenly" in error and error.count("\n") == 1
 
 
 needs_libtpu = pytest.mark.skipif(

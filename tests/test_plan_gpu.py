@@ -90,6 +90,7 @@ def test_a_kernel_has_the_work_that_it_declares(metadata):
     text = program(kernel("tpu_custom_call", f"{metadata}, backend_config={declared}"))
     report = read_program(text)
     assert (report.flops, report.bytes) == (4 * 1230, 4 * 456)
+    assert (report.kernel_flops, report.kernel_bytes) == (4 * 1230, 4 * 456)
     assert (report.kernels, report.unknown_kernels) == (4, 0)
 
 
@@ -100,6 +101,7 @@ def test_a_kernel_of_unknown_work_is_told_and_one_with_a_formula_is_counted(targ
     array = 2 * 6 * 100 * 64
     assert (report.flops, report.bytes) == (0, 4 * 2 * array)
     assert (report.kernels, report.unknown_kernels) == (4, 4)
+    assert report.kernel_flops == report.kernel_bytes == 0
 
     def formula(call: custom_calls.KernelCall) -> custom_calls.KernelWork:
         return custom_calls.KernelWork(5.0 * call.operands[0].dims[1], call.results[0].bytes)

@@ -190,7 +190,7 @@ def test_broken_lines_are_named_and_skipped_on_request(tmp_path, tokenizer):
         7: (b'{"text": 3}', "its text must be a text, got 3"),
         18: (b'{"id": [NaN], "text": "a"}', r"its id \[nan\] has NaN or infinity"),
         19: (b'{"id": 1e999, "text": "a"}', "its id inf has NaN or infinity"),
-        8: (b'{"input_ids": [1, "2"]}', "its input_ids are no list of whole numbers"),
+        8: (b'{"input_ids": [1, "2"]}', "its input_ids must be a list of integers"),
         9: (rb'{"text": "\ud800"}', "a lone surrogate"),
         12: (rb'{"text": " \u200b\ufeff\n"}', "its text is empty"),
         13: (b'{"text": "a", "text_pair": " "}', "its text_pair is empty"),
@@ -311,7 +311,7 @@ def test_what_is_wrong_for_every_row_is_not_skipped(tmp_path):
         (
             {"input_ids": [1]},
             {"answers": TextClassification(), "fields": ("logits",)},
-            "give either answers or fields",
+            "exclude each other; give one of them",
         ),
         ({"input_ids": [1]}, {"max_length": 65}, r"max_length=65 must lie in 1..64"),
         ({"input_ids": [1]}, {"window": 0}, "window=0 must be at least 1"),
@@ -359,7 +359,7 @@ def test_a_dataset_is_read_by_its_name(dataset, tmp_path):
         assert documents.count_lines() == 2
     train = DocumentFile(part._replace(split="train"), columns={"text": "body"})
     assert [d.name for d in train] == [0, 1] and train.name == "somebody/two[train]"
-    with pytest.raises(ValueError, match="has the splits train, test: give split=, one of them"):
+    with pytest.raises(ValueError, match="has the splits train, test; give one of them as split="):
         DocumentFile(part._replace(split=None))
     with pytest.raises(ValueError, match=r"load it as load_dataset\('none', None, split='x'\)"):
         DocumentFile(DatasetPart("none", None, "x"))
@@ -368,7 +368,7 @@ def test_a_dataset_is_read_by_its_name(dataset, tmp_path):
     skipped = DocumentFile(part._replace(split="train"), broken_lines="skip")
     assert list(skipped) == [] and skipped.skipped[1] == "somebody/two[train], row 1"
     (tmp_path / "in.txt").write_text("w5")
-    with pytest.raises(ValueError, match=r"split='test' is of a dataset, and .*in\.txt names"):
+    with pytest.raises(ValueError, match=r"split='test' is for a dataset, but .*in\.txt names"):
         DocumentFile(DatasetPart(str(tmp_path / "in.txt"), split="test"))
 
 
@@ -384,4 +384,4 @@ def test_commands_read_a_dataset_by_its_name(dataset, capsys, tmp_path):
     for file in (answers, vectors):
         rows = [json.loads(line) for line in pathlib.Path(file).read_text().splitlines()]
         assert [row["id"] for row in rows] == ["a", "b"]
-    assert "texts cut at 16 tokens" in capsys.readouterr().out
+    assert "texts longer than 16 tokens" in capsys.readouterr().out

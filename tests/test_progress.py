@@ -88,7 +88,7 @@ def test_a_bar_says_where_it_goes_on_and_how_far_it_is(capsys):
     with progress.Bar("steps", total=9, initial=3, shown=False) as bar:
         bar.tell()
     told = capsys.readouterr().err.splitlines()
-    assert told[0] == "lsg-flax: goes on behind 3 of 9 steps, which were done before"
+    assert told[0] == "lsg-flax: resumes after 3 of 9 steps, which were done before"
     assert any(re.fullmatch(r"lsg-flax: 6 of 9 steps, .*, loss 0\.5", line) for line in told[1:])
 
 

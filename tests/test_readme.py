@@ -1,6 +1,7 @@
 """The Python of the README, and all blocks of the pages of docs/ that are named here, run as they
 stand, on tiny checkpoints and files in place of the reader's."""
 
+import ast
 import doctest
 import json
 import pathlib
@@ -146,6 +147,8 @@ PAGES = {
     "summarization.md": files_of_summarization,
     "long_models.md": lambda: None,
     "embeddings.md": files_of_embeddings,
+    "troubleshooting.md": lambda: None,
+    "api/index.md": lambda: None,
 }
 
 
@@ -197,3 +200,25 @@ def test_every_page_is_on_the_site():
     assert not pages - listed
     rows = [r for r in (docs / "tasks.md").read_text().splitlines() if r.startswith("| I ")]
     assert len(rows) >= 10 and all("](" in row for row in rows)
+
+
+def test_every_public_name_is_in_the_api_reference():
+    """What the faces of folders list, by whichever of them documents it."""
+    package, pages = README.parent / "lsg_flax", README.parent / "docs/api"
+    text = "".join(page.read_text() for page in sorted(pages.glob("*.md")))
+    documented = set(re.findall(r"auto(?:class|function):: lsg_flax\.(?:\w+\.)*(\w+)$", text, re.M))
+    documented |= {
+        n for row in re.findall(r"^\| (`.*`) \|", text, re.M) for n in re.findall(r"\w+", row)
+    }
+    for module in re.findall(r"automodule:: lsg_flax\.(\w+)$", text, re.M):
+        documented |= set(
+            re.findall(
+                r"^(?:def|class) ([A-Za-z]\w*)", (package / f"{module}.py").read_text(), re.M
+            )
+        )
+    faces = [path for path in package.rglob("__init__.py") if path.parent.name != "cli"]
+    imports = [
+        n for f in faces for n in ast.parse(f.read_text()).body if isinstance(n, ast.ImportFrom)
+    ]
+    names = {alias.name for node in imports for alias in node.names if alias.asname == alias.name}
+    assert len(names) > 100 and not names - documented

@@ -97,7 +97,7 @@ def test_a_wrong_activation_is_seen():
 def test_an_answer_wider_than_the_spans_is_named_where_it_can_be_read():
     model, params = golden(READER)
     arrays = case("realm_reader_answers_wider_than_spans")
-    with pytest.raises(ValueError, match=r"3 answers are no spans.* max_span_width=4 .*\(-1"):
+    with pytest.raises(ValueError, match=r"3 answers are not spans.* max_span_width=4 .*\(-1"):
         model.apply({"params": params}, **arrays)
     out = run(model, params, arrays)  # as in the reference: the block has it, no span is it
     assert out.retriever_correct.sum() == 3 and out.reader_correct.sum() == 1
@@ -231,7 +231,7 @@ def test_readers_of_long_blocks(tmp_path, folder, name):
     class_name = f"LSGRealm{name or 'Scorer'}"
     assert (values["model_type"], values["architectures"]) == ("lsg-realm", [class_name])
     said = hub.in_pytorch(hub.open_checkpoint(tmp_path / "long"))
-    assert f"no class: {class_name} is lsg_flax's alone" in said
+    assert f"not possible: {class_name} exists only in lsg_flax" in said
     if folder == READER:
         check_long_reading(model, params)
 
@@ -301,7 +301,7 @@ def test_questions_and_heads_over_a_mesh():
 
 def test_a_loss_of_other_arrays_cannot_be_planned():
     model = lsg_flax.Model(golden(READER)[0].config, "reader")
-    with pytest.raises(ValueError, match=r"task='reader' computes its loss itself, from relevance"):
+    with pytest.raises(ValueError, match=r"task='reader' computes its own loss from relevance"):
         training.label_shape(model, model.task_record.targets[0], (2, 3, 15))
 
 
@@ -332,7 +332,7 @@ WRONG = {
     "no relevance": (
         READER,
         changed("realm_reader_spans", relevance_score=None),
-        r"a reader needs relevance_score, \[3\], and it is missing",
+        r"a reader needs relevance_score, \[3\], which is missing",
     ),
     "no mask": (
         READER,
@@ -364,12 +364,12 @@ WRONG = {
     "candidates of three": (
         "realm_scorer",
         changed("realm_scorer_padded", candidate_input_ids=np.full((3, 3, 9), 5)),
-        "candidates of 3 queries, and 2 queries",
+        "candidates for 3 queries, but 2 queries",
     ),
     "positions of the queries alone": (
         "realm_scorer",
         changed("realm_scorer_padded", position_ids=np.arange(11)[None]),
-        r"position_ids \(1, 11\) are those of the candidates as well, which have 9 tokens",
+        r"position_ids \(1, 11\) are used for the candidates as well, which have 9 tokens",
     ),
     "a mask of other candidates": (
         "realm_scorer",

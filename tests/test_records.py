@@ -243,14 +243,16 @@ def test_a_part_of_a_grouped_kernel_is_read(index):
 
 
 def test_records_that_cannot_be_are_refused(unchecked):
-    with pytest.raises(ValueError, match="model_type='bert' is that of Bert already; give MadeUp"):
+    with pytest.raises(ValueError, match="model_type='bert' is already that of Bert; give MadeUp"):
         register(replace(MADE_UP, model_type="bert"))
-    with pytest.raises(ValueError, match="two tables of one task"):
+    with pytest.raises(ValueError, match="two heads for one task"):
         register(replace(MADE_UP, model_type="x", tables=(*MADE_UP.tables, MADE_UP.tables[-1])))
     nowhere = HeadTable(
         replace(MOOD, targets=(Target("logitz", "labels", "class"),)), "", bert.BASE
     )
-    with pytest.raises(ValueError, match="output='logitz' of the task 'mood' is none of"):
+    with pytest.raises(
+        ValueError, match="output='logitz' of the task 'mood' is unknown; choose one of"
+    ):
         register(replace(MADE_UP, model_type="x", tables=(nowhere,)))
     for field in ({"scorer": "acuracy"}, {"examples": "texd"}, {"input_rank": 7}):
         with pytest.raises(

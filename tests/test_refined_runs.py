@@ -68,7 +68,9 @@ def test_a_run_that_stops_early_stays_stopped_and_counts_on_after_a_kill(tmp_pat
         return test_training.fit(folder, steps, evaluation=evaluation, every=1, keep=1)[1]
 
     assert [r["step"] for r in fit(tmp_path / "whole")] == [1, 2, 3, 4, 5]
-    said = "stops early, behind 5 of 6 steps: score was no better in 3 evaluations; the best was 1."
+    said = (
+        "stopping early, after 5 of 6 steps: score did not improve in 3 evaluations; the best was"
+    )
     assert said in capsys.readouterr().err
     assert training.saved_steps(tmp_path / "whole") == [5]
     assert fit(tmp_path / "whole") == [] and said in capsys.readouterr().err
@@ -233,7 +235,7 @@ def test_the_documented_refinements_run_as_they_stand(tmp_path, monkeypatch):
     assert len(blocks) == 8 and names["result"].step > 0
     merged, params = lsg_flax.from_pretrained(tmp_path / "merged")
     assert flat(params).keys() == flat(merged.abstract_params()).keys()
-    assert "stops early, behind 5 of 6 steps" in SECTION  # of the test above
+    assert "stopping early, after 5 of 6 steps" in SECTION  # of the test above
 
 
 WRONG = {
@@ -241,15 +243,15 @@ WRONG = {
     "layerwise_lr_decay: 1.5": "layerwise_lr_decay=1.5 must be above 0 and at most 1",
     "lora_r: 0": "lora_r=0 must be at least 1",
     "{lora_r: 2, lora_alpha: 0.0}": "lora_alpha=0.0 must be above 0",
-    "lora_alpha: 16": "lora_alpha=16.0 does nothing without lora_r; give that too",
+    "lora_alpha: 16": "lora_alpha=16.0 has no effect without lora_r; give lora_r too",
     "{lora_r: 2, frozen: encoder}": "frozen='encoder' and lora_r=2: .*leave frozen out",
     "early_stopping_patience: 3": "early_stopping_patience=3 counts evaluations; give eval_data",
-    "{eval_data: x, early_stopping_threshold: 1}": "does nothing without early_stopping_patience",
+    "{eval_data: x, early_stopping_threshold: 1}": "has no effect without early_stopping_patience",
     "class_weights: [1, 2]": "class_weights=.* must be a mapping of names to values",
-    "class_weights: {low: -1}": "must be at least 0, and one of them above it",
+    "class_weights: {low: -1}": "must be at least 0, and one of them above 0",
     "{class_weights: {low: 1}, problem_type: regression}": "are for sequence_classification with o",
     "report_to: wandbb": "report_to: 'wandbb' is unknown; did you mean 'wandb'",
-    "run_name: x": "run_name='x' does nothing without report_to",
+    "run_name: x": "run_name='x' has no effect without report_to",
 }
 
 

@@ -92,7 +92,7 @@ def test_weights_count_over_microbatches_and_devices_as_in_one_batch():
             r"must be 3 numbers of at least 0, .* labels a, b, c, in",
         ),
         ("token_classification", (1.0, 2.0, -1.0), "must be 3 numbers of at least 0"),
-        ("masked_lm", (1.0, 2.0, 3.0), "are for labels with names"),
+        ("masked_lm", (1.0, 2.0, 3.0), "need labels with names"),
     ],
 )
 def test_weights_are_one_for_each_label(task, weights, message):

@@ -159,20 +159,20 @@ def test_inputs_are_shifted_as_each_family_does():
         model = lsg_flax.Model(read_config(spelled(family, SIZES)), GENERATION)
         np.testing.assert_array_equal(model.shift_right(labels), ids)
     for wrong, message in (
-        (labels.at[0, 3].set(23), "labels lie in 0..23, but vocab_size=23"),
+        (labels.at[0, 3].set(23), "labels are in 0..23, but vocab_size=23"),
         (labels[0], r"labels must be \[batch, tokens\], got \(4,\)"),
     ):
         with pytest.raises(ValueError, match=message):
             model.shift_right(wrong)
     without = lsg_flax.Model(model.config.with_overrides(decoder_start_token_id=None), GENERATION)
-    with pytest.raises(ValueError, match="decoder_start_token_id=None, with which"):
+    with pytest.raises(ValueError, match="decoder_start_token_id=None, which are needed"):
         without.shift_right(labels)
 
 
 def test_labels_are_as_long_as_the_decoders_inputs():
     model = lsg_flax.Model(read_config(spelled("bart", SIZES)), GENERATION)
     batch = {"input_ids": IDS, "decoder_input_ids": IDS, "labels": TARGETS}
-    with pytest.raises(ValueError, match=r"labels .* shape \(2, 5\), but .* ask for \(2, 9\)"):
+    with pytest.raises(ValueError, match=r"labels .* shape \(2, 5\), but .* of shape \(2, 9\)"):
         jax.eval_shape(lambda params: loss_fn(model, params, batch), model.abstract_params())
 
 
@@ -188,7 +188,9 @@ def test_the_loss_is_that_of_shifted_labels():
     chosen = np.take_along_axis(np.asarray(scores), np.maximum(labels, 0)[..., None], -1)[..., 0]
     np.testing.assert_allclose(loss, -chosen[labels >= 0].mean(), rtol=1e-5)
     assert metrics["targets"] == 6
-    with pytest.raises(ValueError, match=r"labels .* have shape \(2, 4\), but the outputs \(2, 5"):
+    with pytest.raises(
+        ValueError, match=r"labels .* have shape \(2, 4\), but outputs of shape \(2, 5"
+    ):
         loss_fn(model, params, batch | {"decoder_input_ids": TARGETS})
     trained = jax.jit(loss_fn, static_argnums=0)(model, params, batch, jax.random.key(0))[0]
     assert trained != loss  # dropout
@@ -196,7 +198,9 @@ def test_the_loss_is_that_of_shifted_labels():
 
 def test_a_decoder_alone_is_not_trained_on_its_own_inputs():
     """As PyTorch's its loss takes labels that are shifted already, and rows of text have none."""
-    with pytest.raises(ValueError, match="no rows of data are made for causal_lm of bart, whose"):
+    with pytest.raises(
+        ValueError, match="causal_lm of bart cannot be trained from files, because its"
+    ):
         open_source(str(GOLDEN / "bart_causal_lm"), "causal_lm", None, convert=False)
 
 
@@ -250,7 +254,9 @@ def test_rows_are_classified_by_their_last_end_token():
     alone = run(model, params, input_ids=later, attention_mask=MASK[1:], decoder_input_ids=ids[1:])
     assert np.isfinite(alone.logits).all()
     ids[0, 3] = 7
-    with pytest.raises(ValueError, match=r"as many of them, at least one, but they have \[1, 2\]"):
+    with pytest.raises(
+        ValueError, match=r"same number of them, at least one, but they have \[1, 2\]"
+    ):
         model.apply({"params": params}, ids, MASK)
     ids[1, [1, 5]] = 7
     logits = run(model, params, input_ids=ids, attention_mask=MASK).logits  # ids cannot be read
@@ -294,9 +300,9 @@ def test_flops_of_both_stacks():
     [
         ("base", {"position_ids": IDS}, "leave position_ids out: the family counts"),
         ("causal_lm", {"token_type_ids": IDS}, "pegasus has no segments"),
-        ("base", {}, "give decoder_input_ids .* of labels only"),
+        ("base", {}, "give decoder_input_ids .* from labels only"),
         ("base", {"encoder_hidden_states": IDS}, "takes encoder_outputs"),
-        ("base", {"decoder_input_ids": TARGETS + 30}, "decoder_input_ids lie in"),
+        ("base", {"decoder_input_ids": TARGETS + 30}, "decoder_input_ids are in"),
         ("base", {"decoder_input_ids": TARGETS[:1]}, r"\[batch=1, 2 global tokens \+ tokens"),
         (
             "base",
@@ -306,10 +312,14 @@ def test_flops_of_both_stacks():
         (
             "base",
             {"decoder_input_ids": TARGETS, "encoder_outputs": np.ones((2, 3, 12), np.float32)},
-            "leave input_ids out: encoder_outputs stand in their place",
+            "leave input_ids out: encoder_outputs replace them",
         ),
         ("base", {"decoder_input_ids": TARGETS, "cache_length": 9}, "it needs a task of"),
-        ("causal_lm", {"decoder_input_ids": TARGETS}, "decoder_input_ids out: they are for enc"),
+        (
+            "causal_lm",
+            {"decoder_input_ids": TARGETS},
+            "decoder_input_ids out: only encoder-decoders",
+        ),
         ("causal_lm", {"cache_length": 40}, "cache_length=40 is more than the 30 positions"),
     ],
 )

@@ -117,7 +117,7 @@ def test_a_width_that_does_not_divide_is_named():
     mesh = sharding.make_mesh(fsdp=8)
     leaf = jax.ShapeDtypeStruct((2, 12, 8), jnp.float32)
     tree = {"layers": {"mlp_up": {"kernel": leaf}}}
-    with pytest.raises(ValueError, match=r"fsdp=8 cannot cut the width axis of layers/mlp_up"):
+    with pytest.raises(ValueError, match=r"fsdp=8 cannot split the width axis of layers/mlp_up"):
         sharding.shardings_for(tree, mesh)
 
 

@@ -196,7 +196,7 @@ def test_groups_lie_over_tensor_where_it_divides_them():
     assert spec["mlp_down"] == (None, "tensor", None, "fsdp")
     assert spec["output"] == (None, None, "tensor", "fsdp")  # one group: its inputs are cut
     with pytest.raises(
-        ValueError, match=r"tensor=8 cannot cut the heads axis of .*attention/key/kernels"
+        ValueError, match=r"tensor=8 cannot split the heads axis of .*attention/key/kernels"
     ):
         narrow = Model(config_of((4, 4, 4, 1, 4, 4))).abstract_params()
         sharding.shardings_for(narrow, sharding.make_mesh(tensor=8))
@@ -236,7 +236,7 @@ def test_its_lsg_checkpoints_are_ours_alone(tmp_path):
             "output_groups=16 .*intermediate_size=24, .* as 8",
         ),
         ({"intermediate_groups": "4"}, "intermediate_groups='4' must be a whole number"),
-        ({"embedding_size": 8}, "embedding_size=8 is unlike hidden_size=16, .* embedding_size=16"),
+        ({"embedding_size": 8}, "embedding_size=8 must equal hidden_size=16, .* embedding_size=16"),
         ({"is_decoder": True}, "is_decoder=True in config.json changes what the model computes"),
     ],
     ids=str,
@@ -252,5 +252,5 @@ def test_what_a_config_leaves_out_is_what_pytorch_takes():
     assert shapes["attention"]["key"]["kernels"].shape == (12, 4, 192, 192)
     assert shapes["attention"]["output"]["kernels"].shape == (12, 1, 768, 768)
     assert shapes["mlp_up"]["kernels"].shape == (12, 4, 192, 768)
-    with pytest.raises(ValueError, match=r"embedding_size=768 is unlike hidden_size=512"):
+    with pytest.raises(ValueError, match=r"embedding_size=768 must equal hidden_size=512"):
         read_config({"model_type": "squeezebert", "hidden_size": 512})

@@ -26,7 +26,9 @@ TREES = pathlib.Path(__file__).parent / "golden" / "parameter_trees.json"
 # What each file or folder may import of lsg_flax, lowest first: a part imports only those above its
 # own line, so there is no cycle. (docs/design.md: import direction)
 MAY_IMPORT = {
-    **dict.fromkeys(("buckets", "checks", "chips", "kernels", "locks", "progress", "sharding"), ""),
+    **dict.fromkeys(
+        ("buckets", "checks", "chips", "figures", "kernels", "locks", "progress", "sharding"), ""
+    ),
     "files": "locks",
     "topologies": "chips",
     "patterns": "checks kernels sharding",
@@ -39,12 +41,13 @@ MAY_IMPORT = {
     "generation": "checks sharding",
     "data": "buckets files models progress",
     "inference": "buckets files locks models progress sharding",
-    "training": "buckets checks chips data files generation hub locks models patterns progress "
-    "sharding",
+    "training": "buckets checks chips data figures files generation hub locks models patterns "
+    "progress sharding",
     "pipelines": "buckets data files generation hub inference locks models progress",
     "open_qa": "buckets checks convert_from_torch files hub inference locks models pipelines "
     "progress sharding",
-    "planning": "chips generation hub inference models patterns sharding topologies training",
+    "planning": "chips figures files generation hub inference models patterns sharding topologies "
+    "training",
     "__init__": "attention generation hub models open_qa patterns pipelines",
     "cli": "__init__ chips data files generation hub inference locks models open_qa patterns "
     "pipelines planning progress sharding training",

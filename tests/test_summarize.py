@@ -181,7 +181,7 @@ def test_a_checkpoint_has_settings_for_pairs_of_languages(writers, tmp_path):
     lsg_flax.pipeline("translation_en_to_de", folder)
     with pytest.raises(ValueError, match=r"settings for .*en_to_ro.*: give src_lang and tgt_lang"):
         lsg_flax.pipeline("translation", folder)
-    with pytest.raises(ValueError, match=r"src_lang='en', tgt_lang='fr': .* tells no languages"):
+    with pytest.raises(ValueError, match=r"src_lang='en', tgt_lang='fr': .* has no languages"):
         lsg_flax.pipeline("translation_en_to_fr", folder)
 
 
@@ -189,7 +189,7 @@ def test_a_checkpoint_has_settings_for_pairs_of_languages(writers, tmp_path):
     ("options", "message"),
     [
         ({"num_beam": 3}, r"Summarization has no options \['num_beam'\]; it has .*'num_beams'"),
-        ({"num_return_sequences": 2}, "num_return_sequences=2 texts of a row are more than"),
+        ({"num_return_sequences": 2}, "num_return_sequences=2 is more than"),
         ({"length_penalty": 2.0}, "need num_beams > 1"),
         ({"min_length": 30}, "min_length=30 is more than the 20 tokens"),
         ({"max_length": 400}, r"max_length=400 .* this checkpoint has 48"),
@@ -198,7 +198,7 @@ def test_a_checkpoint_has_settings_for_pairs_of_languages(writers, tmp_path):
         ({"src_lang": "en_XX"}, r"no options \['src_lang'\]"),
         (
             {"task": "translation", "src_lang": "en_XX"},
-            "tells no languages apart, and .*; leave them",
+            "has no languages, and .*; leave them",
         ),
         ({"task": "fill-mask"}, "fill-mask needs a model with the task masked_lm or pretraining"),
         ({"buckets": (64,)}, r"buckets=\(64,\) must be lengths in 1..48"),
@@ -236,7 +236,7 @@ def test_a_tokenizer_of_another_model(writers, tmp_path):
 
 def test_a_model_of_another_task():
     model = lsg_flax.Model(EncoderConfig(vocab_size=31), "masked_lm")
-    message = "summarization needs a model with the task conditional_generation, and this model's"
+    message = "summarization needs a model with the task conditional_generation, but this model's"
     with pytest.raises(ValueError, match=message):
         lsg_flax.pipeline("summarization", (model, {}))
 
@@ -308,7 +308,7 @@ def test_a_stopped_command_goes_on_and_writes_the_same_bytes(
     code, _, err = run(capsys, *line, target, *FLAGS, "--num-beams", 2)
     assert code == 2 and 'answers: it was "Summarization(' in err and "--restart" in err
     code, out, _ = run(capsys, *line, target, *FLAGS)
-    assert code == 0 and out == f"wrote {target}: 24 documents, 8 of them before\n"
+    assert code == 0 and out == f"wrote {target}: 24 documents, 8 done before\n"
     assert target.read_bytes() == whole.read_bytes()
     assert {p.name for p in tmp_path.iterdir()} == {"in.txt", "out.jsonl", "whole.jsonl"}
 
@@ -318,7 +318,7 @@ def test_a_long_document_is_cut_and_said_once(capsys, writers, tmp_path):
     source.write_text(f"{TEXTS[0]}\n" + "w5 w6 " * 46)
     code, _, err = run(capsys, "summarize", writers["plain"], source, target, *FLAGS)
     assert code == 0 and err.count("\n") == 1, err
-    assert f"lsg-flax: 1 of 2 texts were cut at {LIMIT} tokens, and " in err
+    assert f"lsg-flax: 1 of 2 texts were truncated to {LIMIT} tokens, which drops " in err
     cut = " ".join(["w5 w6"] * ((LIMIT - 2) // 2))
     (text,) = by_hand(writers["plain"], cut, **GIVEN, length_penalty=2.0)
     assert lines(target)[1] == {"id": 1, "summary": text}
@@ -367,7 +367,7 @@ def _devices(count):
             "in.jsonl:1: it has ['id', 'text'] and must have 'body', a text. Mend it, or pass --br",
         ),
         ("summarize WRITER in.txt --text-column body", "--text-column body is for a .jsonl"),
-        ("summarize WRITER empty", "empty is no file, and no folder or pattern with files of"),
+        ("summarize WRITER empty", "empty is not a file, nor a folder or pattern with files of"),
         ("summarize WRITER no.jsonl", "no.jsonl is no file"),
         (
             "summarize WRITER in.xml",
@@ -382,7 +382,10 @@ def _devices(count):
         ("summarize WRITER in.txt --batch-size 0", "--batch-size 0 must be at least 1"),
         ("summarize WRITER in.txt --min-length 30", "--min-length 30 is more than the 20 tokens"),
         ("summarize WRITER in.txt --length-penalty 2", "need num_beams > 1"),
-        ("summarize BERT in.txt", "is a masked_lm checkpoint, which writes no summaries: give a"),
+        (
+            "summarize BERT in.txt",
+            "is a masked_lm checkpoint, which cannot write summaries: give a",
+        ),
         ("predict WRITER in.txt --answers num_beam=3", "num_beam"),
         ("generate WRITER in.txt", "use lsg-flax summarize MODEL INPUT OUTPUT, lsg-flax predict"),
     ],

@@ -135,7 +135,7 @@ def test_smoothed_loss_is_that_of_transformers(name):
 def test_only_labels_that_are_classes_are_smoothed(task, labels, share):
     model, params = make(task)
     batch = random_batch(**{name: np.asarray(array) for name, array in labels.items()})
-    with pytest.raises(ValueError, match=f"label_smoothing={share} must be from 0 to below 1"):
+    with pytest.raises(ValueError, match=f"label_smoothing={share} must be at least 0 and below 1"):
         jax.eval_shape(
             functools.partial(losses.loss_fn, model, label_smoothing=share), params, batch
         )
@@ -258,10 +258,10 @@ def test_an_answer_that_is_neither_yes_nor_no_gives_nan():
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        (random_batch(), r"missing are \['labels'\]"),
-        (random_batch(labels=np.zeros(4, int), label=1), r"unknown \['label'\]"),
+        (random_batch(), r"missing: \['labels'\]"),
+        (random_batch(labels=np.zeros(4, int), label=1), r"unknown: \['label'\]"),
         (random_batch(labels=np.zeros((4, 13))), "must be integers, got float"),
-        (random_batch(labels=np.zeros((4, 5), int)), r"shape \(4, 5\).* ask for \(4, 13\)"),
+        (random_batch(labels=np.zeros((4, 5), int)), r"shape \(4, 5\).* labels of shape \(4, 13\)"),
     ],
 )
 def test_batches_that_do_not_fit(batch, message):
@@ -304,7 +304,7 @@ def test_accumulation_equals_one_big_batch():
         whole.params,
         parts.params,
     )
-    with pytest.raises(ValueError, match=r"accumulate_steps=2 every array is \[2, batch"):
+    with pytest.raises(ValueError, match=r"accumulate_steps=2 every array must be \[2, batch"):
         run(model, params, optimizer, [micro], accumulate_steps=2)
 
 
@@ -434,7 +434,7 @@ def test_fit_evaluates_and_needs_what_it_is_asked_for(tmp_path):
 
     _, history = fit(None, 5, evaluation=training.Evaluation(evaluate, every=2))
     assert [record.get("seen") for record in history] == [None, 2, None, 4, 5]
-    with pytest.raises(ValueError, match="best='seen' needs evaluation, which gives it"):
+    with pytest.raises(ValueError, match="best='seen' needs evaluation, which computes it"):
         fit(tmp_path, 5, best="seen")
     with pytest.raises(ValueError, match="keep=0 must be at least 1"):
         fit(tmp_path, 5, keep=0)
@@ -610,7 +610,7 @@ def test_the_best_checkpoint_stays(tmp_path):
     fit(tmp_path, 6, best="eval_loss", mode="min", **options)
     assert training.saved_steps(tmp_path) == [2, 5, 6]
     assert checkpoints.best_step(tmp_path, "eval_loss", mode="min") == 2
-    with pytest.raises(FileNotFoundError, match=r"metric 'f1'; the steps there are \[2, 5, 6\]"):
+    with pytest.raises(FileNotFoundError, match=r"metric 'f1'; its steps are \[2, 5, 6\]"):
         checkpoints.best_step(tmp_path, "f1")
     with pytest.raises(ValueError, match="best='f1' is not among the metrics"):
         fit(tmp_path / "other", 2, best="f1", **options)
@@ -666,9 +666,7 @@ def test_a_damaged_checkpoint_is_named(two_saved, tmp_path, name, call):
     state, folder = two_saved
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "2" / name).write_bytes(b"")
-    says = (
-        f"the checkpoint {tmp_path}/2 cannot be read .*delete this folder to continue from step 1"
-    )
+    says = f"the checkpoint {tmp_path}/2 cannot be read .*delete this folder to resume from step 1"
     with pytest.raises(ValueError, match=says):
         if call == "best":
             checkpoints.best_step(tmp_path, "f1")
@@ -713,7 +711,7 @@ def test_the_log_goes_on_without_duplicates(tmp_path):
     assert list(losses) == [1, 2, 3, 4, 5]
     np.testing.assert_allclose([losses[step] for step in (3, 4, 5)], [r["loss"] for r in history])
     (log / "metrics.jsonl").write_text("[]\n" * 2)
-    with pytest.raises(ValueError, match=r"line 1 of .* is no record of a step"):
+    with pytest.raises(ValueError, match=r"line 1 of .* is not the record of a step"):
         fit(state, 6, logging=logging)
     with pytest.raises(ValueError, match="give folder=FOLDER"):
         training.Logging(tensorboard=True)
@@ -787,7 +785,7 @@ def test_a_signal_lets_the_step_finish_and_saves(tmp_path, name, status):
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, check=False
     )
     assert done.returncode == status, done.stderr
-    assert "stopped behind step 3, which is saved" in done.stderr
+    assert "stopped after step 3, which is saved" in done.stderr
     assert "Traceback" not in done.stderr
     assert training.saved_steps(folder) == [3]
     _, expected = fit(tmp_path / "whole", 6)
@@ -844,7 +842,7 @@ def test_scores_of_an_evaluation_may_be_arrays_and_have_names_of_their_own(tmp_p
         assert told.history[0]["score"] == 0.5
         told.add(2, values, None)
         told.read()
-        with pytest.raises(ValueError, match=r"gives \['loss', 'step'\], names that a step has"):
+        with pytest.raises(ValueError, match=r"returns \['loss', 'step'\], which are names of"):
             told.finish({"loss": 1.0, "step": 9})
     assert '"score": 0.5' in (tmp_path / "metrics.jsonl").read_text()
 

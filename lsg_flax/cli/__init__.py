@@ -1,4 +1,4 @@
-"""The command line, `lsg-flax`: one module per command, each with `add` (its options) and `run`."""
+"""The command line `lsg-flax`: one module per command, each with `add` (its options) and `run`."""
 
 import argparse
 import io
@@ -33,7 +33,7 @@ from lsg_flax.training import SaveError
 
 ERROR, INTERRUPTED = 2, 130
 _EXPECTED = (ValueError, OSError, ImportError, SaveError, FloatingPointError)
-_COMMANDS = (  # as in --help
+_COMMANDS = (  # in the order of --help
     *(
         convert,
         inspect,
@@ -72,18 +72,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-        argv: the arguments after the program's name; those of the process by default.
+        argv: the arguments after the program's name; by default those of the process.
 
     Returns:
-        The exit code: 0, or 2 after an error, which is one message on stderr.
+        The exit code: 0, 2 after an error (which prints one message to stderr), or 130 after
+        Ctrl-C.
     """
     arguments = _parser().parse_args(argv)
-    if not arguments.debug:  # Orbax shows tracebacks and more of what comes as one message
+    if not arguments.debug:  # Orbax also logs tracebacks of errors that are one message here
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(_is_no_damage)
-    # transformers, asked for a tokenizer, would advise to install PyTorch.
+    # When it loads a tokenizer, transformers would advise to install PyTorch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a name of a file may be no text
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be invalid text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with plain_warnings(arguments), told(arguments.command.prog.split()[-1]):

@@ -1,4 +1,4 @@
-"""`lsg-flax ask`: answers questions from an index."""
+"""`lsg-flax ask`: answers questions from an indexed corpus."""
 
 import argparse
 
@@ -8,7 +8,8 @@ from lsg_flax.open_qa import OpenQA
 
 _DESCRIPTION = """Answer each QUESTION from the blocks of FOLDER, which `lsg-flax index` makes.
 
-Prints a line of JSON for each: answer, score, block_id (its number in the corpus) and its text."""
+Prints one line of JSON per question: answer, score, block_id (number of the block in the corpus)
+and the text of the block."""
 
 
 def add(commands: shared.Commands) -> None:
@@ -16,7 +17,8 @@ def add(commands: shared.Commands) -> None:
     command = shared.add_command(commands, "ask", _DESCRIPTION, run)
     command.add_argument("folder", metavar="FOLDER", help="folder, or id on the Hugging Face hub")
     command.add_argument("questions", metavar="QUESTION", nargs="+")
-    command.add_argument("--reader", metavar="READER", help="folder of another reader, such as LSG")
+    about = "folder of another reader model, such as one with LSG attention"
+    command.add_argument("--reader", metavar="READER", help=about)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""`lsg-flax convert`: makes checkpoints that read long documents."""
+"""`lsg-flax convert`: converts checkpoints to LSG attention, so that they read long documents."""
 
 import argparse
 import pathlib
@@ -16,12 +16,12 @@ from lsg_flax.models import TASKS
 
 _DEFAULTS = LSGOptions()
 
-_DESCRIPTION = """Make an LSG checkpoint of SOURCE that reads long documents with the same weights.
+_DESCRIPTION = """Convert SOURCE to LSG attention: it reads long documents with the same weights.
 
 Nothing is trained: positions repeat, and global tokens start as [CLS] and [MASK]. The result is
 written to TARGET in Hugging Face's format, for lsg_flax.from_pretrained and for PyTorch's LSG
-classes; tokenizer and other files that belong to the model come along as they are. SOURCE is not
-changed. If anything fails, files that were in TARGET stay as they were."""
+classes. The tokenizer and other files of the model are copied unchanged. SOURCE is not changed. If
+anything fails, existing files in TARGET stay unchanged."""
 
 
 def add(commands: shared.Commands) -> None:
@@ -30,12 +30,12 @@ def add(commands: shared.Commands) -> None:
     command.add_argument("source", metavar="SOURCE", help="folder, or id on the Hugging Face hub")
     command.add_argument("target", metavar="TARGET", help="folder for the result")
     length = _DEFAULTS.max_sequence_length
-    add_number(command, "--max-sequence-length", "tokens that the result reads", length)
+    add_number(command, "--max-sequence-length", "most tokens that the result reads", length)
     add_choice(command, "--task", "head of the result (default: that of SOURCE)", TASKS)
     shared.add_pattern(command)
     _add_global_options(command.add_argument_group("global tokens and positions"))
-    add_switch(command, "--check", "refuse weights with NaN or infinity in them")
-    about = "repository of the hub, such as me/bert-4096, that gets the result too"
+    add_switch(command, "--check", "fail if weights have NaN or infinity")
+    about = "hub repository, such as me/bert-4096, to push the result to"
     command.add_argument("--push-to-hub", metavar="REPO", help=about)
 
 
@@ -43,26 +43,26 @@ def _add_global_options(group: shared.Options) -> None:
     for flag, about in (
         (
             "--random-global-init",
-            "draw globals from the distribution of word embeddings, not [MASK]",
+            "draw global tokens from the distribution of word embeddings, instead of [MASK]",
         ),
-        ("--keep-first-global-token", "leave the first global as it is (LSG SOURCE only)"),
-        ("--resize-lsg", "change the positions only (LSG SOURCE only)"),
+        ("--keep-first-global-token", "keep the first global token (only for an LSG SOURCE)"),
+        ("--resize-lsg", "change only the positions (only for an LSG SOURCE)"),
     ):
         add_switch(group, flag, about)
-    about = "distance between the positions of neighbouring globals"
+    about = "distance between the positions of neighbouring global tokens"
     add_number(group, "--global-positional-stride", about, _DEFAULTS.global_positional_stride)
     group.add_argument(
         "--no-token-ids",
         dest="use_token_ids",
         action="store_false",
-        help="do not add the embedding of segment 0 to the globals",
+        help="do not add the embedding of segment 0 to the global tokens",
     )
-    add_number(group, "--seed", "of the random draws", _DEFAULTS.seed)
+    add_number(group, "--seed", "seed of random draws", _DEFAULTS.seed)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
-    check_folder("target", arguments.target)  # a Path of nothing is the current folder
+    check_folder("target", arguments.target)  # an empty Path would be the current folder
     target, repository = pathlib.Path(arguments.target), arguments.push_to_hub
     if repository is not None:
         hub.check_push(repository)
@@ -89,6 +89,6 @@ def run(arguments: argparse.Namespace) -> None:
     out.print(f"next: lsg_flax.from_pretrained({str(target)!r}), or lsg-flax inspect {target}")
     out.print(f"in PyTorch: {hub.in_pytorch(hub.open_checkpoint(target))}", soft_wrap=True)
     if repository is not None:
-        with out.status(f"sending {target} to {repository}"):
+        with out.status(f"pushing {target} to {repository}"):
             address = hub.push_folder(target, repository)
         out.print(f"pushed to {address}", soft_wrap=True)

@@ -1,14 +1,14 @@
-"""`lsg-flax data`: shows what a run would learn from, before any training."""
+"""`lsg-flax data`: shows the data of a run before any training."""
 
 import argparse
 
 from lsg_flax.cli import shared, train
 from lsg_flax.training import read_settings, survey
 
-_DESCRIPTION = """Show rows, lengths, what is cut, labels and buckets of data, before any training.
+_DESCRIPTION = """Show rows, lengths, truncation, labels and buckets of data, before any training.
 
-Rows are read and tokenised as by `lsg-flax train`, and kept for it; no weights are read, nothing
-is trained. `lsg-flax train --dry-run` does the same with the settings of a run.
+Rows are read and tokenized as in `lsg-flax train`, which then finds them in the cache. No weights
+are read and nothing is trained. `lsg-flax train --dry-run` does the same with a run's settings.
 
   lsg-flax data --model ./areas --task sequence_classification --train-data held_out.csv \\
       --columns text=body,label=area --max-length 8"""

@@ -1,4 +1,4 @@
-"""`lsg-flax doctor`: says what is installed here, what JAX computes on, and what is amiss."""
+"""`lsg-flax doctor`: shows what is installed, which devices JAX uses, and what is wrong."""
 
 import argparse
 import collections
@@ -17,23 +17,23 @@ import lsg_flax
 from lsg_flax.chips import GIB
 from lsg_flax.cli.shared import Commands, add_command, console
 
-_DESCRIPTION = """Show versions, devices, what extras are missing, and what does not go together.
+_DESCRIPTION = """Show versions, devices, missing extras, and packages that do not fit together.
 
-Nothing is changed and nothing is loaded. Paste what it prints into a report of a fault."""
+Nothing is changed and no model is loaded. Paste the output into a bug report."""
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
-EXTRAS = {  # of pyproject.toml -> the commands that miss it, and for what
+EXTRAS = {  # extra of pyproject.toml -> the commands that need it, and for what
     "torch": "all that load weights: PyTorch's .bin",
-    "sentencepiece": "all that read texts: tokenizers that are a sentencepiece model alone",
-    "data": "data, train, evaluate, predict, embed: .parquet, names of datasets",
+    "sentencepiece": "all that read texts: tokenizers that are only a sentencepiece model",
+    "data": "data, train, evaluate, predict, embed: .parquet, hub datasets",
     "metrics": "train, evaluate: F1 of entities",
-    "summarization": "train, evaluate: ROUGE of what is written",
+    "summarization": "train, evaluate: ROUGE of generated texts",
     "tensorboard": "train: --tensorboard",
-    "plots": "train, evaluate: pictures",
+    "plots": "train, evaluate, plan: pictures",
     "plan": "plan: TPUs",
     "export": "lsg_flax.inference.export_model and export_texts",
     "faiss": "lsg_flax.open_qa.faiss_search",
 }
-# JAX's platform -> where the system shows such devices, the extra of jax that computes on them.
+# JAX's platform -> where the system lists such devices, and the extra of jax that supports them.
 _SEEN = {"gpu": ("/dev/nvidia[0-9]*", "cuda12"), "tpu": ("/dev/accel[0-9]*", "tpu")}
 
 
@@ -54,7 +54,8 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         devices = collections.Counter(map(_kind, jax.devices()))
     except (RuntimeError, AssertionError) as error:  # JAX has no message for JAX_PLATFORMS=cuda
-        devices, problems = {}, [f"no JAX_PLATFORMS={os.getenv('JAX_PLATFORMS')} here. {error}"]
+        platforms = os.getenv("JAX_PLATFORMS")
+        devices, problems = {}, [f"JAX_PLATFORMS={platforms} is not available here. {error}"]
     for (kind, on, memory), count in devices.items():
         size = f", {memory / GIB:.1f} GiB for JAX" if memory else ""
         out.print(f"devices: {count} x {kind} ({on}){size}", soft_wrap=True)
@@ -62,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         package = metadata.metadata("lsg-flax")
     except metadata.PackageNotFoundError:
-        problems.append("lsg-flax is not installed: pip install -e . in its clone")
+        problems.append("lsg-flax is not installed: run pip install -e . in its clone")
     else:
         needed = [Requirement(line) for line in package.get_all("Requires-Dist", [])]
         for r in _unmet(needed):
@@ -74,24 +75,24 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _kind(device: Any) -> tuple[str, str, int | None]:
-    """Its name, its platform, and the bytes that JAX takes of it, where it says so."""
+    """Returns a device's name, its platform, and the bytes that JAX may use of it, if known."""
     stats = device.memory_stats() or {}
     return device.device_kind, device.platform, stats.get("bytes_limit")
 
 
 def _extras(needed: list[Requirement], known: list[str]) -> Table:
-    """What is there of each extra; `known` are those of the lsg-flax that was installed."""
+    """Returns the state of each extra; `known` are the extras of the installed lsg-flax."""
     table = Table("extra", "for", "state", title="extras", title_justify="left")
     for extra, about in EXTRAS.items():
         missing = ", ".join(r.name for r in _unmet(needed, extra))
         missing = missing if extra in known else "all of it, newer than this installation"
-        state = f"missing {missing}: pip install 'lsg-flax[{extra}]'" if missing else "there"
+        state = f"missing {missing}: pip install 'lsg-flax[{extra}]'" if missing else "installed"
         table.add_row(extra, about, state)
     return table
 
 
 def _installed(name: str) -> str:
-    """Its version; empty if it is missing."""
+    """Returns the version of a package; empty if it is missing."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -99,7 +100,8 @@ def _installed(name: str) -> str:
 
 
 def _unmet(needed: list[Requirement], extra: str = "") -> Iterator[Requirement]:
-    """What is missing, or is there in another version: of an extra, or of what all need."""
+    """Yields the requirements, of an extra or always needed, that are missing or in a wrong
+    version."""
     for r in needed:
         plain, asked = (r.marker is None or r.marker.evaluate({"extra": e}) for e in ("", extra))
         found = _installed(r.name)
@@ -109,11 +111,11 @@ def _unmet(needed: list[Requirement], extra: str = "") -> Iterator[Requirement]:
 
 
 def _unused_devices(used: set[str]) -> Iterator[str]:
-    """Those that the system knows and JAX does not."""
+    """Yields a problem for devices that the system lists and JAX does not use."""
     for on, (files, kind) in _SEEN.items():
         there = [] if on in used else sorted(glob.glob(files))
         remedy = f"pip install 'jax[{kind}]=={jax.__version__}'"
         if os.environ.get("JAX_PLATFORMS") == "cpu":
-            remedy = "JAX_PLATFORMS=cpu keeps it from them, unset it"
+            remedy = "JAX_PLATFORMS=cpu hides them, unset it"
         if there:
-            yield f"{', '.join(there)}: JAX computes on {', '.join(used) or 'nothing'}; {remedy}"
+            yield f"{', '.join(there)}: JAX uses only {', '.join(used) or 'nothing'}; {remedy}"

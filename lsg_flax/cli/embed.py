@@ -1,4 +1,4 @@
-"""`lsg-flax embed`: turns texts into vectors."""
+"""`lsg-flax embed`: writes the embeddings of texts."""
 
 import argparse
 import pathlib
@@ -20,13 +20,13 @@ from lsg_flax.pipelines import (
     write_vectors,
 )
 
-_DESCRIPTION = """Write one vector for each text of INPUT.
+_DESCRIPTION = """Write the embedding (a vector) of each text of INPUT.
 
-INPUT is a .txt with one text per line, a folder of .txt with a text each, or a .jsonl, .csv or
-.parquet (a file, a folder or a pattern) or the name of a dataset (--split) with "text" and maybe
-"id"; --columns names others.
-OUTPUT is a .npy array [texts, width], or a .jsonl of objects with "id" and "embedding"; it gets its
-name when it is complete. MODEL is a folder of sentence-transformers, converted or not; with
+INPUT is a .txt with one text per line, a folder of .txt files with one text each, a .jsonl, .csv or
+.parquet (a file, a folder or a pattern), or a hub dataset (--split). Its columns are "text" and
+optionally "id"; --columns gives other names.
+OUTPUT is a .npy array [texts, width], or a .jsonl of objects with "id" and "embedding"; it appears
+under its name once it is complete. MODEL is a sentence-transformers folder, converted or not; with
 --pooling any base checkpoint."""
 
 
@@ -36,24 +36,25 @@ def add(commands: shared.Commands) -> None:
     command.add_argument("model", metavar="MODEL", help="folder, or id on the Hugging Face hub")
     command.add_argument("input", metavar="INPUT", help=" or ".join((*TEXTS, "a dataset")))
     command.add_argument("output", metavar="OUTPUT", help=" or ".join(VECTORS))
-    add_choice(command, "--pooling", "instead of MODEL's own", get_args(Pooling))
+    add_choice(command, "--pooling", "pooling, instead of MODEL's own", get_args(Pooling))
     command.add_argument(
         "--normalize",
         action=argparse.BooleanOptionalAction,
-        help="scale vectors to length 1, or do not (default: as MODEL says)",
+        help="scale vectors to length 1, or not (default: as in MODEL)",
     )
     shared.add_columns(command)
     shared.add_dataset(command)
-    about = "tokens after which a text is cut (default: as MODEL says)"
+    about = "most tokens of a text, the rest is truncated (default: as in MODEL)"
     add_number(command, "--max-length", about)
     add_number(command, "--batch-size", "texts at once", 8)
-    add_choice(command, "--broken-lines", "what they do", get_args(BrokenLines), "raise")
+    about = "what to do with broken lines"
+    add_choice(command, "--broken-lines", about, get_args(BrokenLines), "raise")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
     shared.check_positive(arguments, "batch_size", "max_length")
-    check_suffix(arguments.output, VECTORS)  # before the work, not after
+    check_suffix(arguments.output, VECTORS)  # fails before the long work
     check_output(arguments.output, arguments.input)
     columns = arguments.columns or {}
     source = shared.source_of(arguments)
@@ -71,11 +72,11 @@ def _embed(lines: TextLines, arguments: argparse.Namespace) -> None:
     )
     if embedder.source is not None:
         check_apart(arguments.output, embedder.source.root)
-    rows = min(arguments.batch_size, max(len(lines.texts), 1))  # what fills it up costs memory
+    rows = min(arguments.batch_size, max(len(lines.texts), 1))  # padding rows cost memory
     vectors = embedder.embed(lines.texts, batch_size=rows)
     write_vectors(arguments.output, lines.names, vectors)
     shared.console().print(
-        f"wrote {arguments.output}: {vectors.shape[0]:,} vectors of {vectors.shape[1]}, texts cut "
-        f"at {embedder.max_length:,} tokens",
+        f"wrote {arguments.output}: {vectors.shape[0]:,} vectors of {vectors.shape[1]} numbers "
+        f"(texts longer than {embedder.max_length:,} tokens are truncated)",
         soft_wrap=True,
     )

@@ -1,4 +1,4 @@
-"""`lsg-flax evaluate`: scores a checkpoint on files of data."""
+"""`lsg-flax evaluate`: scores a checkpoint on data files."""
 
 import argparse
 import pathlib
@@ -14,36 +14,37 @@ from lsg_flax.models import TASKS
 from lsg_flax.progress import say
 from lsg_flax.training import EvaluationReport, Settings, evaluate_files, trained_tasks
 
-_DESCRIPTION = """Score MODEL on DATA: loss, scores of the task and of each class, confusion.
+_DESCRIPTION = """Score MODEL on DATA: loss, scores of the task and of each class, confusion matrix.
 
 DATA is read as by `lsg-flax train`: .jsonl, .csv, .parquet or .txt files, a folder, a pattern, or a
-dataset's name, with the same columns. FOLDER (--output) gets evaluation.json and confusion.png.
+hub dataset, with the same columns. FOLDER (--output) gets evaluation.json and confusion.png.
 
   lsg-flax evaluate ./areas held_out.csv --output ./scores --columns text=body,label=area
 
-A folder of sentence-transformers is scored by what its vectors find: of rows with "text" and
-"positive", the positive among those of all rows."""
-# Settings of training that say how data is read and the model is run.
+A sentence-transformers folder gets retrieval scores: in rows with "text" and "positive", how well
+each text finds its own positive among those of all rows."""
+# Settings of training that say how data is read and how the model is run.
 _READING = (
     *("columns", "labels", "problem_type", "max_length", "max_target_length", "stride", "pack"),
-    *("text_unit", "on_error", "subset", "eval_split", "cache", "src_lang", "tgt_lang"),
+    *("packing", "text_unit", "on_error", "subset", "eval_split", "cache", "src_lang", "tgt_lang"),
     *("pooling", "teacher", "teacher_length"),
 )
 _RUNNING = ("batch_size", "buckets", "target_buckets", "dtype", "mesh", "devices")
 _WRITTEN = ("predict_with_generate", "generation", "generation_rows")
-_MOST_CLASSES = 12  # whose confusion is a table
+_MOST_CLASSES = 12  # a larger confusion matrix is not printed
 
 
 def add(commands: shared.Commands) -> None:
     """Declares the command and its options."""
     command = shared.add_command(commands, "evaluate", _DESCRIPTION, run)
     command.add_argument("model", metavar="MODEL", help="folder, or id on the Hugging Face hub")
-    command.add_argument("data", metavar="DATA", nargs="+", help="what it is scored on")
-    command.add_argument("--output", metavar="FOLDER", help="gets evaluation.json, confusion.png")
-    shared.add_choice(command, "--task", "head (default: that of MODEL)", trained_tasks())
+    command.add_argument("data", metavar="DATA", nargs="+", help="data that it is scored on")
+    about = "folder for evaluation.json and confusion.png"
+    command.add_argument("--output", metavar="FOLDER", help=about)
+    shared.add_choice(command, "--task", "task to score (default: MODEL's)", trained_tasks())
     train.add_settings(command.add_argument_group("how DATA is read"), _READING)
     train.add_settings(command.add_argument_group("how it is computed"), _RUNNING)
-    about = "what is written, of models that write (default: ROUGE of all rows)"
+    about = "texts of models that write, such as summaries (default: ROUGE of all rows)"
     train.add_settings(command.add_argument_group(about), _WRITTEN)
 
 
@@ -88,7 +89,7 @@ def _show(report: EvaluationReport, folder: str | None) -> None:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Names on the left, numbers on the right."""
+    """Returns a table with names aligned left and numbers aligned right."""
     table = Table()
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")

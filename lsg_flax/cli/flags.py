@@ -1,5 +1,5 @@
-"""Messages in the words of the command line: the library names its arguments, as in
-`broken_lines="skip"`, and who typed a command knows its flags: `--broken-lines skip`."""
+"""Translates error messages of the library for the command line: `broken_lines="skip"`, an argument
+in Python, becomes the flag `--broken-lines skip`."""
 
 import argparse
 import ast
@@ -20,8 +20,8 @@ _CONVERT = re.compile(
 
 
 def in_flags(message: str, arguments: argparse.Namespace) -> str:
-    """The message with the command's flags in place of the library's arguments. What came from a
-    file of settings keeps its name there."""
+    """Returns the message with the library's arguments replaced by the command's flags. With a
+    settings file, only settings that were given as flags are replaced."""
     for words, flags in arguments.spelled.items():
         message = message.replace(words, flags)
     message = _CONVERT.sub(_convert_command, message)
@@ -53,12 +53,12 @@ def _convert_command(found: re.Match) -> str:
 
 
 def _words(text: str | None) -> str:
-    """A value of Python as it is typed."""
+    """Returns a Python value as it is typed on the command line."""
     try:
         value: Any = ast.literal_eval(text or "")
     except (ValueError, SyntaxError):
         value = ...
-    if value in (..., (), [], {}):  # nothing that could be typed
+    if value in (..., (), [], {}):  # cannot be typed
         return text or ""
     if isinstance(value, dict):
         return ",".join(f"{name}={entry}" for name, entry in value.items())

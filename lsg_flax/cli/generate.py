@@ -43,12 +43,12 @@ from lsg_flax.training import LARGEST_SEED, Precision
 
 _DESCRIPTION = """Continue texts with a decoder.
 
-With --prompt the continuation is printed. INPUT is a .txt with one text per line, or a .jsonl, .csv
-or .parquet (a file, a folder or a pattern) or a dataset's name with "text" and maybe "id"; OUTPUT
-gets one line of JSON for each, {"id", "text"}, and its name when it is complete. MODEL is a
-causal_lm with its tokenizer; the texts that it writes end with the tokenizer's end of a text.
-Prompts of about the same length are read together, padded on the left; LSG attention then has its
-blocks elsewhere in a padded prompt, which --batch-size 1 avoids.
+With --prompt the continuation is printed. Otherwise INPUT is a .txt with one text per line, a
+.jsonl, .csv or .parquet (a file, a folder or a pattern), or a hub dataset, with "text" and
+optionally "id"; OUTPUT gets one line of JSON per text, {"id", "text"}, and appears under its name
+once it is complete. MODEL is a causal_lm with its tokenizer; generation ends at the tokenizer's
+end-of-text token. Prompts of similar length are batched and padded on the left, which shifts the
+blocks of LSG attention in a padded prompt; --batch-size 1 avoids this.
 
   lsg-flax generate ./writer --prompt "Once upon a time" --do-sample --top-p 0.9
   lsg-flax generate ./writer prompts.jsonl continuations.jsonl --max-new-tokens 100"""
@@ -59,23 +59,23 @@ def add(commands: Any) -> None:
     command = add_command(commands, "generate", _DESCRIPTION, run)
     command.add_argument("model", metavar="MODEL", help="folder, or id on the Hugging Face hub")
     command.add_argument("input", metavar="INPUT", nargs="?", help=" or ".join(TEXTS))
-    command.add_argument("output", metavar="OUTPUT", nargs="?", help="lines of JSON")
-    command.add_argument(
-        "--prompt", metavar="TEXT", action="append", help="in place of files; may be given again"
-    )
+    command.add_argument("output", metavar="OUTPUT", nargs="?", help="file for lines of JSON")
+    about = "text to continue, instead of files; may be repeated"
+    command.add_argument("--prompt", metavar="TEXT", action="append", help=about)
     what = command.add_argument_group("what is written")
     for name, kind, about in (
-        ("--max-new-tokens", int, "the most that are generated"),
-        ("--temperature", float, "divides the logits; with --do-sample"),
-        ("--top-k", int, "draw from the likeliest N; with --do-sample"),
-        ("--top-p", float, "draw from the fewest with this probability; with --do-sample"),
-        ("--seed", int, "of what is drawn; batch number i draws with SEED + i"),
+        ("--max-new-tokens", int, "most tokens to generate"),
+        ("--temperature", float, "the logits are divided by it; with --do-sample"),
+        ("--top-k", int, "draw from the N likeliest tokens; with --do-sample"),
+        ("--top-p", float, "draw from the fewest tokens of this probability; with --do-sample"),
+        ("--seed", int, "seed of draws; batch number i draws with SEED + i"),
     ):
         default = {"--max-new-tokens": 64, "--temperature": 1.0, "--seed": 0}.get(name)
         shown = "all" if default is None else default
         text = f"{about} (default: {shown})"
         what.add_argument(name, type=kind, default=default, metavar="N", help=text)
-    what.add_argument("--do-sample", action="store_true", help="draw tokens, not the likeliest one")
+    about = "draw tokens instead of taking the likeliest one"
+    what.add_argument("--do-sample", action="store_true", help=about)
     how = command.add_argument_group("how it is computed")
     how.add_argument(
         "--batch-size", type=int, default=8, metavar="N", help="texts at once (default: 8)"
@@ -85,10 +85,11 @@ def add(commands: Any) -> None:
         choices=get_args(Precision),
         default="float32",
         metavar="NAME",
-        help=f"of the computation: {', '.join(get_args(Precision))} (default: float32)",
+        help=f"dtype of the computation: {', '.join(get_args(Precision))} (default: float32)",
     )
     add_dataset(how)
-    add_choice(how, "--broken-lines", "what they do", get_args(BrokenLines), "raise")
+    about = "what to do with broken lines"
+    add_choice(how, "--broken-lines", about, get_args(BrokenLines), "raise")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -96,7 +97,7 @@ def run(arguments: argparse.Namespace) -> None:
     _check_numbers(arguments)
     lines = _read(arguments)
     if arguments.output is None:
-        print("\n".join(_continued(lines, arguments)[1]))  # as it is: a console breaks long lines
+        print("\n".join(_continued(lines, arguments)[1]))  # rich's console would wrap long lines
         return
     target = pathlib.Path(arguments.output)
     with locked_file(target):
@@ -107,7 +108,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check_numbers(arguments: argparse.Namespace) -> None:
-    """Raises ValueError, before the model is read, for what no model can do."""
+    """Raises ValueError, before the model is read, for numbers that no model allows."""
     check_positive(arguments, "max_new_tokens", "batch_size")
     if not 0 <= arguments.seed <= LARGEST_SEED:
         raise ValueError(f"seed={arguments.seed} must lie in 0..{LARGEST_SEED}.")
@@ -116,13 +117,13 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
     sample = Sample(arguments.temperature, arguments.top_k, arguments.top_p)
     if not arguments.do_sample and sample != Sample():
         raise ValueError(
-            "--temperature, --top-k and --top-p need --do-sample; without it the likeliest token "
-            "is taken."
+            "--temperature, --top-k and --top-p need --do-sample: without it the likeliest token "
+            "is always taken."
         )
 
 
 def _continued(lines: TextLines, arguments: argparse.Namespace) -> tuple[list[Any], list[str]]:
-    """The names of the prompts that are continued, and the text behind each."""
+    """Returns the ids of the prompts that are continued, and the continuation of each."""
     checkpoint = hub.open_checkpoint(arguments.model)
     if arguments.output is not None:
         check_apart(arguments.output, checkpoint.root)
@@ -131,14 +132,14 @@ def _continued(lines: TextLines, arguments: argparse.Namespace) -> tuple[list[An
         raise FileNotFoundError(f"{checkpoint.folder} has no tokenizer; copy its files there.")
     if task == "conditional_generation":
         raise ValueError(
-            f"{checkpoint.folder} is an encoder-decoder, which answers texts and does not continue "
-            "them: use lsg-flax summarize MODEL INPUT OUTPUT, lsg-flax predict for other answers "
-            'than summaries, or lsg_flax.pipeline("text2text-generation", MODEL).'
+            f"{checkpoint.folder} is an encoder-decoder, which cannot continue texts: use lsg-flax "
+            "summarize MODEL INPUT OUTPUT, lsg-flax predict for other answers than summaries, or "
+            'lsg_flax.pipeline("text2text-generation", MODEL).'
         )
     if not TASKS[task].fixed.get("is_decoder"):
         raise ValueError(
             f"{checkpoint.folder} is a {task} checkpoint, which cannot continue texts: give a "
-            "causal_lm, such as lsg-flax train --task causal_lm makes."
+            "causal_lm checkpoint, such as one from lsg-flax train --task causal_lm."
         )
     model, params = checkpoint.load(dtype=jnp.dtype(arguments.dtype).type)
     ends = _ends(model, tokenizer)
@@ -150,7 +151,7 @@ def _continued(lines: TextLines, arguments: argparse.Namespace) -> tuple[list[An
 
 
 def _read(arguments: argparse.Namespace) -> TextLines:
-    """The prompts; raises ValueError for anything but one source of them."""
+    """Reads the prompts; raises ValueError unless they come from one source."""
     files = [file for file in (arguments.input, arguments.output) if file is not None]
     if arguments.prompt is not None and not files:
         places = [f"--prompt {text[:60]!r}" for text in arguments.prompt]
@@ -171,8 +172,8 @@ def _read(arguments: argparse.Namespace) -> TextLines:
 
 
 def _ends(model: Model, tokenizer: Any) -> list[int]:
-    """The tokens that end a text: the tokenizer's, else the config's, else what training writes
-    between texts."""
+    """Returns the tokens that end a text: the tokenizer's, or the config's, or the separator that
+    training puts between texts."""
     given = (
         tokenizer.eos_token_id,
         model.config.other("eos_token_id", None),
@@ -183,7 +184,7 @@ def _ends(model: Model, tokenizer: Any) -> list[int]:
 
 
 def _encode(tokenizer: Any, texts: Sequence[str], ends: list[int]) -> list[list[int]]:
-    """Tokens as in training, without the end of a text, behind which nothing is to be continued."""
+    """Returns tokens as in training, without the end-of-text token: nothing would follow it."""
     encoded = tokenizer(list(texts), verbose=False)["input_ids"] if texts else []
     closing = (*ends, tokenizer.sep_token_id)
     return [ids[:-1] if ids and ids[-1] in closing else ids for ids in encoded]
@@ -195,14 +196,15 @@ def _fitting(
     model: Model,
     arguments: argparse.Namespace,
 ) -> list[int]:
-    """Which prompts fit; raises ValueError for one that does not, unless it is a line to skip."""
+    """Returns which prompts fit the model; raises ValueError for one that does not, unless broken
+    lines are skipped."""
     limit = MOST_TOKENS if model.rolls else model.max_length
     fitting, skipped = [], []
     for number, (place, ids) in enumerate(zip(places, prompts, strict=True)):
         try:
             _check_length(place, len(ids), arguments.max_new_tokens, limit, model.config)
         except ValueError as error:
-            if arguments.input is None or arguments.max_new_tokens > limit:  # no prompt's fault
+            if arguments.input is None or arguments.max_new_tokens > limit:  # then none can fit
                 raise
             if arguments.broken_lines == "raise":
                 raise unskipped(place, error) from error
@@ -215,11 +217,11 @@ def _fitting(
 
 
 def _check_length(place: str, length: int, new: int, limit: int, config: ModelConfig) -> None:
-    fits = limit - new + 1  # the last token is not read again
+    fits = limit - new + 1  # the last new token is never read
     if not 1 <= length <= fits:
         remedy = config.or_convert("Shorten the prompt", max(length, 1) + new - 1)
         raise ValueError(
-            f"{place} has {length} tokens, and with --max-new-tokens {new} a prompt must have "
+            f"{place} has {length} tokens, but with --max-new-tokens {new} a prompt must have "
             f"1 to {max(fits, 0)}: this checkpoint reads {limit}. {remedy}."
         )
 
@@ -231,7 +233,7 @@ def _continue(
     ends: list[int],
     arguments: argparse.Namespace,
 ) -> list[list[int]]:
-    """The new tokens of each prompt, in order."""
+    """Returns the new tokens of each prompt, in the order of the prompts."""
     size, pad = arguments.batch_size, model.config.pad_token_id
     pad = (ends or [0])[0] if pad is None else pad
     names = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p")
@@ -258,8 +260,8 @@ def _continue(
 def _batches(
     model: Model, prompts: Sequence[Sequence[int]], size: int
 ) -> Iterator[tuple[int, ...]]:
-    """The numbers of the prompts of each batch, the longest first. Only prompts of one length are
-    together where padding in front would shift their positions."""
+    """Yields the numbers of the prompts of each batch, the longest first. If padding on the left
+    would shift positions, a batch has only prompts of one length."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     alike = (lambda i: len(prompts[i])) if model.counts_positions else (lambda i: 0)
     for _, group in itertools.groupby(order, key=alike):
@@ -268,7 +270,8 @@ def _batches(
 
 
 def _positions(model: Model, mask: np.ndarray) -> np.ndarray | None:
-    """[B, T], counted from each row's first real token; None for a family that does so itself."""
+    """Returns positions [B, T], counted from each row's first real token; None for a family that
+    counts them so itself."""
     if model.counts_positions or model.family.architecture.positions == "behind_padding":
         return None
     return np.maximum(np.cumsum(mask, axis=1) - 1, 0)

@@ -1,4 +1,4 @@
-"""`lsg-flax index`: makes an index of a corpus, from which questions are answered."""
+"""`lsg-flax index`: indexes a corpus, from which `lsg-flax ask` answers questions."""
 
 import argparse
 
@@ -9,13 +9,13 @@ from lsg_flax.sharding import AXES, make_mesh
 
 _DESCRIPTION = """Embed the blocks of a corpus, for `lsg-flax ask`.
 
-MODEL is a RealmForOpenQA, CORPUS a .txt with a block on each line, a .jsonl of objects with "text",
-or a .npy of fixed-width bytes. FOLDER becomes such a model with these blocks, for transformers too.
-A command that was stopped goes on when it is given again.
+MODEL is a RealmForOpenQA. CORPUS is a .txt with a block on each line, a .jsonl of objects with
+"text", or a .npy of fixed-width bytes. FOLDER becomes such a model with these blocks, also for
+transformers. Run a stopped command again to resume it.
 
-The published block_records.npy is a pickle, which is never read but with --unpickle-records: then
-its bytes and texts are let in, any other object is refused and no code of it runs, and FOLDER gets
-them as fixed-width bytes. With --keep-embeddings the published embeddings go along.
+The published block_records.npy is a pickle, which is read only with --unpickle-records: then bytes
+and texts in it are accepted, any other object is refused, none of its code runs, and FOLDER gets
+the blocks as fixed-width bytes. --keep-embeddings copies the published embeddings.
 
   lsg-flax index ./realm-orqa-nq-openqa ./realm-orqa-nq-openqa/block_records.npy ./realm-nq \\
       --unpickle-records --keep-embeddings"""
@@ -26,11 +26,11 @@ def add(commands: shared.Commands) -> None:
     command = shared.add_command(commands, "index", _DESCRIPTION, run)
     command.add_argument("model", metavar="MODEL", help="folder, or id on the Hugging Face hub")
     command.add_argument("corpus", metavar="CORPUS", help=".txt, .jsonl or .npy")
-    command.add_argument("folder", metavar="FOLDER", help="what is made")
-    add_switch(command, "--unpickle-records", "CORPUS is a pickle, of which bytes are let in")
-    add_switch(command, "--keep-embeddings", "take those of MODEL, of the same blocks")
+    command.add_argument("folder", metavar="FOLDER", help="folder for the result")
+    add_switch(command, "--unpickle-records", "CORPUS is a pickle; only bytes and texts are read")
+    add_switch(command, "--keep-embeddings", "use MODEL's embeddings; it must have these blocks")
     add_number(command, "--batch-size", "blocks at once", 32)
-    about = f"devices along {', '.join(AXES)} (default: one device)"
+    about = f"devices along the axes {', '.join(AXES)} (default: one device)"
     command.add_argument("--mesh", type=shared.mesh_axes, metavar="AXIS=N,...", help=about)
 
 

@@ -14,14 +14,14 @@ from lsg_flax.models import family_of
 
 _DESCRIPTION = """Show the config and the tensors of a checkpoint: plain, LSG, or saved by lsg_flax.
 
-Reads the headers of safetensors files only, unless --check is given."""
+Only the headers of safetensors files are read, unless --check is given."""
 
 
 def add(commands: Commands) -> None:
     """Declares the command and its options."""
     command = add_command(commands, "inspect", _DESCRIPTION, run)
     command.add_argument("path", metavar="PATH", help="folder, or id on the Hugging Face hub")
-    add_switch(command, "--check", "load the weights too: they must fit the config and be finite")
+    add_switch(command, "--check", "also load the weights and check that they fit and are finite")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -73,7 +73,7 @@ def _shown(value: object) -> str:
 
 
 def _tensor_table(tensors: hub.Tensors) -> Table:
-    """One row for the tensors that differ by the layer's number only."""
+    """Returns a table with one row for tensors that differ only by the layer's number."""
     rows: dict[tuple[str, tuple[int, ...], str], list[str]] = {}
     for name, stored in tensors.items():
         pattern = re.sub(r"\.(\d+)\.", ".*.", name, count=1)
@@ -92,5 +92,5 @@ def _tensor_table(tensors: hub.Tensors) -> Table:
 
 
 def _order(path: str) -> tuple[int, str]:
-    """Embeddings, layers, the rest."""
+    """Sorts embeddings first, then layers, then the rest."""
     return (0 if "embeddings" in path else 1 if "*" in path else 2), path

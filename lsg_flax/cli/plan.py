@@ -1,4 +1,4 @@
-"""`lsg-flax plan`: what a run needs of TPUs or GPUs that are not there yet."""
+"""`lsg-flax plan`: shows what a run needs on TPUs or GPUs that this machine does not have."""
 
 import argparse
 import dataclasses
@@ -30,6 +30,8 @@ from lsg_flax.planning import (
     PlanSettings,
     RunKind,
     StepReads,
+    check_roofline,
+    draw_roofline,
     largest_batch,
     least_time,
     nearest_that_fits,
@@ -41,12 +43,12 @@ from lsg_flax.training import Precision
 
 _DESCRIPTION = """Compile training, inference or generation for TPUs or GPUs without having them.
 
-SOURCE is a checkpoint's folder, a hub id, or a config.json; weights are not read. A checkpoint
-with full attention is planned as `lsg-flax convert` makes it, and so is a --max-length beyond its
-positions. Shown are memory per chip against the chip's capacity, FLOPs, memory traffic, collectives
-and the least time that a step can take; where it does not fit, the nearest setting that does.
-With --mode generate a step is one more token of every text: its memory traffic is shown beside what
-it cannot do without, the weights of decoder and head and the caches.
+SOURCE is a checkpoint's folder, a hub id, or a config.json; weights are not read. A checkpoint with
+full attention, or with fewer positions than --max-length, is planned as `lsg-flax convert` would
+make it. The output has the memory per chip and its capacity, FLOPs, memory traffic, collectives and
+the least time that a step can take; if the run does not fit, also the nearest setting that does.
+With --mode generate a step generates one more token of every text; its memory traffic is compared
+with what it must read at least: the weights of decoder and head, and the caches.
 
   lsg-flax plan ./lsg-bart --mode generate --num-beams 4 --max-new-tokens 128 --batch-size 8 \\
       --topology v5e:1x1"""
@@ -78,15 +80,16 @@ def add(commands: Any) -> None:
         "--topology",
         required=True,
         metavar="CHIP:SHAPE",
-        help=f"such as v5e:2x4 or h100:8; chips are {', '.join(CHIPS)}; cpu:8 for devices on this "
-        "machine",
+        help=f"chips and their layout, such as v5e:2x4 or h100:8; chips: {', '.join(CHIPS)}; "
+        "cpu:8 for devices on this machine",
     )
     command.add_argument(
         "--mesh",
         type=mesh_axes,
         default={},
         metavar="AXIS=N,...",
-        help=f"chips along {', '.join(AXES)}; -1 takes what is left (default: all along data)",
+        help=f"chips along the axes {', '.join(AXES)}; -1 takes the remaining ones (default: all "
+        "along data)",
     )
     command.add_argument(
         "--batch-size",
@@ -99,7 +102,7 @@ def add(commands: Any) -> None:
         "--max-length",
         type=int,
         metavar="N",
-        help="tokens per row (default: what an LSG SOURCE reads, else 4096)",
+        help="tokens per row (default: what an LSG SOURCE reads, otherwise 4096)",
     )
     command.add_argument(
         "--task",
@@ -111,46 +114,49 @@ def add(commands: Any) -> None:
     _add_written(command)
     add_pattern(command)
     _add_search(command)
-    command.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write it there")
+    about = "also write the plan to this file"
+    command.add_argument("--json", type=pathlib.Path, metavar="FILE", help=about)
+    about = "also draw the step below the chip's roofline: .png, .svg or .pdf"
+    command.add_argument("--picture", type=pathlib.Path, metavar="FILE", help=about)
 
 
 def _add_written(command: argparse.ArgumentParser) -> None:
     written = command.add_argument_group("texts that are written")
-    about = f"the decoder's tokens per row in training (default: {TARGET_LENGTH})"
+    about = f"training: tokens of the decoder per row (default: {TARGET_LENGTH})"
     add_number(written, "--max-target-length", about)
-    about = f"tokens of a text with --mode generate (default: {TARGET_LENGTH})"
+    about = f"--mode generate: tokens to generate per text (default: {TARGET_LENGTH})"
     add_number(written, "--max-new-tokens", about)
-    about = "texts of a row that are searched at once (default: as SOURCE says, else 1)"
+    about = "--mode generate: beams per row (default: as in SOURCE, otherwise 1)"
     add_number(written, "--num-beams", about)
 
 
 def _add_search(command: argparse.ArgumentParser) -> None:
     search = command.add_argument_group("search")
     search.add_argument(
-        "--find-batch", action="store_true", help="look for the largest batch that fits"
+        "--find-batch", action="store_true", help="search for the largest batch that fits"
     )
     search.add_argument(
         "--no-search",
         dest="search",
         action="store_false",
-        help="do not look for a setting that fits where this one does not",
+        help="do not search for a setting that fits if this one does not",
     )
     search.add_argument(
         "--max-compiles",
         type=int,
         default=8,
         metavar="N",
-        help="after how many tries a search gives up (default: %(default)s)",
+        help="most compilations of a search (default: %(default)s)",
     )
 
 
 def _add_choices(command: argparse.ArgumentParser) -> None:
     for name, kind, text in (
         ("--mode", RunKind, "what runs"),
-        ("--attention", AttentionKind, "LSG, full, or that of a family which has its own alone"),
-        ("--remat", Remat, "what the backward pass recomputes"),
-        ("--dtype", Precision, "of the computation"),
-        ("--param-dtype", Precision, "of parameters and optimizer state"),
+        ("--attention", AttentionKind, "attention; local and lsh only where there is no other"),
+        ("--remat", Remat, "what the backward pass recomputes to save memory"),
+        ("--dtype", Precision, "dtype of the computation"),
+        ("--param-dtype", Precision, "dtype of parameters and optimizer state"),
     ):
         field = name[2:].replace("-", "_")
         default = getattr(PlanSettings, field)
@@ -167,24 +173,19 @@ def _add_choices(command: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="M",
-        help="microbatches that the rows of a step are cut into (default: %(default)s)",
+        help="microbatches that a step's rows are split into (default: %(default)s)",
     )
-    add_number(command, "--lora-r", "rank of adapters, which learn in place of all (default: none)")
-    about = "projections with adapters (default: those of training)"
+    about = "train adapters of this rank (LoRA) and the head, instead of all (default: none)"
+    add_number(command, "--lora-r", about)
+    about = "projections that get adapters (default: as in training)"
     command.add_argument("--lora-target-modules", nargs="+", metavar="NAME", help=about)
-    about = "keep a moving average of the parameters that learn (default: none)"
+    about = "keep a moving average of the trainable parameters (default: none)"
     command.add_argument("--ema-decay", type=float, metavar="X", help=about)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
-    if arguments.json and not arguments.json.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{arguments.json.parent} is no folder to write --json into.")
-    if arguments.json:
-        source = pathlib.Path(arguments.source)
-        if source.is_dir():
-            check_apart(arguments.json, source)
-        check_output(arguments.json, source, source / CONFIG)
+    _check_files(arguments)
     out, tried = console(), []
     with out.status("compiling") as status:
 
@@ -211,6 +212,27 @@ def run(arguments: argparse.Namespace) -> None:
         out.print(f"no setting that fits was found in {len(tried)} compilations")
     if arguments.json:
         _write(arguments.json, [shown, *others], tried)
+    if arguments.picture:
+        draw_roofline(arguments.picture, {_in_words(p.settings): p for p in (shown, *others)})
+        out.print(f"wrote {arguments.picture}", soft_wrap=True)
+
+
+def _check_files(arguments: argparse.Namespace) -> None:
+    """Raises for files that cannot be written, before anything is compiled."""
+    source = pathlib.Path(arguments.source)
+    if arguments.json and not arguments.json.absolute().parent.is_dir():
+        raise FileNotFoundError(
+            f"--json {arguments.json}: {arguments.json.parent} is not a folder; give a file in an "
+            "existing folder."
+        )
+    for file in filter(None, (arguments.json, arguments.picture)):
+        if source.is_dir():
+            check_apart(file, source)
+        check_output(file, source, source / CONFIG)
+    if arguments.picture:
+        check_roofline(arguments.topology, arguments.picture)
+        if arguments.json and arguments.json.absolute() == arguments.picture.absolute():
+            raise ValueError(f"--json and --picture both name {arguments.json}; give two files.")
 
 
 def _settings(arguments: argparse.Namespace) -> PlanSettings:

@@ -1,4 +1,4 @@
-"""`lsg-flax predict`: a file of documents in, a file of answers out."""
+"""`lsg-flax predict`: writes an answer for each document of a file."""
 
 import argparse
 import json
@@ -24,12 +24,12 @@ from lsg_flax.training import Precision, check_names
 
 _DESCRIPTION = """Write an answer for each document of a file.
 
-INPUT is a .txt with one text per line, a folder of .txt with a text each, or a .jsonl, .csv or
-.parquet (a file, a folder or a pattern) or the name of a dataset (--split) with "text" (and maybe
-"text_pair"), "question" and "context", or "input_ids", and maybe "id"; --columns names others.
-OUTPUT gets one line of JSON for each: {"id", "answer"} as the pipelines of transformers answer, or
-the model's outputs (--outputs). It gets its name when it is complete; a command that was stopped
-goes on when it is given again.
+INPUT is a .txt with one text per line, a folder of .txt files with one text each, a .jsonl, .csv or
+.parquet (a file, a folder or a pattern), or a hub dataset (--split). Its columns are "text" (and
+optionally "text_pair"), "question" and "context", or "input_ids", and optionally "id"; --columns
+gives other names. OUTPUT gets one line of JSON per document: {"id", "answer"} with answers as in
+transformers' pipelines, or the model's outputs (--outputs). It appears under its name once it is
+complete. Run a stopped command again to resume it.
 
   lsg-flax predict ./areas documents.jsonl answers.jsonl --batch-size 32 --mesh data=8"""
 SPELLED = {
@@ -50,26 +50,27 @@ def add(commands: shared.Commands) -> None:
 
 
 def add_files(command: argparse.ArgumentParser) -> None:
-    """Declares what is read and written."""
+    """Declares MODEL, INPUT and OUTPUT."""
     command.add_argument("model", metavar="MODEL", help="folder, or id on the Hugging Face hub")
     command.add_argument(
         "input",
         metavar="INPUT",
-        help=".jsonl, .csv, .parquet, .txt, a folder or pattern of them, or a dataset's name",
+        help=".jsonl, .csv, .parquet, .txt, a folder or pattern of them, or a hub dataset",
     )
-    command.add_argument("output", metavar="OUTPUT", help="lines of JSON")
+    command.add_argument("output", metavar="OUTPUT", help="file for lines of JSON")
 
 
 def add_reading(group: shared.Options) -> None:
-    """Declares what happens to texts that are too long, to broken lines, and to earlier work."""
+    """Declares how long texts, broken lines and a partial OUTPUT are treated."""
     group.add_argument(
         "--truncation",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="cut texts that are longer and say how many, or stop at one (default: cut)",
+        help="truncate texts that are too long and say how many, or fail (default: truncate)",
     )
-    add_choice(group, "--broken-lines", "what they do", get_args(BrokenLines), "raise")
-    add_switch(group, "--restart", "begin anew where a part of OUTPUT is there")
+    about = "what to do with broken lines"
+    add_choice(group, "--broken-lines", about, get_args(BrokenLines), "raise")
+    add_switch(group, "--restart", "discard a partial OUTPUT and start over")
 
 
 def _add_what(group: shared.Options) -> None:
@@ -78,23 +79,23 @@ def _add_what(group: shared.Options) -> None:
         "--answers",
         type=shared.name_values,
         metavar="NAME=VALUE,...",
-        help=f"options of the answers, those of lsg_flax.pipeline: {options}",
+        help=f"options of answers, as in lsg_flax.pipeline: {options}",
     )
     group.add_argument(
         "--outputs",
         nargs="*",
         metavar="NAME",
-        help="write the model's outputs in place of answers, such as logits; all without a NAME",
+        help="write these outputs of the model, such as logits, not answers; without NAME all",
     )
     shared.add_columns(group)
     shared.add_dataset(group)
-    about = "tokens read at most (default: what the model was trained at, or reads)"
+    about = "most tokens of a text (default: the model's own limit)"
     add_number(group, "--max-length", about)
     add_reading(group)
 
 
 def add_how(group: shared.Options) -> None:
-    """Declares batches, devices and precision."""
+    """Declares options for batches, devices and precision."""
     add_number(group, "--batch-size", "rows at once", 8)
     group.add_argument(
         "--buckets",
@@ -107,9 +108,9 @@ def add_how(group: shared.Options) -> None:
         "--mesh",
         type=shared.mesh_axes,
         metavar="AXIS=N,...",
-        help=f"devices along {', '.join(AXES)} (default: one device)",
+        help=f"devices along the axes {', '.join(AXES)} (default: one device)",
     )
-    add_choice(group, "--dtype", "of the computation", get_args(Precision), "float32")
+    add_choice(group, "--dtype", "dtype of the computation", get_args(Precision), "float32")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -132,8 +133,8 @@ def write_answers(
     answers: PipelineTask | None,
     **reading: Any,
 ) -> None:
-    """Makes OUTPUT of INPUT; `reading` are further arguments of `predict_file`."""
-    # All that can be wrong is found before the weights are read.
+    """Writes OUTPUT from INPUT; `reading` are further arguments of `predict_file`."""
+    # Everything is checked before the weights are read.
     shared.check_positive(arguments, "batch_size", "buckets")
     mesh = None if arguments.mesh is None else make_mesh(**arguments.mesh)
     named = {name: reading[name] for name in ("text_column", "columns") if name in reading}
@@ -159,25 +160,25 @@ def write_answers(
         unfinished="replace" if arguments.restart else "continue",
     )
     before = written.documents - written.computed
-    known = f", {before:,} of them before" if before else ""
+    known = f", {before:,} done before" if before else ""
     shared.console().print(f"wrote {arguments.output}: {written.documents:,} documents{known}")
 
 
 def _answers(task: str, arguments: argparse.Namespace) -> PipelineTask | None:
-    """The answers wanted; None where the outputs are."""
+    """Returns how to answer; None if the model's outputs are written."""
     if arguments.outputs is not None:
         if arguments.answers:
-            raise ValueError("give either --answers or --outputs.")
+            raise ValueError("--answers and --outputs exclude each other; give one of them.")
         return None
     if task not in ANSWERS:
         raise ValueError(
             f"a model for {task} has no answers, only outputs: add --outputs for all of them, or "
-            f"--outputs NAME. Answers have {', '.join(ANSWERS)} (--task)."
+            f"--outputs NAME. Tasks with answers (--task): {', '.join(ANSWERS)}."
         )
     given = arguments.answers or {}
     check_names("--answers", given, _options(task))
     values = {name: _value(text) for name, text in given.items()}
-    if "ignore_labels" in values:  # one is a list of one
+    if "ignore_labels" in values:  # a list, but one label can be given
         values["ignore_labels"] = (given["ignore_labels"],)
     try:
         return ANSWERS[task].with_options(**values)
@@ -190,7 +191,7 @@ def _options(task: str) -> list[str]:
 
 
 def _value(text: str) -> object:
-    """3, true and null as JSON says them; other words are texts."""
+    """Returns the value of a JSON text such as 3, true or null; other words stay texts."""
     try:
         return json.loads(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What the commands share: how a command is declared, and how they speak."""
+"""Shared parts of the commands: options that several have, and output to the terminal."""
 
 import argparse
 import contextlib
@@ -16,17 +16,18 @@ from lsg_flax.pipelines import COLUMNS
 from lsg_flax.progress import say
 from lsg_flax.sharding import AXES
 
-# A parser, a group of its options, its commands: argparse has no public types for the latter two.
+# Options is a parser or a group of options, Commands its subparsers; argparse has no public types
+# for groups and subparsers.
 Options = Any
 Commands = Any
 
-NEEDED = "(required"  # in the help of an option that argparse does not ask for by itself
+NEEDED = "(required"  # in the help of a required option that may also come from a settings file
 _PIPED_WIDTH = 120
 _NUMBERS = ("num_global_tokens", "block_size", "sparse_block_size", "sparsity_factor")
 
 
 class _RequiredFirst(argparse.RawDescriptionHelpFormatter):
-    """What must be given, maybe in a file of settings, comes first, and is the usage."""
+    """Shows required options first, and only these in the usage line."""
 
     def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: str | None = None) -> None:
         needed = [a for a in actions if _is_needed(a) or not a.option_strings]
@@ -48,10 +49,14 @@ def add_command(
     run: Callable[[argparse.Namespace], None],
     spelled: Mapping[str, str] = MappingProxyType({}),
 ) -> argparse.ArgumentParser:
-    """Declares a command; its `run` gets the parsed arguments. The first line of the description
-    is its help in the list of commands, and stands above its options, the rest below; `spelled`
-    says what of the library's messages the command calls otherwise, where its flags have not the
-    names of arguments."""
+    """Declares a command; its `run` gets the parsed arguments.
+
+    Args:
+        description: its first paragraph is the help in the list of commands and is shown above the
+            options, the rest below them.
+        spelled: words in the library's messages, and what the command says instead, for flags that
+            are not named as the library's arguments.
+    """
     about, _, more = description.partition("\n\n")
     command = commands.add_parser(
         name, help=about, description=about, epilog=more, formatter_class=_RequiredFirst
@@ -62,13 +67,13 @@ def add_command(
 
 
 def add_number(options: Options, flag: str, about: str, default: int | None = None) -> None:
-    """Declares an option that is a whole number; its help says the default."""
+    """Declares an option with a whole number; its help says the default."""
     about += "" if default is None else " (default: %(default)s)"
     options.add_argument(flag, type=int, default=default, metavar="N", help=about)
 
 
 def check_positive(arguments: argparse.Namespace, *names: str) -> None:
-    """Raises ValueError for a number, or one of several, that is under 1."""
+    """Raises ValueError for an option whose number, or one of whose numbers, is below 1."""
     for name in names:
         given = getattr(arguments, name)
         several = given if isinstance(given, list) else [given]
@@ -79,7 +84,7 @@ def check_positive(arguments: argparse.Namespace, *names: str) -> None:
 def add_choice(
     options: Options, flag: str, about: str, choices: Collection[str], default: str | None = None
 ) -> None:
-    """Declares an option that is one of some words; its help lists them and says the default."""
+    """Declares an option with a choice of words; its help lists them and says the default."""
     about += f": {', '.join(choices)}" + ("" if default is None else " (default: %(default)s)")
     options.add_argument(flag, choices=choices, default=default, metavar="NAME", help=about)
 
@@ -90,44 +95,44 @@ def add_switch(options: Options, flag: str, about: str) -> None:
 
 
 def add_pattern(command: argparse.ArgumentParser) -> None:
-    """Declares the options of the attention pattern, for `given_pattern`."""
+    """Declares the options of LSG attention, for `given_pattern`."""
     pattern = command.add_argument_group(
-        "attention pattern", "defaults are those of an LSG SOURCE, otherwise as shown"
+        "attention pattern", "defaults are those of a model with LSG attention, otherwise as shown"
     )
     about = {
         "num_global_tokens": f"learned tokens that see and are seen by all, 1..{MAX_GLOBAL_TOKENS}",
         "block_size": "tokens per local block",
-        "sparse_block_size": "sparse representatives on either side; 0 for none",
-        "sparsity_factor": "tokens that a representative stands for; 0 for none",
+        "sparse_block_size": "sparse tokens on each side; 0 for none",
+        "sparsity_factor": "tokens that a sparse token stands for; 0 for none",
     }
     for name in _NUMBERS:
         text = f"{about[name]} (default: {getattr(LSGConfig, name)})"
         add_number(pattern, "--" + name.replace("_", "-"), text)
-    usual = f"how representatives are chosen (default: {LSGConfig.sparsity_type})"
+    usual = f"how sparse tokens are chosen (default: {LSGConfig.sparsity_type})"
     add_choice(pattern, "--sparsity-type", usual, SPARSITY_TYPES)
 
 
 def given_pattern(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The fields of `LSGConfig` that were given."""
+    """Returns the fields of `LSGConfig` that were given as flags."""
     given = {name: getattr(arguments, name) for name in (*_NUMBERS, "sparsity_type")}
     return {name: value for name, value in given.items() if value is not None}
 
 
 def pattern_in_words(lsg: LSGConfig) -> str:
-    """What a token attends to, as a sentence."""
+    """Returns a sentence that says what a token attends to."""
     sparse = (
         f"{2 * lsg.sparse_block_size} sparse ({lsg.sparsity_type}, 1 for {lsg.sparsity_factor}), "
         if lsg.is_sparse
         else ""
     )
     return (
-        f"a token attends to {3 * lsg.block_size} local, {sparse}"
-        f"{lsg.num_global_tokens} global ones; up to {2 * lsg.block_size} tokens to all"
+        f"a token attends to {3 * lsg.block_size} local, {sparse}{lsg.num_global_tokens} global "
+        f"tokens; full attention up to {2 * lsg.block_size} tokens"
     )
 
 
 def mesh_axes(text: str) -> dict[str, int]:
-    """The type of an option such as data=4,sequence=2."""
+    """Parses an option such as data=4,sequence=2."""
     try:
         mesh = {name: int(size) for name, size in name_values(text).items()}
     except (ValueError, argparse.ArgumentTypeError):
@@ -140,7 +145,7 @@ def mesh_axes(text: str) -> dict[str, int]:
 
 
 def name_values(text: str) -> dict[str, str]:
-    """The type of an option such as text=body,label=area."""
+    """Parses an option such as text=body,label=area."""
     pairs = [part.partition("=") for part in text.split(",")]
     if not all(name.strip() and equals for name, equals, _ in pairs):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE,...")
@@ -148,26 +153,26 @@ def name_values(text: str) -> dict[str, str]:
 
 
 def add_columns(options: Options) -> None:
-    """Declares what the columns of INPUT are called."""
-    about = f"what columns are called, such as text=body; {', '.join(COLUMNS)} (default: so)"
+    """Declares the names of the columns of INPUT."""
+    about = f"names of the columns, such as text=body (default: {', '.join(COLUMNS)})"
     options.add_argument("--columns", type=name_values, metavar="NAME=VALUE,...", help=about)
 
 
 def add_dataset(options: Options) -> None:
-    """Declares which part of INPUT is read where that is a dataset, for `source_of`."""
-    about = "of a dataset: which one, needed where there are several, such as test"
+    """Declares which part of a hub dataset is read, for `source_of`."""
+    about = "split of a hub dataset, such as test; needed if there are several"
     options.add_argument("--split", metavar="NAME", help=about)
-    about = "of a dataset: second argument of load_dataset"
+    about = "subset (configuration) of a hub dataset"
     options.add_argument("--subset", metavar="NAME", help=about)
 
 
 def source_of(arguments: argparse.Namespace) -> DatasetPart:
-    """INPUT, as readers of documents take it."""
+    """Returns INPUT as readers of documents take it."""
     return DatasetPart(arguments.input, arguments.subset, arguments.split)
 
 
 def yaml_values(text: str) -> dict[str, Any]:
-    """The type of an option such as num_beams=4,early_stopping=true, as a YAML file has them."""
+    """Parses an option such as num_beams=4,early_stopping=true, with values as in YAML."""
     import yaml
 
     try:
@@ -177,7 +182,7 @@ def yaml_values(text: str) -> dict[str, Any]:
 
 
 def console() -> Console:
-    """Writes to stdout: as wide as the terminal, or 120 characters where there is none."""
+    """Returns a console for stdout, as wide as the terminal, or 120 characters without one."""
     made = Console(highlight=False, markup=False, emoji=False)
     if not made.is_terminal:
         made.width = _PIPED_WIDTH
@@ -186,7 +191,7 @@ def console() -> Console:
 
 @contextlib.contextmanager
 def plain_warnings(arguments: argparse.Namespace) -> Iterator[None]:
-    """Shows a warning's message, in the command's words, without the line of code that gave it."""
+    """Shows only the message of warnings, with the command's flags, inside a `with`."""
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: say(
             f"warning: {in_flags(str(message), arguments)}"

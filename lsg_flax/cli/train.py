@@ -36,24 +36,25 @@ from lsg_flax.training import (
     survey,
 )
 
-_DESCRIPTION = """Fine-tune a checkpoint on files, or continue to.
+_DESCRIPTION = """Fine-tune a checkpoint on data files, or resume a stopped run.
 
 Settings come from flags, a YAML file with the same names (learning_rate: 1e-4), or both; flags
-win. OUTPUT gets the model and its tokenizer, OUTPUT/best the best model, OUTPUT/log one line per
-step. A run that was stopped (Ctrl-C, SIGTERM, a crash) goes on when the same command is given.
+override the file. OUTPUT gets the model and its tokenizer, OUTPUT/best the best model, OUTPUT/log
+one line per step. Run the same command again to resume a run that was stopped (Ctrl-C, SIGTERM, a
+crash).
 
   lsg-flax train --model ./bert-4096 --task sequence_classification --train-data train.jsonl \\
       --eval-data eval.jsonl --output ./areas --batch-size 32 --accumulate 4 --dtype bfloat16
 
-Rows of data, by task (other names: --columns):
-  sequence_classification  {"text": ..., "label": ...}, and maybe "text_pair"
+Rows of data, by task (--columns gives other names):
+  sequence_classification  {"text": ..., "label": ...}, optionally "text_pair"
   token_classification     {"tokens": [...], "tags": [...]}
   question_answering       {"question": ..., "context": ..., "answers": {"text": [...],
                            "answer_start": [...]}}
   multiple_choice          {"text": ..., "choices": [...], "label": 0}
   masked_lm, causal_lm     {"text": ...}, or a .txt file
   conditional_generation   {"text": ..., "target": ...}
-  embedding                {"text": ..., "positive": ..., and maybe "negative": ...}; with
+  embedding                {"text": ..., "positive": ...}, optionally "negative"; with
                            --teacher {"text": ...}"""
 _HINTS = typing.get_type_hints(Settings, include_extras=True)
 _METAVARS = {int: "N", float: "X", str: "NAME"}
@@ -67,7 +68,7 @@ def add(commands: Any) -> None:
     needed = [name for name in fields if name in REQUIRED]
     add_settings(command, needed)
     command.add_argument("--config", metavar="FILE", help="YAML file with settings")
-    add_switch(command, "--dry-run", "show rows, lengths, labels and buckets, and train nothing")
+    add_switch(command, "--dry-run", "only show rows, lengths, labels and buckets; train nothing")
     for group in get_args(Group):
         options = command.add_argument_group(group)
         of_group = [name for name in fields if _about(name)[1].group == group]
@@ -78,14 +79,14 @@ def add(commands: Any) -> None:
                 nargs="?",
                 const="auto",
                 metavar="HOST:PORT,COUNT,INDEX",
-                help="this is one of several processes: address of the first, how many, which one; "
-                "without a value found out, as on TPU pods and under Slurm",
+                help="this is one of several processes: address of the first process, number of "
+                "processes, number of this one; without a value detected (TPU pods, Slurm)",
             )
     add_pattern(command)
 
 
 def _about(name: str) -> tuple[Any, Help]:
-    """The type of a setting and what it is."""
+    """Returns the type and the help of a setting."""
     hint, about = get_args(_HINTS[name])
     return hint, about
 
@@ -100,7 +101,7 @@ def add_settings(options: Any, names: Sequence[str], *, required: bool = False) 
 def _add_option(
     options: Any, field: dataclasses.Field, hint: Any, about: Help, *, needed: bool
 ) -> None:
-    """A flag for a field; unset flags are None, so that those of the YAML file stay."""
+    """Declares the flag of a field; unset flags are None, so that values of a YAML file stay."""
     kinds = [kind for kind in get_args(hint) if kind is not types.NoneType]
     united = typing.get_origin(hint) in (types.UnionType, typing.Union)  # the latter of a Literal
     kind = kinds[-1] if united else hint
@@ -147,7 +148,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     def begins() -> None:
         if first:
-            say(f"metrics go to {settings.output}/log/metrics.jsonl")
+            say(f"metrics are written to {settings.output}/log/metrics.jsonl")
 
     result = finetune(settings, begins=begins)
     if first:
@@ -155,7 +156,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _join(text: str) -> None:
-    """Makes this process one of several; before anything asks for devices."""
+    """Joins this process to the others; must run before anything asks JAX for devices."""
     options: dict[str, Any] = {}
     if text != "auto":
         try:
@@ -170,18 +171,18 @@ def _join(text: str) -> None:
         jax.distributed.initialize(**options)
     except (ValueError, RuntimeError) as error:
         raise ValueError(
-            f"--distributed: {error} Give HOST:PORT,COUNT,INDEX where nothing says it by itself."
+            f"--distributed: {error} Give HOST:PORT,COUNT,INDEX if they cannot be detected."
         ) from error
 
 
 def show_survey(found: RunSurvey) -> None:
-    """Prints what a run would learn from."""
+    """Prints the survey of a run's data."""
     out = console()
     for name, part in (("training", found.train), ("evaluation", found.held_out)):
         if part is not None:
             for line in _survey_lines(name, part):
                 out.print(line, soft_wrap=True)
-    out.print(f"steps: {found.steps:,}, {found.epoch:,} in an epoch")
+    out.print(f"steps: {found.steps:,}, {found.epoch:,} per epoch")
 
 
 def _survey_lines(name: str, part: DataSurvey) -> list[str]:
@@ -194,9 +195,9 @@ def _survey_lines(name: str, part: DataSurvey) -> list[str]:
         f"{name}: {part.rows:,} rows{skipped}",
         f"  tokens: {_of_lengths(part.lengths)}",
         *(f"  tokens of the {of}: {_of_lengths(found)}" for of, found in part.others.items()),
-        f"  cut: {part.cut or 'nothing'}",
+        f"  truncated: {part.cut or 'nothing'}",
         *([f"  labels: {', '.join(shown)}"] if labels else []),
-        f"  buckets: {', '.join(buckets)}; {part.real:.0%} of their places are no padding",
+        f"  buckets: {', '.join(buckets)}; {part.real:.0%} of their positions are not padding",
     ]
 
 
@@ -220,7 +221,7 @@ def _show(result: Finetuned) -> None:
         out.print(table)
     log = result.output / "log"
     out.print(f"log: {', '.join(sorted(str(file) for file in log.iterdir()))}")
-    out.print(f"checkpoints, to go on from: {result.output / 'checkpoints'}")
+    out.print(f"checkpoints, to resume from: {result.output / 'checkpoints'}")
     writer = "summarize" if result.model.has_two_stacks else "generate"
     if result.pushed:
         out.print(f"pushed to {result.pushed}", soft_wrap=True)

@@ -1,7 +1,7 @@
-"""Data on the host: files in, batches of arrays out.
+"""Data on the host: from files to batches of arrays.
 
-`load_examples` tokenises files (or a dataset of the `datasets` library) once and keeps the tokens
-on disk; `train_batches` and `eval_batches` make batches of fixed shapes of them.
+`load_examples` tokenizes files (or a dataset of the `datasets` library) once and caches the tokens
+on disk; `train_batches` and `eval_batches` make batches of fixed shapes from them.
 
     options = DataOptions("sequence_classification", max_length=4096)
     data = load_examples("train.jsonl", options, tokenizer=tokenizer)
@@ -10,6 +10,12 @@ on disk; `train_batches` and `eval_batches` make batches of fixed shapes of them
 """
 
 from lsg_flax.buckets import default_buckets as default_buckets
+from lsg_flax.data.answers import AnswerSpan as AnswerSpan
+from lsg_flax.data.answers import WindowAnswers as WindowAnswers
+from lsg_flax.data.answers import answer_places as answer_places
+from lsg_flax.data.answers import best_spans as best_spans
+from lsg_flax.data.answers import merge_windows as merge_windows
+from lsg_flax.data.answers import window_answers as window_answers
 from lsg_flax.data.batches import EvalBatch as EvalBatch
 from lsg_flax.data.batches import EvalBatches as EvalBatches
 from lsg_flax.data.batches import TrainBatches as TrainBatches

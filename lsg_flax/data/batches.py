@@ -1,5 +1,5 @@
-"""Batches of fixed shapes from tokenised rows: each from one bucket of lengths, the same for the
-same seed, and for any number of processes together.
+"""Batches of fixed shapes from tokenized rows. Each batch is from one bucket of lengths. The same
+seed gives the same batches, for any number of processes.
 
 Batch n is a pure function of n (order.py), so the state of an iterator is a number.
 
@@ -17,29 +17,22 @@ from jaxtyping import Int, Shaped
 from lsg_flax.buckets import check_tokens, default_buckets
 from lsg_flax.data.cache import INPUT, READ, TokenizedDataset
 from lsg_flax.data.order import Order, ProcessShare, Remainder
-from lsg_flax.data.packing import SEGMENT_ROWS, Packing, join_texts, pack_rows
+from lsg_flax.data.packing import SEGMENT_ROWS, PackedRows, Packing, join_texts, packed_rows
 from lsg_flax.files import Json, differences
 from lsg_flax.models import IGNORED, TASKS, Batch
 
-_ENDLESS = 2**62  # batches; what `len` can say
-_MASKS, _EVAL_MASKS = range(2, 4)  # random numbers under the seed, beside those of the order
+_ENDLESS = 2**62  # batches; about the most that `len` can return
+_MASKS, _EVAL_MASKS = range(2, 4)  # random streams of a seed; order.py and packing.py use others
 
-# Lengths to pad to: of the inputs, or by stream.
+# Lengths to pad to: of the inputs, or of each stream by its name.
 Buckets = Sequence[int] | Mapping[str, Sequence[int]]
 
 
-class PackedRows(NamedTuple):
-    """Rows that texts share, [O, texts] numbers of rows of the data, -1 for none."""
-
-    packing: Packing
-    texts: Int[np.ndarray, "O texts"]
-
-
 class TrainBatches(Iterator[Batch]):
-    """An iterator over batches, with a state; see `train_batches`.
+    """An iterator over batches whose state can be saved; see `train_batches`.
 
     Attributes:
-        buckets: the lengths that the inputs have in batches of this data.
+        buckets: the lengths of inputs that occur in batches of this data.
     """
 
     def __init__(
@@ -59,20 +52,20 @@ class TrainBatches(Iterator[Batch]):
         total = _ENDLESS if epochs is None else self.steps(epochs)
         if not total:
             raise ValueError(
-                f"epochs={epochs} of {len(dataset)} rows make no whole batch of {share.rows} rows "
+                f"epochs={epochs} of {len(dataset)} rows do not fill a batch of {share.rows} rows "
                 f"in any of the buckets {self.buckets}; lower batch_size, or raise epochs."
             )
-        import grain  # half a second, only for those who train
+        import grain  # takes half a second, so only where it is needed
 
         read = grain.ReadOptions(num_threads=min(prefetch, 4), prefetch_buffer_size=prefetch)
-        # Threads only: a forked tokenizer, or JAX itself, hangs.
+        # Threads, not processes: a forked tokenizer, or JAX itself, hangs.
         self._batches = iter(grain.MapDataset.range(total).map(self.batch_at).to_iter_dataset(read))
 
     def __next__(self) -> Batch:
         return next(self._batches)
 
     def batch_at(self, number: int) -> Batch:
-        """Batch `number`, from 0, whatever has been read before."""
+        """Returns batch `number`, from 0, independent of the iterator's position."""
         bucket, rows = self._order.batch(int(number))
         share, seed = self._share, self._settings["seed"]
         rows, places = share.own(rows), share.own(np.arange(share.rows))
@@ -81,31 +74,33 @@ class TrainBatches(Iterator[Batch]):
             seeds = [[seed, _MASKS, number, place] for place in places.reshape(-1).tolist()]
             batch = collate(self._dataset, rows.reshape(-1), bucket, seeds, probability)
         else:
-            places, own = places.reshape(-1), rows.reshape(-1)
-            key = [seed, _MASKS, number]
-            batch = _collate_packed(self._dataset, self._packed, own, places, key, probability)
+            texts = self._packed.of(rows.reshape(-1))
+            numbers = places.reshape(-1, 1) * texts.shape[1] + np.arange(texts.shape[1])
+            seeds = [[seed, _MASKS, number, n] for n in numbers[texts >= 0].tolist()]
+            packing = self._packed.packing
+            batch = _collate_packed(self._dataset, packing, texts, seeds, probability)
         if share.microbatches == 1:
             return batch
         return {name: x.reshape(*rows.shape, *x.shape[1:]) for name, x in batch.items()}
 
     def bucket_at(self, number: int) -> int:
-        """The length of the inputs of batch `number`."""
+        """Returns the length of the inputs of batch `number`."""
         return self._order.batch(number)[0][0]
 
     def steps(self, epochs: int) -> int:
-        """How many batches the first `epochs` epochs have."""
+        """Returns the number of batches in the first `epochs` epochs."""
         return self._order.start(epochs)
 
     def epoch_at(self, number: int) -> int:
-        """The epoch that batch `number` belongs to, from 0."""
+        """Returns the epoch (from 0) that batch `number` belongs to."""
         return self._order.epoch_of(number)
 
     def get_state(self) -> Json:
-        """All that a new iterator needs to go on here, as JSON can say it."""
+        """Returns what a new iterator needs to continue here, as values that JSON can represent."""
         return {"next": self._batches.get_state()["next_index"], "stream": dict(self._settings)}
 
     def set_state(self, state: Json) -> None:
-        """Goes on where `get_state` was called, maybe with another number of processes.
+        """Continues where `get_state` was called, also with another number of processes.
 
         Raises:
             ValueError: if the state is of other data, batches or seed; the differences are listed.
@@ -116,8 +111,8 @@ class TrainBatches(Iterator[Batch]):
         ]
         if different:
             raise ValueError(
-                "the state is of another stream of batches, so going on would repeat or lose rows; "
-                + "; ".join(different)
+                "the state is of other batches, so continuing would repeat or lose rows; give the "
+                "same data and options: " + "; ".join(different)
             )
         self._batches.set_state({"next_index": state["next"]})
 
@@ -142,31 +137,32 @@ def train_batches(
     prefetch: int = 2,
     packing: Packing | None = None,
 ) -> TrainBatches:
-    """Batches for training: shuffled anew in each epoch, each of one bucket, always of the same
-    size.
+    """Returns batches for training, shuffled again in each epoch, each of one bucket, all of the
+    same size.
 
     Args:
         batch_size: rows of a (micro)batch of all processes together.
-        seed: of the order and of masked tokens; the same seed gives the same batches.
-        buckets: lengths to pad to; `default_buckets` of the data's `max_length` by default. For
-            data of several streams a mapping of their names, such as {"input": (512, 4096)}; those
-            that are not given are padded to `default_buckets` of their longest row.
+        seed: seed of the order and of masked tokens; the same seed gives the same batches.
+        buckets: lengths to pad to; by default `default_buckets` of the data's `max_length`. For
+            data of several streams a mapping of their names, such as {"input": (512, 4096)};
+            streams that are not given are padded to `default_buckets` of their longest row.
         microbatches: M > 1 gives arrays [M, B, ...], all M of the same bucket.
-        epochs: how many; without end by default.
-        remainder: what happens to the rows of a bucket that make no whole batch at the end of an
-            epoch: "fill" adds rows that do not count (labels -100, all masked), "carry" keeps them
-            for the next epoch (those of the last epoch are not seen). By default "fill", but
-            "carry" for regression and multi-label, where no label is ignored.
+        epochs: number of epochs; by default endless.
+        remainder: what happens to the rows of a bucket that do not fill a batch at the end of an
+            epoch: "fill" adds padding rows that do not count (labels -100, all masked), "carry"
+            keeps them for the next epoch (those of the last epoch are never used). By default
+            "fill", but "carry" for regression and multi-label, where no label is ignored unless
+            texts are packed.
         shuffle: False keeps the order of the data within a bucket, bucket after bucket.
-        mask_probability: share of tokens that masked language models are asked for; of them 80 %
-            become the mask token, 10 % another one, 10 % stay. Special tokens are never asked for.
+        mask_probability: share of tokens that masked language models predict; of them 80 % become
+            the mask token, 10 % a random one, 10 % stay. Special tokens are never predicted.
         process_index, process_count: by default JAX's; each process gets its own rows of the same
             batches.
         prefetch: batches that threads prepare ahead; 0 prepares none.
-        packing: several texts share a row, in place of buckets; a batch then has "segment_ids" [B,
-            T], what a text has one of as [B, texts, ...], and "segment_rows" [B, texts], which row
-            of the data each text is, -1 for none. `batch_size` counts rows that are shared, and
-            which texts share one stays the same in all epochs.
+        packing: pack several texts into each row, instead of buckets. A batch then has
+            "segment_ids" [B, T], arrays with one entry per text as [B, texts, ...], and
+            "segment_rows" [B, texts], the number of each text in the data, -1 for none.
+            `batch_size` counts packed rows; the same texts share a row in all epochs.
 
     Returns:
         An iterator over dicts of arrays, [B, T] or [M, B, T] ([B, C, T] for multiple choice), by
@@ -176,27 +172,26 @@ def train_batches(
         ValueError: for options that do not fit each other or the data.
     """
     floats = any(dataset.arrays[name].dtype.kind == "f" for name in dataset.targets)
+    floats = floats and packing is None  # of shared rows the segments say which labels count
     chosen: Remainder = remainder or ("carry" if floats else "fill")
     if chosen not in ("fill", "carry") or (floats and chosen == "fill"):
         raise ValueError(
-            f"remainder={remainder!r}: choose 'fill' or 'carry'; with labels that are floats only "
-            "'carry', for no such label is ignored."
+            f"remainder={remainder!r} must be 'fill' or 'carry'; with float labels only 'carry', "
+            "because no such label can be ignored unless texts are packed."
         )
     if seed < 0 or (epochs is not None and epochs < 1) or prefetch < 0:
         raise ValueError(
             f"seed={seed} and prefetch={prefetch} must be at least 0, epochs={epochs} at least 1."
         )
     if not 0 < mask_probability < 1:
-        raise ValueError(f"mask_probability={mask_probability} must lie between 0 and 1.")
+        raise ValueError(f"mask_probability={mask_probability} must be above 0 and below 1.")
     share = ProcessShare.of(process_index, process_count, batch_size, microbatches)
-    packed = None if packing is None else _packed_rows(dataset, packing, buckets, seed, floats)
+    packed = None if packing is None else packed_rows(dataset, packing, buckets, seed)
     if packed is None:
-        ladders = _ladders(dataset, buckets, share)
         lengths = [stream.lengths for stream in dataset.streams.values()]
     else:
-        check_tokens(share.rows, packed.packing.length, share.count)
-        ladders = {INPUT: (packed.packing.length,)}
-        lengths = [np.full(len(packed.texts), packed.packing.length)]
+        buckets, lengths = {INPUT: (packed.packing.length,)}, packed.lengths
+    ladders = _ladders(dataset, buckets, share)
     order = Order(
         lengths,
         ladders=[*ladders.values()],
@@ -221,53 +216,41 @@ def train_batches(
     return TrainBatches(dataset, order, share, **options, packed=packed)
 
 
-def _packed_rows(
-    dataset: TokenizedDataset, packing: Packing, buckets: Buckets | None, seed: int, floats: bool
-) -> PackedRows:
-    """The plan of a data set's rows; raises ValueError for data that cannot share rows."""
-    if buckets is not None:
-        raise ValueError(
-            f"buckets={buckets} and packing={packing}: rows that are shared have one length; give "
-            "one of them."
-        )
-    target = TASKS[dataset.task].targets[0] if TASKS[dataset.task].targets else None
-    positions = target is not None and target.loss == "position"
-    if len(dataset.streams) > 1 or dataset.choices is not None or positions or floats:
-        raise ValueError(
-            f"packing is for texts with classes, one for each text or token, not for {dataset.task}"
-            + (" with labels that are floats" if floats else "")
-            + "; leave it out."
-        )
-    return PackedRows(packing, pack_rows(dataset.lengths, packing, seed=seed))
-
-
 class EvalBatch(NamedTuple):
-    """A batch, and which row of the data each of its rows is; -1 for those that only fill it up,
-    whose labels are -100 where that can be (0 for floats)."""
+    """A batch, and the numbers of its rows in the data; -1 marks padding rows, whose labels are
+    -100 (0 for float labels). Of packed rows, the numbers of their texts."""
 
     batch: Batch
-    rows: Int[np.ndarray, "B"]
+    rows: Int[np.ndarray, "B *texts"]
 
 
 @dataclass(frozen=True, eq=False)
 class EvalBatches:
-    """Every row once; see `eval_batches`."""
+    """Batches that have every row once; see `eval_batches`."""
 
     dataset: TokenizedDataset
     order: Order
     share: ProcessShare
     seed: int
     mask_probability: float
+    packed: PackedRows | None = None
 
     def __len__(self) -> int:
         return self.order.start(1)
 
     def __iter__(self) -> Iterator[EvalBatch]:
-        for number in reversed(range(len(self))):  # a lack of memory shows at once
+        for number in reversed(range(len(self))):  # longest first: out of memory shows at once
             bucket, rows = self.order.batch(number)
             rows = self.share.own(rows)[0]
-            seeds = [[self.seed, _EVAL_MASKS, max(row, 0)] for row in rows.tolist()]
-            yield EvalBatch(collate(self.dataset, rows, bucket, seeds, self.mask_probability), rows)
+            if self.packed is None:
+                seeds = [[self.seed, _EVAL_MASKS, max(row, 0)] for row in rows.tolist()]
+                batch = collate(self.dataset, rows, bucket, seeds, self.mask_probability)
+            else:
+                rows, packing = self.packed.of(rows), self.packed.packing
+                seeds = [[self.seed, _EVAL_MASKS, row] for row in rows[rows >= 0].tolist()]
+                how = (packing, rows, seeds, self.mask_probability)
+                batch = _collate_packed(self.dataset, *how)
+            yield EvalBatch(batch, rows)
 
 
 def eval_batches(
@@ -280,15 +263,18 @@ def eval_batches(
     mask_probability: float = 0.15,
     process_index: int | None = None,
     process_count: int | None = None,
+    packing: Packing | None = None,
 ) -> EvalBatches:
-    """Batches for evaluation: every row exactly once, the longest bucket first, the same each time.
+    """Returns batches for evaluation: every row exactly once, the longest bucket first, the same
+    batches in each pass.
 
     Args:
-        batch_size: rows of a batch of all processes together; the last batch of a bucket is filled
-            up to it.
-        rows: only the first so many.
-        buckets, mask_probability, process_index, process_count: as for `train_batches`.
-        seed: of the tokens that are masked, the same in each pass and for each batch size.
+        batch_size: rows of a batch of all processes together; the last batch of a bucket is padded
+            to it.
+        rows: use only the first `rows` rows of the data.
+        buckets, mask_probability, process_index, process_count, packing: as for `train_batches`.
+        seed: seed of masked tokens, which are the same in each pass and for each batch size, and of
+            the texts that share rows.
 
     Returns:
         An iterable, with a length, of `EvalBatch`.
@@ -303,24 +289,33 @@ def eval_batches(
         )
     if rows is not None and rows < 1:
         raise ValueError(f"rows={rows} must be at least 1.")
+    packed = None if packing is None else packed_rows(dataset, packing, buckets, seed, rows)
+    if packed is None:
+        lengths = [stream.lengths[:rows] for stream in dataset.streams.values()]
+    else:
+        buckets, lengths = {INPUT: (packed.packing.length,)}, packed.lengths
     order = Order(
-        [stream.lengths[:rows] for stream in dataset.streams.values()],
+        lengths,
         ladders=[*_ladders(dataset, buckets, share).values()],
         size=share.rows,
         seed=seed,
         remainder="fill",
         shuffle=False,
     )
-    return EvalBatches(dataset, order, share, seed, mask_probability)
+    return EvalBatches(dataset, order, share, seed, mask_probability, packed)
 
 
 def _ladders(
     dataset: TokenizedDataset, given: Buckets | None, share: ProcessShare
 ) -> dict[str, tuple[int, ...]]:
-    """The lengths that each stream is padded to, and in which a batch is small enough."""
+    """Returns the lengths that each stream is padded to; raises ValueError if rows are longer, or a
+    batch would be too large."""
     by_stream = {} if given is None else given if isinstance(given, Mapping) else {INPUT: given}
     if unknown := by_stream.keys() - dataset.streams.keys():
-        raise ValueError(f"buckets={given} name {sorted(unknown)}, not {[*dataset.streams]}.")
+        raise ValueError(
+            f"buckets={given}: the data has no {sorted(unknown)}; give lengths for some of "
+            f"{[*dataset.streams]}."
+        )
     ladders = {}
     for name, stream in dataset.streams.items():
         longest = int(stream.lengths.max())
@@ -329,8 +324,9 @@ def _ladders(
         ladders[name] = tuple(sorted({int(length) for length in lengths}))
         if not ladders[name] or ladders[name][0] < 1 or ladders[name][-1] < longest:
             raise ValueError(
-                f"buckets={given} must be lengths from 1, and the longest row has {longest} tokens "
-                f"of {name}; add a bucket, or tokenise with a smaller max_length."
+                f"buckets={given} must be lengths of at least 1, one of them at least {longest}, "
+                f"the tokens of the longest {name}; add a bucket, or tokenize with a smaller "
+                "max_length."
             )
         padded = min(length for length in ladders[name] if length >= longest)
         check_tokens(share.rows, padded, share.count)
@@ -344,8 +340,8 @@ def collate(
     seeds: Sequence[Sequence[int]],
     mask_probability: float,
 ) -> Batch:
-    """The arrays of a batch: rows padded to the lengths of a bucket, and for -1 one that does not
-    count; `seeds` are those of the masked tokens of each row."""
+    """Returns the arrays of a batch: rows padded to the lengths of a bucket; -1 gives a padding row
+    that does not count. `seeds` are the seeds of each row's masked tokens."""
     batch: Batch = {}
     for name, length in zip(dataset.streams, bucket, strict=True):
         batch |= _padded(dataset, name, rows, length)
@@ -355,33 +351,27 @@ def collate(
 
 def _collate_packed(
     dataset: TokenizedDataset,
-    packed: PackedRows,
-    rows: Int[np.ndarray, "B"],
-    places: Int[np.ndarray, "B"],
-    key: list[int],
+    packing: Packing,
+    texts: Int[np.ndarray, "B texts"],
+    seeds: Sequence[Sequence[int]],
     mask_probability: float,
 ) -> Batch:
-    """The arrays of a batch of shared rows; `places` are those of the rows in the whole batch, from
-    which with `key` the masked tokens of each text are drawn."""
-    none, width = np.full(len(rows), -1), packed.texts.shape[1]
-    texts = np.where(rows[:, None] < 0, -1, packed.texts[rows])  # [B, texts]
+    """Returns the arrays of a batch of packed rows with these `texts`, -1 for none. Each text has
+    a seed of its masked tokens."""
     lengths = np.where(texts < 0, 0, dataset.lengths[texts])
-    there = texts >= 0
-    numbers = (places[:, None] * width + np.arange(width))[there]  # of texts in the whole batch
-    seeds = [[*key, number] for number in numbers.tolist()]
     longest = max(int(lengths.max()), 1)
-    each = collate(dataset, texts[there], (longest,), seeds, mask_probability)
-    filler = collate(dataset, none, (packed.packing.length,), [key] * len(none), mask_probability)
-    return join_texts(each, lengths, filler, packed.packing) | {
-        SEGMENT_ROWS: texts.astype(np.int32)
-    }
+    each = collate(dataset, texts[texts >= 0], (longest,), seeds, mask_probability)
+    none = np.full(len(texts), -1)
+    filler = collate(dataset, none, (packing.length,), [], mask_probability)
+    joined = join_texts(each, lengths, filler, packing, targets=dataset.targets)
+    return joined | {SEGMENT_ROWS: texts.astype(np.int32)}
 
 
 def _padded(
     dataset: TokenizedDataset, name: str, rows: Int[np.ndarray, "B"], length: int
 ) -> dict[str, Int[np.ndarray, "B *C T"]]:
-    """The fields of a stream, and where it is real if a model reads it; other streams' padding are
-    labels that do not count."""
+    """Returns the padded fields of a stream, with an attention mask if a model reads it; a stream
+    of labels is padded with labels that do not count."""
     stream = dataset.streams[name]
     labels = [target.labels for target in TASKS[dataset.task].targets]
     fill = {f"{prefix}input_ids": dataset.pad_token_id for prefix in READ.values()}
@@ -400,7 +390,7 @@ def _padded(
 def _own_labels(
     dataset: TokenizedDataset, batch: Batch, seeds: Sequence[Sequence[int]], probability: float
 ) -> dict[str, Int[np.ndarray, "B T"]]:
-    """Labels that are the tokens themselves, and with them the inputs that hide some."""
+    """Returns labels of language models, which are the tokens, and inputs with masked tokens."""
     task = TASKS[dataset.task]
     if task.examples not in ("masked_text", "running_text"):
         return {}
@@ -417,8 +407,8 @@ def _own_labels(
 def _targets(
     dataset: TokenizedDataset, name: str, rows: Int[np.ndarray, "B"], length: int
 ) -> Shaped[np.ndarray, "B *Y"]:
-    """Of rows, one each: for -1 what the loss ignores, labels of -100 and positions behind the
-    end; for floats, which have no such value, 0."""
+    """Returns the target of each row. For -1 it is what the loss ignores: -100 as label, a position
+    beyond the end, or 0 for floats, which have no ignored value."""
     stored = dataset.arrays[name]
     positions = [t.labels for t in TASKS[dataset.task].targets if t.loss == "position"]
     ignored = 0 if stored.dtype.kind == "f" else length if name in positions else IGNORED
@@ -433,8 +423,8 @@ def _masked(
     generator: np.random.Generator,
     probability: float,
 ) -> tuple[Int[np.ndarray, "T"], Int[np.ndarray, "T"]]:
-    """Tokens to fill in, as BERT: of those asked for 80 % masked, 10 % another one, 10 % as is.
-    What is shown, and the labels."""
+    """Returns input ids with masked tokens, and labels, as for BERT: of the tokens to predict 80 %
+    are masked, 10 % replaced by a random one, 10 % unchanged."""
     asked, how = generator.random((2, len(ids)))
     ordinary = dataset.ordinary_ids
     asked = (asked < probability) & ~np.isin(ids, dataset.special_ids)

@@ -1,9 +1,9 @@
-"""Tokenised data on disk: flat arrays in a folder that is whole or not used.
+"""Tokenized data on disk: flat arrays in a folder that is complete or not used.
 
 `index.json` describes the arrays (dtype, shape, checksum); each is one file of raw numbers, mapped
-into memory on reading. A row has tokens in one or more streams ("input"; what is to be written is
-another). The sequences of a stream lie one after the other, `STREAM_offsets` says where each
-begins. `records` are lines of JSON, one per example.
+into memory on reading. A row has tokens in one or more streams (the "input"; a text to write is
+another). The sequences of a stream are stored one after the other; `STREAM_offsets` has the start
+of each. `records` are lines of JSON, one per example.
 
 Axes: O rows, C choices, T tokens, Y labels.
 """
@@ -24,22 +24,23 @@ from jaxtyping import Int, Shaped
 from lsg_flax.data.cut import Cut
 from lsg_flax.files import Json, read_json, write_json
 
-INPUT = "input"  # the stream that all rows have, the first one
-TARGET = "target"  # that of texts to be written
-POSITIVE, NEGATIVE = "positive", "negative"  # those that belong to the input, and do not
-# What names of arrays begin with, of the streams that a model reads.
+INPUT = "input"  # the first stream, which all rows have
+TARGET = "target"  # the stream of texts to write
+POSITIVE, NEGATIVE = "positive", "negative"  # streams of texts that belong to the input, or do not
+# Prefix of the arrays' names, for the streams that a model reads.
 READ = {INPUT: "", POSITIVE: "positive_", NEGATIVE: "negative_"}
-OFFSETS = "offset_mapping"  # beside its tokens; in no batch
+OFFSETS, WORDS = "offset_mapping", "word_mapping"  # stored beside the tokens, but in no batch
+_BESIDE = (OFFSETS, WORDS)
 _INDEX = "index.json"
 _CHUNK = 1 << 24  # bytes that a checksum reads at once
 
 
 class DamagedCacheError(Exception):
-    """A folder of arrays that are not those its index describes."""
+    """The arrays of a folder are not those that its index describes."""
 
 
 class ArrayFiles:
-    """Writes arrays piece by piece into a folder, as a context that closes them."""
+    """Writes arrays piece by piece into a folder; a context manager that closes the files."""
 
     def __init__(self, folder: pathlib.Path):
         self._folder = folder
@@ -54,7 +55,7 @@ class ArrayFiles:
             file.close()
 
     def append(self, name: str, values: Shaped[np.ndarray, "..."]) -> None:
-        """Adds to the array `name`, which grows along its first axis."""
+        """Appends to the array `name` along its first axis."""
         shape = list(values.shape[1:])
         entry = {"dtype": str(values.dtype), "shape": shape, "length": 0, "crc32": 0}
         entry = self._entries.setdefault(name, entry)
@@ -68,16 +69,16 @@ class ArrayFiles:
         entry["crc32"] = zlib.crc32(data, entry["crc32"])
 
     def finish(self, about: Json) -> None:
-        """Writes the index with what else is to be known."""
+        """Writes the index, with `about` as further information."""
         index = {"arrays": self._entries, "about": about}
         write_json(self._folder, {_INDEX: index | {"crc32": _checksum_of(index)}})
 
 
 def read_arrays(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], Json]:
-    """The arrays of a folder, mapped into memory, and what its index says about them.
+    """Returns the arrays of a folder, mapped into memory, and the `about` of its index.
 
     Raises:
-        DamagedCacheError: if the index or an array is missing, cut off, or changed.
+        DamagedCacheError: if the index or an array is missing, incomplete, or changed.
     """
     try:
         index = read_json(folder / _INDEX)
@@ -87,8 +88,8 @@ def read_arrays(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], Json]:
         for name, entry in index["arrays"].items():
             file, shape = folder / f"{name}.bin", (entry["length"], *entry["shape"])
             if _checksum(file) != entry["crc32"]:
-                raise DamagedCacheError(f"{file} is not what {_INDEX} says: another checksum.")
-            empty = 0 in shape  # nothing that could be mapped
+                raise DamagedCacheError(f"{file} has another checksum than {_INDEX} says.")
+            empty = 0 in shape  # an empty file cannot be mapped
             arrays[name] = (
                 np.empty(shape, entry["dtype"])
                 if empty
@@ -112,70 +113,74 @@ def _checksum(file: pathlib.Path) -> int:
 
 
 class RowInfo(NamedTuple):
-    """What belongs to a row beside its tokens.
+    """Facts about a row beside its tokens.
 
     Attributes:
-        example: the number of the example it is (a part) of; pieces of joined texts have none.
-        id: the example's `id` in the data, else its number.
-        record: what is kept of the example: question, context and answers for question answering.
-        offsets: for question answering, the characters [T, 2] of the context that each token
-            stands for, -1 for tokens that are not of the context.
+        example: number of the example that the row is (a part) of; None for pieces of joined texts.
+        id: the example's `id` in the data, otherwise its number.
+        record: the stored fields of the example: question, context and answers for question
+            answering.
+        offsets: for question answering, start and end [T, 2] of each token in the characters of the
+            context, -1 for tokens that are not in the context.
+        words: the same, each widened to the word that the token is a part of.
     """
 
     example: int | None
     id: str | int | None
     record: Json
     offsets: Int[np.ndarray, "T 2"] | None
+    words: Int[np.ndarray, "T 2"] | None
 
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """Sequences of tokens, one of each row or several, those of all rows one after the other."""
+    """Sequences of tokens, one or several per row, stored one after the other for all rows."""
 
-    shape: tuple[int, ...]  # () where a row has one sequence, (C,) where it has C
-    offsets: Int[np.ndarray, "_"]  # where each begins, and the last one's end
-    fields: dict[str, Shaped[np.ndarray, "T"]]  # by the names they have in a batch
+    shape: tuple[int, ...]  # () if a row has one sequence, (C,) if it has C
+    offsets: Int[np.ndarray, "_"]  # start of each sequence, and the end of the last one
+    fields: dict[str, Shaped[np.ndarray, "T"]]  # by their names in a batch
 
     @functools.cached_property
     def lengths(self) -> Int[np.ndarray, "O"]:
-        """Tokens of each row, of its longest sequence."""
+        """Number of tokens of each row's longest sequence."""
         return np.diff(self.offsets).reshape(-1, math.prod(self.shape)).max(axis=1)
 
     def spans(self, row: int) -> list[tuple[int, int]]:
-        """Where the sequences of a row lie in the arrays."""
+        """Returns start and end of a row's sequences in the arrays."""
         count = math.prod(self.shape)
         return list(itertools.pairwise(self.offsets[row * count :][: count + 1].tolist()))
 
 
 def spread(lengths: Int[np.ndarray, "O"]) -> dict[str, int]:
-    """The shortest, the middle one, the 90th of 100 and the longest, by name."""
+    """Returns the shortest length, the median, the 90th percentile and the longest, by name."""
     points = {"shortest": 0.0, "half": 0.5, "90 %": 0.9, "longest": 1.0}
     found = np.quantile(lengths, list(points.values()), method="nearest")
     return {name: int(length) for name, length in zip(points, found, strict=True)}
 
 
 class TokenizedDataset:
-    """Rows of tokens with their labels, read from disk as they are asked for.
+    """Rows of tokens with their labels, read from disk when they are accessed.
 
     Attributes:
-        fingerprint: of the data, the tokenizer and the options.
+        fingerprint: hash of the data, the tokenizer and the options.
         options: `DataOptions` as a dict.
-        labels: names of the labels in the order of their numbers, where they have names.
-        arrays: all of them by name; `streams` has those of tokens, `targets` names those that have
-            one entry per row.
-        examples: how many there are; pieces of joined texts count none.
-        skipped: broken rows left out, the first of them in `messages`.
-        truncated: texts that were cut to `max_length`, or `max_target_length`; `cut` says more.
-        pad_token_id: what fills up a row; 0 where the tokenizer has none, for it is masked.
-        mask_token_id: what hides a token; -1 where the tokenizer has none.
-        special_ids: tokens that are never hidden; `ordinary_ids` are all others.
+        labels: names of the labels in the order of their ids, if they have names.
+        arrays: all arrays by name; `streams` has those of tokens, `targets` lists the names of
+            those with one entry per row.
+        examples: number of examples; pieces of joined texts count as none.
+        skipped: number of broken rows that were left out; `messages` has the first reasons.
+        truncated: number of texts that were truncated to `max_length`, or `max_target_length`;
+            `cut` says more.
+        pad_token_id: id of padding; 0 if the tokenizer has none, which is fine since it is masked.
+        mask_token_id: id of the mask token; -1 if the tokenizer has none.
+        special_ids: ids that are never masked; `ordinary_ids` are all others.
     """
 
     def __init__(self, folder: pathlib.Path):
         """Opens a folder that `load_examples` has written.
 
         Raises:
-            DamagedCacheError: if it is not whole.
+            DamagedCacheError: if it is not complete.
         """
         self.arrays, about = read_arrays(folder)
         try:
@@ -184,7 +189,7 @@ class TokenizedDataset:
             self.labels = None if about["labels"] is None else tuple(about["labels"])
             self.skipped, self.messages = about["skipped"], tuple(about["messages"])
             self.truncated: int = about["truncated"]
-            self.cut = Cut(*about.get("cut", (0, self.truncated)))  # of older ones less is known
+            self.cut = Cut(*about.get("cut", (0, self.truncated)))  # older caches have no "cut"
             self.pad_token_id: int = about["pad_token_id"]
             self.mask_token_id: int = about["mask_token_id"]
             self.special_ids = np.array(about["special_ids"], np.int64)
@@ -194,7 +199,11 @@ class TokenizedDataset:
                 name: Stream(
                     tuple(entry["shape"]),
                     self.arrays[f"{name}_offsets"],
-                    {field: self.arrays[field] for field in entry["fields"] if field != OFFSETS},
+                    {
+                        field: self.arrays[field]
+                        for field in entry["fields"]
+                        if field not in _BESIDE
+                    },
                 )
                 for name, entry in about["streams"].items()
             }
@@ -207,35 +216,35 @@ class TokenizedDataset:
 
     @property
     def task(self) -> str:
-        """What the rows are for."""
+        """The task that the rows are for."""
         return self.options["task"]
 
     @property
     def lengths(self) -> Int[np.ndarray, "O"]:
-        """Tokens of each row's input, of the longest where there are choices."""
+        """Number of tokens of each row's input; of the longest one if there are choices."""
         return self.streams[INPUT].lengths
 
     @property
     def spread(self) -> dict[str, int]:
-        """Of the rows' lengths."""
+        """The `spread` of the rows' lengths."""
         return spread(self.lengths)
 
     @property
     def choices(self) -> int | None:
-        """Inputs to choose from in each row; None where a row has one."""
+        """Number of inputs to choose from in each row; None if a row has one input."""
         return next(iter(self.streams[INPUT].shape), None)
 
     @property
     def num_labels(self) -> int | None:
-        """How many outputs a head for these labels has; None where that is no question."""
+        """Number of outputs of a head for these labels; None if labels do not decide it."""
         if self.labels is not None:
             return len(self.labels)
         regression = self.options["problem_type"] == "regression" and "labels" in self.arrays
         return self.arrays["labels"].shape[-1] if regression else None
 
     def __getitem__(self, row: int | np.integer) -> dict[str, Any]:
-        """The arrays of a row by Hugging Face's names, without padding; where there are choices a
-        list of one per choice.
+        """Returns the arrays of a row by Hugging Face's names, without padding; with choices, lists
+        of one array per choice.
 
         Raises:
             IndexError: if there is no such row.
@@ -249,7 +258,7 @@ class TokenizedDataset:
         return fields | {name: np.array(self.arrays[name][row]) for name in self.targets}
 
     def info(self, row: int | np.integer) -> RowInfo:
-        """What belongs to a row beside its tokens.
+        """Returns the facts about a row beside its tokens.
 
         Raises:
             IndexError: if there is no such row.
@@ -258,17 +267,21 @@ class TokenizedDataset:
         example = int(self.arrays["examples"][row])
         record = {} if example < 0 else self.record(example)
         (start, stop), *_ = self.streams[INPUT].spans(row)
-        offsets = self.arrays.get(OFFSETS)
+        offsets, words = (
+            None if self.arrays.get(name) is None else np.array(self.arrays[name][start:stop])
+            for name in _BESIDE
+        )
         return RowInfo(
             None if example < 0 else example,
             None if example < 0 else record.get("id", example),
             record,
-            None if offsets is None else np.array(offsets[start:stop]),
+            offsets,
+            words,
         )
 
     def record(self, example: int | np.integer) -> Json:
-        """What is kept of an example beside its tokens: `id` where it has one, and for questions
-        question, context and answers.
+        """Returns the stored fields of an example beside its tokens: `id` if it has one, and for
+        question answering question, context and answers.
 
         Raises:
             IndexError: if there is no such example.
@@ -285,22 +298,22 @@ class TokenizedDataset:
 
 
 class Sequences(NamedTuple):
-    """The tokens of a row in one stream, arrays by the names they have in a batch."""
+    """The tokens of a row in one stream, as arrays by their names in a batch."""
 
-    lengths: int | Int[np.ndarray, "C"]  # of the one sequence that a row has, or of several
+    lengths: int | Int[np.ndarray, "C"]  # of a row's one sequence, or of its several sequences
     fields: dict[str, Shaped[np.ndarray, "T *Y"]]  # all sequences, one after the other
 
 
 class EncodedRow(NamedTuple):
-    """A row as it is stored: its tokens by stream, the input first, and what it has one of."""
+    """A row as it is stored: its tokens by stream, the input first, and its targets."""
 
     streams: dict[str, Sequences]
     targets: dict[str, Shaped[np.ndarray, "*Y"] | np.generic]
 
 
 class RowWriter:
-    """Adds rows and the records of their examples to array files, many at a time; `about` is what
-    the index says of them."""
+    """Adds rows and the records of their examples to array files, many at a time; `about` describes
+    them for the index."""
 
     def __init__(self, files: ArrayFiles):
         self._files, self._bytes = files, 0
@@ -310,7 +323,7 @@ class RowWriter:
         files.append("record_ends", np.zeros(1, np.int64))
 
     def add(self, groups: Iterable[tuple[Json | None, list[EncodedRow]]]) -> None:
-        """Adds, for each example, its record and its rows; no record for rows of several."""
+        """Adds the record and the rows of each example; the record is None for rows of several."""
         rows: list[EncodedRow] = []
         owners, records = [], []
         for record, encoded in groups:

@@ -1,4 +1,4 @@
-"""Which encoder reads the rows of a task."""
+"""Chooses the encoder that reads the rows of a task."""
 
 from typing import Any
 
@@ -28,13 +28,16 @@ _ENCODERS: dict[Examples, type[ExampleEncoder]] = {
 def make_encoder(
     options: DataOptions, tokenizer: Any, labels: tuple[str, ...] | None, problems: Problems
 ) -> ExampleEncoder:
-    """The encoder of the task's examples.
+    """Returns the encoder of the task's examples.
 
     Raises:
-        ValueError: for a tokenizer that cannot serve it.
+        ValueError: for a tokenizer that cannot be used for the task.
     """
     examples = TASKS[options.task].examples or "text"
     if examples == "masked_text" and tokenizer.mask_token_id is None:
-        raise ValueError(f"{options.task} needs a tokenizer with a mask token; this one has none.")
+        raise ValueError(
+            f"{options.task} needs a tokenizer with a mask token; this one has none. Use another "
+            "tokenizer, or another task such as causal_lm."
+        )
     kind = PackedTextEncoder if options.packed else _ENCODERS.get(examples, TextExampleEncoder)
     return kind(options, tokenizer, labels, problems)

@@ -1,4 +1,4 @@
-"""Tokenises files once and keeps the tokens on disk."""
+"""Tokenizes files once and caches the tokens on disk."""
 
 import dataclasses
 import hashlib
@@ -13,17 +13,18 @@ from typing import Any
 
 import filelock
 
-from lsg_flax.data.cache import ArrayFiles, DamagedCacheError, RowWriter, TokenizedDataset
+from lsg_flax.data.cache import WORDS, ArrayFiles, DamagedCacheError, RowWriter, TokenizedDataset
 from lsg_flax.data.encoders import make_encoder
 from lsg_flax.data.files import DataSource, Paths, Problems, open_source
 from lsg_flax.data.options import DataOptions
 from lsg_flax.data.tasks import ExampleEncoder
 from lsg_flax.data.values import label_number, labels_in, names_of_labels
 from lsg_flax.files import check_folder, written_aside
+from lsg_flax.models import TASKS
 from lsg_flax.progress import Bar
 
-_FORMAT = 2  # of the files in the cache; a higher number makes older ones unknown
-_CHUNK = 256  # examples that are tokenised together and held in memory
+_FORMAT = 2  # of the files in the cache; files of other formats are not used
+_CHUNK = 256  # examples that are tokenized together and held in memory
 
 
 def load_examples(
@@ -36,34 +37,35 @@ def load_examples(
     cache: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> TokenizedDataset:
-    """Tokenises data, or opens what an earlier call with the same data, tokenizer and options has
-    left in the cache.
+    """Tokenizes data, or opens the cached result of an earlier call with the same data, tokenizer
+    and options.
 
     Args:
         paths: a .jsonl, .csv, .parquet or .txt file, a folder or pattern (`"data/*.jsonl"`)
             of files of one kind, a list of these, or a dataset's name for `datasets.load_dataset`.
         options: the task, and how rows become examples.
         tokenizer: a Hugging Face tokenizer.
-        subset: for a dataset, the second argument of `load_dataset`.
-        split: for a dataset.
-        cache: the folder to keep tokens in; `lsg_flax` in the user's cache folder by default.
-        progress: show a bar with examples per second while tokenising.
+        subset: of a dataset, its subset (configuration), the second argument of `load_dataset`.
+        split: of a dataset, its split.
+        cache: folder of the cache; by default `lsg_flax` in the user's cache folder.
+        progress: show a bar with examples per second while tokenizing.
 
     Returns:
-        The rows, which are read from disk as they are asked for.
+        The rows, which are read from disk when they are accessed.
 
     Raises:
-        FileNotFoundError: if nothing is at `paths`.
-        ValueError: for data without rows, a broken row (file and line are named; `on_error="skip"`
-            leaves it out, with a warning of how many), or a tokenizer that cannot serve the task.
-        ImportError: if a library is needed to read the data; the message says which.
+        FileNotFoundError: if there are no files at `paths`.
+        ValueError: for data without rows, a broken row (the error says file and line;
+            `on_error="skip"` skips such rows and warns how many), or a tokenizer that cannot be
+            used for the task.
+        ImportError: if a library is needed to read the data; the error says which.
     """
     source = open_source(paths, subset=subset, split=split, text_unit=options.text_unit)
     key = _fingerprint(source, options, tokenizer)
     folder = (_default_cache() if cache is None else pathlib.Path(cache)).absolute()
     check_folder("cache", folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder / f"{key}.lock"):  # others wait, and then find it done
+    with filelock.FileLock(folder / f"{key}.lock"):  # other processes wait, and then use the result
         dataset = _open(folder / key)
         if dataset is None:
             shutil.rmtree(folder / key, ignore_errors=True)
@@ -71,7 +73,7 @@ def load_examples(
             dataset = TokenizedDataset(folder / key)
     if dataset.skipped:
         warnings.warn(
-            f"{dataset.skipped} broken rows of {source.name} were left out, the first of them: "
+            f"{dataset.skipped} broken rows of {source.name} were skipped, the first of them: "
             + "; ".join(dataset.messages),
             stacklevel=2,
         )
@@ -86,14 +88,14 @@ def labels_for(
     subset: str | None = None,
     split: str = "train",
 ) -> tuple[str, ...]:
-    """The labels to read data with for a head that has `known` ones: these, if each label in the
-    data is one of them by name or number; else the data's own.
+    """Returns the labels to read data with, for a head that has the labels `known`: these, if each
+    label in the data is one of them by name or number; otherwise the data's own.
 
-    Takes a pass over the rows; arguments and errors are those of `load_examples`.
+    It needs a pass over the rows; arguments and errors are those of `load_examples`.
     """
     source = open_source(paths, subset=subset, split=split, text_unit=options.text_unit)
     column = options.label_column or ""
-    if names := source.label_names(column):  # its numbers are places among these
+    if names := source.label_names(column):  # label ids are positions in these names
         return tuple(names)
     found = labels_in(row.values.get(column) for row in source.rows(Problems("skip")))
     return known if all(_knows(known, label) for label in found) else names_of_labels(found)
@@ -107,10 +109,10 @@ def unknown_labels(
     subset: str | None = None,
     split: str = "train",
 ) -> list[str | int]:
-    """The labels in the data that a head for the `known` ones does not have; of a dataset that
-    numbers its labels, also those that have another number there.
+    """Returns the labels in the data that a head for the labels `known` does not have; if a dataset
+    has label ids, also those with another id than in `known`.
 
-    Takes a pass over the rows; arguments and errors are those of `load_examples`.
+    It needs a pass over the rows; arguments and errors are those of `load_examples`.
     """
     source = open_source(paths, subset=subset, split=split, text_unit=options.text_unit)
     column = options.label_column or ""
@@ -133,28 +135,30 @@ def _default_cache() -> pathlib.Path:
 
 
 def _open(folder: pathlib.Path) -> TokenizedDataset | None:
-    if not any(folder.glob("*.bin")):  # nothing, or what a killed run has left aside
+    if not any(folder.glob("*.bin")):  # no folder, or only what a killed run left behind
         return None
     try:
         return TokenizedDataset(folder)
     except DamagedCacheError as error:
-        warnings.warn(f"{error} It is not used; the data is tokenised anew.", stacklevel=3)
+        warnings.warn(f"{error} It is not used; the data is tokenized again.", stacklevel=3)
         return None
 
 
 def _fingerprint(source: DataSource, options: DataOptions, tokenizer: Any) -> str:
-    """Of everything that the tokens depend on."""
+    """Returns a hash of everything that the tokens depend on."""
     if getattr(tokenizer, "is_fast", False):
         reads = json.loads(tokenizer.backend_tokenizer.to_str())
-        reads |= {"truncation": None, "padding": None}  # left there by the last call
+        reads |= {"truncation": None, "padding": None}  # may be left from the last call
     else:
         settings = {name: str(value) for name, value in tokenizer.init_kwargs.items()}
         reads = [type(tokenizer).__name__, tokenizer.get_vocab(), settings]
     told = dataclasses.asdict(options)
     if options.has_target_texts:
         reads = [reads, getattr(tokenizer, "tgt_lang", None)]
-    else:  # as before there were such, so that what is kept is found
+    else:  # these fields were added later: older caches stay valid without them
         del told["max_target_length"], told["columns"]["target"]
+    if TASKS[options.task].examples == "question":
+        reads = [reads, WORDS]  # older ones lack it
     if not options.has_pairs:
         del told["lower_case"], told["columns"]["positive"], told["columns"]["negative"]
     parts = [
@@ -176,12 +180,12 @@ def _tokenize(
     tokenizer: Any,
     progress: bool,
 ) -> None:
-    """Writes the rows aside and gives them their place when they are all there."""
+    """Writes the rows into a temporary folder, and moves them to `folder` when complete."""
     problems = Problems(options.on_error)
     encoder = make_encoder(options, tokenizer, _labels(source, options), problems)
     with written_aside(folder) as aside, ArrayFiles(aside) as files:
         writer = RowWriter(files)
-        with Bar("examples", about="tokenising", shown=progress) as bar:
+        with Bar("examples", about="tokenizing", shown=progress) as bar:
             for groups in _encoded(encoder, source, problems, bar):
                 writer.add(groups)
         source.check_unchanged()
@@ -209,7 +213,7 @@ def _tokenize(
 def _encoded(
     encoder: ExampleEncoder, source: DataSource, problems: Problems, bar: Bar
 ) -> Iterator[list]:
-    """Chunks of records with their rows."""
+    """Yields chunks of records with their rows."""
     examples = encoder.examples(source.rows(problems))
     while chunk := list(itertools.islice(examples, _CHUNK)):
         yield [(example and example.record, rows) for example, rows in encoder.encode(chunk)]
@@ -218,12 +222,13 @@ def _encoded(
 
 
 def _labels(source: DataSource, options: DataOptions) -> tuple[str, ...] | None:
-    """The names of the labels: given, known to the source, or found in a pass over the rows."""
+    """Returns the names of the labels: given, known to the source, or found in a pass over the
+    rows."""
     column = options.label_column
     if column is None:
         return None
     names = options.labels or source.label_names(column)
     if names is None:
-        rows = source.rows(Problems("skip"))  # told of when they are tokenised
+        rows = source.rows(Problems("skip"))  # broken rows are reported when they are tokenized
         names = names_of_labels(row.values.get(column) for row in rows)
     return tuple(names)

@@ -1,4 +1,4 @@
-"""What a user says about data: the task, and how rows become examples."""
+"""Options of data: the task, and how rows become examples."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,22 +11,22 @@ DEFAULT_PROBLEM: ProblemType = "single_label_classification"
 
 
 def readable_tasks() -> list[str]:
-    """Names of the tasks whose rows can be read."""
+    """Returns the names of the tasks whose rows can be read."""
     return [name for name, task in TASKS.items() if task.examples]
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What the columns of the data are called. `id` and `text_pair` may be missing in a row.
+    """Names of the data's columns. `id` and `text_pair` may be missing in a row.
 
     Attributes:
-        label: of texts and of multiple choice; a list of several for multi-label.
+        label: label of a text, or the right choice; a list of labels for multi-label.
         tokens: the words of a text, for token classification; `tags` are their labels.
-        answers: {"text": [...], "answer_start": [...]} as in SQuAD, both empty where the context
-            has no answer.
+        answers: {"text": [...], "answer_start": [...]} as in SQuAD, both empty if the context has
+            no answer.
         target: the text to write for `text`.
-        positive: a text that belongs to `text`, and is to have a vector near its own.
-        negative: one that does not, or a list of several.
+        positive: a text that belongs to `text` and shall get a similar embedding.
+        negative: a text that does not belong to `text`, or a list of several.
         choices: the texts to choose from, each read as a pair with `text`.
     """
 
@@ -50,26 +50,27 @@ class DataOptions:
     """How rows become examples.
 
     Attributes:
-        task: what the examples are for.
-        max_length: tokens of a row at most; longer texts are cut, contexts of questions are split
-            into windows, and texts for language models fill pieces of this length.
-        max_target_length: tokens of a text to write at most, longer ones are cut; None cuts none.
+        task: the task that the examples are for.
+        max_length: most tokens of a row; longer texts are truncated, contexts of questions are
+            split into windows, and joined texts of language models into pieces of this length.
+        max_target_length: most tokens of a text to write, longer ones are truncated; None truncates
+            none.
         problem_type: what `sequence_classification` predicts.
-        labels: names of the labels in the order of their numbers; by default the names found in
-            the data, sorted, or the numbers 0 to the largest. For evaluation data give those of
-            the training data.
-        width: regression: how many numbers a row has, by default as many as the first one. For
+        labels: names of the labels in the order of their ids; by default the names found in the
+            data, sorted, or the numbers 0 to the largest. For evaluation data give those of the
+            training data.
+        width: regression: how many numbers a row has, by default as many as the first row. For
             evaluation data give that of the training data.
-        with_labels: False reads data without labels, to predict them; for embeddings a positive is
-            needed, or else taken where there is one.
-        pack: language models: join the texts and cut them into pieces of `max_length`. False
+        with_labels: False reads data without labels, to predict them; for embeddings it makes the
+            positive optional.
+        pack: language models: join the texts and split them into pieces of `max_length`. False
             makes a row of each text.
-        stride: question answering: tokens that neighbouring windows share.
-        token_type_ids: keep them, if the tokenizer gives any; False for a model without.
-        text_unit: in .txt files, whether a line or a whole file is a text.
-        on_error: what a broken row does.
+        stride: question answering: tokens that consecutive windows share.
+        token_type_ids: keep them if the tokenizer returns any; False for a model without them.
+        text_unit: whether a line or a whole file counts as one text in .txt files.
+        on_error: what to do with a broken row.
         columns: names of the columns.
-        lower_case: embeddings: lower the case of texts first.
+        lower_case: embeddings: convert texts to lower case first.
 
     Raises:
         ValueError: for an unknown choice, or a number that is too small.
@@ -108,20 +109,24 @@ class DataOptions:
                 "least 0."
             )
         if self.width is not None and (self.problem_type != "regression" or self.width < 1):
-            raise ValueError(f"width={self.width} must be at least 1, and is for regression.")
+            raise ValueError(
+                f"width={self.width} must be at least 1, and is only for "
+                f"problem_type='regression', not {self.problem_type!r}."
+            )
         if self.max_target_length is not None:
             if not self.has_target_texts:
                 raise ValueError(
-                    f"max_target_length={self.max_target_length} is for tasks with a text to "
-                    f"write, not {self.task}; leave it out."
+                    f"max_target_length={self.max_target_length} is for tasks that write texts, "
+                    f"not {self.task}; leave it out."
                 )
-            if self.max_target_length < 2:  # special tokens alone
+            if self.max_target_length < 2:  # room only for special tokens
                 raise ValueError(f"max_target_length={self.max_target_length} must be at least 2.")
         named = [name for name, task in TASKS.items() if task.named_labels and task.examples]
         regression = self.problem_type == "regression"
         if self.labels is not None and (self.task not in named or regression):
             raise ValueError(
-                f"labels={self.labels} are for {' and '.join(named)}, and not for regression."
+                f"labels={self.labels} are for {' and '.join(named)}, and not for regression; "
+                "leave them out."
             )
         several = [
             name
@@ -131,7 +136,7 @@ class DataOptions:
         if self.task not in several and self.problem_type != DEFAULT_PROBLEM:
             raise ValueError(
                 f"problem_type={self.problem_type!r} is for {' and '.join(several)}, not "
-                f"{self.task}."
+                f"{self.task}; leave it out."
             )
         names = [name for name in self.labels or () if name.strip()]
         if self.labels is not None and len(set(names)) < max(len(self.labels), 1):
@@ -141,22 +146,22 @@ class DataOptions:
 
     @property
     def packed(self) -> bool:
-        """Whether rows are pieces of several texts."""
+        """Whether texts are joined and split into rows (`pack`)."""
         return self.pack and TASKS[self.task].examples in ("masked_text", "running_text")
 
     @property
     def has_target_texts(self) -> bool:
-        """Whether a row has a text that is to be written."""
+        """Whether a row has a text to write."""
         return TASKS[self.task].examples == "text_to_text"
 
     @property
     def has_pairs(self) -> bool:
-        """Whether a row has texts that are compared."""
+        """Whether a row has a text with positives or negatives."""
         return TASKS[self.task].examples == "pairs"
 
     @property
     def label_column(self) -> str | None:
-        """The column whose labels have names or numbers from 0, if there is one."""
+        """The column of labels with names or ids from 0; None if there is none."""
         columns = {"text": self.columns.label, "words": self.columns.tags}
         task = TASKS[self.task]
         if not task.targets or not self.with_labels or self.problem_type == "regression":

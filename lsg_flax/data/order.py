@@ -1,5 +1,5 @@
-"""Which rows of the data are in batch n, and which of them a process holds. A pure function of n:
-nothing has to be kept to go on anywhere.
+"""Which rows of the data are in batch n, and which of them a process gets. Both are pure functions
+of n, so that a run can resume at any batch without saved state.
 
 Axes: M microbatches, B batch, O rows, Z batches.
 """
@@ -14,14 +14,14 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-_ROWS, _BATCHES = range(2)  # random numbers of these two under one seed
+_ROWS, _BATCHES = range(2)  # two random streams of one seed
 
 Remainder = Literal["fill", "carry"]
 
 
 @dataclass(frozen=True)
 class ProcessShare:
-    """Which rows of a global batch this process holds: of each microbatch its own slice."""
+    """The rows of a global batch that this process gets: its own slice of each microbatch."""
 
     index: int
     count: int
@@ -43,28 +43,31 @@ class ProcessShare:
 
     @classmethod
     def of(cls, index: int | None, count: int | None, batch_size: int, microbatches: int = 1):
-        """With JAX's own numbers where none are given."""
+        """Returns the share of a process; None takes JAX's own index and count."""
         index = jax.process_index() if index is None else index
         return cls(index, jax.process_count() if count is None else count, batch_size, microbatches)
 
     @property
     def rows(self) -> int:
-        """Of a whole step, all processes together."""
+        """Number of rows of a whole step, of all processes together."""
         return self.batch_size * self.microbatches
 
     def own(self, places: Int[np.ndarray, "O"]) -> Int[np.ndarray, "M B"]:
-        """This process's share of all rows."""
+        """Returns this process's share of all rows."""
         shares = places.reshape(self.microbatches, self.count, -1)  # [M, processes, B]
         return shares[:, self.index]
 
 
 class Order:
-    """Which rows are in batch n. A bucket is one length per stream; it has an endless sequence of
-    its rows, one shuffled epoch after another, cut into batches. An epoch has the batches that its
-    rows complete ("carry"), or ends each bucket with a batch filled up by -1 ("fill").
+    """Which rows are in batch n.
+
+    A bucket is one length per stream. It has an endless sequence of its rows, one shuffled epoch
+    after another, split into batches. An epoch has the batches that its rows complete ("carry"), or
+    the last batch of each bucket is padded with -1 ("fill").
 
     Attributes:
-        buckets: those that have rows, the shortest first, by the first stream and then the others.
+        buckets: the buckets that have rows, sorted by the length of the first stream, then of the
+            others.
     """
 
     def __init__(
@@ -77,7 +80,13 @@ class Order:
         remainder: Remainder,
         shuffle: bool,
     ):
-        """For each stream its rows' lengths, and the ladder of those it is padded to."""
+        """Assigns rows to buckets.
+
+        Args:
+            lengths: for each stream the lengths of its rows.
+            ladders: for each stream the ascending lengths that it is padded to.
+            size: rows of a batch.
+        """
         sizes = [len(ladder) for ladder in ladders]
         rungs = tuple(np.searchsorted(*pair) for pair in zip(ladders, lengths, strict=True))
         numbers = np.ravel_multi_index(rungs, sizes)  # [O], of the rows' buckets
@@ -87,22 +96,22 @@ class Order:
         self._members = [np.flatnonzero(numbers == number) for number in used]
         self._size, self._seed = size, seed
         self._remainder, self._shuffle = remainder, shuffle
-        # Threads ask for the same epoch together; a few buckets of two epochs are alive at once.
+        # Threads ask for the same epochs at the same time; at most two epochs are in use.
         self._permuted = functools.lru_cache(2 * len(self.buckets))(self._permute)
         self._listed = functools.lru_cache(2)(self._list)
 
     def start(self, epoch: int) -> int:
-        """The number of batches before an epoch."""
+        """Returns the number of batches before an epoch."""
         return sum(self._before(epoch, len(rows)) for rows in self._members)
 
     def epoch_of(self, number: int) -> int:
-        """The epoch that batch `number` belongs to."""
+        """Returns the epoch that batch `number` belongs to."""
         rows = sum(map(len, self._members))
         enough = (number + len(self.buckets) + 1) * self._size // rows + 2
         return bisect.bisect_right(range(enough), number, key=self.start) - 1
 
     def batch(self, number: int) -> tuple[tuple[int, ...], Int[np.ndarray, "O"]]:
-        """The bucket of batch `number`, and its rows."""
+        """Returns the bucket of batch `number`, and its rows."""
         epoch = self.epoch_of(number)
         bucket, turn = self._listed(epoch)[number - self.start(epoch)].tolist()
         return self.buckets[bucket], self._rows(bucket, epoch, turn)
@@ -113,7 +122,7 @@ class Order:
         return epoch * -(-rows // self._size)
 
     def _list(self, epoch: int) -> Int[np.ndarray, "Z 2"]:
-        """Bucket and place in its stream of each batch of an epoch, in their order."""
+        """Returns the batches of an epoch: each one's bucket, and its number in that bucket."""
         parts = []
         for bucket, rows in enumerate(self._members):
             turns = np.arange(self._before(epoch, len(rows)), self._before(epoch + 1, len(rows)))

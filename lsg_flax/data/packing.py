@@ -1,36 +1,38 @@
-"""Several texts in one row: which texts share one, and where each lies.
+"""Packing of several texts into one row: which texts share a row, and where each begins.
 
-A plan is made once from lengths and seed, so that a batch stays a pure function of its number;
-grain's packing is a stream whose rows depend on what was read before.
+The rows are chosen once from lengths and seed, so that a batch stays a pure function of its number;
+with grain's packing a row would depend on what was read before.
 
 Axes: B batch, T tokens, O rows.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
-from lsg_flax.models import Batch
+from lsg_flax.data.cache import TokenizedDataset
+from lsg_flax.models import TASKS, Batch
 
 SEGMENTS, SEGMENT_ROWS = "segment_ids", "segment_rows"
-_TOGETHER = 4096  # texts that are laid out together: time is their number times that of their rows
-_PLAN = 4  # random numbers under the seed, beside those of batches
+_TOGETHER = 4096  # texts packed together: the time grows with texts times rows
+_PLAN = 4  # random stream of the seed; batches use others
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How rows are shared.
+    """How texts are packed into rows.
 
     Attributes:
         length: tokens of a row.
-        block: each text begins at a multiple of it: the block size of LSG attention, 1 for full
+        block: each text begins at a multiple of it: the block size of LSG attention, or 1 for full
             attention.
-        texts: how many share a row at most; None for as many as fit.
+        texts: most texts of a row; None for as many as fit.
 
     Raises:
-        ValueError: for numbers below 1, and a length that is not of whole blocks.
+        ValueError: for numbers below 1, and a length that is not a multiple of the block.
     """
 
     length: int
@@ -41,21 +43,21 @@ class Packing:
         if min(self.length, self.block, self.texts or 1) < 1 or self.length % self.block:
             raise ValueError(
                 f"length={self.length}, block={self.block} and texts={self.texts} must be at least "
-                "1, and the length whole blocks: give a multiple of the block."
+                "1, and the length a multiple of the block."
             )
 
     def room(self, lengths: Int[np.ndarray, "*O"]) -> Int[np.ndarray, "*O"]:
-        """The tokens that texts take with the padding behind them to whole blocks."""
+        """Returns the tokens of texts including the padding after them to whole blocks."""
         return -(-lengths // self.block) * self.block
 
 
 def pack_rows(
     lengths: Int[np.ndarray, "_"], packing: Packing, *, seed: int = 0
 ) -> Int[np.ndarray, "O texts"]:
-    """Which texts share a row: numbers of texts, -1 where a row has no more.
+    """Returns the numbers of the texts of each row, -1 after a row's last text.
 
-    The seed shuffles the texts; of each few thousand the longest is laid out first, and each into
-    the first row that has room (first fit, decreasing).
+    The seed shuffles the texts. Of each few thousand, the longest is placed first, each into the
+    first row that has room (first fit, decreasing).
 
     Args:
         lengths: tokens of each text.
@@ -66,7 +68,7 @@ def pack_rows(
     if len(lengths) and lengths.max() > packing.length:
         raise ValueError(
             f"a text of {lengths.max()} tokens is longer than a row of length={packing.length}; "
-            "give longer rows, or cut texts to a smaller max_length."
+            "give longer rows, or truncate texts to a smaller max_length."
         )
     rows: list[list[int]] = []
     order = np.random.default_rng([seed, _PLAN]).permutation(len(lengths))
@@ -83,7 +85,7 @@ def _first_fit(
     texts: Int[np.ndarray, "_"], room: Int[np.ndarray, "_"], packing: Packing
 ) -> list[list[int]]:
     rows: list[list[int]] = []
-    free = np.full(len(texts), packing.length)  # of each row; as many as there may be
+    free = np.full(len(texts), packing.length)  # free tokens of each row; at most a row per text
     count = np.zeros(len(texts), np.int64)
     for place in np.argsort(-room, kind="stable").tolist():
         fits = free >= room[place]
@@ -97,27 +99,69 @@ def _first_fit(
     return rows
 
 
+class PackedRows(NamedTuple):
+    """Packed rows: the texts of each as numbers of the data's rows, -1 for none."""
+
+    packing: Packing
+    texts: Int[np.ndarray, "O texts"]
+
+    def of(self, rows: Int[np.ndarray, "B"]) -> Int[np.ndarray, "B texts"]:
+        """Returns the texts of these rows; a row of -1 has none."""
+        return np.where(rows[:, None] < 0, -1, self.texts[rows])
+
+    @property
+    def lengths(self) -> list[Int[np.ndarray, "O"]]:
+        """Returns the lengths of all rows, in a list of the one stream."""
+        return [np.full(len(self.texts), self.packing.length)]
+
+
+def packed_rows(
+    dataset: TokenizedDataset,
+    packing: Packing,
+    buckets: object,
+    seed: int,
+    rows: int | None = None,
+) -> PackedRows:
+    """Packs the first `rows` rows of a dataset, by default all; raises ValueError for data that
+    cannot be packed."""
+    if buckets is not None:
+        raise ValueError(
+            f"buckets={buckets} and packing={packing}: rows that are shared have one length; give "
+            "one of them."
+        )
+    target = TASKS[dataset.task].targets[0] if TASKS[dataset.task].targets else None
+    positions = target is not None and target.loss == "position"
+    if len(dataset.streams) > 1 or dataset.choices is not None or positions:
+        raise ValueError(
+            "packing is for texts with labels, one for each text or token, not for "
+            f"{dataset.task}; leave it out."
+        )
+    return PackedRows(packing, pack_rows(dataset.lengths[:rows], packing, seed=seed))
+
+
 def join_texts(
     texts: Mapping[str, np.ndarray],
     lengths: Int[np.ndarray, "B texts"],
     filler: Mapping[str, np.ndarray],
     packing: Packing,
+    *,
+    targets: Sequence[str],
 ) -> Batch:
-    """A batch of rows that share texts, with "segment_ids" [B, T].
+    """Returns a batch of packed rows, with "segment_ids" [B, T].
 
     Args:
-        texts: arrays of the texts that are there, tokens padded to any length.
-        lengths: tokens of each, 0 for one that is not there.
-        filler: the same arrays of rows of padding, [B, T] or [B, ...].
+        texts: arrays of the real texts, tokens padded to any length.
+        lengths: tokens of each text, 0 if a row has no such text.
+        filler: the same arrays for rows of padding, [B, T] or [B, ...].
+        targets: names of the arrays that have one entry per text.
     """
     batch: Batch = {name: array.copy() for name, array in filler.items()}
-    shape = filler["input_ids"].shape
-    by_token = [name for name, array in filler.items() if array.shape == shape]
+    by_token = [name for name in filler if name not in targets]
     there = lengths > 0
-    for name in filler.keys() - {*by_token}:  # [B, texts, ...]
+    for name in targets:  # [B, texts, ...]
         batch[name] = np.repeat(filler[name][:, None], lengths.shape[1], axis=1)
         batch[name][there] = texts[name]
-    batch[SEGMENTS] = np.zeros(shape, np.int32)
+    batch[SEGMENTS] = np.zeros(filler["input_ids"].shape, np.int32)
     room = packing.room(lengths)
     begins = np.cumsum(room, axis=1) - room
     for number, (row, text) in enumerate(np.argwhere(there).tolist()):

@@ -1,4 +1,4 @@
-"""Texts beside others that belong to them, and others that do not: what embeddings are trained on.
+"""Reads rows that embeddings are trained on: texts with positives and negatives.
 
 Axes: T tokens, C choices.
 """
@@ -12,17 +12,17 @@ from lsg_flax.data.files import DataRow
 from lsg_flax.data.tasks import Example, ExampleEncoder
 from lsg_flax.data.values import text_in, texts_in
 
-_NONE = (None, "", [])  # what a cell holds that is not there
+_NONE = (None, "", [])  # values of an empty cell
 
 
 class PairExampleEncoder(ExampleEncoder):
-    """A text, maybe one that belongs to it, and maybe some that do not, as many in all rows; a
-    stream each."""
+    """Reads a text, optionally a positive, and optionally negatives, each as a stream. All rows
+    must have the same number of each."""
 
-    _counts: dict[str, int] | None = None  # of the texts of each stream
+    _counts: dict[str, int] | None = None  # number of texts in each stream
 
     def example(self, row: DataRow) -> Example:
-        """Checks a row's columns; all rows have the same of them."""
+        """Checks a row's columns; all rows must have the same ones."""
         names = self.options.columns
         texts = {INPUT: [text_in(row, names.text)]}
         if row.values.get(names.positive) not in _NONE:
@@ -30,8 +30,8 @@ class PairExampleEncoder(ExampleEncoder):
         elif self.options.with_labels:
             raise ValueError(
                 f"column {names.positive!r}, a text that belongs to {names.text!r}, is empty or "
-                f"missing; there are {list(row.values)}. Name it by columns={{'positive': ...}}, "
-                "or give a teacher, from which texts alone are learned"
+                f"missing; there are {list(row.values)}. Give its name by columns={{'positive': "
+                "...}, or give a teacher, which needs no positives"
             )
         if (given := row.values.get(names.negative)) not in _NONE:
             several = isinstance(given, list)
@@ -45,8 +45,8 @@ class PairExampleEncoder(ExampleEncoder):
                 {self._column(n): k for n, k in c.items()} for c in (counts, self._counts)
             )
             raise ValueError(
-                f"it has the texts {here}, and the rows before have {before}; all rows need as "
-                "many of each"
+                f"it has the texts {here}, but the rows before have {before}; all rows must have "
+                "the same number of each"
             )
         return Example(row.place, tuple(texts.items()), None, self.id_of(row))
 
@@ -55,7 +55,7 @@ class PairExampleEncoder(ExampleEncoder):
         return {INPUT: names.text, POSITIVE: names.positive, NEGATIVE: names.negative}[stream]
 
     def encode(self, examples: list[Example]) -> Iterator[tuple[Example | None, list[EncodedRow]]]:
-        """One row of each example, its streams in their order."""
+        """Yields one row per example, with its streams in their order."""
         streams: list[dict[str, Sequences]] = [{} for _ in examples]
         for name in self._counts or ():
             parts = [dict(example.inputs)[name] for example in examples]
@@ -70,12 +70,13 @@ class PairExampleEncoder(ExampleEncoder):
             yield example, [] if empty else [EncodedRow(stream, {})]
 
     def _cleaned(self, text: str) -> str:
-        """As `Embedder` reads it."""
+        """Returns the text as `Embedder` reads it."""
         return text.strip().lower() if self.options.lower_case else text.strip()
 
 
 def _sequences(name: str, ids: list[list[int]]) -> Sequences:
-    """The tokens of a row's texts in a stream; negatives have an axis, however many they are."""
+    """Returns the tokens of a row's texts in a stream; only negatives have an axis of texts, even
+    if there is one."""
     lengths = np.array([len(part) for part in ids])  # [C]
     fields = {f"{READ[name]}input_ids": np.concatenate([np.array(i, np.int32) for i in ids])}
     return Sequences(lengths if name == NEGATIVE else int(lengths[0]), fields)

@@ -1,4 +1,4 @@
-"""From rows of data to rows of tokens and labels, by what a task's examples are.
+"""Encoders that turn rows of data into rows of tokens and labels, one for each kind of example.
 
 Axes: T tokens, Y labels.
 """
@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lsg_flax.data.cache import INPUT, OFFSETS, TARGET, EncodedRow, Sequences
+from lsg_flax.data.answers import answer_places
+from lsg_flax.data.cache import INPUT, OFFSETS, TARGET, WORDS, EncodedRow, Sequences
 from lsg_flax.data.cut import Cut, cut_of
 from lsg_flax.data.files import DataRow, Problems
 from lsg_flax.data.options import DEFAULT_PROBLEM, DataOptions
@@ -18,27 +19,27 @@ from lsg_flax.data.values import answers_in, label_number, numbers_in, text_in, 
 from lsg_flax.files import Json
 from lsg_flax.models import IGNORED, TASKS
 
-# What a tokenizer gives for each token, and how it is stored.
+# What a tokenizer returns for each token, and the dtype that it is stored in.
 _TOKEN_FIELDS = {"input_ids": np.int32, "token_type_ids": np.int8, OFFSETS: np.int32}
 
 
 class Example(NamedTuple):
-    """A row whose columns are checked."""
+    """A row of data whose columns are checked."""
 
     place: str
     inputs: tuple[Any, ...]  # what the tokenizer reads
-    label: Any  # as it is stored; None without
-    record: Json  # what is kept beside the tokens
+    label: Any  # as it is stored; None without a label
+    record: Json  # stored beside the tokens
 
 
 class ExampleEncoder:
     """Reads the rows of a task; a subclass says how.
 
     Attributes:
-        cut: what was lost of texts that are too long.
+        cut: what was truncated of texts that are too long.
     """
 
-    fast = False  # whether the tokenizer must know words or characters
+    fast = False  # whether it needs a fast tokenizer, which knows words and characters
 
     def __init__(
         self,
@@ -52,13 +53,13 @@ class ExampleEncoder:
         self.cut = Cut()
         if self.fast and not getattr(tokenizer, "is_fast", False):
             raise ValueError(
-                f"{options.task} needs to know where in the text a token lies, which "
-                f"{type(tokenizer).__name__} as a slow tokenizer does not; give a fast one "
+                f"{options.task} needs the positions of tokens in the text, which "
+                f"{type(tokenizer).__name__}, a slow tokenizer, does not know; give a fast one "
                 "(AutoTokenizer with use_fast=True, or a folder with tokenizer.json)."
             )
 
     def examples(self, rows: Iterable[DataRow]) -> Iterator[Example]:
-        """The rows that are whole."""
+        """Yields an example for each row that is not broken."""
         for row in rows:
             try:
                 yield self.example(row)
@@ -66,19 +67,19 @@ class ExampleEncoder:
                 self.problems.found(row.place, error)
 
     def example(self, row: DataRow) -> Example:
-        """Checks a row's columns."""
+        """Returns the example of a row; raises ValueError if the row is broken."""
         raise NotImplementedError
 
     def encode(self, examples: list[Example]) -> Iterator[tuple[Example | None, list[EncodedRow]]]:
-        """The rows of tokens of each example; None where a row is of several."""
+        """Yields the rows of tokens of each example; the example is None if a row is of several."""
         raise NotImplementedError
 
     def rest(self) -> Iterator[tuple[Example | None, list[EncodedRow]]]:
-        """What is left when all examples are encoded."""
+        """Yields the rows that are left after all examples are encoded."""
         return iter(())
 
     def id_of(self, row: DataRow) -> Json:
-        """The id, where the row has one."""
+        """Returns the id of a row; empty if it has none."""
         column = self.options.columns.id
         value = row.values.get(column)
         if value is not None and not isinstance(value, str | int):
@@ -88,7 +89,7 @@ class ExampleEncoder:
     def tokenize(
         self, texts: Sequence, pairs: Sequence | None = None, *, written: bool = False, **options
     ) -> Any:
-        """Calls the tokenizer on a chunk of texts, `written` if they are those to write."""
+        """Calls the tokenizer on a chunk of texts; `written` means that they are targets."""
         types = self.options.token_type_ids
         types = types and "token_type_ids" in self.tokenizer.model_input_names
         given = dict(truncation=True, max_length=self.options.max_length) | options
@@ -105,7 +106,8 @@ class ExampleEncoder:
         return encoded
 
     def inputs(self, example: Example, encoded: Any, *places: int) -> Sequences | None:
-        """The tokens at a place, or at several; None, and a problem, if one has none."""
+        """Returns the tokens of the texts at these places; None, and a broken row is reported, if
+        one has no tokens."""
         lengths = [len(encoded["input_ids"][place]) for place in places]
         if 0 in lengths:
             self.problems.found(
@@ -122,19 +124,19 @@ class ExampleEncoder:
     def rows(
         self, inputs: Sequences | None, *labels: np.ndarray | np.generic | None
     ) -> list[EncodedRow]:
-        """The row of an example, if it has tokens; `labels` are those of the task's targets in
-        their order, None where it has none."""
+        """Returns the row of an example; none if `inputs` is None. `labels` are those of the task's
+        targets in their order; None leaves one out."""
         names = [target.labels for target in self.task.targets]
         given = {n: v for n, v in zip(names, labels, strict=False) if v is not None}
         return [] if inputs is None else [EncodedRow({INPUT: inputs}, given)]
 
 
 class TextExampleEncoder(ExampleEncoder):
-    """A text or a pair of them, with one label, several, or numbers; or none."""
+    """Reads a text or a pair of texts, with one label, several labels, numbers, or no label."""
 
     def __init__(self, options, tokenizer, labels, problems):
         super().__init__(options, tokenizer, labels, problems)
-        self.width: int | None = options.width  # how many numbers
+        self.width: int | None = options.width  # numbers per row in regression
 
     def example(self, row):
         names = self.options.columns
@@ -156,17 +158,19 @@ class TextExampleEncoder(ExampleEncoder):
             self.width = self.width or len(numbers)
             if len(numbers) != self.width:
                 before = "the training data" if self.options.width else "the rows before"
-                raise ValueError(f"{len(numbers)} numbers, but {self.width} in {before}")
+                raise ValueError(
+                    f"the label has {len(numbers)} numbers, but {self.width} in {before}"
+                )
             return numbers
         if problem == DEFAULT_PROBLEM:
             if isinstance(value, list):
                 raise ValueError(
-                    f"one label is wanted, got {value!r}; several need "
+                    f"the label must be a single one, got {value!r}; several labels need "
                     "problem_type='multi_label_classification'"
                 )
             return np.int32(label_number(value, self.labels or ()))
         if not isinstance(value, list):
-            raise ValueError(f"a list of labels is wanted, got {value!r}")
+            raise ValueError(f"the label must be a list of labels, got {value!r}")
         present = np.zeros(len(self.labels or ()), np.float32)
         present[[label_number(v, self.labels or ()) for v in value]] = 1.0
         return present
@@ -181,7 +185,8 @@ class TextExampleEncoder(ExampleEncoder):
 
 
 class WordExampleEncoder(ExampleEncoder):
-    """Words with a tag each; the first token of a word carries it, no other counts."""
+    """Reads words with a tag each; the first token of a word has its tag, other tokens do not
+    count."""
 
     fast = True
 
@@ -191,8 +196,8 @@ class WordExampleEncoder(ExampleEncoder):
         steps = backend.get("pretokenizers", [backend])
         if any(s.get("type") == "ByteLevel" and not s["add_prefix_space"] for s in steps):
             raise ValueError(
-                f"{type(tokenizer).__name__} reads a word differently without a space before it; "
-                "load it with add_prefix_space=True for words that are split already."
+                f"{type(tokenizer).__name__} tokenizes a word differently without a space before "
+                "it; load it with add_prefix_space=True, because these words are already split."
             )
 
     def example(self, row):
@@ -221,8 +226,8 @@ class WordExampleEncoder(ExampleEncoder):
 
 
 class QuestionExampleEncoder(ExampleEncoder):
-    """Questions with contexts, in windows; the answer is a span of tokens, or position 0 where the
-    window does not hold all of it."""
+    """Reads questions with contexts, split into windows. The answer is a span of tokens, or
+    position 0 if the window does not contain all of it."""
 
     fast = True
 
@@ -235,14 +240,19 @@ class QuestionExampleEncoder(ExampleEncoder):
         answers = value_in(row, names.answers)
         texts, starts = (answers_in(answers, name) for name in ("text", "answer_start"))
         if len(texts) != len(starts):
-            raise ValueError(f"{names.answers!r} has {len(texts)} texts, {len(starts)} places")
+            raise ValueError(
+                f"{names.answers!r} has {len(texts)} texts, but {len(starts)} answer_start; give "
+                "one for each text"
+            )
         for text, start in zip(texts, starts, strict=True):
             if not isinstance(text, str) or not isinstance(start, int) or not text.strip():
-                raise ValueError(f"an answer is a text and a place, got {text!r}, {start!r}")
+                raise ValueError(
+                    f"an answer must be a text and an integer answer_start, got {text!r}, {start!r}"
+                )
             if start < 0 or context[start : start + len(text)] != text:
                 raise ValueError(
-                    f"the answer {text!r:.60} is not at character {start} of the context, where "
-                    f"{context[max(start, 0) : max(start, 0) + len(text)]!r:.60} stands"
+                    f"the answer {text!r:.60} is not at character {start} of the context, which "
+                    f"has {context[max(start, 0) : max(start, 0) + len(text)]!r:.60} there"
                 )
         record["answers"] = {"text": texts, "answer_start": starts}
         span = (-1, -1)  # characters of the first answer
@@ -267,14 +277,15 @@ class QuestionExampleEncoder(ExampleEncoder):
             inputs, span = self.inputs(examples[number], encoded, place), examples[number].label
             if inputs is None:
                 continue
+            inputs.fields[WORDS] = words = answer_places(encoded.encodings[place])
             offsets = inputs.fields[OFFSETS]
-            offsets[[part != 1 for part in encoded.sequence_ids(place)]] = -1
+            offsets[words[:, 0] < 0] = -1
             positions = () if span is None else map(np.int32, _tokens_of(span, offsets))
             windows[number] += self.rows(inputs, *positions)
         yield from zip(examples, windows, strict=True)
 
     def _fitting(self, examples: list[Example]) -> list[Example]:
-        """Those whose question leaves room for windows."""
+        """Returns the examples whose question leaves room for windows; reports the others."""
         questions = [example.inputs[0] for example in examples]
         encoded = self.tokenizer(questions, add_special_tokens=False, verbose=False)["input_ids"]
         special = self.tokenizer.num_special_tokens_to_add(pair=True)
@@ -294,7 +305,7 @@ class QuestionExampleEncoder(ExampleEncoder):
 
 
 class ChoiceExampleEncoder(ExampleEncoder):
-    """A text with several continuations, each a pair with it; all rows have as many."""
+    """Reads a text with several choices, each a pair with it; all rows must have as many."""
 
     choices: int | None = None
 
@@ -304,8 +315,8 @@ class ChoiceExampleEncoder(ExampleEncoder):
         wanted = len(choices) if self.choices is None else self.choices
         if len(choices) != wanted or wanted < 2:
             raise ValueError(
-                f"{names.choices!r} has {len(choices)} texts; at least 2 are wanted, as many in "
-                f"all rows{f' ({self.choices})' if self.choices else ''}"
+                f"{names.choices!r} has {len(choices)} texts; it must have at least 2, and the "
+                f"same number in all rows{f' ({self.choices})' if self.choices else ''}"
             )
         text, label = text_in(row, names.text), None
         if self.options.with_labels:
@@ -324,13 +335,13 @@ class ChoiceExampleEncoder(ExampleEncoder):
 
 
 class TargetTextExampleEncoder(ExampleEncoder):
-    """Texts with another to write for each, whose tokens, a second stream, are the labels."""
+    """Reads texts with a text to write for each, whose tokens are the labels, a second stream."""
 
     def example(self, row):
         names = self.options.columns
         text, record = text_in(row, names.text), self.id_of(row)
         if self.options.with_labels:
-            record["target"] = text_in(row, names.target)  # whole, to compare with what is written
+            record["target"] = text_in(row, names.target)  # not truncated, to score generated texts
         return Example(row.place, (text,), None, record)
 
     def encode(self, examples):
@@ -354,8 +365,9 @@ class TargetTextExampleEncoder(ExampleEncoder):
 
 
 class PackedTextEncoder(TextExampleEncoder):
-    """Texts joined, with the tokenizer's separator between them, and cut into pieces that fill
-    `max_length` with the special tokens of a single text around each; the last may be shorter."""
+    """Joins texts, with the tokenizer's separator between them, and splits them into pieces. Each
+    piece has the special tokens of a single text around it and fills `max_length`; the last may be
+    shorter."""
 
     def __init__(self, options, tokenizer, labels, problems):
         super().__init__(options, tokenizer, labels, problems)
@@ -368,8 +380,8 @@ class PackedTextEncoder(TextExampleEncoder):
         self._room = options.max_length - len(self._before) - len(self._after)
         if self._room < 1:
             raise ValueError(
-                f"max_length={options.max_length} has no room beside the special tokens "
-                f"{self._before + self._after}."
+                f"max_length={options.max_length} leaves no room beside the special tokens "
+                f"{self._before + self._after}; give a larger one."
             )
         separators = (tokenizer.sep_token_id, tokenizer.eos_token_id)
         self._between = [token for token in separators if token is not None][:1]
@@ -395,9 +407,10 @@ class PackedTextEncoder(TextExampleEncoder):
 
 
 def _tokens_of(span: tuple[int, int], offsets: np.ndarray) -> tuple[int, int]:
-    """First and last token of a span of characters; 0, 0 where the window does not hold it."""
+    """Returns the first and the last token of a span of characters; 0, 0 if the window does not
+    contain all of it."""
     start, end = span
-    inside = np.flatnonzero(offsets[:, 1] > offsets[:, 0])  # of the context, and not empty
+    inside = np.flatnonzero(offsets[:, 1] > offsets[:, 0])  # tokens of the context, not empty
     if start < 0 or not len(inside):
         return 0, 0
     if offsets[inside[0], 0] > start or offsets[inside[-1], 1] < end:

@@ -1,4 +1,4 @@
-"""Values in rows of data: checked, or a ValueError that says what stands there instead.
+"""Checked values of rows of data; a ValueError says what a row has instead.
 
 Axes: Y labels.
 """
@@ -17,12 +17,13 @@ from lsg_flax.files import is_blank, valid_text
 
 _QUANTITY = r"[+-]?(\d+\.?\d*|\.\d+)"
 _LARGEST_FLOAT = float(np.finfo(np.float32).max)
-# How many labels are believed without a list of names: in all, and beside 100 for each one seen.
+# Largest plausible number of labels without a list of names: in total, and besides 100 per label
+# that occurs.
 _MOST_LABELS, _UNSEEN = 1 << 20, 1000
 
 
 def value_in(row: DataRow, column: str) -> Any:
-    """The value of a column, or a ValueError that lists what there is."""
+    """Returns the value of a column; raises ValueError with the row's columns if it is missing."""
     value = row.values.get(column)
     if value is None:
         found = "is empty" if column in row.values else f"is missing; there are {list(row.values)}"
@@ -31,7 +32,7 @@ def value_in(row: DataRow, column: str) -> Any:
 
 
 def text_in(row: DataRow, column: str) -> str:
-    """The text of a column, or a ValueError that says what it is instead."""
+    """Returns the text of a column; raises ValueError if it is something else, or empty."""
     value = value_in(row, column)
     if not isinstance(value, str):
         raise ValueError(f"{column!r} must be a text, got {value!r:.60}")
@@ -41,7 +42,8 @@ def text_in(row: DataRow, column: str) -> str:
 
 
 def texts_in(row: DataRow, column: str, what: str) -> list[str]:
-    """The texts of a list, or a ValueError that says what it is instead; `what` they are."""
+    """Returns the texts of a list; raises ValueError if it is something else. `what` names a text
+    in the error, such as "word"."""
     value = value_in(row, column)
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise ValueError(f"{column!r} must be a list of {what}s, got {value!r:.60}")
@@ -53,22 +55,22 @@ def texts_in(row: DataRow, column: str, what: str) -> list[str]:
     return [valid_text(text) for text in value]
 
 
-# What a label in a row means, in the data of training, evaluation and prediction alike:
+# What a label in a row means, in data for training, evaluation and prediction:
 #
 #   "pos"             the name
 #   1, 1.0, "1"       the number 1, and so are "01" and "1.0"
 #   true, false       the numbers 1 and 0
-#   "", " ", " pos"   nothing: the row is broken
-#   0.5, NaN, null, lists, objects: nothing
+#   "", " ", " pos"   invalid: the row is broken
+#   0.5, NaN, null, lists, objects: invalid
 #
-# A number counts the labels from 0, unless some names are numbers themselves: then it is the name.
+# A number is a label's id, counted from 0; but if some names are numbers, it is a name.
 
 
 def label_value(value: object) -> str | int:
-    """The name or number that a label is.
+    """Returns the name or number of a label.
 
     Raises:
-        ValueError: for one that is neither.
+        ValueError: if it is neither.
     """
     value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, str):
@@ -77,16 +79,16 @@ def label_value(value: object) -> str | int:
         if value != value.strip():
             raise ValueError(
                 f"the label {value!r} has spaces around it and would be another class than "
-                f"{value.strip()!r}; take them away, or give labels=, the names as they are"
+                f"{value.strip()!r}; remove them, or give labels=, the names with their spaces"
             )
         return valid_text(value)
     if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
         return int(value)
-    raise ValueError(f"a label is a name or a whole number, got {value!r:.60}")
+    raise ValueError(f"a label must be a name or a whole number, got {value!r:.60}")
 
 
 class LabelTable(NamedTuple):
-    """Names of labels, made ready to look them up."""
+    """Names of labels, prepared for look-up."""
 
     places: dict[str, int]
     numbers: bool  # whether some names are numbers themselves
@@ -94,16 +96,16 @@ class LabelTable(NamedTuple):
     @classmethod
     @functools.lru_cache(maxsize=8)
     def of(cls, names: tuple[str, ...]) -> "LabelTable":
-        """The table of these names."""
+        """Returns the table of these names."""
         places = {name: place for place, name in enumerate(names)}
         return cls(places, any(_number_of(name) is not None for name in names))
 
 
 def label_number(value: object, names: tuple[str, ...]) -> int:
-    """The number of a label that is given by name or by number.
+    """Returns the number of a label that is given by name or by number.
 
     Raises:
-        ValueError: for one that is not among the names.
+        ValueError: if it is not among the names.
     """
     table = LabelTable.of(names)
     if isinstance(value, str) and value in table.places:
@@ -120,14 +122,15 @@ def label_number(value: object, names: tuple[str, ...]) -> int:
 
 
 def _number_of(value: str | int) -> int | None:
-    """The whole number that a label is, maybe as text; None for a name."""
+    """Returns the whole number of a label, which may be text; None for a name."""
     if isinstance(value, int):
         return value
     return int(value.split(".")[0]) if re.fullmatch(r"[+-]?\d{1,18}(\.0*)?", value) else None
 
 
 def labels_in(values: Iterable[object]) -> set[str | int]:
-    """The labels of a column, of lists too; what is no label is left for the row that has it."""
+    """Returns the labels of a column, also those in lists. Values that are not labels are ignored
+    here; reading their row reports them."""
     found: set[str | int] = set()
     for value in values:
         for label in value if isinstance(value, list) else [value]:
@@ -137,10 +140,10 @@ def labels_in(values: Iterable[object]) -> set[str | int]:
 
 
 def names_of_labels(values: Iterable[object]) -> tuple[str, ...]:
-    """The labels found in a column: the names sorted, or the numbers from 0 to the largest.
+    """Returns the labels found in a column: the names sorted, or the numbers from 0 to the largest.
 
     Raises:
-        ValueError: for names and numbers together, or numbers that cannot count labels.
+        ValueError: for names and numbers together, or numbers that cannot be ids of labels.
     """
     found = labels_in(values)
     names = {label for label in found if isinstance(label, str)}
@@ -162,26 +165,29 @@ def names_of_labels(values: Iterable[object]) -> tuple[str, ...]:
     if numbers and max(numbers) >= most:
         raise ValueError(
             f"labels are {len(numbers)} different numbers up to {max(numbers)!r:.60}, too large to "
-            "be those of labels from 0; give labels=, or problem_type='regression' for quantities."
+            "be ids of labels from 0; give labels=, or problem_type='regression' for quantities."
         )
     return tuple(map(str, range(max(numbers) + 1))) if numbers else tuple(sorted(names))
 
 
 def numbers_in(value: Any) -> Float[np.ndarray, "Y"]:
-    """A number or a list of them, [Y] in float32, or a ValueError."""
+    """Returns a number, or a list of numbers, as [Y] in float32; raises ValueError for other
+    values."""
     try:
         numbers = [float(v) for v in (value if isinstance(value, list) else [value])]
     except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"a number (or a list of them) is wanted, got {value!r:.60}") from error
+        raise ValueError(
+            f"the label must be a number or a list of them, got {value!r:.60}"
+        ) from error
     if not numbers or not all(abs(number) <= _LARGEST_FLOAT for number in numbers):
         raise ValueError(
-            f"a finite number (or a list of them) is wanted, as float32 holds it, got {value!r:.60}"
+            f"the label must be a finite float32 number or a list of them, got {value!r:.60}"
         )
     return np.array(numbers, np.float32)
 
 
 def answers_in(answers: object, name: str) -> list:
-    """The texts or places of SQuAD's answers, or a ValueError."""
+    """Returns the texts or starts of SQuAD's answers; raises ValueError for another form."""
     if not isinstance(answers, dict) or not isinstance(answers.get(name), list):
         raise ValueError(
             'answers must be {"text": [...], "answer_start": [...]}, got ' + f"{answers!r:.60}"

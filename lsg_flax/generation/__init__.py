@@ -1,4 +1,4 @@
-"""Text generation with a cache."""
+"""Text generation: greedy decoding, sampling and beam search, with a cache."""
 
 from lsg_flax.generation.beam import Beams as Beams
 from lsg_flax.generation.generate import Ready as Ready

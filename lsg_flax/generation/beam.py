@@ -1,8 +1,8 @@
-"""Beam search and beam sampling: what one step does, and what is left at the end.
+"""Beam search and beam sampling: one step of the search, and the choice of texts at the end.
 
-Everything is as in transformers 4.37.2, ties included: of equal candidates that of the earlier
-beam and then of the lower token comes first; of equal kept texts the oldest leaves first, and the
-newest is the best.
+Results are those of transformers 4.37.2, ties included: of equal candidates the one of the earlier
+beam comes first, then the one with the lower token; of equal finished texts the oldest is dropped
+first, and the newest is the best.
 
 Axes: B batch, V vocabulary.
 """
@@ -24,13 +24,15 @@ from lsg_flax.generation.sampling import Sample, top_k, warp
 
 @dataclass(frozen=True)
 class Beams:
-    """The likeliest texts of `count` that are kept at every step, or drawn ones.
+    """The settings of beam search, or with `sample` of beam sampling.
 
     Attributes:
-        length_penalty: the power of the new tokens' number that a text's score is divided by.
-        early_stopping: True ends a row as soon as `count` texts have ended; False when by its
-            present length none that is open can become better; "never" when none can at all.
-        sample: how candidates are drawn, None for the best ones.
+        count: number of beams per row.
+        length_penalty: a text's score is divided by its number of new tokens to this power.
+        early_stopping: when a row ends: with True as soon as `count` texts have ended; with False
+            when no open text can become better at its present length; with "never" when none can
+            become better at any length.
+        sample: how candidates are drawn; None to take the best ones.
     """
 
     count: int
@@ -49,20 +51,22 @@ class Beams:
     def divide(
         self, scores: Float[Array, "*B"], length: Int[Array, ""], width: int
     ) -> Float[Array, "*B"]:
-        """Scores of texts with so many new tokens, at most `width`, by the power of this length."""
+        """Divides the scores of texts with `length` new tokens, at most `width`, by the length
+        penalty."""
         require(
             abs(self.length_penalty) * math.log(width + 1) < math.log(1e30),
-            f"length_penalty={self.length_penalty} leaves no number for {width} tokens; a usual "
-            "one is between -2 and 2.",
+            f"length_penalty={self.length_penalty} over- or underflows for {width} tokens; usual "
+            "values are between -2 and 2.",
         )
         powers = np.maximum(np.arange(width + 1), 1) ** float(self.length_penalty)
-        # XLA multiplies with the reciprocal of a single divisor, and equal quotients then differ.
+        # With a single divisor XLA multiplies by its reciprocal, and equal quotients would differ.
         return scores / jnp.asarray(powers, jnp.float32)[jnp.full(scores.shape, length)]
 
 
 class Kept(NamedTuple):
-    """The best texts that have ended, without their end tokens, in no order. Of `added` texts the
-    last are not here any more; as long as there are fewer than places, the last places are free."""
+    """The best finished texts, without end tokens, unordered. `added` counts all texts that were
+    ever added, those dropped since included; while it is less than the number of beams, the last
+    slots are free."""
 
     tokens: Int[Array, "B Beams Width"]
     scores: Float[Array, "B Beams"]
@@ -77,8 +81,8 @@ class Kept(NamedTuple):
         scores: Float[Array, "B Beams"],
         valid: Bool[Array, "B Beams"],
     ) -> "Kept":
-        """Adds those texts that are valid, one after the other: into a free place, or in place of
-        the worst one where that is worse."""
+        """Adds the valid texts, one after the other: into a free slot, or instead of the worst text
+        if that is worse."""
         batch, beams = scores.shape
 
         def one(heap, offered):
@@ -108,23 +112,23 @@ class Kept(NamedTuple):
         )
 
     def best(self, count: int) -> "Kept":
-        """The best ones, best first."""
+        """Returns the best `count` texts, best first."""
         order = jnp.lexsort((-self.ages, -self.scores), axis=1)[:, :count]
         tokens, scores, lengths, ages = (of_parents(x, order) for x in self[:-1])
         return Kept(tokens, scores, lengths, ages, self.added)
 
 
 class BeamState(NamedTuple):
-    """What beam search carries from step to step, besides the texts."""
+    """The state of beam search between steps, beside the texts."""
 
     scores: Float[Array, "B Beams"]  # summed log-probabilities
-    parents: Int[Array, "B Beams"]  # the beam of the last step that each goes on from
+    parents: Int[Array, "B Beams"]  # the beam of the last step that each beam continues
     kept: Kept
     done: Bool[Array, "B"]
 
     @classmethod
     def first(cls, tokens: Int[Array, "B Beams Width"], beams: Beams) -> "BeamState":
-        """That of prompts. All beams are equal, so search looks at one of them alone."""
+        """The state after the prompts. All beams are equal then, so only one of them counts."""
         shape = tokens.shape[:2]
         none = jnp.zeros(shape, jnp.int32)
         behind = jnp.arange(shape[1]) > 0
@@ -136,8 +140,8 @@ class BeamState(NamedTuple):
 
 
 def of_parents(x: Array, parents: Int[Array, "B Beams"]) -> Array:
-    """[B, Beams, ...], each taken from a place of its own row. Rows do not meet, so that no device
-    needs another's."""
+    """Selects from [B, Beams, ...], for each beam, its parent in the same row. Nothing moves
+    between rows, so that no device needs data of another."""
     return jax.vmap(lambda row, places: row[places])(x, parents)
 
 
@@ -150,12 +154,12 @@ def search_step(
     logits: Float[Array, "B Beams V"],
     key: PRNGKeyArray,
 ) -> tuple[BeamState, Text]:
-    """Adds one token to each beam: the best candidates that go on do so, and those that end are
-    kept. Rows that are done stay as they are."""
+    """Adds one token to each beam: the best open candidates continue, and those that end are added
+    to the finished texts. Rows that are done do not change."""
     ends = jnp.asarray(rules.eos_token_id, jnp.int32)
     scores = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     scores = apply_rules(rules, text, scores)
-    at_least = max(2, 1 + len(ends))  # of each beam, so that some go on whatever ends
+    at_least = max(2, 1 + len(ends))  # candidates per beam, so that enough of them do not end
     if beams.sample is not None:
         scores = warp(scores, beams.sample, keep=at_least)
     scores = scores + state.scores[..., None]
@@ -182,7 +186,7 @@ def search_step(
 def _candidates(
     scores: Float[Array, "B Beams V"], count: int, sample: Sample | None, key: PRNGKeyArray
 ) -> tuple[Float[Array, "B Count"], Int[Array, "B Count"], Int[Array, "B Count"]]:
-    """Scores, beams and tokens of the best candidates, or of drawn ones, best first."""
+    """Returns scores, beams and tokens of the best (or drawn) candidates, best first."""
     vocabulary = scores.shape[-1]
     flat = scores.reshape(len(scores), -1)
     if sample is None:
@@ -197,8 +201,8 @@ def _candidates(
 def highest(
     scores: Float[Array, "B _"], count: int, run: int = 128
 ) -> tuple[Float[Array, "B Count"], Int[Array, "B Count"]]:
-    """As `top_k`, which sees only the highest of each run of places, and then the runs that have
-    the highest ones: a vocabulary that is spread over devices stays there."""
+    """`top_k` in two stages: over the maxima of runs of entries, then within the best runs. This
+    way a vocabulary that is sharded over devices is not gathered."""
     batch, places = scores.shape
     if places <= run * count:
         return top_k(scores, count)
@@ -210,7 +214,7 @@ def highest(
 
 
 def finish(beams: Beams, state: BeamState, text: Text, count: int) -> Kept:
-    """The best `count` texts of each row: rows that are not done have open ones too."""
+    """Returns the best `count` texts of each row; open texts count for rows that are not done."""
     divided = beams.divide(state.scores, text.length - text.start, text.tokens.shape[-1])
     valid = jnp.broadcast_to(~state.done[:, None], divided.shape)
     return state.kept.offer(text.tokens, text.length, divided, valid).best(count)

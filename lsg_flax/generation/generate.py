@@ -86,26 +86,34 @@ def generate(
     return_scores: bool = False,
     **call: Unpack[GenerateCall],
 ) -> Generated | tuple[Generated, Float[np.ndarray, "Rows"]]:
-    """Continues prompts, or answers them with an encoder-decoder: the tokens of transformers'
-    `generate`, laid out as there.
+    """Continues prompts with a causal model, or generates texts for them with an encoder-decoder.
+    The tokens are those of transformers' `generate`, in the same layout.
 
-    Prompts are filled up to a bucket, which does not change the result: one compilation serves all
-    prompts of a bucket, for the same options.
+    Prompts are padded to a bucket, which does not change the result, so that one compilation serves
+    all prompts of a bucket with the same options.
 
     Args:
-        model, params: a causal_lm, or an encoder-decoder.
-        input_ids, attention_mask: [B, T]; prompts that are continued are padded on the left. An
-            encoder-decoder's mask is by default where no pad_token_id is.
-        return_scores: give also the score of each text, with beam search: its log-probability by
-            its length (see `Beams`).
-        call: see `GenerateCall` and `GenerateOptions`.
+        model, params: a causal_lm or an encoder-decoder, and its parameters.
+        input_ids: prompts, [B, T]; those of a causal model must be padded on the left.
+        attention_mask: [B, T], 1 for real tokens. By default all tokens are real; for an
+            encoder-decoder those that are not pad_token_id.
+        return_scores: whether to return the score of each text too, with beam search: its
+            log-probability divided by a power of its length (`length_penalty`).
+        **call: transformers' options by its names, such as `max_new_tokens`, `num_beams`,
+            `do_sample`, `top_p`; and arguments of this call: `key` (random key for sampling),
+            `mesh` (rows are sharded over data and fsdp), `stream` (called with each new token of a
+            single row), `bucket`, `use_cache`, `decoder_input_ids`, `position_ids` and others. See
+            `generation.GenerateOptions` and `generation.GenerateCall` for all of them. Options that
+            are not given come from the checkpoint; None switches an option off.
 
     Returns:
-        The prompts (of an encoder-decoder those of the decoder), and behind them the new tokens.
+        [B * num_return_sequences, length]: the prompts (for an encoder-decoder those of the
+        decoder), followed by the new tokens and then pad_token_id. With `return_scores` also the
+        scores, [B * num_return_sequences].
 
     Raises:
-        ValueError: for input that the model has no place for, options that do not fit together, and
-            a model that gives NaN.
+        ValueError: for prompts that exceed the model's positions, options that contradict each
+            other, and a model that gives NaN.
     """
     check_model(model, params)
     mesh = call.get("mesh")
@@ -122,8 +130,8 @@ def generate(
         used = [name for name in names if call.get(name) is not None]
         require(
             not (two_stacks(model) or beyond or used),
-            "use_cache=False is for a decoder alone, within its positions, given nothing but "
-            f"prompts and their mask (here: {used}); leave it out.",
+            "use_cache=False needs a model without an encoder, texts within its positions, and "
+            f"nothing but prompts and their mask (given: {used}); leave it out.",
         )
         decoder = RereadingDecoder(own)
     found = _written(decoder, ready, call)
@@ -134,7 +142,7 @@ def generate(
 
 
 class Ready(NamedTuple):
-    """A call of `generate` as the loop takes it."""
+    """The inputs of the generation loop, made from a call of `generate`."""
 
     prompt: Prompt
     text: Text
@@ -147,7 +155,7 @@ def prepare(
     attention_mask: ArrayLike | None,
     call: GenerateCall,
 ) -> Ready:
-    """What a call of `generate` gives the loop, checked and filled up to its bucket; raises
+    """Checks a call of `generate` and pads it to its bucket; returns the inputs of the loop. Raises
     ValueError as `generate`."""
     chosen = choose_options(model.config, call)
     how = decoding_of(chosen, model.config.vocab_size)
@@ -164,7 +172,7 @@ def prepare(
     require(
         call.get("stream") is None
         or (not isinstance(how.picker, Beams) and text.tokens.shape[:2] == (1, 1)),
-        f"stream shows the tokens of one text as they come, not of {len(ids)} rows with num_beams="
+        f"stream shows the tokens of a single text, not of {len(ids)} rows with num_beams="
         f"{chosen['num_beams']}, num_return_sequences={how.returned}: give one row, and "
         "num_beams=1, num_return_sequences=1.",
     )
@@ -172,7 +180,7 @@ def prepare(
 
 
 def _written(decoder: Decoder[Any], ready: Ready, call: GenerateCall) -> Texts:
-    """The texts, written on the mesh if there is one."""
+    """Runs the loop, on the mesh if there is one."""
     prompt, text, how = ready
     key, show, mesh = call.get("key"), call.get("stream"), call.get("mesh")
     key = jax.random.key(0) if key is None else key  # not used without sampling
@@ -186,8 +194,8 @@ def _written(decoder: Decoder[Any], ready: Ready, call: GenerateCall) -> Texts:
 
 
 def check_options(model: CausalModel, options: GenerateOptions) -> None:
-    """Raises ValueError for options of `generate` that do not fit together, or the model; of an
-    encoder-decoder all that does not depend on a text."""
+    """Raises ValueError for options of `generate` that contradict each other or do not fit the
+    model; for an encoder-decoder it checks everything that does not depend on a text."""
     chosen = choose_options(model.config, options)
     decoding_of(chosen, model.config.vocab_size)
     if two_stacks(model):
@@ -202,7 +210,8 @@ def _continued(
     chosen: Mapping[str, Any],
     call: GenerateCall,
 ) -> tuple[Prompt, np.ndarray, Space]:
-    """The model's inputs, what is written on, and the space for it, for a causal model."""
+    """Returns a causal model's inputs, the tokens that are continued, and the space for new
+    ones."""
     require(
         call.get("decoder_input_ids") is None,
         "decoder_input_ids are for an encoder-decoder; this model continues input_ids.",
@@ -225,10 +234,12 @@ def _answered(
     chosen: Mapping[str, Any],
     call: GenerateCall,
 ) -> tuple[Prompt, np.ndarray, Space]:
-    """The same for an encoder-decoder."""
+    """Returns the same as `_continued` for an encoder-decoder."""
     names = ("position_ids", "encoder_hidden_states", "encoder_attention_mask")
     used = [name for name in names if call.get(name) is not None]
-    require(not used, f"{used} are for a decoder alone; this model has an encoder.")
+    require(
+        not used, f"{used} need a model without an encoder, but this one has one; leave them out."
+    )
     bucket = call.get("bucket", 64)
     begun = decoder_prompt(len(ids), chosen, call, model.config.vocab_size)
     space = space_for(model, begun.shape[1], chosen, bucket)
@@ -272,8 +283,8 @@ def _text_of(
 
 
 def _laid_out(found: Texts, limit: int, how: Decoding) -> Generated:
-    """The texts as rows of one width. With beam search, whose texts come without their end, the
-    first of the end tokens follows where it fits."""
+    """Returns the texts as rows of one width. Texts of beam search have no end token, so the first
+    of the end tokens is added if there is room."""
     tokens, lengths = np.asarray(found.tokens), np.asarray(found.lengths)[..., None]
     width = int(lengths.max())
     if isinstance(how.picker, Beams):

@@ -1,5 +1,5 @@
-"""The loop of text generation: the prompt in one call, then one token at a time, in one compiled
-program, or with a program per step where each token is shown as it comes.
+"""The loop of text generation: reads the prompt in one call, then generates one token at a time, in
+one compiled program, or with a program per step if each token is shown at once.
 
 Axes: B batch, V vocabulary.
 """
@@ -24,11 +24,13 @@ Picker = Greedy | Sample | Beams
 
 @dataclass(frozen=True)
 class Decoding:
-    """How texts are written, as far as it decides the program.
+    """The settings of decoding that are static in the program.
 
     Attributes:
-        returned: texts of each row that are given back.
-        pad: what follows a row that has ended.
+        picker: how the next token is chosen.
+        rules: restrictions of the next token.
+        returned: number of texts returned per row.
+        pad: the token that follows a row that has ended.
     """
 
     picker: Picker
@@ -38,24 +40,24 @@ class Decoding:
 
     @property
     def beams(self) -> int:
-        """Texts of each row that are written at once."""
+        """The number of texts that are generated per row at once."""
         return self.picker.count if isinstance(self.picker, Beams) else self.returned
 
 
 class Progress(NamedTuple):
-    """What is carried from step to step."""
+    """The state of the loop between steps."""
 
     state: Any  # the decoder's
     text: Text
     ended: Bool[Array, "B Beams"]
-    broken: Bool[Array, "B Beams"]  # a token of it was picked by a NaN
+    broken: Bool[Array, "B Beams"]  # a token was chosen although its score was NaN
     key: PRNGKeyArray
     search: BeamState | None
 
 
 class Texts(NamedTuple):
-    """Texts with their prompts, as long as `lengths` says. Those of beam search end before their
-    end token, and have scores. A row is broken if the model gave NaN for it."""
+    """Texts with their prompts, and their lengths. Texts of beam search have no end token, and have
+    scores. A row is broken if the model gave NaN for it."""
 
     tokens: Int[Array, "B Returned Width"]
     lengths: Int[Array, "B Returned"]
@@ -66,7 +68,7 @@ class Texts(NamedTuple):
 def begin(
     decoder: Decoder[Any], prompt: Prompt, text: Text, key: PRNGKeyArray, how: Decoding
 ) -> Progress:
-    """Reads the prompts, which the text also holds, and writes the first token."""
+    """Reads the prompts, which are also in `text`, and writes the first token."""
     batch, beams, width = text.tokens.shape
     filled = next(prompt[n] for n in ("decoder_input_ids", "input_ids") if n in prompt).shape[1]
     logits, state = decoder.start(prompt, max(filled, width - 1), beams)  # the last is not fed
@@ -91,7 +93,7 @@ def proceed(decoder: Decoder[Any], progress: Progress, how: Decoding) -> Progres
 
 
 def goes_on(progress: Progress) -> Bool[Array, ""]:
-    """Whether there is room, and some row has not ended."""
+    """Whether there is room for a token, and some row has not ended."""
     return (progress.text.length < progress.text.limit) & ~progress.ended.all()
 
 
@@ -108,7 +110,7 @@ def _write(progress: Progress, logits: Float[Array, "B Beams V"], how: Decoding)
         return Progress(progress.state, text, ended, broken, key, search)
     scores = apply_rules(how.rules, text, logits.astype(jnp.float32))
     tokens = pick(scores, how.picker, draw).astype(text.tokens.dtype)
-    # Of several scores NaN is picked: it counts as the highest.
+    # A NaN among the scores is always chosen: it counts as the highest.
     nan = jnp.isnan(jnp.take_along_axis(scores, tokens[..., None], axis=-1)[..., 0])
     broken = progress.broken | (nan & ~ended)
     tokens = jnp.where(ended, how.pad, tokens) if ends else tokens
@@ -120,7 +122,7 @@ def _write(progress: Progress, logits: Float[Array, "B Beams V"], how: Decoding)
 def decode(
     decoder: Decoder[Any], prompt: Prompt, text: Text, key: PRNGKeyArray, *, how: Decoding
 ) -> Texts:
-    """The texts, when all rows have ended or reached the limit."""
+    """Generates until all rows have ended or reached the limit; returns the texts."""
     first = begin(decoder, prompt, text, key, how)
     last = lax.while_loop(goes_on, lambda progress: proceed(decoder, progress, how), first)
     return _close(last, how)
@@ -148,7 +150,7 @@ def decode_shown(
     how: Decoding,
     show: Callable[[int], object],
 ) -> Texts:
-    """As `decode`, for one text, of which every new token is shown as soon as it is there."""
+    """`decode` for one text; calls `show` with every new token as soon as it is computed."""
     progress = _begin(decoder, prompt, text, key, how=how)
     while True:
         show(int(progress.text.tokens[0, 0, progress.text.length - 1]))

@@ -1,5 +1,5 @@
-"""The options of `generate`: their names, where those that are not given come from, and the records
-that they make.
+"""The options of `generate`: their names, their defaults from the checkpoint, and the records made
+from them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,19 +21,22 @@ Tokens = int | Sequence[int]
 
 
 class GenerateOptions(TypedDict, total=False):
-    """transformers' options, with its meanings and defaults. An option that is not given is that of
-    the checkpoint's generation_config.json or config.json; None is off.
+    """transformers' options, with the same meanings and defaults. An option that is not given comes
+    from the checkpoint's generation_config.json or config.json; None switches it off.
+    Options that are not listed here are described in `Rules`.
 
     Attributes:
-        max_length: the most tokens with the prompt (20), or max_new_tokens without it.
+        max_length: largest number of tokens, the prompt included; 20 by default.
+        max_new_tokens: the same without the prompt, instead of max_length.
         num_beams, length_penalty, early_stopping: of beam search (see `Beams`).
-        num_return_sequences: texts of each row, which follow each other in the result.
-        do_sample: draw tokens, with `key`; temperature, top_k, top_p: see `Sample`.
-        filter_thres: local-attention's name for a top_k of this share less than all tokens.
-        eos_token_id: one or more tokens that end a row; pad_token_id follows it.
-        decoder_start_token_id: what an encoder-decoder begins with.
-        forced_bos_token_id: its second token, one for all rows or one for each.
-        All others: see `Rules`.
+        num_return_sequences: number of texts per row, which follow each other in the result.
+        do_sample: whether tokens are drawn, with `key`.
+        temperature, top_k, top_p: of sampling (see `Sample`).
+        filter_thres: local-attention's form of top_k: the share of tokens that is not kept.
+        eos_token_id: one or more tokens that end a row.
+        pad_token_id: the token that follows the end of a row.
+        decoder_start_token_id: the first token of an encoder-decoder's texts.
+        forced_bos_token_id: the second token of these, one for all rows or one for each.
     """
 
     max_length: int | None
@@ -63,20 +66,23 @@ class GenerateOptions(TypedDict, total=False):
 
 
 class GenerateCall(GenerateOptions, total=False):
-    """The options, and what belongs to one call alone.
+    """The options, and further arguments of one call.
 
     Attributes:
-        decoder_input_ids: [B, T] for an encoder-decoder, what each row begins with; the start token
-            comes before it if no row has it.
-        position_ids: [B, T], counted on from the last; by default the model's own.
+        decoder_input_ids: for an encoder-decoder the tokens [B, T] that each row begins with; the
+            start token is added in front if no row has it.
+        position_ids: [B, T], positions of the prompt, continued from the last one; by default the
+            model's own.
         encoder_hidden_states, encoder_attention_mask: for a decoder with cross-attention.
-        key: what sampling draws with.
-        stream: is called with each new token of a single row as soon as it is there.
-        bucket: prompts are filled up to a multiple of so many tokens.
-        use_cache: False reads all tokens anew for each one: a Reformer's cache is the reference's
-            approximation. Other models write the same either way.
-        mesh: of `sharding.make_mesh`: rows lie over its axes data and fsdp, an encoder's tokens
-            over sequence. `params` must lie on it, as `from_pretrained(mesh=mesh)` loads them.
+        key: random key of sampling.
+        stream: a function that is called with each new token of a single row as soon as it is
+            computed.
+        bucket: prompts are padded to a multiple of this number of tokens.
+        use_cache: with False every step reads all tokens again. A Reformer's cache is the
+            reference's approximation; other models generate the same tokens either way.
+        mesh: a mesh of `sharding.make_mesh`: rows are sharded over its axes data and fsdp, an
+            encoder's tokens over sequence. `params` must be on it, as `from_pretrained(mesh=mesh)`
+            loads them.
     """
 
     decoder_input_ids: ArrayLike | None
@@ -94,7 +100,7 @@ OPTION_NAMES = tuple(GenerateOptions.__annotations__)
 _SAMPLING = {"temperature": 1.0, "top_k": None, "top_p": None, "filter_thres": None}
 _BEAMS = {"length_penalty": 1.0, "early_stopping": False}
 _ID_LISTS = ("eos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens")
-# What a checkpoint may ask for and generate does not do, with the value that asks for nothing.
+# Unsupported options of checkpoints, with the value that switches each off.
 _UNSUPPORTED: dict[str, int | None] = {
     **dict.fromkeys(("diversity_penalty", "penalty_alpha", "epsilon_cutoff", "eta_cutoff"), 0),
     **dict.fromkeys(("num_beam_groups", "typical_p", "guidance_scale"), 1),
@@ -106,8 +112,8 @@ _UNSUPPORTED: dict[str, int | None] = {
 
 
 def checkpoint_options(config: Any) -> dict[str, Any]:
-    """What a checkpoint says of generation: its generation_config.json, which stands under
-    "generation_config" among the config's other fields, before its config.json."""
+    """Returns a checkpoint's generation options: those of generation_config.json, which is the
+    config's other field "generation_config", then those of config.json."""
     stored = config.other("generation_config", {})
     names = [name for name in (*OPTION_NAMES, *_UNSUPPORTED) if name not in stored]
     of_config = {name: getattr(config, name, config.other(name, None)) for name in names}
@@ -116,11 +122,11 @@ def checkpoint_options(config: Any) -> dict[str, Any]:
 
 
 def choose_options(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """All that is not off: the given ones, and for the others those of the checkpoint.
+    """Returns all options that are on: the given ones, then those of the checkpoint.
 
     Raises:
-        ValueError: for a name that there is not, options that exclude each other, and for a
-            checkpoint that asks for what is not supported.
+        ValueError: for an unknown name, options that exclude each other, and a checkpoint with an
+            unsupported option.
     """
     unknown = sorted(given.keys() - GenerateCall.__annotations__.keys())
     require(
@@ -151,10 +157,12 @@ def choose_options(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _kept(share: Any, own: Mapping[str, Any], vocabulary: int) -> int:
-    """How many tokens `filter_thres` keeps, in the arithmetic of local-attention."""
+    """The number of tokens that `filter_thres` keeps, computed as in local-attention."""
     share = checked_value("filter_thres", share, float, Range(0.0, 1.0, "must lie in [0, 1]"))
     count = int((1 - share) * vocabulary)
-    require(own.get("top_k") is None, "filter_thres and top_k are one thing: give one of them.")
+    require(
+        own.get("top_k") is None, "filter_thres and top_k set the same thing: give one of them."
+    )
     require(
         count >= 1,
         f"filter_thres={share} keeps none of vocab_size={vocabulary} tokens: give at most "
@@ -164,7 +172,7 @@ def _kept(share: Any, own: Mapping[str, Any], vocabulary: int) -> int:
 
 
 def _check_uses(chosen: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raises ValueError for given options that would do nothing, and too many texts of a row."""
+    """Raises ValueError for given options without effect, and for too many texts per row."""
     beams, returned = chosen["num_beams"], chosen["num_return_sequences"]
     sampled = chosen["do_sample"]
     idle = {} if sampled else _SAMPLING
@@ -173,13 +181,13 @@ def _check_uses(chosen: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         require(not used, f"{used} need {need}; without it they do nothing. Leave them out.")
     require(
         returned <= beams or (sampled and beams == 1),
-        f"num_return_sequences={returned} texts of a row are more than num_beams={beams} writes: "
-        "give more beams, or do_sample=True with one.",
+        f"num_return_sequences={returned} is more than num_beams={beams} texts per row: give more "
+        "beams, or do_sample=True with one beam.",
     )
 
 
 def decoding_of(chosen: Mapping[str, Any], vocabulary: int) -> Decoding:
-    """The record of the options; raises ValueError for values out of range."""
+    """Makes the record of the options; raises ValueError for values out of range."""
     rules = _rules_of(chosen)
     sample = None
     if chosen["do_sample"]:
@@ -192,14 +200,14 @@ def decoding_of(chosen: Mapping[str, Any], vocabulary: int) -> Decoding:
     pad = chosen.get("pad_token_id")
     require(
         not rules.eos_token_id or pad is not None,
-        "rows that end need a pad_token_id to be filled with: give one.",
+        "rows that end are padded with pad_token_id, and there is none: give one.",
     )
     for name in ("pad_token_id", "decoder_start_token_id"):
         value = chosen.get(name, 0)
         require(
             np.ndim(value) == 0,
-            f"{name}={value!r} must be one token id for all rows; rows that begin differently are "
-            "given in decoder_input_ids.",
+            f"{name}={value!r} must be one token id for all rows; to begin rows differently pass "
+            "decoder_input_ids.",
         )
     named = rules.tokens | {
         name: token_ids(name, chosen.get(name, ()))
@@ -216,10 +224,12 @@ def decoding_of(chosen: Mapping[str, Any], vocabulary: int) -> Decoding:
 
 
 def _check_left(rules: Rules, first: tuple[int, ...], vocabulary: int) -> None:
-    """Raises ValueError for rules that leave no token at some place, which would be a wrong one.
+    """Raises ValueError for rules that leave no token at some position.
 
     Args:
-        first: the tokens that are forced behind a single one.
+        rules: the rules.
+        first: the tokens that are forced at the second position.
+        vocabulary: number of tokens.
     """
     suppressed, begin = set(rules.suppress_tokens), set(rules.begin_suppress_tokens)
     banned = {word[0] for word in rules.bad_words_ids if len(word) == 1}
@@ -232,7 +242,7 @@ def _check_left(rules: Rules, first: tuple[int, ...], vocabulary: int) -> None:
         "allow at least one.",
     )
     forced = {"forced_bos_token_id": first, "forced_eos_token_id": rules.forced_eos_token_id}
-    every = {"forced_bos_token_id": any, "forced_eos_token_id": all}  # one a row; any of them
+    every = {"forced_bos_token_id": any, "forced_eos_token_id": all}  # one per row; any of them
     lost = {
         n: [*ids] for n, ids in forced.items() if ids and every[n](i in suppressed for i in ids)
     }
@@ -256,11 +266,11 @@ def _rules_of(chosen: Mapping[str, Any]) -> Rules:
 
 
 def token_ids(name: str, value: Any) -> tuple[int, ...]:
-    """One id or more as a tuple; raises ValueError for what is none."""
+    """Returns one id or several as a tuple; raises ValueError for anything else."""
     ids = np.atleast_1d(np.asarray(value))
     whole = ids.size == 0 or (np.issubdtype(ids.dtype, np.integer) and ids.min() >= 0)
     require(
         ids.ndim == 1 and bool(whole),
-        f"{name}={value!r} must be a token id or a list of them, whole numbers of at least 0.",
+        f"{name}={value!r} must be a token id or a list of them, integers of at least 0.",
     )
     return tuple(ids.tolist())

@@ -1,8 +1,8 @@
-"""Rules on the next token: pure functions that change its scores, in the order of transformers.
+"""Rules for the next token: pure functions that change its scores, in the order of transformers.
 
-They see what is written as an array of fixed width, of which `length` places are in use, so that
-one program serves every step. Greedy decoding and sampling apply them to logits, beam search to
-log-probabilities, as transformers does.
+They get the text as an array of fixed width, of which the first `length` entries are in use, so
+that one program serves every step. As in transformers, greedy decoding and sampling apply them to
+logits, beam search to log-probabilities.
 
 Axes: B batch, V vocabulary; S keys are the encoder's tokens here.
 """
@@ -21,13 +21,13 @@ from lsg_flax.checks import require
 
 
 def check_whole(name: str, value: int, least: int) -> None:
-    """Raises ValueError for anything but a whole number of at least `least`."""
+    """Raises ValueError unless the value is an integer of at least `least`."""
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= least
     require(bool(whole), f"{name}={value!r} must be a whole number, at least {least}.")
 
 
 def check_number(name: str, value: float, *, positive: bool = True) -> None:
-    """Raises ValueError for anything but a finite number, by default above 0."""
+    """Raises ValueError unless the value is a finite number, by default above 0."""
     known = isinstance(value, int | float | np.floating) and not isinstance(value, bool)
     number = float(value) if known else math.nan
     fits = math.isfinite(number) and (number > 0 or not positive)
@@ -36,17 +36,20 @@ def check_number(name: str, value: float, *, positive: bool = True) -> None:
 
 @dataclass(frozen=True)
 class Rules:
-    """What restricts the next token, by transformers' names; each default restricts nothing.
+    """Restrictions of the next token, by transformers' names; the defaults restrict nothing.
 
     Attributes:
-        eos_token_id: what ends a row.
-        repetition_penalty: divides the positive scores of tokens that are there, multiplies others.
-        no_repeat_ngram_size, encoder_no_repeat_ngram_size: runs of so many tokens come once, or do
-            not come at all where the encoder's tokens have them.
-        bad_words_ids: runs of tokens that never come.
-        min_length, min_new_tokens: before so many tokens (with, without the prompt) no row ends.
-        forced_eos_token_id: the last token where a row reaches its limit.
-        suppress_tokens, begin_suppress_tokens: never; not behind the prompt.
+        eos_token_id: tokens that end a row.
+        repetition_penalty: for tokens that the text already has, positive scores are divided by it
+            and negative ones multiplied.
+        no_repeat_ngram_size: runs of this many tokens occur only once.
+        encoder_no_repeat_ngram_size: runs of this many tokens of the encoder do not occur.
+        bad_words_ids: runs of tokens that never occur.
+        min_length, min_new_tokens: no row ends before this many tokens, with and without the
+            prompt.
+        forced_eos_token_id: the last token of a row that reaches its limit.
+        suppress_tokens, begin_suppress_tokens: tokens that never occur; that do not occur directly
+            after the prompt.
     """
 
     eos_token_id: tuple[int, ...] = ()
@@ -73,22 +76,22 @@ class Rules:
 
     @property
     def tokens(self) -> dict[str, tuple[int, ...]]:
-        """All token ids that are named, by the name of the rule."""
+        """All token ids of the rules, by the name of the rule."""
         names = ("eos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens")
         words = sum(self.bad_words_ids, ())
         return {name: getattr(self, name) for name in names} | {"bad_words_ids": words}
 
 
 class Text(NamedTuple):
-    """What is written, and what the rules count by.
+    """The generated texts with their prompts.
 
     Attributes:
-        tokens: int32; the places from `length` on are free.
-        length, start, limit: tokens of every row, of which `start` are the prompt's, and the most
-            that there may be.
-        source, source_length: the encoder's tokens, of which so many are the caller's, and the
-            others fill a bucket.
-        first: the token that each row is forced to have behind a single one (forced_bos_token_id).
+        tokens: int32; entries from `length` on are free.
+        length, start, limit: number of tokens of every row, of its prompt, and the largest number
+            allowed.
+        source, source_length: the encoder's tokens, and how many of them are not padding to a
+            bucket.
+        first: the second token of each row, if it is forced (forced_bos_token_id).
     """
 
     tokens: Int[Array, "B Beams Width"]
@@ -100,13 +103,13 @@ class Text(NamedTuple):
     first: Int[Array, "B"] | None = None
 
     def add(self, tokens: Int[Array, "B Beams"]) -> "Text":
-        """The text with one more token in each row."""
+        """Returns the text with one more token in each row."""
         new = tokens[..., None].astype(self.tokens.dtype)
         written = lax.dynamic_update_slice_in_dim(self.tokens, new, self.length, axis=2)
         return self._replace(tokens=written, length=self.length + 1)
 
     def tail(self, count: int) -> Int[Array, "B Beams Tail"]:
-        """The last `count` tokens; before the first one it is repeated."""
+        """Returns the last `count` tokens; if there are fewer, the first one is repeated."""
         places = self.length - count + jnp.arange(count)
         return jnp.take(self.tokens, jnp.maximum(places, 0), axis=2)
 
@@ -115,7 +118,7 @@ TokenScores = Float[Array, "B Beams V"]
 
 
 def apply_rules(rules: Rules, text: Text, scores: TokenScores) -> TokenScores:
-    """The scores of the next token under all rules."""
+    """Returns the scores of the next token after all rules."""
     ends, length = rules.eos_token_id, text.length
     scores = penalize(scores, text, rules.repetition_penalty)
     size = rules.no_repeat_ngram_size
@@ -145,7 +148,7 @@ def _among(tokens: tuple[int, ...], scores: TokenScores) -> Bool[np.ndarray, "V"
 
 
 def ban(scores: TokenScores, tokens: tuple[int, ...], when: Bool[Array, ""]) -> TokenScores:
-    """-inf for these tokens, when it is so."""
+    """Sets the scores of these tokens to -inf if `when` is True."""
     if not tokens:
         return scores
     return jnp.where(_among(tokens, scores)[None, None] & when, -jnp.inf, scores)
@@ -154,17 +157,17 @@ def ban(scores: TokenScores, tokens: tuple[int, ...], when: Bool[Array, ""]) -> 
 def force(
     scores: TokenScores, tokens: Bool[Array | np.ndarray, "#B V"], when: Bool[Array, ""]
 ) -> TokenScores:
-    """0 for these tokens and -inf for all others, when it is so."""
+    """Sets the scores of these tokens to 0 and of all others to -inf if `when` is True."""
     return jnp.where(when, jnp.where(tokens[:, None], 0.0, -jnp.inf), scores)
 
 
 def penalize(scores: TokenScores, text: Text, penalty: float) -> TokenScores:
-    """TokenScores of tokens that are written, the prompt's included, made less."""
+    """Lowers the scores of tokens that the text already has, those of the prompt included."""
     if penalty == 1:
         return scores
     vocabulary = scores.shape[-1]
     used = jnp.arange(text.tokens.shape[-1]) < text.length
-    tokens = jnp.where(used[None, None], text.tokens, vocabulary)  # those out of range are dropped
+    tokens = jnp.where(used[None, None], text.tokens, vocabulary)  # out of range: dropped below
     written = jax.vmap(jax.vmap(lambda t: jnp.zeros(vocabulary, bool).at[t].set(True, mode="drop")))
     less = jnp.where(scores < 0, scores * penalty, scores / penalty)
     return jnp.where(written(tokens), less, scores)
@@ -173,7 +176,8 @@ def penalize(scores: TokenScores, text: Text, penalty: float) -> TokenScores:
 def ban_repeats(
     scores: TokenScores, text: Text, seen: Int[Array, "B _ S"], length: Int[Array, ""], size: int
 ) -> TokenScores:
-    """-inf for what would end a run of `size` tokens that is among the first `length` seen."""
+    """Sets to -inf the tokens that would complete a run of `size` tokens that is among the first
+    `length` tokens of `seen`."""
     places = seen.shape[-1] - size + 1
     if size == 0 or places < 1:
         return scores
@@ -186,13 +190,13 @@ def ban_repeats(
 
 
 def ban_words(scores: TokenScores, text: Text, words: list[tuple[int, ...]]) -> TokenScores:
-    """-inf for what would end one of these runs of tokens. As in transformers a run of n needs n
-    tokens before it is looked for, not n - 1."""
+    """Sets to -inf the tokens that would complete one of these runs. As in transformers, a run of n
+    is only looked for after n tokens, not n - 1."""
     if not words:
         return scores
     longest = max(map(len, words)) - 1
     before = np.asarray([(-1,) * (longest + 1 - len(w)) + w[:-1] for w in words], np.int32)
-    before = before.reshape(1, 1, len(words), longest)  # -1 where anything may stand
+    before = before.reshape(1, 1, len(words), longest)  # -1 matches any token
     sizes, last = np.asarray([(len(w), w[-1]) for w in words]).T
     same = (text.tail(longest)[:, :, None] == before) | (before < 0)
     enough = (sizes == 1) | (sizes <= text.length)

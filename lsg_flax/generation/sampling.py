@@ -1,4 +1,4 @@
-"""How the next token is picked: one record per way, and one match that picks.
+"""How the next token is chosen: one record per method, and the function that chooses.
 
 Axes: B batch, V vocabulary.
 """
@@ -18,21 +18,21 @@ from lsg_flax.sharding import over_rows
 
 @dataclass(frozen=True)
 class Greedy:
-    """The likeliest token."""
+    """Chooses the most likely token."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A token drawn from the likeliest ones; raises ValueError for values out of range."""
+    """Draws a token from the most likely ones; raises ValueError for values out of range."""
 
     temperature: float = 1.0  # divides the logits
-    top_k: int | None = None  # keeps the likeliest k
-    top_p: float | None = None  # keeps, of these, the fewest that together have this probability
+    top_k: int | None = None  # keeps the k most likely tokens
+    top_p: float | None = None  # keeps the fewest of these whose total probability reaches this
 
     def __post_init__(self):
         check_number("temperature (do_sample=False is greedy): temperature", self.temperature)
         require(
-            self.temperature >= 1e-20,  # logits divided by less are no numbers any more
+            self.temperature >= 1e-20,  # dividing logits by less would overflow
             f"temperature={self.temperature} must be at least 1e-20; do_sample=False is greedy.",
         )
         if self.top_k is not None:
@@ -45,7 +45,7 @@ class Sample:
 def pick(
     logits: Float[Array, "*B V"], picker: Greedy | Sample, key: PRNGKeyArray
 ) -> Int[Array, "*B"]:
-    """The next token of every row; `key` is not used by `Greedy`."""
+    """Returns the next token of every row; `Greedy` does not use `key`."""
     match picker:
         case Greedy():
             return jnp.argmax(logits, axis=-1)
@@ -54,8 +54,8 @@ def pick(
 
 
 def warp(logits: Float[Array, "*B V"], sample: Sample, keep: int = 1) -> Float[Array, "*B V"]:
-    """The logits that are drawn by: temperature, top_k, top_p in this order, of which the last two
-    leave at least `keep` tokens."""
+    """Applies temperature, top_k and top_p, in this order, to the logits; the last two keep at
+    least `keep` tokens."""
     logits = logits.astype(jnp.float32) / sample.temperature
     if sample.top_k is not None:
         logits = _likeliest(logits, max(sample.top_k, keep))
@@ -65,19 +65,19 @@ def warp(logits: Float[Array, "*B V"], sample: Sample, keep: int = 1) -> Float[A
 def top_k(
     scores: Float[Array, "B *_"], count: int
 ) -> tuple[Float[Array, "B *_"], Int[Array, "B *_"]]:
-    """`lax.top_k`, which on a mesh sees the rows of its device alone."""
+    """`lax.top_k`, computed on a mesh by each device for its own rows."""
     found, places = over_rows(partial(lax.top_k, k=count))(scores)
     return found, places
 
 
 def _likeliest(logits: Float[Array, "*B V"], count: int) -> Float[Array, "*B V"]:
-    """-inf for all but the likeliest `count`."""
+    """Sets all logits but the `count` highest to -inf."""
     lowest = top_k(logits, min(count, logits.shape[-1]))[0][..., -1:]
     return jnp.where(logits < lowest, -jnp.inf, logits)
 
 
 def _nucleus(logits: Float[Array, "*B V"], probability: float, keep: int) -> Float[Array, "*B V"]:
-    """-inf for all but the fewest that together have this probability."""
+    """Sets to -inf all logits but the fewest whose total probability reaches `probability`."""
     falling = jnp.sort(logits, axis=-1, descending=True)
     reached = jnp.cumsum(jax.nn.softmax(falling, axis=-1), axis=-1)
     kept = jnp.roll(reached, 1, axis=-1) < probability

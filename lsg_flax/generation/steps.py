@@ -1,4 +1,4 @@
-"""What the loop needs of a decoder, as a protocol, and a model that fulfils it.
+"""The protocol of a decoder, which the generation loop uses, and its implementations by a model.
 
 Axes: B batch, T tokens of the prompt, V vocabulary.
 """
@@ -17,44 +17,43 @@ Prompt = Mapping[str, Any]  # arrays by the model's names, `input_ids` [B, T] am
 
 @runtime_checkable
 class Decoder(Protocol[State]):
-    """A model as the loop sees it: a pytree whose leaves are parameters, and whose static part
+    """A model as the loop uses it: a pytree whose leaves are parameters and whose static part
     decides the program. Its state is a pytree of fixed shapes.
 
-    Each row of a batch is written on by a number of beams, which share its prompt. What differs
-    between the beams (the keys and values of their own tokens) is in the state once per beam; what
-    does not (those of an encoder's states) is there once per row, the decoder folds the beams into
-    its queries, and `take` does not touch it.
+    Each row of a batch is continued by a number of beams, which share its prompt. The state has
+    what differs between beams (keys and values of their own tokens) once per beam; what does not
+    differ (keys and values of an encoder's states) it has once per row, where beams are further
+    queries, and `take` does not change it.
     """
 
     def start(self, prompt: Prompt, room: int, beams: int) -> tuple[Float[Array, "B V"], State]:
-        """Reads prompts; gives the logits of the token behind them, and a state of this many equal
-        beams for each, with room for this many tokens, those of the prompts included."""
+        """Reads prompts; returns the logits of the next token, and a state with `beams` equal beams
+        per prompt and room for `room` tokens, those of the prompts included."""
         ...
 
     def step(
         self, state: State, tokens: Int[Array, "B Beams"]
     ) -> tuple[Float[Array, "B Beams V"], State]:
-        """Reads one more token of every beam; gives the logits of the next, and the state."""
+        """Reads one more token of every beam; returns the logits of the next, and the state."""
         ...
 
     def take(self, state: State, parents: Int[Array, "B Beams"]) -> State:
-        """The state in which each beam goes on from the given one of its own row, 0 for the first;
-        some are taken more than once perhaps, and others not at all."""
+        """Returns the state in which each beam continues the given beam of its own row, counted
+        from 0; a beam may be continued several times, or not at all."""
         ...
 
 
 @runtime_checkable
 class CausalModel(Protocol):
     """What `generate` needs of a model, as `lsg_flax.Model` has it for the task causal_lm: `apply`
-    gives a cache, and `cache.take(parents)` what `Decoder.take` says. With `cache_length=0` it
-    gives the same logits alone.
+    returns a cache, whose `take(parents)` is that of `Decoder.take`. With `cache_length=0` it
+    returns the same logits without a cache.
 
-    An encoder-decoder has `has_two_stacks = True` besides. Its `apply` takes the encoder's inputs
-    with `decoder_input_ids`, `decoder_attention_mask` and `cache_length`, and then
-    `decoder_input_ids` with `cache`. It gives the logits of the last real token, [rows, 1, V], and
-    a cache.
+    An encoder-decoder also has `has_two_stacks = True`. Its `apply` takes the encoder's inputs with
+    `decoder_input_ids`, `decoder_attention_mask` and `cache_length`, and later `decoder_input_ids`
+    with `cache`. It returns the logits of the last real token, [rows, 1, V], and a cache.
 
-    A model with `rolls = True` writes on behind its last position: it then sees the last
+    A model with `rolls = True` can generate beyond its last position: it then sees the last
     `max_length` tokens, at positions from 0 on.
     """
 
@@ -66,26 +65,26 @@ class CausalModel(Protocol):
 
 
 def two_stacks(model: CausalModel) -> bool:
-    """Whether the model writes with a decoder behind what it reads with an encoder."""
+    """Whether the model has an encoder, which reads, and a decoder, which writes."""
     return getattr(model, "has_two_stacks", False)
 
 
 def rolls(model: CausalModel) -> bool:
-    """Whether the model writes on behind its last position, by its last tokens."""
+    """Whether the model can generate beyond its last position, from its last tokens."""
     return getattr(model, "rolls", False)
 
 
 @flax.struct.dataclass
 class ModelDecoder:
-    """A model as a decoder, whose state is the model's cache: a causal one, or an encoder-decoder,
-    which reads the encoder's inputs when it starts."""
+    """A decoder whose state is the cache of a model: a causal model, or an encoder-decoder, whose
+    encoder runs at the start."""
 
     params: Mapping[str, Any]
     model: CausalModel = flax.struct.field(pytree_node=False)
 
     @property
     def tokens_name(self) -> str:
-        """The model's name of what is written."""
+        """The model's name of the generated tokens."""
         return "decoder_input_ids" if two_stacks(self.model) else "input_ids"
 
     def start(self, prompt: Prompt, room: int, beams: int) -> tuple[Float[Array, "B V"], Any]:
@@ -104,7 +103,7 @@ class ModelDecoder:
         return state.take(parents)
 
     def read(self, prompt: Prompt) -> Float[Array, "B V"]:
-        """The logits of the token behind the prompts, of which nothing is kept."""
+        """Returns the logits of the token after the prompts, without a cache."""
         return self._read(prompt, cache_length=0)[0]
 
     def _read(self, inputs: Prompt, **cache: Any) -> tuple[Float[Array, "Rows V"], Any]:
@@ -113,7 +112,7 @@ class ModelDecoder:
 
 
 class Rolling(NamedTuple):
-    """A state with the last tokens, `limit` places; `mask` False for padding."""
+    """A state with the last tokens, at most `max_length`; `mask` is False for padding."""
 
     cache: Any
     ids: Int[Array, "Rows _"]
@@ -122,9 +121,9 @@ class Rolling(NamedTuple):
 
 @flax.struct.dataclass
 class RollingDecoder:
-    """A model that rolls, as a decoder of texts longer than its positions. Up to these it has a
-    cache; from then on every token's position changes with each step, and with it all that is kept,
-    so that each step reads the last tokens anew."""
+    """A decoder for texts longer than the positions of a model that rolls. Up to these it uses a
+    cache; after that every token's position changes with each step, which invalidates the cache, so
+    each step reads the last tokens again."""
 
     decoder: ModelDecoder
 
@@ -168,7 +167,7 @@ def _of_beams(x: Array, parents: Int[Array, "B Beams"]) -> Array:
 
 
 class Reread(NamedTuple):
-    """A state with all tokens, and how many places are in use."""
+    """A state with all tokens, and their number."""
 
     ids: Int[Array, "Rows _"]
     mask: Bool[Array, "Rows _"]
@@ -177,8 +176,8 @@ class Reread(NamedTuple):
 
 @flax.struct.dataclass
 class RereadingDecoder:
-    """A causal model as a decoder that keeps nothing and reads all tokens anew in each step: for a
-    model whose cache is an approximation, a Reformer."""
+    """A decoder without a cache, which reads all tokens again in each step: for a model whose cache
+    is an approximation, a Reformer."""
 
     decoder: ModelDecoder
 

@@ -1,4 +1,4 @@
-"""Checkpoints as folders of Hugging Face: opened, saved, made to read long documents."""
+"""Checkpoints as Hugging Face folders: opens, saves and converts them to read long documents."""
 
 from lsg_flax.hub.beside import is_model_file as is_model_file
 from lsg_flax.hub.card import Card as Card

@@ -1,5 +1,5 @@
-"""What lies in a checkpoint's folder beside config.json and the weights: which of it belongs to the
-model, is downloaded with it, carried to another folder, or would be read there by mistake."""
+"""Files of a checkpoint's folder beside config.json and the weights: which ones belong to the
+model, are downloaded or copied with it, or would be read in another folder by mistake."""
 
 import filecmp
 import fnmatch
@@ -27,29 +27,29 @@ _DOCUMENTS = (
     *("label_map.json", "labels.json", "labels.txt", "label2id.json", "id2label.json"),
 )
 _SENTENCE_FILES = (MODULES, PROMPTS, SENTENCE_CONFIGS)
-# What another conversion or save to the same folder writes anew.
+# Files that another conversion or save to the same folder overwrites.
 _WRITTEN = (CONFIG, WEIGHTS, GENERATION, "tokenizer_config.json", MODULES, SENTENCE_CONFIGS)
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a file's name is one of the patterns."""
+    """Whether a file's name matches one of the patterns."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def is_document(name: str) -> bool:
-    """Whether a file belongs to the model, as its card, licence and settings do; weights, tokenizer
-    and code are none of these."""
+    """Whether a file is a document of the model, such as its card, licence or settings; weights,
+    tokenizer and code are not."""
     return matches(name, _DOCUMENTS)
 
 
 def is_model_file(name: str) -> bool:
-    """Whether a file is what models are read from: config, weights, tokenizer."""
+    """Whether a file is one that models are loaded from: config, weights or tokenizer."""
     return matches(name, (CONFIG, *_WEIGHT_FILES, *TOKENIZER_FILES))
 
 
 def carry_documents(source: pathlib.Path, target: pathlib.Path, *, readme: bool) -> None:
-    """Copies these files as they are; a README only if it is still true, and the card under another
-    name, since the copy has a card of its own."""
+    """Copies the documents unchanged: a README only if `readme`, which says that it still holds,
+    and the card under another name, because the copy gets its own card."""
     for file in sorted(source.iterdir()):
         tells_of_model = file.name.lower().startswith("readme")
         card = file.name in (CARD, SOURCE_CARD)
@@ -65,10 +65,11 @@ def carry_documents(source: pathlib.Path, target: pathlib.Path, *, readme: bool)
 
 
 def others_files(folder: pathlib.Path, new: pathlib.Path, *, ours: bool) -> list[str]:
-    """Files in `folder` that others would replace which are in `new` and say something else.
+    """Returns the files in `folder` that different files in `new` would replace.
 
     Args:
-        ours: the folder is one that we wrote, where config.json, weights and such may be replaced.
+        ours: whether lsg_flax wrote the folder, so that config.json, weights and such may be
+            replaced.
     """
     names = (str(file.relative_to(new)) for file in sorted(new.rglob("*")) if file.is_file())
     return [
@@ -82,11 +83,11 @@ def others_files(folder: pathlib.Path, new: pathlib.Path, *, ours: bool) -> list
 
 
 def stale_files(folder: pathlib.Path, new: pathlib.Path, *, settings: bool) -> list[str]:
-    """Files of an earlier model in `folder` that stay when those in `new` are moved there, and that
-    somebody would read beside them.
+    """Returns files of an earlier model in `folder` that remain when the files in `new` are moved
+    there, and that programs would read together with them.
 
     Args:
-        settings: also those that have settings, not weights and tokenizers alone.
+        settings: whether to include files of settings, not only weights and tokenizers.
     """
     written = {file.name for file in new.iterdir()}
     patterns = list(_WEIGHT_FILES)

@@ -1,4 +1,4 @@
-"""What a model card says, with the metadata at its beginning that the Hugging Face hub reads."""
+"""The text of a model card, with the metadata at its beginning that the Hugging Face hub reads."""
 
 import dataclasses
 import pathlib
@@ -13,7 +13,7 @@ from lsg_flax.hub.checkpoint import Checkpoint
 from lsg_flax.hub.pytorch_code import in_pytorch
 from lsg_flax.models import Model, family_of
 
-# A task -> what the hub calls it.
+# Our tasks -> the hub's names.
 _HUB_TASKS = {
     "base": "feature-extraction",
     "masked_lm": "fill-mask",
@@ -24,19 +24,19 @@ _HUB_TASKS = {
     "causal_lm": "text-generation",
     "conditional_generation": "summarization",
 }
-# Of the source's metadata what is true of the same weights, and of these trained further.
+# Metadata of the source's card that is also true of converted or further trained weights.
 _INHERITED = ("language", "license", "license_name", "license_link")
 
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """What a card says beside what is read off the model.
+    """The contents of a card beside those that are derived from the model.
 
     Attributes:
         about: the first sentences.
-        sections: Markdown by its headings.
-        scores: of the model, by their names.
-        data: what it was scored on.
+        sections: Markdown texts by their headings.
+        scores: scores of the model by their names.
+        data: name of the data that the model was scored on.
     """
 
     about: str
@@ -46,13 +46,14 @@ class Card:
 
 
 def card_text(card: Card, name: str, made: Checkpoint, source: Checkpoint, base: str) -> str:
-    """A whole card, as huggingface_hub writes and reads it.
+    """Returns the text of a card in the format of huggingface_hub.
 
     Args:
-        name: of the model, a folder's or a repository's.
-        made: what the card is of.
-        source: what that was made of; licence and language are those of its card.
-        base: what the user calls the source; a name of the hub becomes `base_model`.
+        card: its contents.
+        name: name of the model: of its folder or repository.
+        made: the checkpoint that the card describes.
+        source: the checkpoint that it was made from; licence and language come from its card.
+        base: the source as the user named it; a hub id becomes `base_model`.
     """
     import huggingface_hub
 
@@ -77,7 +78,7 @@ def card_text(card: Card, name: str, made: Checkpoint, source: Checkpoint, base:
 
 
 def table(rows: Mapping[str, object], head: tuple[str, str] = ("", "")) -> str:
-    """Names and values as Markdown."""
+    """Returns names and values as a Markdown table."""
     cells = (
         [" ".join(str(part).split()).replace("|", "\\|") for part in row] for row in rows.items()
     )
@@ -86,7 +87,7 @@ def table(rows: Mapping[str, object], head: tuple[str, str] = ("", "")) -> str:
 
 
 def _metadata_of(folder: pathlib.Path) -> dict[str, Any]:
-    """What the card in a folder says to the hub; nothing where there is none."""
+    """Returns the metadata of the card in a folder; empty if there is no card."""
     import huggingface_hub
     import yaml
 
@@ -98,7 +99,7 @@ def _metadata_of(folder: pathlib.Path) -> dict[str, Any]:
     except (ValueError, yaml.YAMLError) as error:
         warnings.warn(
             f"the metadata of {file} cannot be read, so the new card has no licence and no "
-            f"language of it: {error}",
+            f"language: {error}",
             stacklevel=2,
         )
         return {}

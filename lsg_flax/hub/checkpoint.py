@@ -1,5 +1,5 @@
-"""An opened checkpoint: a folder of Hugging Face's files as one value, which tells what it is and
-reads the rest when it is asked for."""
+"""An opened checkpoint: a Hugging Face folder as one value, which knows its config and reads
+tokenizer and weights on demand."""
 
 import functools
 import os
@@ -41,11 +41,13 @@ class Checkpoint:
     """A checkpoint, opened by `open_checkpoint`.
 
     Attributes:
-        root: the folder that was asked for.
-        folder: that of config.json and the weights; sentence-transformers may have it inside root.
-        values: the fields of config.json, and those of generation_config.json as one of them.
-        config: the same, checked.
-        modules: class name and folder of each module of sentence-transformers; else empty.
+        root: the folder that was opened.
+        folder: the folder of config.json and the weights; for sentence-transformers it may be
+            inside root.
+        values: the fields of config.json; those of generation_config.json are one of them.
+        config: the checked config.
+        modules: class name and folder of each module of sentence-transformers; empty for other
+            checkpoints.
     """
 
     root: pathlib.Path
@@ -56,13 +58,13 @@ class Checkpoint:
 
     @property
     def architectures(self) -> tuple[str, ...]:
-        """The names of PyTorch's classes in config.json; often one, none where it says nothing."""
+        """The names of PyTorch's classes in config.json; usually one, empty if there are none."""
         return class_names(self.values)
 
     @property
     def head(self) -> str | None:
-        """The task that `architectures` names, the config's usual one where it is empty; None for a
-        class that the family does not have."""
+        """The task of the class in `architectures`, or the config's usual task if there is none;
+        None for a class that the family does not have."""
         family = family_of(self.config.model_type)
         if not self.architectures:
             return self.config.usual_task
@@ -70,10 +72,10 @@ class Checkpoint:
 
     @property
     def task(self) -> str:
-        """`head`, where a task is needed.
+        """The task, as `head`.
 
         Raises:
-            ValueError: if the family has no such class.
+            ValueError: if the family does not have the class in `architectures`.
         """
         family = family_of(self.config.model_type)
         if self.head is None:
@@ -85,16 +87,16 @@ class Checkpoint:
         return self.head
 
     def config_for(self, task: str, **overrides: Any) -> ModelConfig:
-        """The config as a model of the task has it, with other values for some fields.
+        """Returns the config for a model of the task, with other values for some fields.
 
         Raises:
-            ValueError: if the family has no such head, or no such field.
+            ValueError: if the family has no such head, or the config no such field.
         """
         fixed = family_of(self.config.model_type).head(task).task.fixed
         return self.config.with_overrides(**overrides).with_overrides(**fixed)
 
     def _own_parts(self, task: str) -> dict[str, Any]:
-        """What a scorer's tensors say, which PyTorch's config.json does not."""
+        """Settings of a scorer that only its tensors tell, since PyTorch's config.json does not."""
         compares = family_of(self.config.model_type).head(task).embedders
         if not compares or not has_own_part(self.tensors, "query_embedder", "embedder"):
             return {}
@@ -102,7 +104,7 @@ class Checkpoint:
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """A new tokenizer from the folder's files; None if there are none."""
+        """A new tokenizer, read from the folder's files; None if there are none."""
         return read_tokenizer(self.folder)
 
     @property
@@ -121,7 +123,8 @@ class Checkpoint:
         global_attention: nn.Module | None = None,
         **config_overrides: Any,
     ) -> tuple[Model, Params]:
-        """The model and its parameters; arguments and errors are those of `from_pretrained`."""
+        """Loads the model and its parameters; arguments and errors are those of
+        `from_pretrained`."""
         task = task or self.task
         config = self.config_for(task, **(self._own_parts(task) | config_overrides))
         if global_attention is not None and isinstance(config, LocalTransformerConfig):
@@ -141,12 +144,14 @@ def open_checkpoint(
     *,
     model_type: str | None = None,
 ) -> Checkpoint:
-    """Opens a folder, the config.json in one, or a repository of the hub, which is downloaded.
+    """Opens a checkpoint: a folder, a config.json, or a hub repository, which is downloaded.
 
     Args:
-        files: patterns of what to download, by default all that is needed; with `CONFIG_FILES` the
-            model is known, not its weights.
-        model_type: by which config.json is read; None takes its own, or that of `architectures`.
+        path_or_id: the folder, file or hub id.
+        files: patterns of the files to download; by default all that are needed. With
+            `CONFIG_FILES` only the config can be read, not the weights.
+        model_type: how config.json is read; by default as its own model_type says, or that of
+            `architectures`.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
@@ -160,7 +165,7 @@ def open_checkpoint(
         file = (modules[0][1] if modules else root) / CONFIG
     if not file.is_file():
         there = sorted(p.name for p in file.parent.glob("*"))[:10]
-        raise FileNotFoundError(f"{file.parent} has no {CONFIG}; it holds {there}.")
+        raise FileNotFoundError(f"{file.parent} has no {CONFIG}; it has {there}.")
     values = read_json(file)
     if (file.parent / GENERATION).is_file():
         values["generation_config"] = read_json(file.parent / GENERATION)
@@ -178,7 +183,7 @@ def _place(mesh: Mesh, path: str, read, leaf: jax.ShapeDtypeStruct) -> jax.Array
 
 
 def _check_finite(params: Params) -> None:
-    """Raises ValueError naming every parameter that holds NaN or infinity."""
+    """Raises ValueError, with their paths, if parameters have NaN or infinity."""
     leaves: dict[str, Any] = flax.traverse_util.flatten_dict(params, sep="/")
     broken = [path for path, leaf in leaves.items() if not bool(jnp.isfinite(leaf).all())]
     if broken:

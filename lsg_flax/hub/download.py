@@ -1,4 +1,5 @@
-"""Repositories of the Hugging Face hub as local folders: what a checkpoint needs, once."""
+"""Downloads repositories of the Hugging Face hub to local folders: only the files that a checkpoint
+needs, and only once."""
 
 import os
 import pathlib
@@ -18,25 +19,26 @@ from lsg_flax.hub.weights import (
 
 CONFIG_FILES = (f"*{CONFIG}", MODULES)
 TOKENIZER_ALONE = (CONFIG, *TOKENIZER_FILES)
-_CODE = ("modeling_lsg_*.py", "tokenization_*.py")  # carried, never run
+_CODE = ("modeling_lsg_*.py", "tokenization_*.py")  # copied along, never run
 _SETTINGS = (CONFIG, MODULES, PROMPTS, SENTENCE_CONFIGS, *TOKENIZER_FILES, *_CODE)
-# The ways to keep weights, the best first: a file that says that they are there, and all files.
+# Formats of weights, the preferred one first: the file that shows the format, and all its files.
 _WEIGHTS = (
     (WEIGHTS, (WEIGHTS,)),
     (INDEX, (INDEX, "*.safetensors")),
     (BIN, (BIN,)),
     (BIN_INDEX, (BIN_INDEX, "pytorch_model-*.bin")),
     (MSGPACK, (MSGPACK,)),
-    (MSGPACK_INDEX, (MSGPACK_INDEX,)),  # which is refused by name
+    (MSGPACK_INDEX, (MSGPACK_INDEX,)),  # refused with its own message
 )
 
 
 def resolve(path_or_id: str | os.PathLike, files: Sequence[str] | None = None) -> pathlib.Path:
-    """The local folder of a checkpoint, downloaded from the hub if it is not one already.
+    """Returns the local folder of a checkpoint, after downloading it if it is a hub id.
 
     Args:
-        files: patterns of what to download; by default all that the checkpoint needs, and its
-            weights in one format. Without a network it is what was downloaded before.
+        path_or_id: a folder or a hub id.
+        files: patterns of the files to download; by default all that the checkpoint needs, with
+            weights in one format. Without a network the files downloaded before are used.
 
     Raises:
         FileNotFoundError: if there is neither such a folder nor such a repository.
@@ -44,8 +46,8 @@ def resolve(path_or_id: str | os.PathLike, files: Sequence[str] | None = None) -
     folder = pathlib.Path(path_or_id)
     if not os.fspath(path_or_id).strip():
         raise FileNotFoundError(
-            f"the model is {str(path_or_id)!r}, no name; give a folder ('.' is the current one) or "
-            "a hub id."
+            f"the model is {str(path_or_id)!r}, which is empty; give a folder ('.' is the current "
+            "one) or a hub id."
         )
     if folder.is_dir():
         return folder
@@ -61,12 +63,13 @@ def resolve(path_or_id: str | os.PathLike, files: Sequence[str] | None = None) -
         return _download(name, files)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
-            f"{name} is neither a local folder nor a repository that the hub gave us: {error}"
+            f"{name} is neither a local folder nor a repository that the hub let us download: "
+            f"{error}"
         ) from error
 
 
 def cached_folder(name: str) -> pathlib.Path | None:
-    """What was downloaded of a repository before; None if nothing was."""
+    """Returns the local copy of a repository that was downloaded before; None if there is none."""
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -77,12 +80,13 @@ def cached_folder(name: str) -> pathlib.Path | None:
 
 
 def needed_files(there: Sequence[str], modules: Iterable[str] = ()) -> list[str]:
-    """Of a repository's files those that a checkpoint needs: weights in one format, config,
-    tokenizer, and what is carried to other folders.
+    """Returns the files of a repository that a checkpoint needs: weights in one format, config,
+    tokenizer, and the documents that are copied along.
 
     Args:
-        modules: folders of sentence-transformers' modules inside; of these everything but weights
-            in a second format.
+        there: all files of the repository.
+        modules: folders of sentence-transformers' modules in it, of which everything is needed
+            except weights in a second format.
     """
     needed = []
     for folder in ("", *modules):
@@ -108,7 +112,7 @@ def _download(name: str, files: Sequence[str] | None) -> pathlib.Path:
         return folder
     try:
         there = huggingface_hub.HfApi().list_repo_files(name)
-    except Exception as error:  # offline; each version of huggingface_hub has other errors for it
+    except Exception as error:  # offline: the error type depends on huggingface_hub's version
         places = [folder, *(place for _, place in read_modules(folder))]
         if any((place / sign).exists() for place in places for sign, _ in _WEIGHTS):
             return folder

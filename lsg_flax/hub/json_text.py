@@ -1,19 +1,19 @@
-"""JSON files of others, in which one field changes and every other byte stays."""
+"""Changes one field of a JSON file that others wrote, and keeps every other byte."""
 
 import json
 from typing import Any
 
 
 def with_field(text: str, name: str, value: Any) -> str:
-    """A JSON object's text with another value of a field, which comes first if it is new; every
-    other character stays."""
+    """Returns the text of a JSON object with another value for a field; a new field comes first.
+    Every other character is unchanged."""
     decoder, first = json.JSONDecoder(), text.index("{") + 1
     place, found = _next(text, first), None
     while text[place] == '"':
         key, place = decoder.raw_decode(text, place)
         start = _next(text, place)
         _, place = decoder.raw_decode(text, start)
-        if key == name:  # of several the last one counts
+        if key == name:  # of repeated keys the last one counts
             found = start, place
         place = _next(text, place)
     if found is not None:
@@ -24,7 +24,7 @@ def with_field(text: str, name: str, value: Any) -> str:
 
 
 def _next(text: str, place: int) -> int:
-    """The place of the next key, value or bracket."""
+    """The position of the next key, value or bracket."""
     while text[place] in " \t\r\n,:":
         place += 1
     return place

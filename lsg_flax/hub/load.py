@@ -1,4 +1,4 @@
-"""Checkpoints loaded, and made to read long documents: functions of the public API."""
+"""Loads checkpoints, and converts them to read long documents."""
 
 import os
 import pathlib
@@ -32,23 +32,24 @@ def from_pretrained(
     global_attention: nn.Module | None = None,
     **config_overrides: Any,
 ) -> tuple[Model, Params]:
-    """Loads a model and its parameters from a local folder or a hub id: plain, LSG, or saved by
-    lsg_flax.
+    """Loads a model and its parameters from a checkpoint: a plain Hugging Face one, an LSG one, or
+    one that lsg_flax saved.
 
     Args:
         path_or_id: folder with config.json and weights, or the name of a repository on the Hugging
             Face hub.
-        task: which head; None takes that of `architectures` in config.json (the base model where
-            there is none). A "causal_lm" is always a decoder (`is_decoder=True`), since otherwise
-            every token would see its successor.
+        task: the head to load. By default that of `architectures` in config.json, or the base model
+            if there is none. Weights that the checkpoint lacks are drawn from a seed, and one
+            warning lists them. A "causal_lm" is always a decoder (`is_decoder=True`), because
+            otherwise every token would see its successor.
         dtype: of the computation (float32, bfloat16, float16).
         param_dtype: of the parameters.
-        check: also look for NaN and infinity in the weights.
-        mesh: place the parameters on it as `sharding.shardings_for` says; of safetensors every
-            device then reads its part, and no host ever holds the whole.
+        check: whether to check the weights for NaN and infinity.
+        mesh: the mesh to place the parameters on, sharded as `sharding.shardings_for` says. From
+            safetensors every device then reads only its part, and no host ever holds the whole.
         global_attention: the Flax module of a LocalTransformer's global attention layers, see
-            `Model`; in front of all layers where config.json names none. A checkpoint without
-            such layers gets them drawn from a seed, and one warning names them.
+            `Model`. If config.json lists no such layers, all layers get one. If the checkpoint has
+            no weights for them, they are drawn from a seed, and one warning lists them.
         **config_overrides: fields of config.json to change, such as `num_labels=3` or
             `sparsity_type="lsh"`.
 
@@ -59,7 +60,7 @@ def from_pretrained(
     Raises:
         FileNotFoundError: if there is no checkpoint.
         ValueError: for an unsupported model_type or setting, tensors that do not match the config,
-            a damaged file.
+            and damaged files.
     """
     checkpoint = open_checkpoint(path_or_id, model_type=config_overrides.pop("model_type", None))
     return checkpoint.load(
@@ -88,22 +89,34 @@ def convert_checkpoint(
     check: bool = False,
     **lsg_overrides: Any,
 ) -> tuple[Model, Params]:
-    """Turns a checkpoint into an LSG one that reads `max_sequence_length` tokens, with the same
+    """Converts a checkpoint to an LSG one that reads `max_sequence_length` tokens, with the same
     weights.
 
-    Options and numbers are those of the reference's LSGConverter, see `to_lsg.LSGOptions`. A folder
-    of sentence-transformers stays one, with the new length.
+    Options and numbers are those of the reference's LSGConverter. A sentence-transformers folder
+    remains one, with the new length.
 
     Args:
         source: folder or hub id of a plain or LSG checkpoint, with its tokenizer.
-        target: folder to save the result and the tokenizer to; None only returns it.
+        target: folder to save the result and the tokenizer to; None to only return it.
+        max_sequence_length: number of tokens that the new model reads.
         task, check: as in `from_pretrained`.
+        random_global_init: whether to draw the global embeddings from the distribution of the word
+            table instead of using [MASK].
+        global_positional_stride: distance between the positions of neighbouring globals.
+        keep_first_global_token: whether to keep global 0 unchanged (LSG sources only).
+        resize_lsg: whether to change only the positions (LSG sources only).
+        use_token_ids: whether to add the embedding of segment 0 to the globals.
+        seed: seed of the random draws.
         **lsg_overrides: fields of `LSGConfig` and of config.json, such as `num_global_tokens=7` or
             `block_size=64`.
 
+    Returns:
+        The new model and its parameters, as `from_pretrained`.
+
     Raises:
+        FileNotFoundError: if there is no source.
         ValueError: for options that do not fit the source, and as `from_pretrained`.
-        OSError: if another process writes to `target`, or it cannot be written.
+        OSError: if another process is writing to `target`, or it cannot be written.
     """
     checkpoint = open_checkpoint(source, model_type=lsg_overrides.pop("model_type", None))
     options = LSGOptions(
@@ -122,7 +135,7 @@ def convert_checkpoint(
     if 0 < max_sequence_length < reads:
         warnings.warn(
             f"max_sequence_length={max_sequence_length} is less than the {reads} tokens that "
-            f"{source} reads: {target} reads no more.",
+            f"{source} reads: {target} will read no more than {max_sequence_length}.",
             stacklevel=2,
         )
     with locked(pathlib.Path(target)):
@@ -141,7 +154,7 @@ def _converted(
     *,
     check: bool,
 ) -> tuple[Model, Params, Tokenizer | None]:
-    """Model, parameters and tokenizer of a conversion."""
+    """Converts a checkpoint in memory; returns model, parameters and tokenizer."""
     names = {f.name for f in fields(LSGConfig)}
     pattern = {name: value for name, value in overrides.items() if name in names}
     others = {name: value for name, value in overrides.items() if name not in names}
@@ -164,11 +177,14 @@ def make_lsg(
     options: LSGOptions,
     pattern: dict[str, Any],
 ) -> tuple[Model, Params]:
-    """`convert_checkpoint` in memory; the tokenizer then says how many tokens are read.
+    """Converts a model to LSG in memory, and sets the tokenizer's `model_max_length`.
 
     Args:
-        tokenizer: of the model, for the ids of [CLS] and [MASK]; None takes those of config.json.
-        pattern: fields of `LSGConfig` in place of the model's or the usual ones.
+        model, params: the source.
+        tokenizer: the model's tokenizer, for the ids of [CLS] and [MASK]; None takes the ids of
+            config.json.
+        options: the options of the conversion.
+        pattern: fields of `LSGConfig` that differ from the model's, or from the defaults.
 
     Raises:
         ValueError: for options that do not fit the model.

@@ -1,5 +1,5 @@
-"""A finished folder as a repository of the Hugging Face hub: checked before the work that makes it,
-and sent after."""
+"""Pushes a finished folder to the Hugging Face hub; name and login are checked before the work that
+makes the folder."""
 
 import contextlib
 import os
@@ -13,11 +13,11 @@ _LOGIN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write
 
 
 class PushError(OSError):
-    """A folder was not sent to the hub; it is as it was."""
+    """A folder could not be pushed to the hub; the folder is unchanged."""
 
 
 def check_repository(name: str) -> None:
-    """Raises ValueError for what is no name of a repository, such as "me/areas"."""
+    """Raises ValueError unless the name is valid for a repository, such as "me/areas"."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -25,17 +25,17 @@ def check_repository(name: str) -> None:
         validate_repo_id(name)
     except HFValidationError as error:
         raise ValueError(
-            f"push_to_hub={name!r} is no name of a repository on the hub: {error} Give USER/NAME, "
-            "such as 'me/areas'."
+            f"push_to_hub={name!r} is not a valid repository name on the hub: {error} Give "
+            "USER/NAME, such as 'me/areas'."
         ) from error
 
 
 def check_push(name: str) -> None:
-    """Asks the hub who is logged in, before the work whose result is to be sent there.
+    """Checks the repository's name and the login, before the work whose result will be pushed.
 
     Raises:
-        ValueError: for what is no name of a repository, and without a token that may write.
-        PushError: if the hub cannot be asked.
+        ValueError: for an invalid name, and without a token with write access.
+        PushError: if the hub cannot be reached.
     """
     import huggingface_hub
 
@@ -47,33 +47,33 @@ def check_push(name: str) -> None:
         )
     if huggingface_hub.get_token() is None:
         raise ValueError(
-            f"push_to_hub={name!r} needs a token of the hub, and there is none: {_LOGIN}."
+            f"push_to_hub={name!r} needs a token for the hub, but there is none: {_LOGIN}."
         )
-    with _explained(f"nothing was begun: push_to_hub={name!r}", "run again, or leave it out"):
+    with _explained(f"nothing was started: push_to_hub={name!r}", "run again, or leave it out"):
         user = huggingface_hub.HfApi().whoami()
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise ValueError(
-            f"push_to_hub={name!r} needs a token that may write, and that of {user['name']} may "
+            f"push_to_hub={name!r} needs a token that may write, but that of {user['name']} may "
             f"only read: {_LOGIN}."
         )
 
 
 def push_folder(folder: str | os.PathLike, name: str) -> str:
-    """Sends the files of a checkpoint, its card and what belongs to it, and nothing else that lies
-    in its folder, to a repository, which is made if it is not there.
+    """Uploads a checkpoint and its documents, but no other files of its folder, to a repository,
+    which is created if needed.
 
     Returns:
         The repository's address.
 
     Raises:
-        PushError: if it fails; the folder is as it was.
+        PushError: if it fails; the folder is unchanged.
     """
     import huggingface_hub
 
     place = pathlib.Path(folder)
     api = huggingface_hub.HfApi()
-    again = f"{place} is complete; send it with `hf upload {name} {place}`, or by the same command"
-    with _explained(f"{place} was not sent to {name}", again):
+    again = f"{place} is complete; push it with `hf upload {name} {place}`, or run the same command"
+    with _explained(f"{place} was not pushed to {name}", again):
         repository = api.create_repo(name, exist_ok=True)
         api.upload_folder(
             repo_id=repository.repo_id,
@@ -92,7 +92,8 @@ def _files_of(folder: pathlib.Path) -> list[str]:
 
 @contextlib.contextmanager
 def _explained(what: str, remedy: str) -> Iterator[None]:
-    """Each version of huggingface_hub has other errors, of the network's too, for one failure."""
+    """Turns every error into a PushError: its type depends on huggingface_hub's version, for
+    failures of the network as well."""
     try:
         yield
     except Exception as error:
@@ -100,6 +101,6 @@ def _explained(what: str, remedy: str) -> Iterator[None]:
         if status in (401, 403):
             remedy = f"{_LOGIN}; {remedy}"
         elif status is None:
-            remedy = f"look at the network; {remedy}"
+            remedy = f"check the network; {remedy}"
         said = " ".join(str(error).split()).rstrip(".")
-        raise PushError(f"{what}: {said}. Then: {remedy}.") from error
+        raise PushError(f"{what}: {said}. What to do: {remedy}.") from error

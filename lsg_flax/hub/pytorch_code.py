@@ -1,5 +1,5 @@
-"""The PyTorch code of LSG models, which a folder carries so that its config.json can name it. It is
-found and copied, never run."""
+"""The PyTorch code of LSG models, which is copied into a folder so that config.json can refer to
+it. It is never run."""
 
 import importlib.util
 import json
@@ -19,12 +19,12 @@ _PACKAGE, _INSTALL = "lsg_converter", "pip install lsg-converter 'transformers<4
 def carry_code(
     auto_map: Mapping[str, Any], places: Sequence[pathlib.Path], target: pathlib.Path
 ) -> dict[str, str]:
-    """The entries of an auto_map ("module.Class") whose class is in one of the folders; the modules
-    are copied to `target`. No code is run."""
+    """Copies the modules of an auto_map ("module.Class") whose class is in one of the folders to
+    `target`; returns these entries. No code is run."""
     found = {}
     for auto_class, reference in auto_map.items():
         if not (isinstance(reference, str) and re.fullmatch(r"\w+\.\w+", reference)):
-            continue  # a path, or the code of another repository
+            continue  # a path, or code of another repository
         module, name = reference.split(".")
         files = (place / f"{module}.py" for place in places)
         file = next((file for file in files if file.is_file()), None)
@@ -35,14 +35,15 @@ def carry_code(
 
 
 def installed_code(model: Model) -> list[pathlib.Path]:
-    """Where an installed lsg-converter has the code of an LSG model; empty without it."""
+    """Returns the folders of an installed lsg-converter with the code of an LSG model; empty if it
+    is not installed."""
     found = importlib.util.find_spec(_PACKAGE) if model.config.lsg else None
     places = found.submodule_search_locations if found else None
     return [pathlib.Path(place) / _folder_name(model.config.model_type) for place in places or ()]
 
 
 def auto_map_of(model: Model) -> dict[str, Any]:
-    """What config.json should say of PyTorch's code, if that is there."""
+    """Returns the `auto_map` that config.json should have if PyTorch's code is available."""
     if model.config.lsg:
         return family_of(model.config.model_type).auto_map()
     given = json.loads(model.config.extra).get("auto_map")
@@ -50,7 +51,8 @@ def auto_map_of(model: Model) -> dict[str, Any]:
 
 
 def in_pytorch(checkpoint: Checkpoint, place: str | None = None) -> str:
-    """How PyTorch loads a checkpoint, as a sentence for its user; from its folder, or `place`."""
+    """Returns how to load a checkpoint in PyTorch, as text for users; from its folder, or
+    `place`."""
     family, folder = family_of(checkpoint.config.model_type), place or str(checkpoint.folder)
     lsg = checkpoint.config.lsg is not None
     name = family.class_name(checkpoint.head or "base", lsg=lsg)
@@ -59,7 +61,7 @@ def in_pytorch(checkpoint: Checkpoint, place: str | None = None) -> str:
     if not lsg:
         return f"transformers.{name}.from_pretrained({folder!r})"
     if family.lsg_type:
-        return f"no class: {name} is lsg_flax's alone, and PyTorch has no LSG attention for it"
+        return f"not possible: {name} exists only in lsg_flax, PyTorch has no LSG attention for it"
     module = f"modeling_lsg_{_folder_name(family.model_type)}"
     auto_map = checkpoint.values.get("auto_map")
     auto_map = auto_map if isinstance(auto_map, dict) else {}

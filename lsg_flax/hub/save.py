@@ -1,4 +1,4 @@
-"""Checkpoints saved: config.json and weights, and what else belongs to them."""
+"""Saves checkpoints: config.json, weights, and the other files that belong to them."""
 
 import dataclasses
 import json
@@ -35,18 +35,21 @@ def save_pretrained(
     *,
     source: Checkpoint | None = None,
 ) -> None:
-    """Writes config.json and model.safetensors (and the tokenizer's files) so that PyTorch's class
-    of the same name loads them.
+    """Writes config.json and model.safetensors (and the tokenizer's files), which PyTorch's class
+    of the same name can load.
 
-    The tokenizer's files are those that it was read from, with its `model_max_length`, unless it
-    was given other tokens since. An LSG model gets the PyTorch code of its classes and an
-    `auto_map` that names it, if that code is beside the tokenizer or `source`, or lsg-converter is
-    installed. The folder is written aside and renamed file by file at the end: an interrupted save
-    leaves old files as they were.
+    The tokenizer's files are copies of those that it was read from, with its `model_max_length`,
+    unless its tokens were changed since. For an LSG model the PyTorch code of its classes and an
+    `auto_map` are added, if that code is beside the tokenizer or `source`, or lsg-converter is
+    installed. Files are written to a temporary folder and moved one by one at the end: an
+    interrupted save leaves old files unchanged.
 
     Args:
-        source: the checkpoint that the model was made of; what else belongs to it comes along
-            (licence, generation_config.json; not README.md, which tells of another model).
+        path: the folder; created if needed.
+        model, params: what to save.
+        tokenizer: a tokenizer of transformers; None for none.
+        source: the checkpoint that the model was made from, whose other files are copied (licence,
+            generation_config.json; not README.md, which describes another model).
 
     Raises:
         ValueError: if `params` are not those of `model`.
@@ -59,8 +62,8 @@ def save_pretrained(
         stale = beside.stale_files(path, aside, settings=False)
     if stale:
         warnings.warn(
-            f"{path} still holds {', '.join(stale)} of another model, which other programs may "
-            f"read beside the new {WEIGHTS}; remove what you do not need.",
+            f"{path} still has {', '.join(stale)} of another model, which other programs may "
+            f"read instead of the new {WEIGHTS}; remove what you do not need.",
             stacklevel=2,
         )
 
@@ -74,8 +77,9 @@ def save_sentence_model(
     *,
     source: Checkpoint | None = None,
 ) -> None:
-    """As `save_pretrained`, with sentence-transformers' files beside it; all together or, if
-    anything fails, none. Pooling "global" is written as its name for the first token.
+    """Saves as `save_pretrained`, with sentence-transformers' files beside it; if anything fails,
+    nothing is written. Pooling "global" is written as sentence-transformers' name for the first
+    token.
 
     Raises:
         ValueError, OSError: as `save_pretrained`.
@@ -113,39 +117,39 @@ def _write(
     code = carry_code(auto_map_of(model), places + installed_code(model), folder)
     values = config_values(model, tensors, code)
     if code and tokenizer is not None:
-        # AutoTokenizer does not know the config's class in that code.
+        # AutoTokenizer does not know the config class of that code.
         values["tokenizer_class"] = portable_class(tokenizer)
     (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def keep_documents(path: pathlib.Path, new: pathlib.Path) -> None:
-    """Takes licences and such out of the folder `new`, whose files will replace those in `path`,
-    where somebody has others there."""
+    """Keeps documents such as licences in `path` if those in `new`, whose files will replace them,
+    differ: removes them from `new`, with a warning."""
     others = beside.others_files(path, new, ours=True)
     if kept := [name for name in others if beside.is_document(name)]:
         for name in kept:
             (new / name).unlink()
         warnings.warn(
-            f"{path} keeps its {', '.join(kept)}, and the model that is saved there has others; "
-            "look which is right.",
+            f"{path} keeps its {', '.join(kept)}, but the model that is saved there has different "
+            "ones; check which are right.",
             stacklevel=3,
         )
 
 
 def check_target(target: str | os.PathLike, checkpoint: Checkpoint) -> None:
-    """Raises ValueError for a folder that is the source or lies in it, also through links, and for
-    one with a model that is no conversion, as after a mix-up of source and target."""
+    """Raises ValueError if the target is the source or inside it, also through links, or if it has
+    a model that is not a conversion (source and target may have been mixed up)."""
     check_folder("target", target)
     place = pathlib.Path(target).resolve()
     for source in (checkpoint.root, checkpoint.folder):
         if any(p.exists() and p.samefile(source) for p in (place, *place.parents)):
             raise ValueError(
-                f"the target {target} is or lies in the source {source}, where nothing is "
+                f"the target {target} is the source {source} or inside it, where nothing is "
                 "written; give another folder."
             )
     if (place / CONFIG).exists() and not _is_conversion(place / CONFIG):
         raise ValueError(
-            f"the target {target} holds a config.json that no conversion has written; "
+            f"the target {target} has a config.json that no conversion has written; "
             "give another folder, or remove that model first."
         )
 
@@ -167,14 +171,14 @@ def write_converted(
     base: str,
     options: LSGOptions,
 ) -> None:
-    """Saves a conversion with all that belongs to its source, and a model card.
+    """Saves a conversion with the documents of its source and a model card.
 
     Args:
-        base: what the user calls the source.
-        options: which the card tells.
+        base: the source as the user named it.
+        options: the options of the conversion, for the card.
 
     Raises:
-        ValueError: if files of another model would stay beside it, or somebody's be replaced.
+        ValueError: if files of another model would remain beside it, or other files be replaced.
     """
     ours = (target / CONFIG).exists()  # see `check_target`
     with written_aside(target) as aside:
@@ -187,18 +191,18 @@ def write_converted(
             write_card(aside, card_text(card, name, made, checkpoint, base))
         if stale := beside.stale_files(target, aside, settings=True):
             raise ValueError(
-                f"{target} holds {', '.join(stale)} of another model, which would be read beside "
-                "the new files; remove them, or give another folder."
+                f"{target} has {', '.join(stale)} of another model, which would be read together "
+                "with the new files; remove them, or give another folder."
             )
         if others := beside.others_files(target, aside, ours=ours):
             raise ValueError(
-                f"{target} holds {', '.join(others)}, not written by a conversion of this source, "
-                "in the place of new files; move them away, or give another folder."
+                f"{target} has {', '.join(others)}, not written by a conversion of this source, "
+                "which new files would replace; move them away, or give another folder."
             )
 
 
 def _card_of_conversion(base: str, options: LSGOptions, source: Checkpoint) -> Card:
-    """What a conversion says of itself."""
+    """Makes the contents of a conversion's card."""
     place, reads = pathlib.Path(base), Model(source.config).max_length
     about = (
         f"`{place.resolve().name if place.exists() else base}`, converted by lsg_flax to read "
@@ -214,20 +218,20 @@ def config_values(
     tensors: dict[str, np.ndarray] | None = None,
     auto_map: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The fields of config.json for `model`, with the class that PyTorch should make of it, and the
-    `auto_map` of the code beside it."""
+    """Returns the fields of config.json for `model`, with PyTorch's class as `architectures` and
+    the `auto_map` of the code beside it."""
     config, family = model.config, family_of(model.config.model_type)
     values = config.to_dict()
     if not family.describes_itself:
         return values
     values["architectures"] = [family.class_name(model.task, lsg=config.lsg is not None)]
-    if config.lsg and family.lsg_type:  # PyTorch would take it for one with full attention
+    if config.lsg and family.lsg_type:  # otherwise PyTorch would load it with full attention
         values["model_type"] = family.lsg_type
-    for name in ("auto_map", "generation_config"):  # which has a file of its own
+    for name in ("auto_map", "generation_config"):  # the latter has its own file
         values.pop(name, None)
     if auto_map:
         values["auto_map"] = auto_map
     if tensors:
-        values.pop("dtype", None)  # the same, as transformers 5 calls it
+        values.pop("dtype", None)  # transformers 5's name of torch_dtype
         values["torch_dtype"] = str(next(iter(tensors.values())).dtype)
     return values

@@ -1,7 +1,7 @@
-"""The files that sentence-transformers keeps beside a checkpoint: its modules, their settings.
+"""The files of sentence-transformers beside a checkpoint: its modules and their settings.
 
-modules.json lists the Transformer (in the folder itself or one inside), a Pooling, and perhaps a
-Normalize; each other module has a folder of its own.
+modules.json lists the Transformer (in the folder itself or a subfolder), a Pooling, and optionally
+a Normalize; each of the latter has its own folder.
 """
 
 import pathlib
@@ -15,9 +15,9 @@ from lsg_flax.models import Pooling
 Modules = list[tuple[str, pathlib.Path]]
 MODULES, SENTENCES = "modules.json", "sentence_bert_config.json"
 PROMPTS = "config_sentence_transformers.json"
-SENTENCE_CONFIGS = "sentence_*_config.json"  # what SENTENCES was called for some models
+SENTENCE_CONFIGS = "sentence_*_config.json"  # some models have other names for SENTENCES
 _PREFIX = "pooling_mode_"
-# sentence-transformers' names; it knows no globals, and their state is the first token's there
+# sentence-transformers' names. It knows no globals; their state is that of the first token.
 _NAMES: dict[Pooling, str] = {
     "mean": "mean_tokens",
     "cls": "cls_token",
@@ -27,11 +27,11 @@ _NAMES: dict[Pooling, str] = {
 
 
 def read_modules(folder: pathlib.Path) -> Modules:
-    """Class name and folder of each module of a sentence-transformers model, some Transformer
-    first; none if there is no modules.json.
+    """Returns class name and folder of each module of a sentence-transformers model, the
+    Transformer first; empty if there is no modules.json.
 
     Raises:
-        ValueError: if modules.json is damaged, or its first module is no Transformer.
+        ValueError: if modules.json is damaged, or its first module is not a Transformer.
     """
     if not (folder / MODULES).exists():
         return []
@@ -41,9 +41,9 @@ def read_modules(folder: pathlib.Path) -> Modules:
         kind, path = given.get("type"), given.get("path")
         if not isinstance(kind, str) or not isinstance(path, str):
             raise ValueError(f"{folder / MODULES}: {module} has no type or no path.")
-        place = pathlib.PureWindowsPath(path)  # which knows both kinds of slashes, and drives
+        place = pathlib.PureWindowsPath(path)  # understands both kinds of slashes, and drives
         if place.anchor or ".." in place.parts or (modules and not place.parts):
-            raise ValueError(f"{folder / MODULES}: {kind} must have a folder inside, not {path!r}.")
+            raise ValueError(f"{folder / MODULES}: {kind} must have a subfolder, not {path!r}.")
         modules.append((kind.rpartition(".")[2], folder / path))
     if not modules or not modules[0][0].endswith("Transformer"):  # there is also MLMTransformer
         kinds = [kind for kind, _ in modules]
@@ -52,14 +52,14 @@ def read_modules(folder: pathlib.Path) -> Modules:
 
 
 def read_sentence_config(folder: pathlib.Path) -> dict[str, Any]:
-    """sentence-transformers' settings of the Transformer in `folder`."""
+    """Returns sentence-transformers' settings of the Transformer in `folder`."""
     file = _sentence_config(folder)
     return read_json(file) if file else {}
 
 
 def carry_modules(root: pathlib.Path, modules: Modules, target: pathlib.Path, length: int) -> None:
-    """What makes `target` a sentence-transformers model as `root` is one, for a Transformer that
-    lies in `target` itself and reads `length` tokens."""
+    """Copies the files that make `target` a sentence-transformers model like `root`, for a
+    Transformer that is in `target` itself and reads `length` tokens."""
     if modules[0][1] == root:
         shutil.copyfile(root / MODULES, target / MODULES)
     else:
@@ -68,7 +68,7 @@ def carry_modules(root: pathlib.Path, modules: Modules, target: pathlib.Path, le
         write_json(target, {MODULES: listed})
     file, text = _sentence_config(modules[0][1]), "{}\n"
     if file:
-        read_json(file)  # raises for what is no object
+        read_json(file)  # raises if it is not an object
         text = file.read_bytes().decode()
     (target / SENTENCES).write_bytes(with_field(text, "max_seq_length", length).encode())
     for _, folder in modules[1:]:
@@ -77,13 +77,13 @@ def carry_modules(root: pathlib.Path, modules: Modules, target: pathlib.Path, le
 
 
 def _sentence_config(folder: pathlib.Path) -> pathlib.Path | None:
-    """The file of settings, whatever it is called there."""
+    """The file of settings, under any of its names."""
     files = [folder / SENTENCES, *sorted(folder.glob(SENTENCE_CONFIGS))]
     return next((file for file in files if file.exists()), None)
 
 
 class SentenceSettings(NamedTuple):
-    """How texts become vectors, as the files say it."""
+    """How texts become embeddings, as sentence-transformers' files say."""
 
     pooling: Pooling
     normalize: bool = False
@@ -94,30 +94,35 @@ class SentenceSettings(NamedTuple):
 def read_sentence_settings(
     root: pathlib.Path, modules: Modules, pooling: Pooling | None
 ) -> SentenceSettings:
-    """What the folder `root` with these modules says; `pooling` takes the place of its own.
+    """Reads the settings of the folder `root` with these modules.
+
+    Args:
+        root: the folder.
+        modules: from `read_modules`.
+        pooling: replaces the folder's own; required without modules.
 
     Raises:
         FileNotFoundError, ValueError: for files that are missing or damaged, and for modules and
-            settings that lsg_flax does not support, by name.
+            settings that lsg_flax does not support.
     """
     if not modules:
         if pooling is None:
             raise ValueError(
-                f"{root} has no {MODULES} and so says nothing of pooling; pass pooling=, one "
-                f"of {', '.join(get_args(Pooling))}."
+                f"{root} has no {MODULES}, which would say how to pool; pass pooling=, one of "
+                f"{', '.join(get_args(Pooling))}."
             )
         return SentenceSettings(pooling)
     kinds = [kind for kind, _ in modules]
     if kinds not in (known := ["Transformer", "Pooling"], [*known, "Normalize"]):
         raise ValueError(
-            f"{root / MODULES} lists {kinds}; supported are Transformer, Pooling and, last, "
-            "Normalize."
+            f"{root / MODULES} lists {kinds}; supported are Transformer, Pooling and then, "
+            "optionally, Normalize."
         )
     prompts = root / PROMPTS
     if prompts.exists() and read_json(prompts).get("default_prompt_name"):
         raise ValueError(
             f"{prompts} puts a prompt before every text (default_prompt_name), which is not "
-            "supported; set it to null and put the prompt there yourself."
+            "supported; set it to null and add the prompt to your texts."
         )
     settings = read_sentence_config(modules[0][1])
     length = settings.get("max_seq_length")
@@ -133,7 +138,7 @@ def read_sentence_settings(
 
 def _read_pooling(file: pathlib.Path) -> Pooling:
     if not file.exists():
-        raise FileNotFoundError(f"{file} is not there; pass pooling=.")
+        raise FileNotFoundError(f"{file} does not exist; pass pooling=.")
     values = read_json(file)
     chosen = [n.removeprefix(_PREFIX) for n, on in values.items() if n.startswith(_PREFIX) and on]
     new_form = values.get("pooling_mode", [])  # instead of the flags: "mean", or a list
@@ -143,7 +148,7 @@ def _read_pooling(file: pathlib.Path) -> Pooling:
     if len(chosen) != 1 or chosen[0] not in modes:
         raise ValueError(
             f"{file} asks for {' and '.join(map(str, chosen)) or 'no pooling'}; supported is one "
-            "of mean_tokens, cls_token, max_tokens. Or pass pooling=."
+            "of mean_tokens, cls_token, max_tokens. You can pass pooling= instead."
         )
     return modes[chosen[0]]
 
@@ -151,10 +156,12 @@ def _read_pooling(file: pathlib.Path) -> Pooling:
 def write_sentence_settings(
     folder: pathlib.Path, settings: SentenceSettings, *, width: int
 ) -> None:
-    """Writes the files. sentence-transformers knows no globals: "global" is written as "cls".
+    """Writes sentence-transformers' files. It knows no globals: "global" is written as "cls".
 
     Args:
-        width: of the vectors.
+        folder: the folder of the checkpoint.
+        settings: what to write.
+        width: number of features of an embedding.
     """
     modules = ["Transformer", "Pooling", *["Normalize"] * settings.normalize]
     package = "sentence_transformers.models"

@@ -1,10 +1,10 @@
-"""Full attention -> LSG attention, for parameters in memory: longer position tables and the global
+"""Converts parameters in memory from full to LSG attention: longer position tables and the global
 embeddings.
 
-No weight is trained: positions repeat, and a global token starts as [CLS] or [MASK] at positions
-    spread over the table. The numbers
-are those of the reference's LSGConverter (reference-behaviour 1.9); its random draws can be
-injected. Written once for all families.
+No weight is trained: positions are repeated, and a global token starts as [CLS] or [MASK] at
+positions spread over the table. The numbers are those of the reference's LSGConverter
+(reference-behaviour 1.9), whose random draws can be injected. The code is the same for all
+families.
 
 Axes: P positions of a table, V vocabulary, E embedding width, G global tokens, 512 in the table.
 """
@@ -26,14 +26,14 @@ class LSGOptions:
     """The options of the reference's converter, by its names.
 
     Attributes:
-        max_sequence_length: tokens that the new model reads.
-        random_global_init: draw globals from the distribution of the word table instead of using
-            [MASK].
+        max_sequence_length: number of tokens that the new model reads.
+        random_global_init: whether to draw globals from the distribution of the word table instead
+            of using [MASK].
         global_positional_stride: distance between the positions of neighbouring globals.
-        keep_first_global_token: leave global 0 as it is (LSG sources only).
-        resize_lsg: change the positions only (LSG sources only).
-        use_token_ids: add the embedding of segment 0 to the globals.
-        seed: of the random draws.
+        keep_first_global_token: whether to keep global 0 unchanged (LSG sources only).
+        resize_lsg: whether to change only the positions (LSG sources only).
+        use_token_ids: whether to add the embedding of segment 0 to the globals.
+        seed: seed of the random draws.
     """
 
     max_sequence_length: int = 4096
@@ -47,8 +47,8 @@ class LSGOptions:
 
 @dataclass(frozen=True)
 class Draws:
-    """Random numbers of a conversion, to inject the reference's: standard normal noise and, for
-    random globals, the samples."""
+    """Random numbers of a conversion, with which tests inject those of the reference: standard
+    normal noise and, for random globals, the samples."""
 
     position_noise: np.ndarray | None = None  # [512 - P, D]
     global_noise: np.ndarray | None = None  # [512, E]
@@ -65,16 +65,22 @@ def to_lsg(
     mask_token_id: int | None,
     draws: Draws | None = None,
 ) -> tuple[dict[str, Any], ModelConfig]:
-    """Parameters and config of the LSG model made from `params`.
+    """Converts parameters and config to an LSG model.
 
     Args:
-        params, config: a model with full attention, or an LSG one to make anew or resize.
-        lsg: the pattern wanted.
-        bos_token_id, mask_token_id: ids whose word embeddings the globals start from ([CLS] where
+        params, config: a model with full attention, or an LSG one to convert again or resize.
+        options: the options of the conversion.
+        lsg: the new attention pattern.
+        bos_token_id, mask_token_id: ids whose word embeddings the globals start from ([CLS] if
             there is no bos).
+        draws: random numbers to use instead of drawing them.
+
+    Returns:
+        The new parameters and config.
 
     Raises:
-        ValueError: for options that do not fit the source, or a table that the stride does not fit.
+        ValueError: for options that do not fit the source, or a stride that does not fit the
+            position table.
     """
     if any("encoder" in tree for tree in params.values()):  # the parts of a scorer
         ids = {"bos_token_id": bos_token_id, "mask_token_id": mask_token_id}
@@ -87,20 +93,20 @@ def to_lsg(
     rule, offset = family.to_lsg, family.architecture.position_offset
     if rule is None:
         raise ValueError(
-            f"a {config.model_type} cannot become LSG: its attention is local or hashed already. "
-            "Load it with lsg_flax.from_pretrained."
+            f"a {config.model_type} model cannot become LSG: its attention is already local or "
+            "hashed. Load it with lsg_flax.from_pretrained."
         )
     if config.lsg is None and (options.resize_lsg or options.keep_first_global_token):
         name = "resize_lsg" if options.resize_lsg else "keep_first_global_token"
         raise ValueError(
-            f"{name}=True needs an LSG checkpoint as source, and this one has full attention; "
+            f"{name}=True needs an LSG checkpoint as source, but this one has full attention; "
             "leave it out."
         )
     if options.max_sequence_length < 1:
         raise ValueError(f"max_sequence_length={options.max_sequence_length} must be at least 1.")
     leaves: dict[str, Any] = dict(flax.traverse_util.flatten_dict(params, sep="/"))
     tables = [table for table in rule.positions if table.path in leaves]
-    has_globals = rule.positions[0].path in leaves  # not where a decoder stands alone
+    has_globals = rule.positions[0].path in leaves  # a decoder on its own has none
     if not options.resize_lsg and has_globals:
         positions = np.asarray(leaves[rule.positions[0].path], np.float32)[offset:]
         made = _global_embeddings(
@@ -123,7 +129,7 @@ def to_lsg(
 def _longer_table(
     table: Float[np.ndarray, "P E"], extended_by: str, offset: int, rows: int
 ) -> Float[np.ndarray, "Q E"]:
-    """A position table with `rows` rows behind the first `offset`."""
+    """Returns a position table with `rows` rows after the first `offset`."""
     if extended_by == "sinusoid":
         return sinusoids(rows + offset, table.shape[1])
     head, positions = table[:offset], table[offset:]
@@ -134,11 +140,14 @@ def _longer_table(
 def spread_positions(
     positions: Float[np.ndarray, "P E"], stride: int, noise: Float[np.ndarray, "M E"]
 ) -> Float[np.ndarray, "G E"]:
-    """512 rows of a position table in the order that the globals take them: row k at position
-    stride * k, wrapping around.
+    """Returns 512 rows of a position table in the order of the globals: row k is at position stride
+    * k, wrapping around.
 
-    Tables under 512 rows are filled up with `noise` scaled to each column's mean and deviation;
-    longer ones are cut to a multiple.
+    Tables under 512 rows are extended with `noise` scaled to each column's mean and deviation;
+    longer ones are truncated to a multiple of 512.
+
+    Raises:
+        ValueError: for a stride that does not fit the table.
     """
     count = MAX_GLOBAL_TOKENS
     if len(positions) < count:
@@ -177,9 +186,9 @@ def _global_embeddings(
     for name, token in needed.items():
         if token is None or not 0 <= token < len(words):
             raise ValueError(
-                f"{name}={token} is not a row of the word table (0..{len(words) - 1}), and the "
-                "globals start from it; "
-                "the source needs a tokenizer with that token, or pass the id in its config.json."
+                f"{name}={token} is not a row of the word table (0..{len(words) - 1}), but the "
+                "globals start from it; the source needs a tokenizer with that token, or the id in "
+                "its config.json."
             )
     samples = draws.global_samples
     if options.random_global_init and samples is None:
@@ -206,11 +215,11 @@ def _word_samples(
     generator: np.random.Generator,
     noise: Float[np.ndarray, "G E"] | None,
 ) -> Float[np.ndarray, "G E"]:
-    """512 draws from the normal distribution with the mean and covariance of the word table."""
+    """Draws 512 rows from the normal distribution with the word table's mean and covariance."""
     covariance = np.cov(words.T)
     if len(words) > words.shape[1]:
         root = np.linalg.cholesky(covariance)
-    else:  # too few words for full rank, which Cholesky needs
+    else:  # too few words for full rank, which the Cholesky decomposition needs
         values, vectors = np.linalg.eigh(covariance)
         root = vectors * np.sqrt(np.abs(values))
     if noise is None:

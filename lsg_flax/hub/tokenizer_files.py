@@ -1,4 +1,4 @@
-"""Tokenizers as their files in a checkpoint's folder: read, and carried from one to another."""
+"""Tokenizers as files in a checkpoint's folder: reads them, and copies them to other folders."""
 
 import importlib.util
 import json
@@ -15,23 +15,24 @@ from lsg_flax.hub.download import cached_folder
 from lsg_flax.hub.json_text import with_field
 from lsg_flax.hub.weights import CONFIG
 
-# transformers': its import takes seconds, and its own annotations differ between versions.
+# A tokenizer of transformers: importing its class takes seconds, and its annotations differ between
+# versions.
 Tokenizer = Any
 
 _CONFIG = "tokenizer_config.json"
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", _CONFIG)
-# Classes that newer versions of transformers lack, and the same tokenizer under another name.
+# Classes that newer versions of transformers lack -> an equal class that they have.
 _SAME_AS = dict.fromkeys(("RealmTokenizer", "RealmTokenizerFast"), "BertTokenizerFast")
 _SENTENCEPIECE = ("sentencepiece.bpe.model", "spiece.model", "tokenizer.model")
-# What may change without another vocabulary, and then changes in the file too.
+# Settings that may change while the vocabulary is the same, and are then changed in the file.
 _SETTINGS = ("model_max_length", "padding_side", "truncation_side")
 
 
 def read_tokenizer(folder: str | os.PathLike) -> Tokenizer | None:
-    """The tokenizer in `folder`, None if there are no tokenizer files.
+    """Reads the tokenizer in `folder`; returns None if there are no tokenizer files.
 
     Raises:
-        ImportError: if only sentencepiece can read it, and is not installed.
+        ImportError: if sentencepiece is needed to read it, and is not installed.
         ValueError: for damaged files, or if some are missing.
     """
     folder = pathlib.Path(folder)
@@ -53,28 +54,29 @@ def read_tokenizer(folder: str | os.PathLike) -> Tokenizer | None:
         name = _SAME_AS.get(_settings(folder).get("tokenizer_class"), "AutoTokenizer")
         known = _config_beside(folder) if name == "AutoTokenizer" else {}
         tokenizer = getattr(transformers, name).from_pretrained(str(folder), **known)
-        tokenizer("\u2603")  # a vocabulary without a token for what it does not know cannot
-    except BaseException as error:  # of any kind; a panic in Rust is no Exception
+        tokenizer("\u2603")  # fails if the vocabulary has no token for unknown characters
+    except BaseException as error:  # a panic in Rust is not an Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise ValueError(
-            f"{folder} has {', '.join(there)}, of which transformers can make no tokenizer "
+            f"{folder} has {', '.join(there)}, from which transformers cannot make a tokenizer "
             f"({error or type(error).__name__}); copy or download them again."
         ) from error
-    # Without them transformers 5 makes one that knows no words, or does not join them.
+    # Without these files transformers 5 makes a tokenizer without words, or without merges.
     needed = [tokenizer.vocab_files_names.get(name) for name in ("vocab_file", "merges_file")]
     lacking = [name for name in needed if name and not (folder / name).exists()]
     if lacking and "tokenizer.json" not in there:
         raise ValueError(
-            f"{folder} has {', '.join(there)}, but {type(tokenizer).__name__} needs "
-            f"{' and '.join(lacking)} too, or tokenizer.json; copy or download them again."
+            f"{folder} has {', '.join(there)}, but {type(tokenizer).__name__} also needs "
+            f"{' and '.join(lacking)}, or tokenizer.json; copy or download them again."
         )
     return tokenizer
 
 
 def _config_beside(folder: pathlib.Path) -> dict[str, Any]:
-    """What tells the tokenizer's class in a config.json of a model that transformers does not know:
-    it would read the file as that of another model, and warn of it."""
+    """Returns the config to pass for a model_type that transformers does not know, with the
+    tokenizer's class; otherwise transformers would read config.json as another model's, with a
+    warning."""
     import transformers
 
     file = folder / CONFIG
@@ -88,13 +90,17 @@ def _config_beside(folder: pathlib.Path) -> dict[str, Any]:
 def save_tokenizer(
     tokenizer: Tokenizer, target: pathlib.Path, *, class_name: str | None = None
 ) -> None:
-    """Writes a tokenizer's files: those of the folder or repository that it was read from, byte for
-    byte but for the settings that may change, above all `model_max_length`. Other versions of
-    transformers then read them as before. `class_name` is added where they say none: it is for a
-    config.json whose model_type transformers does not know.
+    """Writes a tokenizer's files.
 
-    Of a tokenizer with other tokens or another way of reading than those files have, transformers
-    writes new ones.
+    They are copies of those that it was read from, byte for byte except for settings that may
+    change, above all `model_max_length`; so all versions of transformers read them as before. If
+    the tokenizer's tokens or behaviour were changed since, transformers writes new files.
+
+    Args:
+        tokenizer: the tokenizer.
+        target: the folder.
+        class_name: added as tokenizer_class if the files have none, for a config.json whose
+            model_type transformers does not know.
     """
     source = origin(tokenizer)
     fresh = None if source is None else _read_again(source)
@@ -121,16 +127,16 @@ def save_tokenizer(
 
 
 def check_languages(tokenizer: Tokenizer, given: Mapping[str, str | None]) -> None:
-    """Raises ValueError for codes, by the names they are given under, that are no languages of a
-    tokenizer with several."""
+    """Raises ValueError for language codes, by the names of their options, that a multilingual
+    tokenizer does not have."""
     known = sorted(tokenizer.all_special_tokens)
     if not set(given.values()) <= set(known):
         words = ", ".join(f"{name}={code!r}" for name, code in given.items())
-        raise ValueError(f"{words}: both must be languages of the tokenizer, some of {known}.")
+        raise ValueError(f"{words}: both must be languages of the tokenizer, among {known}.")
 
 
 def origin(tokenizer: Tokenizer) -> pathlib.Path | None:
-    """The folder that a tokenizer was read from; None if it is not on this machine."""
+    """Returns the folder that a tokenizer was read from; None if it is not on this machine."""
     name = str(getattr(tokenizer, "name_or_path", None) or "")
     if name and os.path.isdir(name):
         return pathlib.Path(name)
@@ -138,7 +144,7 @@ def origin(tokenizer: Tokenizer) -> pathlib.Path | None:
 
 
 def portable_class(tokenizer: Tokenizer) -> str:
-    """The class by a name that every version of transformers knows."""
+    """Returns the name of the tokenizer's class that every version of transformers knows."""
     name = type(tokenizer).__name__
     generic = "PreTrainedTokenizerFast"
     return generic if name in (generic, "TokenizersBackend") else name.removesuffix("Fast")
@@ -147,12 +153,12 @@ def portable_class(tokenizer: Tokenizer) -> str:
 def _is_installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # of the package around it
+    except ModuleNotFoundError:  # the parent package is missing
         return False
 
 
 def _read_again(folder: pathlib.Path) -> Tokenizer | None:
-    """None where the files are gone or damaged by now."""
+    """Reads the tokenizer again; None if the files are missing or damaged now."""
     try:
         return read_tokenizer(folder)
     except (ImportError, ValueError):
@@ -160,7 +166,7 @@ def _read_again(folder: pathlib.Path) -> Tokenizer | None:
 
 
 def _identity(tokenizer: Tokenizer) -> list[Any]:
-    """All that decides which ids it gives for a text."""
+    """Everything that decides which ids the tokenizer gives for a text."""
     known = [type(tokenizer), str(tokenizer.special_tokens_map), tokenizer.chat_template]
     if not tokenizer.is_fast:
         ignored = {"name_or_path", *_SETTINGS}
@@ -176,7 +182,7 @@ def _settings(folder: pathlib.Path) -> Any:
 
 
 def _code_of(folder: pathlib.Path) -> set[str]:
-    """The modules that tokenizer_config.json names for a tokenizer of its own."""
+    """The modules of custom tokenizer code that tokenizer_config.json refers to."""
     named = _settings(folder).get("auto_map")
     named = named.get("AutoTokenizer") if isinstance(named, dict) else named
     references = named if isinstance(named, list) else [named]

@@ -1,5 +1,5 @@
-"""Weights that are read whole, out of trees: PyTorch's pickles, the msgpack files of Hugging Face's
-Flax classes, numpy archives, under the names and layouts that PyTorch has, or TensorFlow."""
+"""Reads weight files that must be read as a whole: PyTorch's pickles, msgpack files of Hugging
+Face's Flax classes, and numpy archives, with the names and layouts of PyTorch, or of TensorFlow."""
 
 import errno
 import pathlib
@@ -17,7 +17,7 @@ _OF_FLAX = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
 
 
 class UnreadTensor(NamedTuple):
-    """A tensor of a kind that numpy does not have: nothing but its shape and dtype is known."""
+    """A tensor of a kind that numpy does not have: only its shape and dtype are known."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -27,12 +27,12 @@ WholeTensors = Mapping[str, np.ndarray | UnreadTensor]
 
 
 def read_bin(file: pathlib.Path) -> WholeTensors:
-    """The tensors of a PyTorch pickle: a state dict, named parameters, or these inside of
-    dictionaries, whose keys then begin their names.
+    """Reads the tensors of a PyTorch pickle: a state dict, named parameters, or these inside
+    dictionaries, whose keys become prefixes of the names.
 
     Raises:
-        ImportError: without torch.
-        ValueError: if the file is damaged, or holds anything but weights.
+        ImportError: if torch is not installed.
+        ValueError: if the file is damaged, or contains anything but weights.
     """
     try:
         import torch  # pyright: ignore[reportMissingImports]
@@ -47,10 +47,10 @@ def read_bin(file: pathlib.Path) -> WholeTensors:
         if isinstance(tree, list):  # of model.named_parameters()
             tree = dict(pair for pair in tree if isinstance(pair, tuple) and len(pair) == 2)
         leaves = [(name, t) for name, t in _leaves(tree) if name and isinstance(t, torch.Tensor)]
-    except Exception as error:  # the unpickler's own, of any type, where bytes are damaged
+    except Exception as error:  # for damaged bytes the unpickler raises errors of any type
         if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
             raise _no_weights(file, error) from None
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a zip cut short
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a truncated zip
             raise
         raise damaged(file, error) from error
     if not leaves:
@@ -59,39 +59,40 @@ def read_bin(file: pathlib.Path) -> WholeTensors:
 
 
 def _no_weights(file: pathlib.Path, error: Exception) -> ValueError:
-    """Without torch's own text, which advises weights_only=False: that runs whatever is there."""
+    """The error for a pickle with more than weights. It leaves out torch's own text, which advises
+    weights_only=False: that would run any code in the file."""
     found = re.search(r"GLOBAL (\S+)", str(error))
     return ValueError(
-        f"{file} holds more than weights{f' ({found[1]})' if found else ', or is no pickle'}, and "
-        "was not opened, since unpickling it could run code; save the model's state_dict() where "
+        f"{file} has more than weights{f' ({found[1]})' if found else ', or is not a pickle'}, and "
+        "was not opened, because unpickling it could run code; save the model's state_dict() where "
         "it was made, best as safetensors."
     )
 
 
 def read_msgpack(file: pathlib.Path) -> WholeTensors:
-    """The tensors of a Flax class of Hugging Face, which has PyTorch's modules under their names.
+    """Reads the tensors of a Flax class of Hugging Face, whose modules have PyTorch's names.
 
     Raises:
-        ValueError: if the file is damaged, or holds no such tree.
+        ValueError: if the file is damaged, or has no tree of arrays.
     """
     contents = file.read_bytes()
     try:
         leaves = list(_leaves(flax.serialization.msgpack_restore(contents)))
-    except Exception as error:  # of msgpack, numpy and flax, where bytes are damaged
+    except Exception as error:  # msgpack, numpy and flax raise many types for damaged bytes
         raise damaged(file, error) from error
     arrays = [_as_in_torch(name, a) for name, a in leaves if name and isinstance(a, np.ndarray)]
     if not arrays:
-        raise ValueError(f"{file} is not a tree of parameters: it should hold arrays by name.")
+        raise ValueError(f"{file} is not a tree of parameters: it should have arrays by name.")
     return _once(file, arrays)
 
 
 def read_npz(file: pathlib.Path) -> WholeTensors:
-    """The arrays of a numpy archive by name; raises ValueError if it is damaged, or holds objects,
-    which would be unpickled."""
+    """Reads the arrays of a numpy archive by name; raises ValueError if it is damaged, or has
+    objects, which would be unpickled."""
     try:
         with np.load(file) as archive:
             return dict(archive)
-    except Exception as error:  # of numpy and zipfile, where bytes are damaged
+    except Exception as error:  # numpy and zipfile raise many types for damaged bytes
         raise damaged(file, error) from error
 
 
@@ -103,23 +104,23 @@ def _as_in_torch(name: str, array: np.ndarray) -> tuple[str, np.ndarray]:
 
 
 def _once(file: pathlib.Path, leaves: list[tuple[str, Contents]]) -> dict[str, Contents]:
-    """By name; raises ValueError where two have the same."""
+    """Returns the leaves by name; raises ValueError if two have the same name."""
     found: dict[str, Contents] = {}
     for name, leaf in leaves:
         if name in found:
-            raise ValueError(f"{file} has two tensors called {name}; keep the one that is meant.")
+            raise ValueError(f"{file} has two tensors called {name}; remove one of them.")
         found[name] = leaf
     return found
 
 
 def damaged(file: pathlib.Path, error: Exception) -> ValueError:
-    """What to say of a file that cannot be read."""
+    """Returns the error for a file that cannot be read."""
     said = str(error) or type(error).__name__
-    return ValueError(f"{file} is damaged or cut short ({said:.300}); copy or download it again.")
+    return ValueError(f"{file} is damaged or truncated ({said:.300}); copy or download it again.")
 
 
 def _leaves(tree: object, beginning: str = "") -> Iterator[tuple[str, object]]:
-    """What is in dictionaries whose keys are texts, these joined with dots."""
+    """Yields the leaves of nested dictionaries, with their string keys joined by dots."""
     if not isinstance(tree, dict):
         yield beginning.removesuffix("."), tree
         return
@@ -129,7 +130,7 @@ def _leaves(tree: object, beginning: str = "") -> Iterator[tuple[str, object]]:
 
 
 def _from_torch(tensor: Any) -> np.ndarray | UnreadTensor:
-    """numpy has no bfloat16 of its own; its bits travel as int16."""
+    """Converts a tensor. numpy has no bfloat16 of its own, so its bits are passed as int16."""
     import torch  # pyright: ignore[reportMissingImports]
 
     shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")

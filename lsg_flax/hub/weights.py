@@ -1,5 +1,5 @@
-"""The tensors of a checkpoint's folder by their PyTorch names: safetensors, whole or sharded, read
-in slices; pytorch_model.bin and flax_model.msgpack."""
+"""Opens the tensors of a checkpoint's folder by their PyTorch names: safetensors, in one file or
+sharded, read in slices; pytorch_model.bin; flax_model.msgpack."""
 
 import pathlib
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from lsg_flax.hub.weight_trees import UnreadTensor, damaged, read_bin, read_msgp
 CONFIG, GENERATION = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-NPZ = "model.npz"  # a dump of a TensorFlow checkpoint's variables by their names
+NPZ = "model.npz"  # the variables of a TensorFlow checkpoint by their names
 MSGPACK, MSGPACK_INDEX = "flax_model.msgpack", "flax_model.msgpack.index.json"
 
 # safetensors' names of dtypes
@@ -27,7 +27,7 @@ _DTYPES = {
 
 
 class StoredTensor:
-    """A tensor in a safetensors file: slices of it are read when asked for."""
+    """A tensor in a safetensors file, of which slices are read on demand."""
 
     def __init__(self, stored: Any):
         self._stored = stored
@@ -35,7 +35,7 @@ class StoredTensor:
         self.dtype = _DTYPES.get(stored.get_dtype(), str(stored.get_dtype()))
 
     def __getitem__(self, index) -> np.ndarray:
-        """Reads a part."""
+        """Reads a slice."""
         return self._stored[index]
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
@@ -46,13 +46,12 @@ Tensors = Mapping[str, StoredTensor | UnreadTensor | np.ndarray]
 
 
 def open_tensors(folder: pathlib.Path) -> Tensors:
-    """Every tensor of a checkpoint by its PyTorch name: stored ones, or arrays of a file that is
-    read whole. Of several formats, safetensors are taken first, then pickles.
+    """Opens every tensor of a checkpoint, by its PyTorch name: stored ones, or arrays of a file
+    that is read as a whole. Of several formats, safetensors have priority, then pickles.
 
     Raises:
         FileNotFoundError: if there are no weights or a shard is missing.
-        ValueError: if a file is damaged or a pointer to one, or a pickle holds anything but
-            weights.
+        ValueError: if a file is damaged or a Git LFS pointer, or a pickle has anything but weights.
     """
     readers: dict[str, Callable[[pathlib.Path], Tensors]] = {
         WEIGHTS: _open_safetensors,
@@ -68,7 +67,7 @@ def open_tensors(folder: pathlib.Path) -> Tensors:
             check_pointer(folder / name)
             return read(folder / name)
     raise FileNotFoundError(
-        f"{folder} has no weights: none of {', '.join(readers)}; it holds {_listing(folder)}."
+        f"{folder} has no weights: none of {', '.join(readers)}; it has {_listing(folder)}."
     )
 
 
@@ -80,13 +79,13 @@ def _listing(folder: pathlib.Path) -> list[str]:
 
 def _refuse_flax_shards(index: pathlib.Path) -> Tensors:
     raise ValueError(
-        f"{index} is of a Flax checkpoint in several files, which is not read; load it with "
-        "transformers 4 and save it as one safetensors file."
+        f"{index} is the index of a Flax checkpoint in several files, which is not supported; load "
+        "it with transformers 4 and save it as one safetensors file."
     )
 
 
 def _read_shards(index: pathlib.Path, read: Callable[[pathlib.Path], Tensors]) -> Tensors:
-    """The tensors of the files that an index names, which lie beside it."""
+    """Reads the tensors of the shards that an index lists, which must be in its folder."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ValueError(f"{index} has no weight_map; download the checkpoint again.")
@@ -96,8 +95,8 @@ def _read_shards(index: pathlib.Path, read: Callable[[pathlib.Path], Tensors]) -
     for shard in shards:
         if shard not in files:
             raise FileNotFoundError(
-                f"{index} names the shard {shard:.200}, which is not there: shards are {kind} "
-                "files of the index's own folder; download the checkpoint again."
+                f"{index} lists the shard {shard:.200}, which is not there: shards are {kind} "
+                "files in the folder of the index; download the checkpoint again."
             )
         check_pointer(files[shard])
     tensors: dict[str, StoredTensor | UnreadTensor | np.ndarray] = {}
@@ -105,7 +104,10 @@ def _read_shards(index: pathlib.Path, read: Callable[[pathlib.Path], Tensors]) -
         tensors |= {n: t for n, t in read(files[shard]).items() if places.get(n, shard) == shard}
     lost = sorted(places.keys() - tensors.keys())
     if lost:
-        raise ValueError(f"{index} names tensors that its shards do not hold: {lost[:10]}.")
+        raise ValueError(
+            f"{index} lists tensors that its shards do not have: {lost[:10]}; download the "
+            "checkpoint again."
+        )
     return tensors
 
 

@@ -1,4 +1,4 @@
-"""Batched inference: predictors, result files that survive a kill, exported programs."""
+"""Batched inference: predictors, resumable result files, exported programs."""
 
 from lsg_flax.buckets import default_buckets as default_buckets
 from lsg_flax.inference.encodings import Encoding as Encoding

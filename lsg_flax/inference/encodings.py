@@ -1,4 +1,4 @@
-"""Encodings of documents: checked, sorted into batches of a few lengths, padded.
+"""Encodings of documents: checks them, sorts them into batches of a few lengths, and pads them.
 
 Axes: B batch, C choices, T tokens.
 """
@@ -10,14 +10,15 @@ import numpy as np
 
 from lsg_flax.models import Model
 
-# By the model's names: lists of T numbers, as a tokenizer gives them; for choices C such lists.
+# Lists of T numbers by the model's input names, as a tokenizer returns them; for multiple choice C
+# such lists.
 Encoding = dict[str, Any]
 
 
 def check_encoding(
     name: str, encoding: Encoding, like: Encoding, *, model: Model, longest: int
 ) -> None:
-    """As `Predictor.check`."""
+    """Implements `Predictor.check`."""
     config = model.config
     tables = {
         "input_ids": ("vocab_size", config.vocab_size),
@@ -28,7 +29,7 @@ def check_encoding(
     if unknown or "input_ids" not in encoding or encoding.keys() != like.keys():
         raise ValueError(
             f"{name} has the fields {sorted(encoding)} and the first one has {sorted(like)}; "
-            f"all need input_ids and the same of {sorted(tables)}."
+            f"all need input_ids, and the same fields among {sorted(tables)}."
         )
     choices = choices_of(encoding["input_ids"], model)
     if len(choices) != len(choices_of(like["input_ids"], model)):
@@ -50,7 +51,8 @@ def _check_rows(
     given = list(map(len, rows))
     if given != lengths or 0 in lengths:
         raise ValueError(
-            f"{place} has {given} {name} and {lengths} input_ids; they must be as many, at least 1."
+            f"{place} has {given} {name} and {lengths} input_ids; the numbers must be equal and at "
+            "least 1."
         )
     low, high = min(map(min, rows)), max(map(max, rows))
     if low < 0 or high >= limit:
@@ -65,15 +67,15 @@ def _check_rows(
 
 
 def choices_of(values: Sequence, model: Model) -> Sequence[Sequence[int]]:
-    """One list of tokens per choice; a document of a task without choices has one."""
+    """Returns one list of tokens per choice; for a task without choices just one list."""
     return values if model.task_record.input_rank == 3 else [values]
 
 
 def batches_of(
     encodings: Sequence[Encoding], model: Model, batch_size: int, buckets: Sequence[int]
 ) -> Iterator[tuple[int, list[int]]]:
-    """Bucket and places of the documents of each batch; the longest first, so that a lack of memory
-    shows at once."""
+    """Yields each batch's bucket and the indices of its documents; the longest come first, so that
+    a lack of memory shows at once."""
     lengths = [max(map(len, choices_of(e["input_ids"], model))) for e in encodings]
     waiting: dict[int, list[int]] = {bucket: [] for bucket in reversed(buckets)}
     for place in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -86,7 +88,8 @@ def batches_of(
 def padded(
     encodings: Sequence[Encoding], model: Model, batch_size: int, bucket: int
 ) -> dict[str, np.ndarray]:
-    """Arrays [B, T] ([B, C, T] for choices) of a whole batch; what fills it up is masked."""
+    """Returns arrays [B, T] ([B, C, T] for multiple choice) of a full batch; missing rows are
+    masked."""
     fill = {"input_ids": model.config.filler}
     choices = len(choices_of(encodings[0]["input_ids"], model))
     arrays = {

@@ -1,6 +1,7 @@
-"""A model as one program of fixed length that runs with JAX alone: StableHLO, by `jax.export`.
+"""Exports a model as a StableHLO program of fixed length, by `jax.export`, which needs only JAX to
+run.
 
-docs/inference.md shows the lines that run it where lsg_flax is not installed.
+docs/inference.md shows how to run it where lsg_flax is not installed.
 
 Axes: B batch, T tokens.
 """
@@ -29,9 +30,9 @@ from lsg_flax.models import Model, Params
 Platform = Literal["cpu", "cuda", "rocm", "tpu"]
 Input = Literal["input_ids", "attention_mask", "token_type_ids"]
 ParametersPlace = Literal["inside", "beside"]
-# A program must stay under 2 GiB (flatbuffers), and constants cost: a base model's 430 MiB, inside
-# instead of beside, took 3.4 instead of 0.8 GiB of memory to export and 12 s instead of 4 s to
-# start on CPU. One file is worth that up to about this size.
+# A program must stay under 2 GiB (flatbuffers), and constants are expensive: with the 430 MiB of a
+# base model inside instead of beside, export took 3.4 instead of 0.8 GiB of memory, and starting on
+# CPU 12 s instead of 4 s. Up to about this size the convenience of one file is worth that.
 INSIDE_BYTES = 512 * 2**20
 _MOST_INSIDE = 2**31 - 2**26
 
@@ -48,28 +49,33 @@ def export_model(
     platforms: Sequence[Platform] = ("cpu",),
     parameters: ParametersPlace | None = None,
 ) -> tuple[pathlib.Path, ...]:
-    """Writes a program from `inputs`, int32 arrays [B, T] in this order, to a dict of `fields`.
+    """Writes a program that takes the `inputs`, int32 arrays [B, T] in this order, and returns a
+    dict of `fields`.
 
-    With the parameters beside it, the program's first argument is a dict of them, which
-    `safetensors.flax.load_file` reads from `path` + ".safetensors". Files get their names when all
-    are complete.
+    With `parameters="beside"`, the program's first argument is a dict of the parameters, which
+    `safetensors.flax.load_file` reads from `path` + ".safetensors". Temporary files are renamed
+    when all are complete.
 
     Args:
-        model, params: of any task but multiple_choice.
+        model, params: a model of any task but multiple_choice, and its parameters.
         path: the file to write, such as "classifier.stablehlo".
-        length: tokens T of each row; shorter documents are padded and masked.
-        batch_size: rows B; None for any number, one compilation each where it runs.
-        platforms: devices that it shall run on; none of them needs to be here. Attention works on
-            one block at a time for "cpu" and for any batch size, else on as many as fit.
-        parameters: inside the program or beside it; by default inside up to 512 MiB.
+        length: number of tokens T of each row; shorter documents must be padded and masked.
+        batch_size: number of rows B; None for any number, with one compilation for each where it
+            runs.
+        inputs: the arrays that the program takes.
+        fields: the outputs that it returns.
+        platforms: platforms that the program can run on; none of them needs to be present.
+            Attention computes one block at a time for "cpu" and for any batch size, else as many as
+            fit.
+        parameters: "inside" the program or "beside" it; by default inside up to 512 MiB.
 
     Returns:
-        The files.
+        The paths of the files.
 
     Raises:
-        ImportError: without flatbuffers, which JAX writes the file with.
+        ImportError: if flatbuffers, which JAX needs for export, is not installed.
         ValueError: for settings that the model or the file does not allow.
-        OSError: if the files cannot be written; old ones stay as they were.
+        OSError: if the files cannot be written; old files are unchanged.
     """
     check_flatbuffers()
     shapes = input_shapes(model, length, batch_size, inputs, fields, platforms)
@@ -83,10 +89,10 @@ def export_model(
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """How programs are made.
+    """The settings with which programs are exported.
 
     Attributes:
-        parameters: where they are.
+        parameters: whether parameters are inside or beside the program.
     """
 
     platforms: Sequence[Platform]
@@ -94,7 +100,7 @@ class Build:
     parameters: ParametersPlace
 
     def serialized(self, run: Callable, params: Params, shapes: Sequence[Any]) -> bytearray:
-        """A program of the function of parameters by their paths and of arrays of these shapes."""
+        """Exports a function of parameters, by their paths, and of arrays of these shapes."""
         flat = flax.traverse_util.flatten_dict(params, sep="/")
         if self.parameters == "inside":
             constants = jax.tree.map(jax.numpy.asarray, flat)
@@ -108,8 +114,8 @@ class Build:
 
     @property
     def target(self) -> AbstractMesh:
-        """A mesh without axes that says for which device to trace; without it, it would be the one
-        that is here. How many blocks fit cannot be asked of a batch size that is not known."""
+        """A mesh without axes that sets the device to trace for, which would otherwise be the local
+        one. For an unknown batch size it is "cpu", since the blocks that fit cannot be computed."""
         any_size = self.batch_size is None
         kind = "cpu" if any_size or "cpu" in self.platforms else self.platforms[0]
         device = AbstractDevice(device_kind=kind, num_cores=None, platform=kind)
@@ -117,7 +123,7 @@ class Build:
 
 
 def placed(params: Params, parameters: ParametersPlace | None) -> ParametersPlace:
-    """Where parameters go; raises ValueError for such as do not fit there."""
+    """Returns where parameters go; raises ValueError if they do not fit there."""
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     if parameters not in (None, *get_args(ParametersPlace)):
         raise ValueError(f"parameters={parameters!r} must be inside, beside or None.")
@@ -132,8 +138,8 @@ def placed(params: Params, parameters: ParametersPlace | None) -> ParametersPlac
 def write_programs(
     programs: Mapping[pathlib.Path, bytearray], build: Build, params: Params, beside: pathlib.Path
 ) -> tuple[pathlib.Path, ...]:
-    """Writes the programs, and parameters that are not in them; files get their names when all are
-    complete. Returns the files."""
+    """Writes the programs, and parameters that are not inside; temporary files are renamed when all
+    are complete. Returns the paths."""
     first, *_ = programs
     with locked_file(first), contextlib.ExitStack() as stack:
         for path, program in programs.items():
@@ -161,12 +167,15 @@ def input_shapes(
     fields: Sequence[str],
     platforms: Sequence[Platform],
 ) -> list[jax.ShapeDtypeStruct]:
-    """Of the program's inputs, checked."""
+    """Checks the settings and returns the shapes of the program's inputs."""
     if model.task_record.input_rank != 2:
-        raise ValueError(f"{model.task} has inputs of another shape and cannot be exported.")
+        raise ValueError(
+            f"task={model.task!r} has inputs of another shape than [batch, tokens] and cannot be "
+            "exported."
+        )
     if not 1 <= length <= model.max_length:
         raise ValueError(
-            f"length={length} must lie in 1..{model.max_length}, what this model reads."
+            f"length={length} must lie in 1..{model.max_length}, the tokens that this model reads."
         )
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1, or None for any.")
@@ -185,7 +194,7 @@ def input_shapes(
 
 
 def check_flatbuffers() -> None:
-    """Raises ImportError without flatbuffers."""
+    """Raises ImportError if flatbuffers is not installed."""
     if importlib.util.find_spec("flatbuffers") is None:
         raise ImportError(
             "exporting needs flatbuffers, here and where the file is run: pip install "

@@ -1,7 +1,7 @@
-"""An encoder-decoder as two programs that run with JAX alone and write texts together: the encoder,
-and a step of the decoder.
+"""Exports an encoder-decoder as two programs that generate text together and need only JAX to run:
+the encoder, and a step of the decoder.
 
-docs/inference.md shows the lines that run them where lsg_flax is not installed.
+docs/inference.md shows how to run them where lsg_flax is not installed.
 
 Axes: B batch, T tokens, V vocabulary.
 """
@@ -45,21 +45,23 @@ def export_texts(
 ) -> tuple[pathlib.Path, ...]:
     """Writes "encoder.stablehlo" and "step.stablehlo" into a folder.
 
-    The encoder takes `input_ids` and `attention_mask`, int32 [B, T], and gives a cache: a dict of
-    arrays with the keys and values that the decoder sees of the document, and room for what it
-    writes. The step takes a cache and the last token of each row, int32 [B, 1], first
-    `decoder_start_token_id`; it gives the logits of the next one, [B, V], and the next cache. With
-    the parameters beside them, in "parameters.safetensors", a dict of these is the first argument
-    of both.
+    The encoder takes `input_ids` and `attention_mask`, int32 [B, T], and returns a cache: a dict of
+    arrays with the keys and values of the document that the decoder attends to, and room for
+    generated tokens. The step takes a cache and the last token of each row, int32 [B, 1], first
+    `decoder_start_token_id`; it returns the logits of the next token, [B, V], and the next cache.
+    With `parameters="beside"` they are in "parameters.safetensors", and a dict of them is the first
+    argument of both programs.
 
     Args:
-        model, params: an encoder-decoder of the task conditional_generation.
-        length: tokens T of each document; shorter ones are padded and masked.
-        max_new_tokens: steps that a cache has room for; behind the last one logits are NaN.
+        model, params: an encoder-decoder of the task conditional_generation, and its parameters.
+        folder: where to write the files.
+        length: number of tokens T of each document; shorter ones must be padded and masked.
+        max_new_tokens: number of steps that a cache has room for; after the last one logits are
+            NaN.
         batch_size, platforms, parameters: as in `export_model`.
 
     Returns:
-        The files.
+        The paths of the files.
 
     Raises:
         ImportError, ValueError, OSError: as `export_model`.
@@ -67,8 +69,8 @@ def export_texts(
     check_flatbuffers()
     if not (model.has_two_stacks and model.task_record.generates):
         raise ValueError(
-            f"texts are exported of an encoder-decoder for conditional_generation, not of "
-            f"{model.config.model_type} for {model.task}; export_model writes its outputs."
+            f"export_texts needs an encoder-decoder for conditional_generation, got "
+            f"{model.config.model_type} for {model.task}; use export_model for its outputs."
         )
     if not 1 <= max_new_tokens <= model.max_length:
         raise ValueError(
@@ -102,7 +104,8 @@ def export_texts(
 def _empty_cache(
     model: Model, slots: int, flat: Flat, input_ids: jax.Array, attention_mask: jax.Array
 ) -> Any:
-    """The cache before the decoder's first token: that of a prompt of one token, taken back."""
+    """Makes the cache before the decoder's first token: that of a prompt of one token, with this
+    token removed."""
     first = jnp.zeros((input_ids.shape[0], 1), jnp.int32)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "decoder_input_ids": first}
     cache = _applied(model, flat, **inputs, cache_length=slots).cache

@@ -1,9 +1,10 @@
-"""A file of JSON lines, one per document, written so that a killed run continues where it stopped.
+"""A file of JSON lines, one per document, written so that a killed run resumes where it stopped.
 
-Lines go to `TARGET.partial` in whole windows. `TARGET.partial.journal` says what is being made, and
-after each window how many documents are finished, how many bytes their lines take, and a digest of
-what was read. Lines reach the disk before the journal speaks of them, so whatever lies behind the
-journal's last entry is cut off and made again. Both files vanish when TARGET gets its name.
+Lines are written to `TARGET.partial` in whole windows. `TARGET.partial.journal` has the settings
+and, after each window, the number of finished documents, the number of bytes of their lines, and a
+digest of what was read. Lines are on the disk before the journal records them, so anything after
+the journal's last entry is removed and computed again. At the end `TARGET.partial` is renamed to
+TARGET, and the journal is deleted.
 """
 
 import contextlib
@@ -27,21 +28,22 @@ class Document(NamedTuple):
     """One document of the input."""
 
     name: Any  # its id
-    raw: bytes  # all that it says
-    place: str  # where it stands, for messages
+    raw: bytes  # its line or file
+    place: str  # FILE:NUMBER, for messages
     content: Any
-    rows: Any = None  # what the model reads of it, where that was found out before
+    rows: Any = None  # its rows for the model, if they were made before
 
 
 class ResumableLines:
-    """The writer; `with` it, `skip` the documents that are finished, `write` the others.
+    """The writer of such a file, a context manager: `skip` the finished documents, `write` the
+    others.
 
-    At the end of the `with` the file gets its name. After an error or a kill what is finished is
-    kept, if that is anything.
+    At the end of the `with` block the file gets its final name. After an error or a kill finished
+    documents are kept.
 
     Attributes:
         target, partial, journal: the files.
-        finished: documents whose lines are on the disk.
+        finished: number of documents whose lines are on the disk.
     """
 
     def __init__(
@@ -51,12 +53,12 @@ class ResumableLines:
         *,
         unfinished: Unfinished = "continue",
     ):
-        """Names the files; nothing is touched before `with`.
+        """Sets the names of the files; no file is touched before `with`.
 
         Args:
-            target: the file to make; an old one stays until the new one is complete.
-            settings: all that decides what a line says, JSON values.
-            unfinished: what to do with a partial file: continue it, or begin anew.
+            target: the file to write; an old one is kept until the new one is complete.
+            settings: everything that decides the contents of lines, as JSON values.
+            unfinished: what to do with a partial file: "continue" it, or "replace" it.
 
         Raises:
             ValueError: for another value of `unfinished`.
@@ -77,8 +79,9 @@ class ResumableLines:
         """Opens the files.
 
         Raises:
-            ValueError: if the partial file is another run's or damaged; says what differs.
-            OSError: if nothing can be written there, or another process writes it.
+            ValueError: if the partial file is damaged or of a run with other settings; the message
+                says what differs.
+            OSError: if nothing can be written there, or another process is writing it.
         """
         with contextlib.ExitStack() as stack, self._explained():
             check_file(self.target)
@@ -87,7 +90,7 @@ class ResumableLines:
                 self._remove()
             self._last = self._find()
             self.finished = self._last["documents"]
-            # Unbuffered: what could not be written must not be tried again when closing.
+            # Unbuffered: closing must not retry a write that failed.
             self._lines = stack.enter_context(self.partial.open("r+b", buffering=0))
             self._entries = stack.enter_context(self.journal.open("ab", buffering=0))
             self._lines.truncate(self._last["bytes"])
@@ -109,10 +112,11 @@ class ResumableLines:
                 self._remove()
 
     def skip(self, documents: Iterator[Document]) -> None:
-        """Passes over the documents that are finished.
+        """Skips the finished documents.
 
         Raises:
-            ValueError: if they are not those of the partial file; the first that differs is named.
+            ValueError: if they are not those of the partial file; the message has the first
+                difference.
         """
         with self.partial.open("rb") as lines:
             for number, line in enumerate(itertools.islice(lines, self.finished)):
@@ -131,10 +135,11 @@ class ResumableLines:
             )
 
     def write(self, documents: Sequence[Document], lines: Sequence[str]) -> None:
-        """Adds a window: one line for each document, on the disk when this returns.
+        """Writes a window: one line for each document, on the disk when this returns.
 
         Raises:
-            OSError: if it cannot be written, as on a full disk; what was finished before is kept.
+            OSError: if it cannot be written, for example because the disk is full; documents that
+                were finished before are kept.
         """
         data = "".join(f"{line}\n" for _, line in zip(documents, lines, strict=True)).encode()
         for document in documents:
@@ -156,8 +161,8 @@ class ResumableLines:
         _write(self._entries, f"{json_line(entry)}\n".encode())
 
     def _find(self) -> dict[str, Any]:
-        """The journal's last entry, with the partial file it speaks of; a new journal if there is
-        none, or none of its documents is finished."""
+        """Returns the journal's last entry, after checking the partial file; starts a new journal
+        if there is none, or no document is finished."""
         start = {"documents": 0, "bytes": 0, "digest": self._digest.hexdigest()}
         if not self.journal.exists():
             if self.partial.exists():
@@ -169,7 +174,7 @@ class ResumableLines:
             return start
         settings, *entries = self._read_journal()
         last = {**start, **(entries[-1] if entries else {})}
-        if not last["documents"]:  # nothing to lose, so nothing holds a run to its first settings
+        if not last["documents"]:  # nothing is lost, so other settings are allowed
             self._remove()
             self._begin()
             return start
@@ -181,7 +186,7 @@ class ResumableLines:
             raise ValueError(self._foreign("\n  ".join(["these settings differ:", *changes])))
         renamed = last.pop("complete", False) and not self.partial.exists()
         if renamed and self.target.exists() and self.target.stat().st_size == last["bytes"]:
-            os.replace(self.target, self.partial)  # killed before the journal could vanish
+            os.replace(self.target, self.partial)  # killed before the journal was deleted
         self.partial.touch()
         size = self.partial.stat().st_size
         if size < last["bytes"]:
@@ -191,13 +196,13 @@ class ResumableLines:
         return last
 
     def _begin(self) -> None:
-        """A journal without entries, whole or not at all."""
+        """Writes a journal without entries, completely or not at all."""
         write_aside(self.journal, f"{json_line(self._settings)}\n".encode())
         self.partial.touch()
         sync_folder(self.partial.parent)
 
     def _read_journal(self) -> list[dict[str, Any]]:
-        """Settings and entries; half a line, written last, is cut off."""
+        """Reads settings and entries; removes an incomplete last line."""
         data = self.journal.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
         try:
@@ -216,7 +221,7 @@ class ResumableLines:
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """Says what is kept when the system refuses."""
+        """Adds to errors of the system which documents are kept."""
         try:
             yield
         except OSError as error:
@@ -233,18 +238,18 @@ class ResumableLines:
 
     def _foreign(self, reason: str) -> str:
         return (
-            f"{self.partial} cannot be continued: {reason}\nGive what its run was given, or pass "
-            'unfinished="replace" to begin anew.'
+            f"{self.partial} cannot be continued: {reason}\nUse the settings and documents of its "
+            'run, or pass unfinished="replace" to start over.'
         )
 
 
 def json_line(values: Any) -> str:
-    """JSON, numpy's arrays and numbers included."""
+    """Returns values as JSON; numpy arrays and numbers are allowed."""
     return json.dumps(values, default=lambda value: np.asarray(value).tolist())
 
 
 def _write(file: Any, data: bytes) -> None:
-    """All of it, on the disk."""
+    """Writes all data and waits until it is on the disk."""
     view = memoryview(data)
     while view:
         view = view[file.write(view) :]

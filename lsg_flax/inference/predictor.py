@@ -1,5 +1,5 @@
-"""Batched inference on documents of any length: sorted by length, padded to a few bucket lengths,
-one compilation per bucket, results in the order of the documents.
+"""Batched inference on documents of any length: documents are sorted by length and padded to a few
+bucket lengths, with one compilation per bucket; results are in the order of the documents.
 
 Axes: B batch, T tokens.
 """
@@ -20,13 +20,13 @@ from lsg_flax.models import Model, Params
 from lsg_flax.progress import Bar
 from lsg_flax.sharding import check_batches, check_devices, shard
 
-IN_FLIGHT = 2  # batches that the device has been given while one before them is fetched
+IN_FLIGHT = 2  # batches that are queued on the device while an earlier one is fetched
 
 Result = dict[str, np.ndarray]
 
 
 class _InFlight(NamedTuple):
-    """What the device was given, and where the outputs belong."""
+    """A batch on the device, and where its outputs belong."""
 
     encodings: Sequence[Encoding]  # of the window
     results: list[Result]
@@ -36,10 +36,10 @@ class _InFlight(NamedTuple):
 
 
 class Predictor:
-    """A model made ready for documents.
+    """Runs a model on documents, in batches of a few lengths.
 
     Attributes:
-        buckets: the lengths documents are padded to.
+        buckets: the lengths in tokens that documents are padded to.
     """
 
     def __init__(
@@ -54,20 +54,22 @@ class Predictor:
         mesh: Mesh | None = None,
         program: Runnable | None = None,
     ):
-        """Chooses the lengths and outputs.
+        """Places the parameters and chooses lengths and outputs.
 
         Args:
-            batch_size: documents at once; the last batch of a bucket is filled up to it.
-            buckets: lengths to pad to; powers of two from 512 up to what the model reads by
-                default.
-            fields: outputs wanted, such as `("logits",)`; all of the task's by default.
-            select: makes other outputs of them and of the padded batch, under jit, so that only
-                these leave the device; hashable, equal ones share their compilations. An output
-                under a name of its own keeps all its rows.
-            mesh: of `sharding.make_mesh`: parameters and batches are cut over its devices. All of
-                them must be this process's; several processes each take their own documents.
-            program: is run in place of the model, and made for the same mesh; `fields` and `select`
-                do nothing to it.
+            model, params: the model and its parameters.
+            batch_size: documents per batch; the last batch of a bucket is padded to it.
+            buckets: lengths in tokens to pad to; by default powers of two from 512 up to what the
+                model reads.
+            fields: the outputs to return, such as `("logits",)`; by default all of the task.
+            select: a function of the outputs and the padded batch that returns other outputs; it
+                runs under jit, so that only these leave the device. It must be hashable; equal ones
+                share compilations. Outputs under new names are not cut to a document's tokens.
+            mesh: a mesh of `sharding.make_mesh`, over which parameters and batches are sharded. All
+                its devices must belong to this process; with several processes each predicts its
+                own documents.
+            program: runs instead of the model, and must be made for the same mesh; `fields` and
+                `select` are then ignored.
 
         Raises:
             ValueError: for a batch size or buckets that the model or the mesh does not allow.
@@ -79,7 +81,8 @@ class Predictor:
         buckets = default_buckets(limit) if buckets is None else tuple(sorted(set(buckets)))
         if not buckets or buckets[0] < 1 or buckets[-1] > limit:
             raise ValueError(
-                f"buckets={buckets} must be lengths in 1..{limit}, what this checkpoint reads."
+                f"buckets={buckets} must be lengths in 1..{limit}, the tokens that this checkpoint "
+                "reads."
             )
         check_tokens(batch_size, buckets[-1])
         if mesh is not None:
@@ -92,8 +95,8 @@ class Predictor:
 
     @property
     def compilations(self) -> int:
-        """How often this model was compiled for these fields: once per bucket and batch size,
-        shared by all predictors on the same mesh."""
+        """How often this model was compiled for these fields: once per bucket and batch size; all
+        predictors on the same mesh share compilations."""
         return self._program.compilations
 
     def __call__(
@@ -102,15 +105,15 @@ class Predictor:
         """Yields the outputs of each document, in order, without padding.
 
         Args:
-            encodings: per document the lists a tokenizer gives without padding: `input_ids` and,
-                as wanted, `attention_mask` and `token_type_ids`, the same for all. For multiple
-                choice each holds one list per choice.
-            window: documents that are sorted and held in memory together, all by default.
-            progress: show a bar with documents per second.
+            encodings: per document the lists that a tokenizer returns without padding: `input_ids`
+                and, optionally, `attention_mask` and `token_type_ids`; all documents must have the
+                same. For multiple choice each has one list per choice.
+            window: number of documents that are sorted and held in memory together; by default all.
+            progress: whether to show a bar with documents per second.
 
         Raises:
             ValueError: for a document that is empty, longer than the longest bucket, or has ids
-                beyond the model's tables; it is named by its place. Also for unknown `fields`.
+                beyond the model's tables; the message has its number. Also for unknown `fields`.
         """
         for place, encoding in enumerate(encodings):
             self.check(f"document {place}", encoding, like=encodings[0])
@@ -121,14 +124,14 @@ class Predictor:
                 yield from results
 
     def stream(self, windows: Iterable[Sequence[Encoding]]) -> Iterator[list[Result]]:
-        """Yields the results of each window, in order, while the device works on what follows.
+        """Yields the results of each window, in order, while the device computes the next ones.
 
         Args:
-            windows: encodings that are sorted and held in memory together, at least one; read
-                lazily, as far ahead as keeps `IN_FLIGHT` batches at the device.
+            windows: lists of at least one encoding, each of which is sorted and held in memory.
+                They are read lazily, far enough ahead to keep `IN_FLIGHT` batches on the device.
 
         Raises:
-            ValueError: as the call; places are counted over all windows.
+            ValueError: as the call; documents are numbered over all windows.
         """
         yield from self._stream(self._checked(windows), Bar("documents", shown=False))
 
@@ -143,13 +146,14 @@ class Predictor:
             yield encodings
 
     def check(self, name: str, encoding: Encoding, *, like: Encoding) -> None:
-        """Raises ValueError for a document, called `name`, that cannot be read or has other fields
-        than the document `like`; values cannot be checked under jit."""
+        """Raises ValueError for a document, `name` in messages, that cannot be read or has other
+        fields than the document `like`. It is checked here because values cannot be checked under
+        jit."""
         check_encoding(name, encoding, like, model=self.model, longest=self.buckets[-1])
 
     def settings(self) -> dict[str, Any]:
-        """What decides the results, as JSON values: the model, a digest of its parameters, fields
-        and buckets; not the batch size and the mesh, which only round differently."""
+        """Returns the settings that decide the results, as JSON values: the model, a digest of its
+        parameters, fields and buckets; not batch size and mesh, which only affect rounding."""
         model = {"task": self.model.task, "dtype": np.dtype(self.model.dtype).name}
         return {
             "model": model | {"config": self.model.config.to_dict()},
@@ -178,7 +182,7 @@ class Predictor:
                 yield _InFlight(encodings, results, places, outputs, number == len(batches))
 
     def _finish(self, batch: _InFlight, bar: Bar) -> Iterator[list[Result]]:
-        """Fetches a batch; yields the results of its window if it was the last one."""
+        """Fetches a batch; yields the results of its window if it was the window's last."""
         outputs, per_token = jax.device_get(batch.outputs), self.model.task_record.per_token
         for row, place in enumerate(batch.places):
             length = len(batch.encodings[place]["input_ids"])
@@ -202,12 +206,17 @@ def predict(
     mesh: Mesh | None = None,
     progress: bool = True,
 ) -> list[Result]:
-    """The outputs of each document, in order and without padding, by a `Predictor`, whose settings
-    these are and which raises.
+    """Runs a model on documents, by a `Predictor`, whose arguments and errors these are.
+
+    Args:
+        model, params: the model and its parameters.
+        encodings: per document the lists that a tokenizer returns without padding.
+        batch_size, buckets, fields, mesh: as in `Predictor`.
+        progress: whether to show a progress bar.
 
     Returns:
-        One dict per document of the task's outputs by Hugging Face's names, numpy arrays without
-        the batch axis.
+        For each document, in order, a dict of the task's outputs by Hugging Face's names: numpy
+        arrays without the batch axis and without padding.
     """
     predictor = Predictor(
         model, params, batch_size=batch_size, buckets=buckets, fields=fields, mesh=mesh
@@ -216,7 +225,7 @@ def predict(
 
 
 def _digest(params: Params) -> str:
-    """Of paths, shapes, dtypes and values."""
+    """A digest of paths, shapes, dtypes and values."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
@@ -225,7 +234,7 @@ def _digest(params: Params) -> str:
 
 
 def _check_mesh(mesh: Mesh, model: Model, batch_size: int, buckets: Sequence[int]) -> None:
-    """Raises for what the mesh cannot cut, and for one over several processes."""
+    """Raises ValueError if the mesh does not divide batches evenly or spans several processes."""
     check_devices(mesh)
     lsg = model.config.lsg
     check_batches(mesh, {"batch_size": batch_size}, buckets, lsg and lsg.needs_padding)

@@ -1,4 +1,4 @@
-"""A model as a jitted program from a batch to the outputs wanted, whatever their axes."""
+"""A model as a jitted program from a batch to selected outputs."""
 
 import functools
 from collections.abc import Callable
@@ -19,10 +19,11 @@ Select = Callable[[Outputs, Batch], Outputs]
 def outputs_of(
     model: Model, params: Params, batch: Batch, fields: tuple[str, ...] | None
 ) -> Outputs:
-    """The outputs of these names, or all; raises ValueError for one that the task does not have."""
+    """Returns the outputs with these names, or all; raises ValueError for one that the task does
+    not have."""
     output = vars(model.apply({"params": params}, **batch))
     given = [name for name, value in output.items() if value is not None]
-    # An encoder's states, as wide as the bucket and its globals, are large and rarely the answer.
+    # Encoder states, as long as the bucket and the globals, are large and rarely needed.
     wanted = fields or tuple(name for name in given if name != "encoder_last_hidden_state")
     if not set(wanted) <= set(given):
         raise ValueError(
@@ -34,7 +35,7 @@ def outputs_of(
 
 @runtime_checkable
 class Runnable(Protocol):
-    """What a `Predictor` gives batches to, for outputs with a row for each of the batch's."""
+    """A program to which a `Predictor` passes batches; its outputs have a row for each row."""
 
     @property
     def compilations(self) -> int: ...
@@ -42,7 +43,7 @@ class Runnable(Protocol):
 
 
 class Program:
-    """The jitted model; tracing happens once per compilation, which is how they are counted."""
+    """The jitted model. Compilations are counted by tracing, which happens once for each."""
 
     def __init__(
         self,
@@ -62,7 +63,8 @@ class Program:
         self._apply = jax.jit(apply)
 
     def start(self, params: Params, batch: dict[str, np.ndarray]) -> Outputs:
-        """Gives a batch to the device; the outputs come to the host as soon as they are there."""
+        """Starts a batch on the device; outputs are copied to the host as soon as they are
+        ready."""
         with self._compiled.call(batch):
             if self.mesh is None:
                 outputs = self._apply(params, batch)

@@ -1,4 +1,4 @@
-"""Documents to lines of JSON in a file that survives a kill."""
+"""Writes outputs of documents as lines of JSON, in a resumable file."""
 
 import itertools
 import json
@@ -34,19 +34,21 @@ def predict_to_jsonl(
 ) -> None:
     """Writes one line of JSON per document, in order: its `id` and the outputs.
 
-    The file gets its name when it is complete; before that nothing is at `path` or the old file,
-    and finished windows are in `path` + ".partial", where the same call continues after a kill.
+    Finished windows are written to `path` + ".partial", where the same call resumes after a kill;
+    it is renamed to `path` when it is complete, and an old file is kept until then.
 
     Args:
-        ids: names of the documents; 0, 1, ... by default.
-        window: documents sorted and held in memory together, and written together.
-        unfinished: what to do with a partial file: continue it, or "replace" it.
+        path: the .jsonl file to write.
+        model, params, encodings, batch_size, buckets, fields, mesh, progress: as in `predict`.
+        ids: ids of the documents; by default 0, 1, ...
+        window: number of documents that are sorted, held in memory and written together.
+        unfinished: what to do with a partial file: "continue" or "replace" it.
 
     Raises:
-        ValueError: as `predict`, for another number of ids than documents, for an output that is
-            not finite, which JSON cannot say (its document is named), and for the partial file of
-            another model or other documents.
-        OSError: if the file cannot be written; what is finished is kept.
+        ValueError: as `predict`; if there are not as many ids as documents; for an output that is
+            not finite, which JSON cannot represent (the message has its document); and for a
+            partial file of another model or other documents.
+        OSError: if the file cannot be written; finished windows are kept.
     """
     names = list(range(len(encodings))) if ids is None else list(ids)
     if len(names) != len(encodings):
@@ -86,14 +88,16 @@ def predict_lines(
     window: int,
     bar: Bar,
 ) -> None:
-    """Writes the lines of the documents that are not finished, while the device works on what
-    follows.
+    """Writes the lines of the unfinished documents, while the device computes the next ones.
 
     Args:
-        file: opened.
-        rows_of: the rows for the model that a document takes, and what else is known of each.
-        line_of: the line of a document, its rows and their results.
-        window: documents sorted, held in memory and written together.
+        file: the opened file.
+        predictor: runs the model.
+        documents: all documents, finished ones included.
+        rows_of: returns the rows of a document, each an encoding and further data.
+        line_of: returns the line for a document, its rows and their results.
+        window: number of documents that are sorted, held in memory and written together.
+        bar: the progress bar.
 
     Raises:
         ValueError: if the finished documents are others, and as `Predictor.stream`.
@@ -117,14 +121,14 @@ def predict_lines(
 
 
 def _windows(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:
-    """Lists of `size` neighbours."""
+    """Yields lists of `size` consecutive documents."""
     documents = iter(documents)
     while part := list(itertools.islice(documents, size)):
         yield part
 
 
 def output_line(document: Document, result: Result) -> str:
-    """The id and the outputs as JSON; raises ValueError if they are not finite."""
+    """Returns id and outputs as JSON; raises ValueError if outputs are not finite."""
     broken = [field for field, value in result.items() if not np.isfinite(value).all()]
     if broken:
         raise ValueError(f"{document.place}: {broken} are not finite (id {document.name!r}).")

@@ -1,4 +1,5 @@
-"""Attention of blocks of queries to windows of keys: the contract, and its implementations."""
+"""Kernels for attention of blocks of queries to windows of keys: the contract and its
+implementations."""
 
 from lsg_flax.kernels.device import device_kind as device_kind
 from lsg_flax.kernels.device import rows_to_fill as rows_to_fill

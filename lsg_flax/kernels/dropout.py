@@ -1,5 +1,5 @@
-"""Dropout by a hash of the place: it keeps nothing for the backward pass but the key, and every
-kernel can draw the same bits."""
+"""Dropout by a hash of the position: the backward pass needs only the key, and every kernel can
+compute the same bits."""
 
 from functools import partial
 
@@ -10,11 +10,11 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt32
 
 
 def kept(key: PRNGKeyArray, shape: tuple[int, ...], rate: float) -> Float[Array, "..."]:
-    """Dropout's factor, 0 or 1 / (1 - rate), for every place of `shape`.
+    """Returns dropout's factor, 0 or 1 / (1 - rate), for every entry of an array of this shape.
 
-    The bits are a 32-bit mixing hash (two multiplications) of the place, seeded from the key: it
-    fuses into what it multiplies, where drawing bits by JAX's own generators doubled the time of
-    the whole attention on CPU.
+    The bits are a 32-bit mixing hash (two multiplications) of the entry's index, seeded from the
+    key. It is fused into the multiplication; JAX's own generators doubled the time of the whole
+    attention on CPU.
     """
     seed = seed_of(key)
     place = jnp.zeros(shape, jnp.uint32)
@@ -24,12 +24,12 @@ def kept(key: PRNGKeyArray, shape: tuple[int, ...], rate: float) -> Float[Array,
 
 
 def seed_of(key: PRNGKeyArray) -> UInt32[Array, "2"]:
-    """What seeds the hash."""
+    """Returns the seed of the hash."""
     return jax.random.bits(key, (2,), jnp.uint32)
 
 
 def kept_at(place: UInt32[Array, "..."], seed, rate: float) -> Float[Array, "..."]:
-    """The same for numbered places; `seed` holds two numbers of 32 bits."""
+    """Returns the factors of entries with these indices; `seed` has two numbers of 32 bits."""
     bits = place ^ seed[0]
     bits = (bits ^ (bits >> 16)) * jnp.uint32(0x7FEB352D)
     bits = (bits ^ (bits >> 15) ^ seed[1]) * jnp.uint32(0x846CA68B)
@@ -39,7 +39,7 @@ def kept_at(place: UInt32[Array, "..."], seed, rate: float) -> Float[Array, "...
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def drop(x: Float[Array, "..."], key: PRNGKeyArray, rate: float) -> Float[Array, "..."]:
-    """Dropout that keeps nothing for the backward pass but the key."""
+    """Applies dropout; the backward pass needs only the key."""
     return x * kept(key, x.shape, rate).astype(x.dtype)
 
 

@@ -1,4 +1,4 @@
-"""The one entry to attention kernels, which picks the implementation, and the merging of parts.
+"""The entry point of attention kernels, which chooses the implementation; and merging of parts.
 
 Axes: B batch, N heads, H head width, T tokens (queries), S keys.
 """
@@ -29,22 +29,27 @@ def attend(
     key: PRNGKeyArray | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B N H T"], Float[Array, "B N T"]]:
-    """Softmax attention of every block of queries to its windows of the sources and to the shared
-    keys, all under one softmax. `attend_reference` is the same written out.
+    """Attention of every block of queries to its windows of the sources and to the shared keys,
+    under one softmax. `attend_reference` computes the same in a simple way.
 
     Args:
-        key: for dropout of attention weights, with `spec.dropout_rate`.
-        implementation: None picks the fastest correct one for the device that the program is
+        spec: the static settings.
+        queries: scaled queries.
+        sources: sources of keys, of which `spec.windows` select.
+        shared: keys that all queries see.
+        biases: added to the scores.
+        key: random key for dropout of attention weights, with `spec.dropout_rate`.
+        implementation: None chooses the fastest correct one for the device that the program is
             compiled for.
 
     Returns:
         The context in the dtype of the queries, and the logarithm of each query's sum of
-        exp(score), in float32: with both, parts can be merged. A query that sees nothing gets
-        zeros, a logarithm so low that merging gives it no weight, and passes no gradient.
+        exp(score), in float32, with which parts can be merged. A query that sees no key has zeros,
+        a logarithm so low that merging gives it no weight, and zero gradients.
 
     Raises:
-        ValueError: for an unknown implementation, dropout without a key, biases of other windows,
-            a rule without the positions it needs, and segments of queries or keys alone.
+        ValueError: for an unknown implementation, dropout without a key, a wrong number of biases,
+            a rule without the positions that it needs, and segments of only queries or only keys.
     """
     check_implementation(implementation)
     check_segments(queries.segments, (*sources, shared), implementation)
@@ -75,7 +80,7 @@ def attend(
 
 
 def check_implementation(implementation: str | None) -> None:
-    """Raises ValueError for one that there is not."""
+    """Raises ValueError for an unknown implementation."""
     if implementation not in (None, *get_args(Implementation)):
         raise ValueError(
             f"implementation={implementation!r} is unknown; choose 'xla', 'pallas', "
@@ -84,11 +89,11 @@ def check_implementation(implementation: str | None) -> None:
 
 
 def is_fused(implementation: Implementation | None) -> bool:
-    """Whether the kernels for TPUs are asked for, or would be chosen, if they can compute the call.
-    Those for GPUs are asked for of `attend`.
+    """Whether the TPU kernels are requested, or would be chosen if they support the call. (GPU
+    kernels are used inside `attend`.)
 
     Raises:
-        ValueError: for implementation="pallas" where there is neither a TPU nor a GPU.
+        ValueError: for implementation="pallas" if the device is neither a TPU nor a GPU.
     """
     check_implementation(implementation)
     kind = device_kind()
@@ -105,10 +110,10 @@ def is_fused(implementation: Implementation | None) -> bool:
 
 
 def accepts(implementation: Implementation | None, refused: str | None) -> bool:
-    """Whether the kernels compute a call. `refused`: why they cannot, if they cannot.
+    """Whether the kernels compute a call; `refused` is the reason if they cannot, else None.
 
     Raises:
-        ValueError: if they cannot and were asked for.
+        ValueError: if they cannot, but were requested.
     """
     if refused is not None and implementation is not None:
         raise ValueError(f"implementation={implementation!r}: {refused}")
@@ -120,8 +125,8 @@ def check_segments(
     sources: tuple[Source | None, ...],
     implementation: Implementation | None,
 ) -> None:
-    """Raises ValueError where only some of queries and keys have segments, and for a fused kernel,
-    which takes none."""
+    """Raises ValueError if only some of queries and keys have segments, and if a fused kernel is
+    requested, which does not support segments."""
     given = [segments is not None] + [s.segments is not None for s in sources if s is not None]
     if not any(given):
         return
@@ -140,10 +145,12 @@ def check_segments(
 def merge_softmax_parts(
     context: Float[Array, "B N H T"], normaliser: Float[Array, "B N T"], axis: str
 ) -> tuple[Float[Array, "B N H T"], Float[Array, "B N T"]]:
-    """Attention to the keys of all parts, from each part's as `attend` gives it.
+    """Merges parts of attention, each the result of `attend` for some of the keys, into attention
+    to all keys.
 
     Args:
-        axis: what the parts lie along: an axis of the mesh, or one that `jax.vmap` names.
+        context, normaliser: one part.
+        axis: the axis of the parts: an axis of the mesh, or the name of one in `jax.vmap`.
     """
     top = lax.pmax(lax.stop_gradient(normaliser), axis)
     weight = jnp.exp(normaliser - top)[:, :, None]  # [B, N, 1, T]

@@ -1,5 +1,5 @@
-"""Attention by fused kernels on GPUs: the engine's contract, windows of any sources and shared keys
-under one softmax, read where they lie.
+"""Attention by fused kernels on GPUs: implements the engine's contract, windows of any sources and
+shared keys under one softmax, without copying the windows.
 
 Axes: B batch, N heads, H head width, T tokens (queries).
 """
@@ -29,13 +29,13 @@ def attend(
     *,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B N H T"], Float[Array, "B N T"]]:
-    """See `lsg_flax.kernels.attend`. Dropout draws what XLA's definition draws.
+    """Implements `lsg_flax.kernels.attend`. Dropout is the same as that of the XLA implementation.
 
     Args:
-        interpret: run the kernels without a GPU, slowly.
+        interpret: whether to run the kernels without a GPU, slowly.
 
     Raises:
-        ValueError: for a call that the kernels are not made for.
+        ValueError: for a call that the kernels do not support.
     """
     every = sources if shared is None else (*sources, shared)
     refused = gpu_plan.refusal(queries, every, biases)
@@ -64,12 +64,13 @@ def attend(
 
 
 def _tokens_first(x: Float[Array, "B N H S"]) -> Float[Array, "B S N H"]:
-    """As projections write them; XLA lays arrays out so, and moves nothing."""
+    """Transposes to tokens first, the layout of projections; XLA chooses that layout and moves
+    nothing."""
     return x.transpose(0, 3, 1, 2)
 
 
 def _seeds(plan: TiledPlan, key: PRNGKeyArray) -> UInt32[Array, "steps seeds"]:
-    """Two numbers for each part of the softmax."""
+    """Returns the seeds of dropout: two numbers for each part of the softmax."""
     steps = jnp.arange(-(-plan.blocks // plan.spec.blocks_per_step))
     views = jnp.arange(1 + max(seen.view for seen in plan.windows))
 

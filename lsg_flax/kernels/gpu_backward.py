@@ -1,5 +1,5 @@
-"""The backward kernels for GPUs: gradients of queries by tiles of queries, and those of keys and
-values by tiles of keys, which go over the queries that see them.
+"""The backward kernels for GPUs: one computes gradients of queries by tiles of queries, the other
+those of keys and values by tiles of keys, over the queries that see them.
 
 Axes: B batch, N heads, H head width, T tokens (queries), S keys.
 """
@@ -28,12 +28,11 @@ from lsg_flax.kernels.spec import Source
 
 
 class Saved(NamedTuple):
-    """What comes back to the queries, and the forward pass gave; inside of a kernel references to
-    the parts of one row and head.
+    """Inputs of the backward pass; inside a kernel references to the parts of one row and head.
 
     Attributes:
-        gradient: of the context.
-        normaliser: its logarithm.
+        gradient: gradient of the context.
+        normaliser: logarithm of the normaliser.
         delta: the sum of context and gradient over the features, without the gradient of the
             normaliser.
     """
@@ -44,14 +43,14 @@ class Saved(NamedTuple):
 
 
 class Gradient(NamedTuple):
-    """Of scores, and the weights that values were multiplied by."""
+    """The gradient of the scores, and the weights of the values."""
 
     scores: Array
     weights: Array
 
 
 def _score_gradient(plan: TiledPlan, inputs, pair: Pair, operands, rows) -> Gradient:
-    """Of a pair of tiles.
+    """Computes the gradient of the scores of a pair of tiles.
 
     Args:
         operands: two pairs of arrays [_, H], each in the order of the pair's axes: their products
@@ -70,7 +69,7 @@ def _score_gradient(plan: TiledPlan, inputs, pair: Pair, operands, rows) -> Grad
 
 
 def _read_queries(inputs: TiledArrays, saved: Saved, places, exists):
-    """Queries and gradients of contexts [T, H], and normalisers and deltas [T]."""
+    """Reads queries and gradients of contexts, [T, H], and normalisers and deltas, [T]."""
     columns = (triton.read(x, places, exists) for x in (inputs.query, saved.gradient))
     return tuple(columns), tuple(triton.read(x, places, exists) for x in saved[1:])
 
@@ -92,8 +91,8 @@ def _query_kernel(plan: TiledPlan, arrays: tuple[TiledArrays, Saved], output) ->
 def _blocks_that_see(
     plan: TiledPlan, seen: TiledWindow, first: Int[Array, ""], size: int
 ) -> tuple[Array | int, Array | int]:
-    """The first block of queries whose window has any of `size` keys from `first`, and the one
-    behind the last."""
+    """Returns the first block of queries whose window has any of `size` keys from `first` on, and
+    the block after the last one."""
     window = seen.window
     if not window.stride:
         return 0, plan.blocks
@@ -141,8 +140,8 @@ def _key_kernel(
 
 
 def _key_gradients(plan: TiledPlan, number: int, inputs: TiledArrays, saved: Saved) -> Source:
-    """Of a source. Where few keys are seen by all queries these are dealt out to several programs,
-    whose sums are added up behind."""
+    """Computes the gradients of a source. If few keys are seen by all queries, the queries are
+    split over several programs, whose results are summed afterwards."""
     source = inputs.sources[number]
     inputs = inputs._replace(sources=(source,))
     batch, count, heads, width = source.key.shape
@@ -176,7 +175,7 @@ def _saved_parts(saved: Saved) -> Saved:
 def backward(
     plan: TiledPlan, inputs: TiledArrays, saved: Saved
 ) -> tuple[Float[Array, "B T N H"], tuple[Source, ...]]:
-    """The gradients of queries, keys and values."""
+    """Returns the gradients of queries, keys and values."""
     batch, _, heads, _ = inputs.query.shape
     output = jax.ShapeDtypeStruct(inputs.query.shape, inputs.query.dtype)
     arrays, grid = (inputs, saved), (plan.query_tiles, heads, batch)

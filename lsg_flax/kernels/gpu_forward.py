@@ -1,5 +1,6 @@
-"""The forward kernel for GPUs: a program computes a tile of a block's queries of one head, going
-over the keys that the block sees tile by tile (online softmax). And what all kernels here share.
+"""The forward kernel for GPUs: a program computes a tile of a block's queries of one head, tile by
+tile over the keys that the block sees (online softmax). Also has the functions that all GPU kernels
+share.
 
 Axes: B batch, N heads, H head width, T tokens (queries), S keys.
 """
@@ -22,9 +23,9 @@ class Pair(NamedTuple):
     """A tile of queries and one of keys.
 
     Attributes:
-        block: that the queries are of.
-        queries, keys: their places in the arrays.
-        real: which of the keys may be seen by anybody.
+        block: the block of the queries.
+        queries, keys: their indices in the arrays.
+        real: which of the keys may be seen at all.
         query_axis: 0 if an array of the pair is [queries, keys], 1 if [keys, queries].
     """
 
@@ -37,7 +38,7 @@ class Pair(NamedTuple):
 
     @property
     def first_key(self) -> Int[Array, ""]:
-        """The place of the window's first key."""
+        """The index of the window's first key."""
         return self.seen.window.offset + self.block * self.seen.window.stride
 
     def along_queries(self, x: Array) -> Array:
@@ -47,7 +48,7 @@ class Pair(NamedTuple):
         return jnp.expand_dims(x, self.query_axis)
 
     def hide(self, scores: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The scores, NEGATIVE where a query does not see a key."""
+        """Returns the scores, with NEGATIVE where a query does not see a key."""
         window = self.seen.window
         inside = self.keys - self.first_key
         visible = self.along_keys(self.real & (inside >= 0) & (inside < window.width))
@@ -57,8 +58,8 @@ class Pair(NamedTuple):
         return jnp.where(visible, scores, NEGATIVE)
 
     def kept(self, plan: TiledPlan, inputs: TiledArrays) -> Float[Array, "..."]:
-        """Dropout's factors, those that XLA's definition draws: by the place among the scores of
-        its step and part of the softmax."""
+        """Returns dropout's factors, those of the XLA implementation: they depend on the index
+        among the scores of a step and part of the softmax."""
         spec, view = plan.spec, self.seen.view
         step, block = _divide(self.block, spec.blocks_per_step)
         head = inputs.rows[...] * plan.heads + inputs.heads[...]
@@ -71,7 +72,7 @@ class Pair(NamedTuple):
 
 
 def _divide(x: Int[Array, ""], number: int) -> tuple[Int[Array, ""], Int[Array, ""]]:
-    """Quotient and rest of what is not negative."""
+    """Returns quotient and remainder of non-negative numbers."""
     divisor = jnp.int32(number)
     return lax.div(x, divisor), lax.rem(x, divisor)
 
@@ -82,7 +83,7 @@ def count_from(first: Int[Array, ""] | int, size: int) -> Int[Array, "_"]:
 
 
 def query_tile(plan: TiledPlan, number: Int[Array, ""]) -> tuple[Array, Array, Array]:
-    """Of a tile of queries its block, its places, and which of them exist."""
+    """Returns the block of a tile of queries, its indices, and which of them exist."""
     block, part = _divide(number, plan.tiles_of_block)
     inside = count_from(part * plan.tiles.queries, plan.tiles.queries)
     places = block * plan.spec.block + inside
@@ -90,14 +91,14 @@ def query_tile(plan: TiledPlan, number: Int[Array, ""]) -> tuple[Array, Array, A
 
 
 def key_tile(source: Source, places: Int[Array, "S"]) -> tuple[Array, Array, Array]:
-    """Keys [S, H], values, and which of them may be seen: none outside of the source."""
+    """Returns keys [S, H], values, and which of them may be seen (none outside the source)."""
     exists = (places >= 0) & (places < source.mask.shape[-1])
     key, value, mask = (triton.read(x, places, exists) for x in source[:3])
     return key, value, mask != 0
 
 
 def over_keys(plan: TiledPlan, inputs: TiledArrays, queries, function, total):
-    """Adds up what `function(total, pair, key, value)` makes of each tile of keys that a tile of
+    """Applies `total = function(total, pair, key, value)` to each tile of keys that a tile of
     queries sees."""
     block, places, _ = queries
     for seen in plan.windows:
@@ -114,7 +115,7 @@ def over_keys(plan: TiledPlan, inputs: TiledArrays, queries, function, total):
 
 
 def input_parts(inputs: TiledArrays) -> TiledArrays:
-    """What of the inputs a program is given: all tokens of its row and head."""
+    """The parts of the inputs that a program gets: all tokens of its row and head."""
 
     def of_source(source: Source) -> Source:
         several = source.mask.shape[1] > 1
@@ -192,11 +193,11 @@ def launch_of(
     work: tuple[int, list[TiledWindow] | tuple[TiledWindow, ...]],
     arrays,
 ) -> triton.Launch:
-    """How a kernel starts.
+    """Returns the launch parameters of a kernel.
 
     Args:
-        work: so many products over the scores of these windows.
-        arrays: that it reads or writes, each of them once.
+        work: number of matrix products over the scores of these windows.
+        arrays: the arrays that it reads or writes, each counted once.
     """
     products, windows = work
     scores = plan.length * sum(seen.window.width for seen in windows)

@@ -1,5 +1,5 @@
-"""What is static about a call of the GPU's kernels: the windows that they go through, the tiles
-that they work on, and which calls they are made for.
+"""The static plan of a call of the GPU kernels: the windows that they go through, the tiles that
+they compute, and which calls they support.
 
 Axes: B batch, N heads, H head width, T tokens (queries), S keys, Q queries of a block, W keys of a
 block's windows.
@@ -20,13 +20,13 @@ PROGRAMS = 1024
 
 
 class TiledWindow(NamedTuple):
-    """A window, or the shared keys as one that does not move.
+    """A window, or the shared keys as a window with stride 0.
 
     Attributes:
-        view: the number of the softmax part that XLA has it in: that of all windows, or of the
-            shared keys. Dropout counts places in these.
-        first: of its keys in that part.
-        keys: of that part, W.
+        view: number of the part of the softmax that it belongs to in the XLA implementation: that
+            of all windows, or of the shared keys. Dropout depends on indices in these parts.
+        first: index of its first key in that part.
+        keys: number of keys of that part, W.
     """
 
     window: Window
@@ -36,7 +36,7 @@ class TiledWindow(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Queries and keys that a program works on at once, and its warps."""
+    """Numbers of queries and keys that a program computes at once, and its warps."""
 
     queries: int
     keys: int
@@ -48,10 +48,10 @@ class TiledPlan:
     """A call.
 
     Attributes:
-        windows: of all sources; the shared keys are the last source.
-        heads: of all devices.
-        width: of a head.
-        interpret: run it without a GPU, slowly.
+        windows: windows of all sources; the shared keys are the last source.
+        heads: number of heads of all devices.
+        width: features per head.
+        interpret: whether to run without a GPU, slowly.
     """
 
     spec: Spec
@@ -70,8 +70,8 @@ class TiledPlan:
 
     @property
     def tiles(self) -> Tiles:
-        """Of such a size that in half precision a compiler puts no registers into memory, and the
-        shared memory of any GPU is enough: 64 KiB at most, of the 99 of an L4's program."""
+        """The sizes of tiles. In half precision registers are not spilled, and the shared memory of
+        any GPU is enough: at most 64 KiB, of the 99 KiB of a program on an L4."""
         exact, block = self.dtype == "float32", self.spec.block
         divisor = block & -block  # the largest power of two in it
         queries = divisor if divisor >= LEAST_TILE else _tile_of(block)
@@ -96,17 +96,18 @@ class TiledPlan:
 
 
 def _tile_of(count: int) -> int:
-    """The power of two that holds so many."""
+    """The smallest power of two that is at least the number."""
     return max(LEAST_TILE, 1 << (count - 1).bit_length())
 
 
 class TiledArrays(NamedTuple):
-    """What the kernels read; inside of a kernel references to the parts of one row and head.
+    """The arrays that the kernels read; inside a kernel references to the parts of one row and
+    head.
 
     Attributes:
-        rows, heads: their numbers among those of all devices.
-        seeds: of dropout, for each step and part of the softmax; None without dropout.
-        sources: tokens first, [B, S, N, H]; masks are integers.
+        rows, heads: numbers of rows and heads among those of all devices.
+        seeds: seeds of dropout for each step and part of the softmax; None without dropout.
+        sources: sources with tokens first, [B, S, N, H]; masks are integers.
     """
 
     rows: Any  # [B]
@@ -119,7 +120,7 @@ class TiledArrays(NamedTuple):
 def tiled_windows(
     spec: Spec, sources: tuple[Source, ...], shared: Source | None
 ) -> tuple[TiledWindow, ...]:
-    """What every block of queries sees."""
+    """Returns the windows that every block of queries sees."""
     total, first, found = sum(w.width for w in spec.windows), 0, []
     for window in spec.windows:
         found.append(TiledWindow(window, 0, first, total))

@@ -1,5 +1,5 @@
-"""What `attend` computes, written out: every query with its own list of keys. Quadratic, for tests
-and reading.
+"""`attend` in a simple form: every query with its own list of keys. Its cost is quadratic: it is
+for tests and for reading.
 
 Axes: B batch, N heads, H head width, T tokens (queries), S keys, W keys of a block's windows.
 """
@@ -15,8 +15,8 @@ from lsg_flax.kernels.spec import NEGATIVE, NO_BIASES, Biases, Queries, Rule, So
 def masked_softmax(
     scores: Float[Array, "... S"], mask: Bool[Array, "... S"]
 ) -> Float[Array, "... S"]:
-    """Softmax over the last axis in float32; masked entries are exactly 0, and so is a fully masked
-    row."""
+    """Returns the softmax over the last axis in float32; masked entries are exactly 0, also in a
+    fully masked row."""
     scores = jnp.where(mask, scores.astype(jnp.float32), NEGATIVE)
     return jnp.where(mask, jax.nn.softmax(scores, axis=-1), 0.0)
 

@@ -1,5 +1,5 @@
-"""The contract of attention kernels: sources of keys, the windows of them that a block of queries
-sees, and what is static about a call.
+"""The contract of attention kernels: sources of keys, the windows of them that blocks of queries
+see, and the static settings of a call.
 
 Axes: B batch, N heads, H head width, T tokens (queries), S keys, Q queries of a block, W keys of a
 block's windows.
@@ -21,13 +21,13 @@ class Queries(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Keys that queries may attend to; `mask` False means never. The mask may have one head for
-    all.
+    """Keys and values that queries may attend to.
 
-    `positions` say where keys stood before they were put in this order (sorted into buckets, say):
-    rules then go by these and those of the queries, not by places in the arrays.
-
-    `segments` number the texts that lie in one row: a query sees the keys of its own number alone.
+    Attributes:
+        mask: False for keys that are never seen; it may have one head for all.
+        positions: positions of the keys if they are in another order in the arrays, for example
+            sorted into buckets: rules then compare these with the positions of the queries.
+        segments: numbers of the texts in a row: a query sees only keys with its own number.
     """
 
     key: Float[Array, "B N H S"]
@@ -38,12 +38,12 @@ class Source(NamedTuple):
 
 
 class Biases(NamedTuple):
-    """What is added to scores; finite numbers (what must not be seen is masked).
+    """Biases that are added to scores; finite numbers (use masks to hide keys).
 
     Attributes:
-        windows: nothing, or of each window that which every block adds (None for nothing).
-        shared: what every query adds to the shared keys. (For each query its own would be quadratic
-            in the length.)
+        windows: for each window the bias that every block adds, or None; () for no biases.
+        shared: the bias that every query adds to the shared keys. (One bias per query would be
+            quadratic in the length.)
     """
 
     windows: tuple[Float[Array, "#B #N Q W"] | None, ...] = ()
@@ -52,11 +52,8 @@ class Biases(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """Which keys a query may see by their positions: from `before` ones before its own up to
-    `after` ones behind it (None: any number), its own too or not.
-
-    A query that shall see itself if it sees nothing else (shared queries and keys) gets a part of
-    its own, joined by `merge_softmax_parts`.
+    """Which keys a query may see, by positions: from `before` positions before its own to `after`
+    positions after it (None for any number), including its own if `itself`.
     """
 
     before: int | None = None
@@ -64,8 +61,8 @@ class Rule:
     itself: bool = True
 
     def allows(self, query: Any, key: Any) -> Any:
-        """Whether a query at one position sees a key at another: for arrays, NumPy's or JAX's,
-        that broadcast against each other."""
+        """Whether a query at one position sees a key at another; both are NumPy or JAX arrays that
+        broadcast against each other."""
         allowed: Any = True
         if self.before is not None:
             allowed = key >= query - self.before if self.before else key >= query
@@ -75,19 +72,20 @@ class Rule:
 
 
 Axes = tuple[tuple[str, ...], tuple[str, ...]]
-NEGATIVE = float(jnp.finfo(jnp.float32).min)  # masked scores; never -inf, so that no row gives NaN
+NEGATIVE = float(jnp.finfo(jnp.float32).min)  # masked scores; not -inf, so that no row gives NaN
 NO_BIASES = Biases()
 EVERYTHING, PAST, NOT_SELF = Rule(), Rule(after=0), Rule(itself=False)
 
 
 @dataclass(frozen=True)
 class Window:
-    """Block b sees the `width` keys from `offset + b * stride` of source number `source`; keys
-    outside the source do not exist.
+    """A window of keys: block b sees the `width` keys from `offset + b * stride` on of source
+    number `source`; keys outside the source do not exist.
 
-    `rule`: which of them each query sees. Without positions it goes by places in the arrays, and
-        the window must move as the blocks do; `lead` keys of the source lie in front of the first
-        query's place.
+    Attributes:
+        rule: which of these keys each query sees. Without positions it compares indices in the
+            arrays; the window must then have the stride of the blocks.
+        lead: number of keys of the source before the first query's position.
     """
 
     source: int
@@ -100,12 +98,16 @@ class Window:
 
 @dataclass(frozen=True)
 class Spec:
-    """What is static about a call: Q = `block` queries per block, the windows that each block sees,
-    the rule for the shared keys.
+    """The static settings of a call.
 
-    `blocks_per_step` trades memory for parallelism; 0 lets the device decide. `axes` of meshes are
-    those that rows and heads may lie along. `one_segment` says that the queries of a block are of
-    one segment, which spares a comparison for each of them.
+    Attributes:
+        block: queries per block, Q.
+        windows: the windows that each block sees.
+        shared_rule: the rule for the shared keys.
+        blocks_per_step: blocks computed at once, which trades memory for parallelism; 0 chooses by
+            the device.
+        axes: mesh axes that rows and heads may be sharded over.
+        one_segment: whether all queries of a block belong to one segment, which saves comparisons.
     """
 
     block: int

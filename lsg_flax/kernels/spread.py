@@ -1,5 +1,5 @@
-"""Kernels over the devices of a mesh: XLA spreads arrays by itself, but cannot cut a kernel, so
-each device runs it for its own rows of the batch and its own heads."""
+"""Kernels on a mesh: XLA shards arrays automatically, but cannot split a kernel, so each device
+runs it for its own rows of the batch and its own heads."""
 
 import math
 from collections.abc import Callable
@@ -11,8 +11,8 @@ from lsg_flax.kernels.spec import Axes
 
 
 def axes_that_divide(axes: Axes, rows: int, heads: int, group: int = 1) -> Axes:
-    """Of the axes that rows and heads may lie along those of the ambient mesh that XLA spreads
-    arrays over; none where rows, or groups of so many heads, do not divide among their devices."""
+    """Returns the axes of the ambient mesh over which XLA shards rows and heads, among the allowed
+    ones; empty if they do not divide the rows, or the groups of `group` heads."""
     mesh = jax.sharding.get_abstract_mesh()
     used = {name for name in mesh.auto_axes if mesh.shape[name] > 1}
     of_rows, of_heads = (tuple(name for name in names if name in used) for names in axes)
@@ -21,14 +21,14 @@ def axes_that_divide(axes: Axes, rows: int, heads: int, group: int = 1) -> Axes:
 
 
 def devices_along(names: tuple[str, ...]) -> int:
-    """Of the ambient mesh, along these axes of it."""
+    """Returns the number of devices of the ambient mesh along these axes."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[name] for name in names)
 
 
 def on_devices(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """The function of each device's part of its arguments, of all of them where there is no mesh
-    that XLA spreads arrays over."""
+    """Wraps a function so that each device runs it on its part of the arguments; without a mesh
+    over which XLA shards arrays, returns it unchanged."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size == 1 or not mesh.auto_axes:
         return function

@@ -1,5 +1,5 @@
-"""What the queries of a step see: a call's arrays cut into steps of a few blocks, the keys, masks
-and biases of a step, and their gradients added up.
+"""The steps of a call, of a few blocks each: splits its arrays into steps, selects the keys, masks
+and biases of a step, and sums their gradients.
 
 Axes: B batch, N heads, H head width, T tokens (queries), S keys, J blocks of a step, Q queries of
 a block, W keys of a block's windows.
@@ -27,7 +27,7 @@ class Operands(NamedTuple):
     biases: Biases
 
     def summed(self) -> "Operands":
-        """What gradients are added up for over the steps: all floats but the queries."""
+        """The arrays whose gradients are summed over the steps: all floats but the queries."""
         none: Any = None
         sources, shared = jax.tree.map(
             lambda s: Source(s.key, s.value, none),
@@ -38,7 +38,7 @@ class Operands(NamedTuple):
 
 
 class View(NamedTuple):
-    """Keys that a step's queries see under one mask; J is 1 for the shared ones."""
+    """Keys that a step's queries see, with one mask; J is 1 for the shared keys."""
 
     key: Float[Array, "B N #J H W"]
     value: Float[Array, "B N #J H W"]
@@ -47,8 +47,8 @@ class View(NamedTuple):
 
 
 def fill_up(spec: Spec, operands: Operands) -> tuple[Spec, Operands]:
-    """The operands of whole steps, with what windows see beyond the ends of their sources; and
-    windows that begin inside these."""
+    """Pads the operands to whole steps and to all keys that windows cover beyond the ends of their
+    sources; returns them, and the windows with their new offsets."""
     length = operands.queries.features.shape[-1]
     blocks = -(-length // (spec.block * spec.blocks_per_step)) * spec.blocks_per_step
     sources, windows = list(operands.sources), list(spec.windows)
@@ -67,7 +67,7 @@ def fill_up(spec: Spec, operands: Operands) -> tuple[Spec, Operands]:
 
 
 def to_steps(x: Shaped[Array, "B N *H T"], spec: Spec) -> Shaped[Array, "steps B N J *H Q"]:
-    """Cuts the last axis into steps, blocks and queries."""
+    """Splits the last axis into steps, blocks and queries."""
     split = x.reshape(*x.shape[:-1], -1, spec.blocks_per_step, spec.block)
     return jnp.moveaxis(split, (-3, -2), (0, 3))  # from [B, N, *H, steps, J, Q]
 
@@ -79,7 +79,7 @@ def from_steps(x: Shaped[Array, "steps B N J *H Q"]) -> Shaped[Array, "B N *H T"
 
 
 def numbered(queries: Queries, spec: Spec) -> tuple[Int[Array, "steps"], Queries]:
-    """Numbers and queries of all steps, along a leading axis."""
+    """Returns the numbers and queries of all steps, along a leading axis."""
     queries = jax.tree.map(lambda x: to_steps(x, spec), queries)
     if spec.one_segment and queries.segments is not None:
         queries = queries._replace(segments=queries.segments[..., :1])
@@ -87,7 +87,7 @@ def numbered(queries: Queries, spec: Spec) -> tuple[Int[Array, "steps"], Queries
 
 
 def views(step: Int[Array, ""], queries: Queries, operands: Operands, spec: Spec) -> list[View]:
-    """What the queries of a step, cut by `numbered`, see: their windows, and the shared keys."""
+    """Returns the views of a step from `numbered`: its windows, and the shared keys."""
     seen, sources, shared = [], operands.sources, operands.shared
     biases = view_biases(operands.biases, spec)
     if spec.windows:
@@ -102,13 +102,13 @@ def views(step: Int[Array, ""], queries: Queries, operands: Operands, spec: Spec
 
 
 def _join(parts: list[Array]) -> Array:
-    """Side by side along the last axis, broadcast along the others."""
+    """Concatenates along the last axis, after broadcasting along the others."""
     lead = jnp.broadcast_shapes(*(x.shape[:-1] for x in parts))
     return jnp.concatenate([jnp.broadcast_to(x, (*lead, x.shape[-1])) for x in parts], axis=-1)
 
 
 def view_biases(biases: Biases, spec: Spec) -> list[Float[Array, "#B #N 1 #Q W"] | None]:
-    """What is added to the scores of the windows, and of the shared keys."""
+    """Returns the biases of the windows and of the shared keys."""
     windows, shared = None, biases.shared
     if any(bias is not None for bias in biases.windows):
         pairs = zip(biases.windows, spec.windows, strict=True)
@@ -151,8 +151,8 @@ def _shared_mask(shared: Source, step, queries: Queries, spec: Spec) -> Bool[Arr
 
 
 def add_gradients(totals: Operands, gradients: list[View], step, spec: Spec) -> Operands:
-    """Adds what flows back into a step's views, a bias all that flows into the scores, to where
-    the views were taken from."""
+    """Adds the gradients of a step's views to those of the arrays that the views came from; the
+    gradient of a bias is that of the scores."""
     sources, shared, biases = totals[1:]
     if spec.windows:
         keys = add_to_windows(tuple(s.key for s in sources), gradients[0].key, step, spec)

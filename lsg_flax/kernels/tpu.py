@@ -1,8 +1,8 @@
-"""LSG attention by two fused kernels, made for TPUs: what they are given, when they are chosen, and
-their gradient.
+"""LSG attention by two fused kernels for TPUs: prepares their inputs, decides when they are used,
+and defines their gradient.
 
-The kernels read tokens first, [B, T, D] with the heads side by side, and one additive row per block
-that hides what must not be seen; everything else of the pattern happens on the chip.
+The kernels read arrays with tokens first, [B, T, D] with concatenated heads, and one additive row
+per block that hides keys; everything else of the pattern is computed on the chip.
 
 Axes: B batch, N heads, H head width, T tokens, S keys, G global tokens, R representatives, W keys
 of a block's windows, D model width.
@@ -37,19 +37,21 @@ def plan_fused(
     extended: bool = False,
     behind: int = 0,
 ) -> FusedPlan | None:
-    """How the kernels compute a call; None where XLA shall, or a GPU's kernels, by `attend`.
+    """Returns how the TPU kernels compute a call; None if `attend` does, by XLA or GPU kernels.
 
     Args:
-        query: of the tokens, without globals, not filled up to whole blocks.
+        spec: the pattern.
+        query: queries of the tokens, without globals and without padding to whole blocks.
         shared: keys that every query sees.
-        axes: of meshes, along which rows and heads may lie.
-        extended: whether keys shall be given with those of other shards around them.
-        behind: how many of `shared` could be given behind the tokens instead, as queries too.
-            `FusedPlan.behind` says whether they shall be: only where one range has all tokens.
+        implementation: what the caller requests.
+        axes: mesh axes that rows and heads may be sharded over.
+        extended: whether keys will include those of neighbouring shards.
+        behind: how many of `shared` may be passed after the tokens instead, as queries too.
+            `FusedPlan.behind` says whether they must be: only if one range has all tokens.
 
     Raises:
-        ValueError: for implementation="pallas" where there is no TPU or GPU, or the case is none
-            of theirs.
+        ValueError: for implementation="pallas" if there is no TPU or GPU, or the kernels do not
+            support the case.
     """
     kind = device_kind()
     on_tpu, interpret = "tpu" in kind, implementation == "pallas_interpret"
@@ -86,15 +88,17 @@ def attend_fused(
     given: Source | None = None,
     key: PRNGKeyArray | None = None,
 ) -> Float[Array, "B N H T"]:
-    """The context of tokens in whole blocks, and of `plan.behind` globals behind them.
+    """Returns the context of tokens in whole blocks, and of `plan.behind` globals after them.
 
     Args:
-        query: not scaled.
-        source: the same places, `mask` False for what windows and representatives must not show;
-            if `plan.extended` with `plan.before` blocks in front and `plan.after` behind.
-        shared: keys that every query sees, if they are not behind the tokens.
-        given: representatives of as many blocks, for `Selecting.kind` "given".
-        key: for dropout.
+        plan: from `plan_fused`.
+        query: unscaled queries.
+        source: keys and values of the same tokens; `mask` is False for those that windows and
+            representatives must hide. If `plan.extended`, with `plan.before` blocks before them and
+            `plan.after` blocks after them.
+        shared: keys that every query sees, if they are not after the tokens.
+        given: representatives of the same blocks, for `Selecting.kind` "given".
+        key: random key of dropout.
     """
     if plan.ranges > 1:
         return _in_ranges(plan, query, source, shared, given, key)
@@ -121,7 +125,8 @@ def attend_fused(
 
 
 def _in_ranges(plan: FusedPlan, query, source, shared, given, key) -> Float[Array, "B N H T"]:
-    """`attend_fused` of ranges of tokens between their neighbours' edges, as rows of the batch."""
+    """Runs `attend_fused` on ranges of tokens, with the edges of neighbouring ranges, as rows of
+    the batch."""
     batch, length, count = query.shape[0], query.shape[-1], plan.ranges
     extra = count * plan.blocks - length // plan.block  # blocks
     front, behind = (0, 0) if plan.extended else (plan.before, plan.after)
@@ -180,7 +185,7 @@ def _tokens_first(plan: FusedPlan, x: Float[Array, "B N H S"]) -> Float[Array, "
 
 
 def _visible_rows(plan: FusedPlan, source: Source, rows: int):
-    """Keys and values, zeros where the mask is False, filled up to that many."""
+    """Returns keys and values with zeros where the mask is False, padded to that many rows."""
     mask, extra = source.mask[:, :, None], rows - source.mask.shape[-1]
     key, value = (pad(jnp.where(mask, x, 0), 0, extra) for x in source[:2])
     return _tokens_first(plan, key), _tokens_first(plan, value)
@@ -189,7 +194,7 @@ def _visible_rows(plan: FusedPlan, source: Source, rows: int):
 def _hidden(
     plan: FusedPlan, mask: Bool[Array, "B 1 T"], shared: Source | None, given: Source | None
 ) -> Float[Array, "B #N _ W"]:
-    """What is added to the scores of what each block sees."""
+    """The additive rows that hide keys from each block."""
     size, sparse, step = plan.block, plan.selecting, plan.selecting.step
     to_all = None if shared is None else shared.mask
     if plan.behind:
@@ -217,13 +222,13 @@ def _hidden(
 
 
 def _extend(plan: FusedPlan, mask: Bool[Array, "B #N S"], rows: int) -> Bool[Array, "B #N _"]:
-    """The mask of tokens or representatives, `rows` of a block, with those around it."""
+    """Extends the mask of tokens or representatives, `rows` per block, by those around it."""
     return mask if plan.extended else pad(mask, plan.before * rows, plan.after * rows)
 
 
 def _chosen_mask(plan: FusedPlan, mask: Bool[Array, "B 1 T"]) -> Bool[Array, "B #N R"]:
-    """Which representatives stand for real tokens. Those of "norm" come in rising order, padding
-    first, in each head alike."""
+    """Returns which representatives represent real tokens. Those of "norm" are in rising order of
+    norms, with padding first, so this is the same in each head."""
     sparse, batch = plan.selecting, mask.shape[0]
     factor = plan.block // sparse.step
     match sparse.kind:

@@ -1,8 +1,8 @@
 """The backward kernel of fused LSG attention on a TPU: all gradients in one pass.
 
-Scores are transposed here, [keys, queries], so that log-normalisers lie along the lanes. No mask is
-needed: keys that nobody sees are zeros on the chip, so what they give to the queries is zero, and
-what they get is dropped at the end.
+Scores are transposed here, [keys, queries], so that log-normalisers are along the lanes. No mask is
+needed: keys that no query sees are zeros on the chip, so they add nothing to the gradients of
+queries, and their own gradients are dropped at the end.
 
 Axes: B batch, N heads, T tokens, Q queries of a block, W keys of a block's windows, G global
 tokens, R representatives.
@@ -24,7 +24,7 @@ from lsg_flax.kernels.tpu_plan import GROUP, FusedArrays, FusedPlan, OnChip
 
 
 class Results(NamedTuple):
-    """References to what the forward pass gave, and to the gradient of its context."""
+    """References to the results of the forward pass, and to the gradient of its context."""
 
     context: Any  # [B, T, D]
     gradient: Any  # [B, T, D]
@@ -32,7 +32,7 @@ class Results(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of what has one; inside of the kernel references to it."""
+    """The gradients; inside the kernel they are references."""
 
     query: Any
     key: Any
@@ -42,8 +42,8 @@ class Gradients(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """References to what stays on the chip: the operands, their gradients, and what
-    `select.choice` said."""
+    """References to arrays that stay on the chip: the operands, their gradients, and the results of
+    `select.choice`."""
 
     memory: OnChip
     sums: OnChip
@@ -77,7 +77,7 @@ def _kernel(plan: FusedPlan, trees, *refs) -> None:
 
 
 def _one_block(plan, step, place, inputs, results, gradients, scratch) -> None:
-    """The gradients of the block in that place of this step, and what its keys get of them."""
+    """Computes the gradients of one block of this step, and adds those of its keys."""
     block = step.first + place
     key, value = select.gather(plan, block, scratch.memory)
     rows = select.part_of(plan.block, place)
@@ -116,7 +116,7 @@ def _one_block(plan, step, place, inputs, results, gradients, scratch) -> None:
 
 
 def _add(plan: FusedPlan, block, parts: list[Array], scratch: Scratch) -> None:
-    """Adds what a block's keys get to where they were read from."""
+    """Adds gradients of a block's keys to the rows that they were read from."""
     first = 0
     for which, start, count in select.seen(plan, block):
         for i, part in enumerate(parts):
@@ -125,7 +125,7 @@ def _add(plan: FusedPlan, block, parts: list[Array], scratch: Scratch) -> None:
 
 
 def _finish(plan: FusedPlan, inputs, gradients: Gradients, scratch: Scratch) -> None:
-    """Writes the gradients of keys and values, those of their representatives added."""
+    """Writes the gradients of keys and values, including those of their representatives."""
     sums, step = scratch.sums, plan.selecting.step
     shared = slice(plan.shared_row, plan.shared_row + plan.shared)
     if gradients.shared is not None:
@@ -173,7 +173,7 @@ def backward(
     results: tuple[Float[Array, "B T D"], Float[Array, "B N _ Q"]],
     gradient: Float[Array, "B T D"],
 ) -> Gradients:
-    """The gradients of queries, keys and values."""
+    """Returns the gradients of queries, keys and values."""
     context, normaliser = results
     specs = tpu_forward.block_specs(plan, arrays)
     given = Results(context, gradient, normaliser)

@@ -1,8 +1,7 @@
 """The forward kernel of fused LSG attention on a TPU.
 
-A step of the grid computes eight blocks of queries of one group of heads. In its first step a
-group's keys, values and representatives are brought into the chip's memory (`tpu_select.fill`),
-where all of them stay.
+A step of the grid computes eight blocks of queries of one group of heads. The first step of a group
+loads its keys, values and representatives into on-chip memory (`tpu_select.fill`), where they stay.
 
 Axes: B batch, N heads, T tokens, Q queries of a block, W keys of a block's windows, G global
 tokens, R representatives.
@@ -37,7 +36,7 @@ SPILLS = 4 * MIB  # of vector memory, for registers
 
 
 def block_specs(plan: FusedPlan, arrays: FusedArrays) -> FusedArrays:
-    """What of each array a step of the grid reads."""
+    """Returns which part of each array a step of the grid reads."""
     several, last = arrays.hidden.shape[1] > 1, -(-plan.blocks // GROUP) - 1
     heads = plan.group_heads if several else 1
 
@@ -64,7 +63,7 @@ def block_specs(plan: FusedPlan, arrays: FusedArrays) -> FusedArrays:
 
 
 def normaliser_spec(plan: FusedPlan) -> pl.BlockSpec:
-    """What of the log-normalisers belongs to a step of the grid."""
+    """Returns which part of the log-normalisers belongs to a step of the grid."""
     shape = (1, plan.group_heads, GROUP, plan.block)
     return pl.BlockSpec(shape, lambda b, g, i: (b, g, i, 0))
 
@@ -78,7 +77,7 @@ def on_chip(plan: FusedPlan, dtype) -> OnChip:
 
 
 def parameters(plan: FusedPlan, backward: bool) -> pltpu.CompilerParams:
-    """What the compiler is told: steps of one group of heads follow each other."""
+    """The compiler parameters: steps of one group of heads run one after the other."""
     return pltpu.CompilerParams(
         dimension_semantics=("parallel", "parallel", "arbitrary"),
         vmem_limit_bytes=plan.memory(backward) + SPILLS,
@@ -104,7 +103,7 @@ def _kernel(plan: FusedPlan, tree, *refs) -> None:
 
 
 def _one_block(plan: FusedPlan, step: Step, place, inputs: FusedArrays, memory, outputs) -> None:
-    """The context and log-normalisers of the block in that place of this step."""
+    """Computes context and log-normalisers of one block of this step."""
     block = step.first + place
     key, value = select.gather(plan, block, memory)
     rows = select.part_of(plan.block, place)
@@ -132,7 +131,7 @@ def _one_block(plan: FusedPlan, step: Step, place, inputs: FusedArrays, memory, 
 def forward(
     plan: FusedPlan, arrays: FusedArrays
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B N _ Q"]]:
-    """The context, and the log-normaliser of each query by blocks."""
+    """Returns the context, and the log-normaliser of each query by blocks."""
     batch, length, width = arrays.query.shape
     leaves, tree = jax.tree.flatten(arrays)
     normalisers = (batch, plan.heads, plan.blocks + plan.blocks_behind, plan.block)

@@ -1,5 +1,5 @@
-"""What is static about a fused call of LSG attention on a TPU: its geometry, the memory that it
-needs on the chip, and which cases the kernels are made for.
+"""The static plan of a fused call of LSG attention on a TPU: its geometry, the on-chip memory that
+it needs, and which cases the kernels support.
 
 Axes: B batch, N heads, H head width, T tokens, R representatives, Q queries of a block, W keys of a
 block's windows.
@@ -30,11 +30,11 @@ class Selecting:
 
     Attributes:
         kind: how a block's representatives are chosen: "norm", "pooling", "stride", "block_stride",
-            "none", or "given", outside of the kernel.
-        step: representatives of a block.
+            "none", or "given" if they are chosen outside the kernel.
+        step: representatives per block.
         width: how many of them a query sees on each side.
-        right: how far behind a block's first representative its right-hand window begins.
-        chunk: tokens of which "norm" takes the longest keys.
+        right: distance from a block's first representative to the start of its right-hand window.
+        chunk: number of tokens from which "norm" takes the keys with the largest norms.
     """
 
     kind: str = "none"
@@ -45,7 +45,7 @@ class Selecting:
 
     @property
     def reach(self) -> int:
-        """Blocks in front of a query's own that it sees, and behind it."""
+        """The number of blocks before a query's own that it sees, and after it."""
         return max(1, -(-(self.width + self.step) // self.step)) if self.step else 0
 
 
@@ -54,10 +54,10 @@ class Near:
     """The tokens that a query sees, by whole blocks.
 
     Attributes:
-        window: so many blocks together are a window, whose queries see the same blocks.
-        before, after: how many windows in front of its own a query sees, and behind it (if causal
-            none).
-        rule: which of these tokens, by their places.
+        window: number of blocks of a window, whose queries see the same blocks.
+        before, after: how many windows before and after its own a query sees (none after it if
+            causal).
+        rule: which of these tokens a query sees, by position.
     """
 
     window: int = 1
@@ -71,10 +71,10 @@ class Turn:
     """Rotary positions.
 
     Attributes:
-        angles: by which the features h and h + H / 2 of a head turn from one place to the next.
-        growth: the logarithm of what the size of queries is multiplied by there, and that of keys
-            divided by.
-        ahead: how many places behind its own a query stands.
+        angles: by which the features h and h + H / 2 of a head rotate from one position to the
+            next.
+        growth: logarithm of the factor by which queries grow, and keys shrink, per position.
+        ahead: how many positions after its own a query is rotated to.
     """
 
     angles: tuple[float, ...]
@@ -84,10 +84,11 @@ class Turn:
 
 @dataclass(frozen=True)
 class FusedSpec:
-    """What a pattern asks of the kernels: Q = `block` queries see their own block and its
-    neighbours, representatives and the shared keys.
+    """A pattern for the kernels: Q = `block` queries see their own block and its neighbours,
+    representatives and the shared keys.
 
-    `scale`: of the scores, H ** -0.5 by default.
+    Attributes:
+        scale: factor of the scores; by default H ** -0.5.
     """
 
     block: int
@@ -109,18 +110,19 @@ class FusedPlan:
     """A call: the pattern, and the sizes of its arrays.
 
     Attributes:
-        blocks: of queries, in a range.
-        shared: keys that all see, filled up to a whole tile.
-        behind: of these, how many lie behind the tokens in all arrays, as queries too, which see
-            everything; 0 where shared keys come in arrays of their own.
-        heads: filled up to whole groups.
-        all_heads: of all shards.
-        width: of a head.
-        row_axes, head_axes: of the mesh, along which rows of the batch and heads lie.
-        extended: whether keys and given representatives come with those of `before` blocks in
-            front and `after` behind, as those of a shard do; else there are none.
-        ranges: into how many of `blocks` each the tokens are cut first, as if they were shards.
-        interpret: run it without a TPU, slowly.
+        blocks: number of blocks of queries in a range.
+        shared: number of keys that all queries see, padded to a whole tile.
+        behind: how many of these come after the tokens in all arrays, and are queries too, which
+            see everything; 0 if shared keys have their own arrays.
+        heads: number of heads, padded to whole groups.
+        all_heads: number of heads of all shards.
+        width: features per head.
+        row_axes, head_axes: mesh axes over which rows of the batch and heads are sharded.
+        extended: whether keys and given representatives include those of `before` blocks before and
+            `after` blocks after them, as for a shard.
+        ranges: number of ranges, of `blocks` each, into which the tokens are first split, as if
+            they were shards.
+        interpret: whether to run without a TPU, slowly.
     """
 
     spec: FusedSpec
@@ -162,13 +164,13 @@ class FusedPlan:
 
     @property
     def near_before(self) -> int:
-        """Blocks in front of a query's own of which it may see tokens."""
+        """Blocks before a query's own of which it may see tokens."""
         near = self.spec.near
         return (near.before + 1) * near.window - 1
 
     @property
     def near_after(self) -> int:
-        """And behind it."""
+        """Blocks after a query's own of which it may see tokens."""
         near = self.spec.near
         return 0 if self.spec.causal else (near.after + 1) * near.window - 1
 
@@ -217,7 +219,7 @@ class FusedPlan:
 
     @property
     def blocks_behind(self) -> int:
-        """Blocks of queries behind those of tokens, the last of which may be short."""
+        """Blocks of queries after those of tokens; the last may be short."""
         return -(-self.behind // self.block)
 
     @property
@@ -236,8 +238,7 @@ class FusedPlan:
         return self.scratch_blocks * self.block
 
     def memory(self, backward: bool) -> int:
-        """Bytes of vector memory, arrays that are moved while others are worked on counted
-        twice."""
+        """Bytes of vector memory; arrays that are loaded while others are in use count twice."""
         size, row = jnp.dtype(self.dtype).itemsize, LANES
         chosen = self.key_blocks * self.selecting.step
         scratch = self.scratch_blocks * (self.block + self.selecting.step) + self.shared
@@ -258,19 +259,19 @@ class FusedPlan:
 
 
 class FusedArrays(NamedTuple):
-    """What both kernels read, None where a call has no such array; inside of a kernel references to
-    it. Heads lie side by side, D = N * H; S keys are the tokens and what lies behind them, as T
-    queries are; R representatives.
+    """The arrays that both kernels read, None if a call has no such array; inside a kernel they are
+    references. Heads are concatenated, D = N * H; S keys and T queries are the tokens and the
+    globals after them; R representatives.
 
     Attributes:
-        seeds: of dropout, and the number of the first row among those of all shards.
-        numbers: of the heads among those of all shards.
+        seeds: seeds of dropout, and the number of the first row among those of all shards.
+        numbers: numbers of the heads among those of all shards.
         real: 1 for keys that may be seen, else 0, in blocks.
-        hidden: what is added to the scores of what a block sees: 0, or a number so low that it is
-            not seen; for all heads or each.
-        shared, given: keys and values that all see, if they do not lie behind the tokens, and
-            representatives chosen outside.
-        turns: of queries and of keys, `tpu_turn.Tables`.
+        hidden: added to the scores of the keys that a block sees: 0, or a very low number that
+            hides a key; one row for all heads or one per head.
+        shared: keys and values that all queries see, if they are not after the tokens.
+        given: representatives chosen outside the kernel.
+        turns: `tpu_turn.Tables` of queries and of keys.
     """
 
     seeds: Any  # [3]
@@ -286,8 +287,8 @@ class FusedArrays(NamedTuple):
 
 
 class OnChip(NamedTuple):
-    """Arrays [tokens or representatives, 128] of a group of heads that stay on the chip, with as
-    many rows in front and behind as queries look at, and behind tokens the shared keys; or their
+    """Arrays [tokens or representatives, 128] of a group of heads that stay on the chip, extended
+    at both ends by the rows that queries see there, with the shared keys after the tokens; or their
     gradients."""
 
     keys: Any
@@ -297,7 +298,7 @@ class OnChip(NamedTuple):
 
 
 def tile(dtype: str) -> int:
-    """Rows of a tile: where slices of rows may begin."""
+    """Returns the rows of a tile: slices of rows may start at multiples of it."""
     return 32 // jnp.dtype(dtype).itemsize
 
 
@@ -348,7 +349,8 @@ def _too_large(plan: FusedPlan, chip: str, other: str) -> str | None:
 
 
 def cut_to_fit(plan: FusedPlan, chip: str) -> FusedPlan:
-    """The plan with its blocks in as few ranges as make each fit the chip; as it is if none do."""
+    """Splits the blocks of a plan into the fewest ranges that fit the chip; returns it unchanged if
+    none do."""
     for count in range(1, plan.blocks + 1):
         window = plan.spec.near.window
         blocks = -(-plan.blocks // (count * window)) * window
@@ -361,7 +363,7 @@ def cut_to_fit(plan: FusedPlan, chip: str) -> FusedPlan:
 
 
 def vector_memory(chip: str) -> int:
-    """Bytes that a kernel may use on the chip that a `device_kind` names."""
+    """Returns the bytes of on-chip memory that a kernel may use on a `device_kind`."""
     kind = chip.lower()
     if kind.endswith("v5"):  # JAX's name of v5p
         return VECTOR_MEMORY["v5p"]

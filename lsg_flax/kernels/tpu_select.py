@@ -1,5 +1,5 @@
-"""Selection inside the fused kernels: the keys of a group of heads brought into the chip's memory,
-and their representatives beside them, chosen by counting and taken by one-hot products.
+"""Selection inside the fused kernels: loads the keys of a group of heads into on-chip memory, and
+computes their representatives, chosen by counting and taken by one-hot products.
 
 A register has sublanes and lanes, and a "row" here is one number per token along the lanes, a
 "column" one along the sublanes.
@@ -24,27 +24,27 @@ def places(shape: tuple[int, ...], axis: int) -> Int[Array, "..."]:
 
 
 def to_row(column: Float[Array, "Q 1"]) -> Float[Array, "1 Q"]:
-    """A column along the lanes; exactly, since zeros are all that is added."""
+    """Turns a column into a row along the lanes; exact, since only zeros are added."""
     size = column.shape[0]
     diagonal = places((size, size), 0) == places((size, size), 1)
     return jnp.where(diagonal, column, 0.0).sum(axis=0, keepdims=True)
 
 
 def to_column(row: Float[Array, "1 Q"]) -> Float[Array, "Q 1"]:
-    """A row along the sublanes."""
+    """Turns a row into a column along the sublanes."""
     size = row.shape[1]
     diagonal = places((size, size), 0) == places((size, size), 1)
     return jnp.where(diagonal, row, 0.0).sum(axis=1, keepdims=True)
 
 
 def of_head(plan: FusedPlan, head: int):
-    """Which lanes are those of a group's head, [1, 128]."""
+    """Returns which lanes belong to one head of a group, [1, 128]."""
     lane = places((1, LANES), 1)
     return (lane >= head * plan.width) & (lane < (head + 1) * plan.width)
 
 
 def join_heads(plan: FusedPlan, parts: list[Float[Array, "_ 128"]]) -> Float[Array, "_ 128"]:
-    """Of each head's array its own lanes."""
+    """Joins arrays of heads: takes from each its own lanes."""
     total = parts[0]
     for head in range(1, plan.group_heads):
         total = jnp.where(of_head(plan, head), parts[head], total)
@@ -54,10 +54,11 @@ def join_heads(plan: FusedPlan, parts: list[Float[Array, "_ 128"]]) -> Float[Arr
 def choice(
     plan: FusedPlan, key: Float[Array, "Q 128"], real: Float[Array, "Q 1"], head: int, number
 ) -> Int[Array, "1 Q"]:
-    """Which of its block's representatives a token becomes (a part of), -1 for none.
+    """Returns the number of the representative in its block that a token is, or is part of; -1 for
+    none.
 
     Args:
-        number: of the head among all.
+        number: the head's number among all heads.
     """
     sparse, size = plan.selecting, plan.block
     token = places((1, size), 1)
@@ -86,7 +87,7 @@ def choice(
 
 
 def one_hot(plan: FusedPlan, chosen: Int[Array, "1 Q"], dtype) -> Float[Array, "R Q"]:
-    """1 where a token is (a part of) a representative."""
+    """Returns 1 where a token is (a part of) a representative, else 0."""
     step = plan.selecting.step
     return jnp.where(places((step, plan.block), 0) == chosen, 1.0, 0.0).astype(dtype)
 
@@ -94,7 +95,7 @@ def one_hot(plan: FusedPlan, chosen: Int[Array, "1 Q"], dtype) -> Float[Array, "
 def per_representative(
     plan: FusedPlan, matrix: Float[Array, "R Q"], real: Float[Array, "1 Q"]
 ) -> Float[Array, "R 1"] | float:
-    """What sums are multiplied by: 1 over the number of real tokens, where they are pooled."""
+    """The factor of sums: 1 over the number of real tokens if they are pooled."""
     if plan.selecting.kind != "pooling":
         return 1.0
     count = (matrix.astype(jnp.float32) * real).sum(axis=1, keepdims=True)

@@ -1,5 +1,5 @@
-"""What both fused kernels ask about the step of the grid that is running: its blocks and heads,
-what its scores are made of, and which weights dropout takes.
+"""The current step of the grid, for both fused kernels: its blocks and heads, the inputs of its
+scores, and dropout of its weights.
 
 Axes: Q queries of a block, W keys of a block's windows.
 """
@@ -23,7 +23,8 @@ LEAST = 1e-30
 
 class Step(NamedTuple):
     """A step of the grid: its row of the batch and the numbers of its heads, among those of all
-    shards, and its first block of queries. (Inside of loops interpreters do not know it.)"""
+    shards, and its first block of queries. (It is read outside loops, inside which interpreters do
+    not know it.)"""
 
     row: Array
     first: Array
@@ -31,7 +32,7 @@ class Step(NamedTuple):
 
 
 def this_step(plan: FusedPlan, inputs: FusedArrays) -> Step:
-    """The step that is running."""
+    """Returns the current step."""
     head = pl.program_id(1) * plan.group_heads
     numbers = [inputs.numbers[head + i] for i in range(plan.group_heads)]
     row = pl.program_id(0) + inputs.seeds[2].astype(jnp.int32)
@@ -39,18 +40,18 @@ def this_step(plan: FusedPlan, inputs: FusedArrays) -> Step:
 
 
 def blocks_here(plan: FusedPlan, step: Step) -> Array:
-    """Blocks of tokens' queries in a step."""
+    """Returns the number of blocks of token queries in this step."""
     return jnp.minimum(GROUP, plan.blocks - step.first)
 
 
 def scaled(plan: FusedPlan, query: Float[Array, "Q 128"], head: int) -> Float[Array, "Q 128"]:
-    """A head's queries as scores take them, zeros in the lanes of other heads."""
+    """Returns a head's scaled queries, with zeros in the lanes of other heads."""
     factor = jnp.where(select.of_head(plan, head), plan.scale, 0.0)
     return (query.astype(jnp.float32) * factor).astype(plan.dtype)
 
 
 def turned(plan: FusedPlan, inputs: FusedArrays, query, block) -> Float[Array, "Q 128"]:
-    """A block's queries, rotated."""
+    """Returns a block's queries, rotated if there are rotary positions."""
     if inputs.turns is None:
         return query
     return tpu_turn.turn(plan, query, inputs.turns[0], block + plan.before)
@@ -59,8 +60,8 @@ def turned(plan: FusedPlan, inputs: FusedArrays, query, block) -> Float[Array, "
 def dropped(
     plan: FusedPlan, step: Step, seeds, block, head: int, transposed: bool
 ) -> Float[Array, "..."]:
-    """Dropout's factors of a block of queries of a head: by the place in the whole call, so that
-    both passes draw the same."""
+    """Returns dropout's factors for a block of queries of a head. They depend on the position in
+    the whole call, so that both passes get the same."""
     shape = (plan.block, plan.window)
     shape, query, key = (shape[::-1], 1, 0) if transposed else (shape, 0, 1)
     first = (step.row * plan.all_heads + step.numbers[head]) * plan.blocks + block
@@ -70,7 +71,7 @@ def dropped(
 
 
 def allowed(plan: FusedPlan, block, transposed: bool):
-    """Which keys a block's queries may see by their places."""
+    """Returns which keys a block's queries may see by position."""
     shape = (plan.block, plan.window)
     shape, query, key = (shape[::-1], 1, 0) if transposed else (shape, 0, 1)
     query, key = select.places(shape, query), select.places(shape, key)

@@ -1,8 +1,8 @@
-"""Rotary positions inside the fused kernels: queries and keys are turned on the chip, so that none
-is written and read for it.
+"""Rotary positions inside the fused kernels: queries and keys are rotated on the chip, so that
+rotated ones are never written to main memory.
 
-By places in the whole call, where a score depends on how far query and key are apart: the turn of a
-place is that of its block times that within the block, as complex numbers multiply.
+Positions are those in the whole call, since scores depend only on the distance of query and key.
+The rotation of a position is that of its block times that within the block, as complex numbers.
 
 Axes: Q queries of a block, H head width.
 """
@@ -20,15 +20,15 @@ from lsg_flax.kernels.tpu_plan import LANES, FusedPlan
 
 
 class Tables(NamedTuple):
-    """Cosine and sine times the size, [2, _, 128], of the places in a block and of the blocks on
-    the chip; sines of a head's first half are negative."""
+    """Cosines and sines times the scale, [2, _, 128], of the positions in a block and of the blocks
+    on the chip; the sines of a head's first half are negative."""
 
     places: Any
     blocks: Any
 
 
 def tables(plan: FusedPlan) -> tuple[Tables, Tables] | None:
-    """Of queries, and of keys."""
+    """Returns the tables of queries and of keys."""
     turn = plan.spec.turn
     if turn is None:
         return None
@@ -52,10 +52,10 @@ def tables(plan: FusedPlan) -> tuple[Tables, Tables] | None:
 def turn(
     plan: FusedPlan, x: Float[Array, "Q 128"], table: Tables, block, back: bool = False
 ) -> Float[Array, "Q 128"]:
-    """The features of a block, rotated; or gradients of such, rotated back.
+    """Rotates the features of a block, or rotates their gradients back.
 
     Args:
-        block: its number on the chip.
+        block: number of the block on the chip.
     """
     x, sign = x.astype(jnp.float32), -1.0 if back else 1.0
     of_block = [table.blocks[i, pl.ds(block, 1), :] for i in range(2)]

@@ -1,8 +1,8 @@
-"""The one door to Pallas' Triton backend, which compiles the kernels for GPUs.
+"""The only use of Pallas' Triton backend, which compiles the kernels for GPUs.
 
-JAX is going to remove this backend (0.12 says so) for Mosaic GPU, which knows Hopper and later
-GPUs alone, and not what the others have: A100 and L4. All that the kernels need of a backend is
-here, so that only this file has to change then.
+JAX will remove this backend (announced in 0.12) in favour of Mosaic GPU, which supports only Hopper
+and later GPUs, not A100 and L4. Everything that the kernels need from a backend is here, so that
+only this file will have to change.
 
 Axes: Q queries of a block, S keys.
 """
@@ -24,14 +24,14 @@ except ImportError:
 
 
 class Launch(NamedTuple):
-    """How a kernel is started.
+    """The launch parameters of a kernel.
 
     Attributes:
-        name: in the program.
-        grid: programs along each axis, the first one's neighbours beside each other.
-        warps: of 32 threads, that a program has.
-        stages: of loops: keys are loaded while earlier ones are worked on.
-        flops, bytes: what the kernel does, for who reads the compiled program.
+        name: name in the compiled program.
+        grid: number of programs along each axis; neighbours along the first axis are adjacent.
+        warps: number of warps (32 threads) per program.
+        stages: pipeline stages of loops: keys are loaded while earlier ones are in use.
+        flops, bytes: the kernel's work, for readers of the compiled program.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Launch(NamedTuple):
 
 
 def is_there() -> bool:
-    """Whether this JAX has the backend."""
+    """Whether this version of JAX has the backend."""
     return backend is not None
 
 
@@ -54,10 +54,10 @@ def call(
     outputs: tuple[Any, Any],
     interpret: bool,
 ) -> Any:
-    """Runs `kernel`, which is given references to inputs and outputs, as trees like these.
+    """Runs `kernel`, which gets references to inputs and outputs in the same trees.
 
     Args:
-        inputs, outputs: arrays, or shapes, and the parts of them that a program is given.
+        inputs, outputs: arrays, or shapes, and the parts of them that a program gets.
     """
     trees = tuple(jax.tree.structure(x[0]) for x in (inputs, outputs))
 
@@ -83,30 +83,30 @@ def call(
 
 
 def part(shape: tuple[int | None, ...], index: Callable[..., tuple[Any, ...]]) -> Any:
-    """What of an array a program is given: so much along each axis, None for one without the
-    axis; `index` says which from the program's place in the grid."""
+    """The part of an array that a program gets: its size along each axis, None to drop the axis;
+    `index` computes which part from the program's position in the grid."""
     return pl.BlockSpec(shape, index)
 
 
 def program_id(axis: int) -> Int[Array, ""]:
-    """A program's place in the grid."""
+    """Returns the program's position in the grid."""
     return pl.program_id(axis)
 
 
 def read(reference: Any, places: Int[Array, "S"], exists: Bool[Array, "S"]) -> Shaped[Array, "..."]:
-    """[S] or [S, H] at these places of the first axis; zeros where there is nothing."""
+    """Reads [S] or [S, H] at these indices of the first axis; zeros for indices out of range."""
     where, mask = _where(reference, places, exists)
     return backend.load(reference.at[where], mask=mask, other=0)
 
 
 def write(reference: Any, x: Array, places: Int[Array, "S"], exists: Bool[Array, "S"]) -> None:
-    """Undoes `read`, except where there is nothing."""
+    """Writes at these indices of the first axis, except out of range."""
     where, mask = _where(reference, places, exists)
     backend.store(reference.at[where], x.astype(reference.dtype), mask=mask)
 
 
 def _where(reference: Any, places: Int[Array, "S"], exists: Bool[Array, "S"]):
-    """Indices, and which of them exist."""
+    """Returns indices, and which of them are in range."""
     if len(reference.shape) == 1:
         return (places,), exists
     width = reference.shape[1]

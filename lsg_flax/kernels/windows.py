@@ -1,5 +1,5 @@
-"""Windows of keys: cut for a few neighbouring blocks of queries at a time, by static slices of the
-one run of keys that they cover, and their gradients added back to where they were cut.
+"""Windows of keys: slices them for a few neighbouring blocks of queries at a time, from the one run
+of keys that they cover, and adds gradients back to the same slices.
 
 Axes: B batch, N heads, H head width, S keys, J blocks of a step, W keys of a block's windows.
 """
@@ -13,21 +13,21 @@ from lsg_flax.kernels.spec import Spec, Window
 
 
 def pad(x, before: int, after: int):
-    """Zeros (False) in front of and behind the last axis."""
+    """Pads the last axis with zeros (False) at the start and the end."""
     return x if before == after == 0 else jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(before, after)])
 
 
 def cut_window(
     x: Shaped[Array, "B N *H S"], window: Window, step: Int[Array, ""], spec: Spec
 ) -> Shaped[Array, "B N J *H W"]:
-    """One window of each of a step's blocks."""
+    """Returns one window for each of a step's blocks."""
     return _unfold(_run(x, window, step, spec), window, spec.blocks_per_step)
 
 
 def cut_windows(
     sources: tuple[Float[Array, "B N H _"], ...], step: Int[Array, ""], spec: Spec
 ) -> Float[Array, "B N J H W"]:
-    """All windows of each of a step's blocks, side by side."""
+    """Returns all windows, concatenated, for each of a step's blocks."""
     return _unfold_all([_run(sources[w.source], w, step, spec) for w in spec.windows], spec)
 
 
@@ -37,7 +37,7 @@ def add_to_windows(
     step: Int[Array, ""],
     spec: Spec,
 ) -> tuple[Float[Array, "B N H _"], ...]:
-    """The totals, one for each source, with a step's gradient added where `cut_windows` cut."""
+    """Adds a step's gradient to the totals, one for each source, at the slices of `cut_windows`."""
     added = list(totals)
     runs = [_run(totals[w.source], w, step, spec) for w in spec.windows]
     run_gradients = jax.linear_transpose(lambda *r: _unfold_all(r, spec), *runs)(gradient)

@@ -1,10 +1,11 @@
-"""Attention kernels in plain XLA, their definition: query blocks against windows of keys, one joint
-softmax, linear memory in both directions.
+"""Attention kernels in plain XLA, the definition of all others: query blocks against windows of
+keys under one softmax, with linear memory in both directions.
 
-A query block sees some *windows* (runs of keys whose place depends on the block) and some *shared*
-keys (the same for every block). Local, sparse and global attention are windows and shared keys of
-one call; full attention is shared keys alone. A scan walks over the blocks, a few at a time, so
-that the scores live in cache; the backward pass recomputes them from the saved log-normalisers.
+A query block sees some *windows* (runs of keys whose position depends on the block) and some
+*shared* keys (the same for every block). Local, sparse and global attention are windows and shared
+keys of one call; full attention has only shared keys. A scan goes over the blocks, a few at a time,
+so that the scores stay in the cache; the backward pass recomputes them from the saved
+log-normalisers.
 
 Axes: B batch, N heads, H head width, T tokens (queries), S keys, J blocks of a step, Q queries of
 a block, W keys of a block's windows. Features come before tokens everywhere, [B, N, H, T]: these
@@ -54,15 +55,15 @@ def attend(
 
 
 def with_steps(spec: Spec, query: Float[Array, "B N H T"], shared: Source | None) -> Spec:
-    """The spec with as many blocks in each step as it asks for or, for 0, the device decides."""
+    """Returns the spec with its blocks per step, chosen by the device if they are 0."""
     blocks = -(-query.shape[-1] // spec.block)
     count = spec.blocks_per_step or _blocks_per_step(query, shared, spec, blocks)
     return replace(spec, blocks_per_step=-(-blocks // -(-blocks // count)))
 
 
 def _blocks_per_step(query, shared: Source | None, spec: Spec, blocks: int) -> int:
-    """One on CPU, where the scores then stay in cache; elsewhere as many as keep a step's scores
-    within STEP_BYTES or TPU_STEP_BYTES on each device."""
+    """One block on CPU, so that its scores stay in the cache; elsewhere as many as keep a step's
+    scores within STEP_BYTES or TPU_STEP_BYTES on each device."""
     kind, mesh = device_kind(), jax.sharding.get_abstract_mesh()
     if kind == "cpu":
         return 1
@@ -92,19 +93,19 @@ def _scores(query: Float[Array, "B N J H Q"], view: View) -> Float[Array, "B N J
 
 
 def _kept(dropout_key, step, index: int, shape: tuple[int, ...], rate: float):
-    """Dropout's factor for view `index` of a step; the backward pass repeats it."""
+    """Dropout's factor for view `index` of a step; the same in the backward pass."""
     return kept(view_key(dropout_key, step, index), shape, rate)
 
 
 def view_key(
     dropout_key: PRNGKeyArray, step: Int[Array, ""], index: Int[Array, ""] | int
 ) -> PRNGKeyArray:
-    """What dropout draws with for view `index` of a step."""
+    """The random key of dropout for view `index` of a step."""
     return jax.random.fold_in(jax.random.fold_in(dropout_key, step), index)
 
 
 def _forward(spec: Spec, operands: Operands, dropout_key):
-    """The context, and the log-normaliser of each step along a leading axis."""
+    """Returns the context, and the log-normaliser of each step along a leading axis."""
 
     def one_step(_, inputs):
         step, queries = inputs

@@ -1,4 +1,4 @@
-"""The models: one stack of layers, its heads, the families of checkpoints it reads."""
+"""Models: configurations, stacks of layers, heads of tasks, and the families of checkpoints."""
 
 from lsg_flax.models.call import check_packable as check_packable
 from lsg_flax.models.config import EncoderConfig as EncoderConfig

@@ -21,7 +21,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def activation(name: str, field: str = "hidden_act") -> Callable[[Array], Array]:
-    """The function that a field of config.json calls `name`.
+    """Returns the activation function with this name in config.json.
 
     Raises:
         ValueError: for an activation that is not supported.

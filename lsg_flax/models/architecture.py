@@ -1,5 +1,5 @@
-"""What varies between architectures and config.json does not say: fields that embeddings and layers
-read, one record per family."""
+"""Differences between architectures that config.json does not state: one record per family, read by
+embeddings and layers."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,33 +8,37 @@ from lsg_flax.models.config import EncoderConfig
 
 Norm = Literal["post", "pre"]
 Positions = Literal["from_zero", "behind_padding"]
-# How a decoder's inputs are made of its labels: a row moves by one place, and the first place gets
-# the config's start token, or the last token that is no padding (mBART's language).
+# How a decoder's inputs are made from its labels: a row is shifted right by one position, and the
+# first position gets the config's start token, or the last non-padding token (mBART's language).
 Shift = Literal["start_token", "last_token"]
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The choices, BERT's by default.
+    """The choices of one architecture; defaults are BERT's.
 
     Attributes:
-        norm: LayerNorm behind the sum of a layer's part and its input ("post"), or in front of the
-            part ("pre").
-        final_norm: a LayerNorm behind the last layer.
-        embedding_norm: a LayerNorm behind the embeddings.
-        embedding_scale: rows of the word table are multiplied by the root of their width.
-        positions: counted from 0, or over real tokens from pad_token_id + 1, which padding has.
-        position_offset: rows of the position table before that of the first token.
-        sinusoids: position tables hold sines and cosines, and are not trained.
-        embeds_padding: padding to whole blocks is embedded, as tokens of pad_token_id behind the
-            others; otherwise zeros behind the embeddings.
-        layer_norm_eps: of the layers, where config.json's is that of embeddings and heads alone.
-        biases: of the projections in the layers.
-        groups: projections in groups, each reading and writing its share of features: names of
-            projections -> fields of config.json that hold the number, see `config_json.Groups`.
-        always_projects: from embeddings to layers, padding too, even if the widths are the same.
+        norm: where LayerNorms are: after the sum of a sublayer's output and input ("post"), or
+            before the sublayer ("pre").
+        final_norm: whether there is a LayerNorm after the last layer.
+        embedding_norm: whether there is a LayerNorm after the embeddings.
+        embedding_scale: whether rows of the word table are multiplied by the root of their width.
+        positions: "from_zero": counted from 0. "behind_padding": real tokens are counted from
+            pad_token_id + 1, and padding is at pad_token_id.
+        position_offset: number of rows of the position table before that of the first token.
+        sinusoids: whether position tables hold sines and cosines, and are not trained.
+        embeds_padding: whether padding to whole blocks is embedded as pad_token_id; otherwise zeros
+            are appended to the embeddings.
+        layer_norm_eps: epsilon of the layers if it is not config.json's, which then is only that of
+            embeddings and heads.
+        biases: whether the projections in the layers have biases.
+        groups: grouped projections, in which each group reads and writes its share of features:
+            names of projections -> fields of config.json with the number of groups, see
+            `config_json.Groups`.
+        always_projects: whether embeddings, those of padding too, are projected to the layers even
+            if the widths are equal.
         shift: see `Shift`.
-        shifts_inputs: a decoder without inputs gets those of the encoder, shifted.
+        shifts_inputs: whether a decoder without inputs gets those of the encoder, shifted.
     """
 
     norm: Norm = "post"
@@ -54,11 +58,11 @@ class Architecture:
 
     @property
     def uncounted_rows(self) -> int:
-        """Rows of the position table in front of those that max_position_embeddings counts."""
+        """Number of rows of the position table before those that max_position_embeddings counts."""
         return self.position_offset if self.positions == "from_zero" else 0
 
     def max_position_embeddings(self, length: int) -> int:
-        """What config.json says of tables that read as many tokens."""
+        """Returns max_position_embeddings in config.json for a table that reads `length` tokens."""
         return length + self.position_offset - self.uncounted_rows
 
     def projects(self, config: EncoderConfig) -> bool:
@@ -66,13 +70,13 @@ class Architecture:
         return self.always_projects or config.embedding_width != config.hidden_size
 
     def first_row(self, config: EncoderConfig) -> int:
-        """The row of the position table, of those that are counted, that the first token has, or
-        those before it if more."""
+        """Returns the row of the first token, among the rows that max_position_embeddings counts;
+        `position_offset` if that is larger."""
         if self.positions == "from_zero":
             return 0
         return max(self.position_offset, (config.pad_token_id or 0) + 1)
 
     def groups_of(self, projection: str, config: EncoderConfig) -> int | None:
-        """How many groups a projection of the layers has; None where it has none."""
+        """Returns the number of groups of a projection of the layers; None if it has none."""
         field = dict(self.groups).get(projection)
         return None if field is None else config.other(field, config.dialect.groups[field].default)

@@ -19,10 +19,10 @@ Hashing = PRNGKeyArray | tuple[Float[Array, "..."], ...] | None  # see `Runtime.
 
 
 class HeadProjections(Part):
-    """What self- and cross-attention share."""
+    """Projections that self- and cross-attention share."""
 
     def heads(self, x: Float[Array, "B T D"], name: str) -> Float[Array, "B N H T"]:
-        """A projection, cut into heads."""
+        """Projects the states and splits them into heads."""
         config = self.config
         features = config.num_attention_heads * config.head_dim
         y = Projection(self.context, features=features, writes="bdt", name=name)(x)
@@ -30,13 +30,13 @@ class HeadProjections(Part):
         return constrain(y, "batch", "heads", None, "length")
 
     def merged(self, context: Float[Array, "B N H T"]) -> Float[Array, "B T D"]:
-        """The heads side by side, projected."""
+        """Concatenates the heads and projects them."""
         features = self.config.hidden_size
         output = Projection(self.context, features=features, reads="bdt", name="output")
         return output(context.reshape(context.shape[0], -1, context.shape[-1]))
 
     def runtime(self, lsh: Hashing = None, rate: float | None = None) -> Runtime:
-        """What this call brings to its pattern; `rate` of dropout, by default the config's."""
+        """The `Runtime` of this call; `rate` is that of dropout, by default the config's."""
         context = self.context
         rate = self.config.attention_probs_dropout_prob if rate is None else rate
         rate = rate if context.train else 0.0
@@ -51,25 +51,25 @@ class HeadProjections(Part):
 
 
 class EncoderStates(NamedTuple):
-    """The encoder's states that a decoder attends to; `mask` True for real ones."""
+    """The encoder's states that a decoder attends to; `mask` is True for real ones."""
 
     states: Float[Array, "B S D"]
     mask: Bool[Array, "B S"]
 
 
 class LayerCall(NamedTuple):
-    """What a layer is given beside the states of its input.
+    """The inputs of a layer beside the states.
 
     Attributes:
         mask: True for real tokens.
-        lsh_key: of this layer's rotations.
-        memory: what cross-attention attends to; a cache has its keys and values.
-        cache: of all layers; the input is then the next token.
-        number: of this layer in the cache.
+        lsh_key: random key of this layer's rotations.
+        memory: what cross-attention attends to; None with a cache, which has its keys and values.
+        cache: the cache of all layers; the input is then the next token.
+        number: the number of this layer in the cache.
         bias: added to the scores of every window of local attention.
-        given: parameters of the user's module in front of this layer, and whether it has one; None
-            where all have.
-        segments: the text of each token where a row has several, 0 for padding.
+        given: parameters of the user's module in front of this layer, and whether the layer has
+            one; None instead of the latter if all layers have one.
+        segments: the text of each token if a row has several texts, 0 for padding.
     """
 
     mask: Bool[Array, "B T"]
@@ -83,10 +83,10 @@ class LayerCall(NamedTuple):
 
 
 class SelfAttention(HeadProjections):
-    """Projections around LSG or full attention.
+    """LSG or full attention with its projections.
 
-    The second result is what the layer shall keep of x: with `context.slots` of the whole prompt,
-    with a cache of the one token.
+    The second result is what the cache keeps of this layer: with `context.slots` the whole prompt,
+    with a cache the one token; otherwise None.
     """
 
     causal: bool = False
@@ -113,8 +113,8 @@ class SelfAttention(HeadProjections):
 
 
 class CrossAttention(HeadProjections):
-    """Full attention to the encoder's states, or to the keys and values kept of them; returns these
-    too. Several rows may see one row of them: then they lie together (see `Cache.take`)."""
+    """Full attention to the encoder's states, or to their cached keys and values, which it also
+    returns. Adjacent rows may share one row of these (the beams of a text, see `Cache.take`)."""
 
     @nn.compact
     def __call__(
@@ -123,7 +123,7 @@ class CrossAttention(HeadProjections):
         if isinstance(memory, EncoderStates):
             states, mask = memory
             memory = Source(self.heads(states, "key"), self.heads(states, "value"), mask[:, None])
-        folded = x.reshape(memory.key.shape[0], -1, x.shape[-1])  # such rows as more queries
+        folded = x.reshape(memory.key.shape[0], -1, x.shape[-1])  # beams become more queries
         query = self.heads(folded, "query")
         context = patterns.attention(patterns.Full(), query, memory, self.runtime())
         return self.merged(context).reshape(x.shape), memory

@@ -1,4 +1,4 @@
-"""What a call of a model asks for beside the answer, and what of it no model has."""
+"""The options of a model call, and checks of options that a model cannot have."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -13,9 +13,10 @@ from lsg_flax.sharding import check_heads
 
 
 class Call(NamedTuple):
-    """What a call asks for beside the answer.
+    """The options of a model call.
 
-    `texts`: how many a row has at most; 0 where it is one text.
+    Attributes:
+        texts: the largest number of texts in a row; 0 if each row is one text.
     """
 
     cache: Cache | None
@@ -25,28 +26,28 @@ class Call(NamedTuple):
     texts: int = 0
 
     def kept(self, cache: Cache | None) -> Cache | None:
-        """The cache, where one is asked for."""
+        """The cache to return; None if the call asks for none."""
         return None if self.cache_length == 0 else cache
 
 
 def refuse(why: str, **given: Any) -> None:
-    """Raises ValueError for arrays that are given."""
+    """Raises ValueError if any of the arrays is given."""
     names = [name for name, array in given.items() if array is not None]
     if names:
         raise ValueError(f"leave {', '.join(names)} out: {why}.")
 
 
 def check_run(config: ModelConfig, dtypes: Mapping[str, Any], unroll: int) -> None:
-    """Raises ValueError for run-time fields that no computation can have, and for heads that the
-    ambient mesh cannot cut."""
+    """Raises ValueError for invalid dtypes and `unroll`, and if the ambient mesh does not divide
+    the heads."""
     for name, dtype in dtypes.items():
         try:
             floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-        except TypeError:  # PyTorch's, or no dtype at all
+        except TypeError:  # a dtype of PyTorch, or no dtype at all
             floating = False
         require(
             floating,
-            f"{name}={dtype!r} must be a type of JAX's real numbers, such as jnp.float32, "
+            f"{name}={dtype!r} must be a floating-point dtype of JAX, such as jnp.float32, "
             "jnp.bfloat16 or jnp.float16.",
         )
     for stack in config.stacks.values():
@@ -55,33 +56,33 @@ def check_run(config: ModelConfig, dtypes: Mapping[str, Any], unroll: int) -> No
 
 
 def check_packable(config: ModelConfig, table: HeadTable, *, cached: bool = False) -> None:
-    """Raises ValueError for a model that cannot keep several texts of a row apart, and for a
-    cache.
+    """Raises ValueError if a model cannot read several texts packed into one row.
 
     Args:
-        table: of the model's head.
-        cached: whether a cache is asked for.
+        config: of the model.
+        table: the model's head.
+        cached: whether a cache is asked for, which packed rows do not allow.
     """
     require(
         type(config) is EncoderConfig,
-        "segment_ids are for encoders and decoders of the BERT family, not for a "
-        f"{config.model_type} model, whose positions or attention go over the whole row; give each "
+        "segment_ids need an encoder or decoder like BERT, not a "
+        f"{config.model_type} model, whose positions or attention span the whole row; give each "
         "text its own row.",
     )
     require(
         table.task.input_rank == 2 and not table.embedders and not table.finish,
-        f"segment_ids are not for task={table.task.name!r}; give each text its own row.",
+        f"segment_ids are not supported for task={table.task.name!r}; give each text its own row.",
     )
     assert isinstance(config, EncoderConfig)
     require(
         not config.add_cross_attention,
-        "segment_ids with add_cross_attention=True: texts of a row would see the same encoder's "
+        "segment_ids with add_cross_attention=True: all texts of a row would see the same encoder "
         "states; give each text its own row.",
     )
     require(
         not cached,
-        "segment_ids with a cache: a decoder writes on one text in each row; leave segment_ids, or "
-        "cache and cache_length, out.",
+        "segment_ids with a cache: a decoder continues one text per row; leave out segment_ids, or "
+        "cache and cache_length.",
     )
     if config.lsg:
         check_packing(config.lsg)

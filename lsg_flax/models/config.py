@@ -2,7 +2,7 @@
 Hugging Face's config.json.
 
 Field names and defaults are those of Hugging Face and of the LSG reference. Nothing is silently
-corrected: an invalid value raises with the value, what is allowed, and what to do.
+corrected: an invalid value raises ValueError with the value, what is allowed, and what to do.
 """
 
 import json
@@ -29,22 +29,22 @@ from lsg_flax.models.keywords import heed_keywords
 from lsg_flax.models.task import IGNORED, ProblemType
 from lsg_flax.patterns import Local, LSGConfig
 
-MOST_LAYERS = 1000  # with parameters of their own; each has 16 tensors that are listed by name
+MOST_LAYERS = 1000  # with parameters of their own: each has 16 tensors that are listed by name
 # Not typing.Self, which beartype refuses in the tests.
 AnyConfig = TypeVar("AnyConfig", bound="ModelConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What every kind of model has. Attributes follow Hugging Face's names.
+    """The fields that all models have. Attributes follow Hugging Face's names.
 
     Attributes:
         labels: the label names in id order (`id2label`).
-        lsg: the attention pattern; None is full attention.
-        extra: every field of config.json that lsg_flax does not use, as canonical JSON, so that it
-            survives a round trip.
-        RANGES: of the fields that are numbers. The upper ends are beyond every real model.
-        LENGTHENS: whether `convert_checkpoint` makes such a model read longer texts.
+        lsg: the attention pattern; None for full attention.
+        extra: all fields of config.json that lsg_flax does not use, as canonical JSON, so that they
+            survive a round trip.
+        RANGES: allowed ranges of the numeric fields. The upper ends exceed every real model.
+        LENGTHENS: whether `convert_checkpoint` can make such a model read longer texts.
     """
 
     RANGES: ClassVar[dict[str, Range]] = {
@@ -72,13 +72,13 @@ class ModelConfig:
         pad, size = self.pad_token_id, self.vocab_size
         require(
             pad is None or -size <= pad < size,  # as in PyTorch, which counts from the end too
-            f"pad_token_id={pad} is outside {-size}..{size - 1}, the rows that vocab_size={size} "
-            "gives.",
+            f"pad_token_id={pad} is outside {-size}..{size - 1}, the rows of a table of "
+            f"vocab_size={size}.",
         )
         require(
             self.problem_type != "single_label_classification" or self.num_labels > 1,
-            "problem_type='single_label_classification' needs two labels or more, and num_labels="
-            "1; use problem_type='regression' for one number.",  # transformers 5 asks for it too
+            "problem_type='single_label_classification' needs two labels or more, got num_labels="
+            "1; use problem_type='regression' for one number.",  # as in transformers 5
         )
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         others = json.loads(self.extra)
@@ -88,105 +88,111 @@ class ModelConfig:
 
     @property
     def dialect(self) -> Dialect:
-        """How the family writes config.json."""
-        # No text yet where a wrong value is about to be refused.
+        """How the family writes its config.json."""
+        # model_type may not be a string yet: then the checks of the fields raise.
         return dialect_of(self.model_type) if isinstance(self.model_type, str) else Dialect()
 
     def other(self, name: str, default: Any) -> Any:
-        """A field of config.json that is not one of the attributes."""
+        """Returns a field of config.json that is not one of the attributes."""
         return json.loads(self.extra).get(name, default)
 
     @property
     def stacks(self) -> "dict[str, EncoderConfig]":
-        """The stacks of layers by the first part of their parameters' paths."""
+        """The configs of the stacks of layers, by the first part of their parameters' paths."""
         raise NotImplementedError
 
     @property
     def segments(self) -> int:
-        """How many segments `token_type_ids` tells apart; 0 where the model has none."""
+        """The number of segments of `token_type_ids`; 0 if the model has none."""
         return next(iter(self.stacks.values())).type_vocab_size
 
     @property
     def filler(self) -> int:
-        """The row of the word table that stands where a mask hides what it is."""
+        """The token id for positions that a mask hides: the padding token, or 0."""
         self.check_tokens()
         return (self.pad_token_id or 0) % self.vocab_size
 
     def check_tokens(self) -> None:
-        """Raises ValueError for a model without a table of tokens, which takes embeddings alone."""
+        """Raises ValueError for a model without a table of tokens, which reads only embeddings."""
         require(
             self.vocab_size > 0,
-            "this model has num_tokens=None, so no table of tokens and no scores of them: give "
-            "model.apply inputs_embeds, and task='base'.",
+            "this model has num_tokens=None, so it has no table of tokens and no scores of them: "
+            "pass inputs_embeds to model.apply, and use task='base'.",
         )
 
     @property
     def attention(self) -> str:
-        """The kind of attention, in a word."""
+        """The kind of attention in one word, for messages and cards."""
         return "LSG" if self.lsg else "full"
 
     def or_convert(self, remedy: str, tokens: int | None = None) -> str:
-        """What to do, for a message: `remedy`, or a conversion where such a model has one.
+        """Returns what to do, for an error message: `remedy`, or a conversion if there is one.
 
         Args:
-            remedy: what helps every model, such as "truncate it".
-            tokens: to be read; None where LSG attention is all that is missing.
+            remedy: what helps with every model, such as "truncate it".
+            tokens: how many tokens should be read; None if only LSG attention is missing.
         """
         what = "give it LSG attention" if tokens is None else "make a checkpoint that reads more"
         if not self.LENGTHENS:
-            return f"{remedy} (no conversion of a {self.model_type} can {what})"
+            return f"{remedy} (no conversion of a {self.model_type} model can {what})"
         length = "" if tokens is None else f", max_sequence_length={tokens}"
         return f"{remedy}, or {what}: lsg_flax.convert_checkpoint(source, target{length})"
 
     @property
     def usual_task(self) -> str:
-        """The task of a config.json that names none."""
+        """The task of a checkpoint whose config.json has no `architectures`."""
         return "base"
 
     @property
     def ignored_label(self) -> int:
-        """A label of tokens that does not count; -100 never does."""
+        """A token label that the loss ignores, beside -100."""
         return IGNORED
 
     def cuts_last_token(self, length: int) -> bool:
-        """Whether a loss of the next tokens of so many reads all but the last, a label alone."""
+        """Whether next-token losses on rows of this length read all tokens but the last, which is
+        only a label."""
         return False
 
     @property
     def training_unit(self) -> int:
-        """What the tokens of a row that it trains on are a multiple of."""
+        """The row lengths that the model trains on are multiples of this number of tokens."""
         return 1
 
     def check_training_length(self, length: int) -> None:
-        """Raises ValueError for a number of tokens that it cannot be trained on; few have any."""
+        """Raises ValueError for a number of tokens that the model cannot be trained on. Few models
+        have such numbers."""
 
     @property
     def num_labels(self) -> int:
-        """Number of labels of a classification head."""
+        """The number of labels of a classification head."""
         return len(self.labels)
 
     @classmethod
     def from_dict(cls: type[AnyConfig], values: dict[str, Any]) -> AnyConfig:
-        """Reads the fields of a Hugging Face config.json, plain or LSG.
+        """Makes a config from the fields of a Hugging Face config.json, plain or LSG.
 
         Raises:
-            ValueError: for a setting that changes the computation and is not supported, or an
-                invalid value.
+            ValueError: for a setting that changes the computation and is not supported, and for
+                invalid values.
         """
         return cls(**read_fields(values, {f.name: f.type for f in fields(cls)}))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields for config.json: Hugging Face's names, the LSG fields flat beside them,
-        unknown fields as they were read."""
+        """Returns the fields for config.json: Hugging Face's names, with the LSG fields at the same
+        level, and unknown fields as they were read."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return write_fields(values)
 
     def with_overrides(self: AnyConfig, **overrides: Any) -> AnyConfig:
-        """A copy with other values, given by their flat names in config.json or by ours
-        (`num_labels` and LSG fields included).
+        """Returns a copy with other values.
+
+        Args:
+            **overrides: new values by the names of config.json or of the attributes, `num_labels`
+                and LSG fields included.
 
         Raises:
-            ValueError: for an unknown name, or an LSG field where the attention is full.
+            ValueError: for an unknown name or an invalid value, and for an LSG field if the
+                attention is full.
         """
         known = {f.name for f in fields(self)} - {"extra", "model_type"}
         own = {name: overrides.pop(name) for name in known & overrides.keys()}
@@ -195,7 +201,7 @@ class ModelConfig:
         values = {ours.get(name, name): value for name, value in given.items()}
         require(
             len(values) == len(given),
-            f"{sorted(given.keys() & ours)} are given under both of their names; give one of them.",
+            f"{sorted(given.keys() & ours)} are given under both of their names; use one of them.",
         )
         values |= self._labels_of(values)
         lsg = {name: values.pop(name) for name in LSG_FIELDS if name in values}
@@ -218,11 +224,12 @@ class ModelConfig:
         return replace(self, **values)
 
     def _labels_of(self, overrides: dict[str, Any]) -> dict[str, Any]:
-        """The labels that overrides give as Hugging Face calls them, which are taken out."""
+        """Takes labels by Hugging Face's names (`num_labels`, `id2label`, `label2id`) out of the
+        overrides and returns them as `labels`."""
         names = ("num_labels", "id2label", "label2id")
         given = {name: overrides.pop(name) for name in names if name in overrides}
         if not given or "labels" in overrides:
-            require(not given, f"labels and {[*given]} are one thing: give one of them.")
+            require(not given, f"labels and {[*given]} set the same thing: give one of them.")
             return {}
         labels = read_labels(dict(given))
         if given.keys() == {"num_labels"} and len(labels) == self.num_labels:
@@ -231,22 +238,24 @@ class ModelConfig:
         require(
             given.get("num_labels", len(labels)) == len(labels)
             and given.get("label2id", inverse) == inverse,
-            f"{' and '.join(f'{n}={v!r}' for n, v in given.items())} do not say the same; "
-            "id2label gives the names by their ids.",
+            f"{' and '.join(f'{n}={v!r}' for n, v in given.items())} contradict each other; give "
+            "id2label alone, the names by their ids.",
         )
         return {"labels": labels}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig(ModelConfig):
-    """One encoder of any supported family. Defaults are BERT's; those of another family come from
-    `EncoderConfig.from_dict({"model_type": ...})`.
+    """The config of an encoder, or of a decoder on its own, of any supported family.
+
+    The defaults are BERT's; `EncoderConfig.from_dict({"model_type": ...})` has those of another
+    family.
 
     Attributes:
-        embedding_size: the width of the tables where it is not `hidden_size`.
-        num_hidden_groups: layers share parameters: consecutive ones use the same group of
-            `inner_group_num` layers (ALBERT).
-        SHARES: fields and the number of equal parts that each is cut into.
+        embedding_size: width of the embedding tables if it is not `hidden_size`.
+        num_hidden_groups: number of groups of layers with shared parameters (ALBERT): consecutive
+            layers use the same group of `inner_group_num` layers.
+        SHARES: pairs of fields, of which the second must divide the first.
     """
 
     RANGES: ClassVar[dict[str, Range]] = ModelConfig.RANGES | {
@@ -315,9 +324,9 @@ class EncoderConfig(ModelConfig):
         ):
             warnings.warn(
                 f"sparsity_type={lsg.sparsity_type!r} gives each head other tokens, so with "
-                f"sparsity_factor={lsg.sparsity_factor} over "
-                f"num_attention_heads={self.num_attention_heads} some tokens are seen by no head; "
-                "a factor up to the heads is better.",
+                f"sparsity_factor={lsg.sparsity_factor} larger than "
+                f"num_attention_heads={self.num_attention_heads} no head sees some tokens; use a "
+                "factor of at most the number of heads.",
                 stacklevel=3,
             )
 
@@ -333,17 +342,17 @@ class EncoderConfig(ModelConfig):
 
     @property
     def kept_pattern(self) -> LSGConfig | Local | None:
-        """What a cache has slots for; None for full attention."""
+        """The pattern that decides how many slots a cache has; None for full attention."""
         return self.lsg
 
     @property
     def position_limit(self) -> tuple[str, int]:
-        """What says how many rows of positions there are, and how many."""
+        """The name of the setting that limits positions, and the number of positions."""
         return "max_position_embeddings", self.max_position_embeddings
 
     @property
     def lacks(self) -> tuple[str, ...]:
-        """Parts of the paths of parameters that these settings leave out."""
+        """Parts of the paths of parameters that a model with these settings does not have."""
         parts = {
             "global_embeddings": self.lsg is not None,
             "token_type_embeddings": bool(self.type_vocab_size),
@@ -353,7 +362,7 @@ class EncoderConfig(ModelConfig):
 
     @property
     def stacks(self) -> dict[str, "EncoderConfig"]:
-        """The stacks of layers by the first part of their parameters' paths."""
+        """The configs of the stacks of layers, by the first part of their parameters' paths."""
         return {"encoder": self}
 
     @property
@@ -364,6 +373,6 @@ class EncoderConfig(ModelConfig):
         return (self.num_hidden_groups, self.inner_group_num or 1)
 
     def layers_of(self, path: str) -> dict[tuple[int, ...], tuple[int, ...]]:
-        """The layers that a stacked parameter has: places in the stack -> PyTorch's numbers."""
+        """Returns the layers of a stacked parameter: indices in the stack -> PyTorch's indices."""
         del path
         return {place: place for place in np.ndindex(*self.stack)}

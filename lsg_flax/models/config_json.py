@@ -1,5 +1,5 @@
-"""The fields of Hugging Face's config.json <-> those of our configs: how each model_type writes
-them, and what is refused because it changes the computation."""
+"""Converts between the fields of Hugging Face's config.json and those of our configs: how each
+model_type names them, and which ones are refused because they change the computation."""
 
 import json
 import math
@@ -15,18 +15,18 @@ from lsg_flax.patterns import LSGConfig
 LSG_FIELDS = tuple(f.name for f in fields(LSGConfig))
 LABEL_COUNT = whole(1, 2**20)
 RATE = Range(0.0, 1 - 2**-53, "must lie in [0, 1)")  # of a dropout
-# Fields of some families only; None to all others, as in PyTorch, where they change nothing.
+# Fields that only some families have; None for all others, where PyTorch ignores them.
 ABSENT: dict[str, Any] = dict.fromkeys(("embedding_size", "num_hidden_groups", "inner_group_num"))
 NOT_A_DECODER: dict[str, Any] = {"is_decoder": False, "add_cross_attention": False}
-ENCODES_ONLY: dict[str, tuple] = {"is_decoder": (False, None)}  # LSG ones mix causal parts in
-# What PyTorch's classes compute otherwise and these models do not: field -> the values that are
-# fine.
+# The LSG classes of these families would mix causal parts in.
+ENCODES_ONLY: dict[str, tuple] = {"is_decoder": (False, None)}
+# Fields that change what PyTorch's classes compute, without support here -> the allowed values.
 REFUSED: dict[str, tuple] = {
-    "position_embedding_type": ("absolute",),  # null leaves the positions out there
+    "position_embedding_type": ("absolute",),  # with null PyTorch leaves the positions out
     "pruned_heads": ({}, None),
     "quantization_config": (None,),
 }
-# What every family may have beside our fields, where it is read.
+# Fields that every family may have beside our own, with the types that are read.
 _OTHERS: dict[str, Any] = {
     "architectures": str | tuple[str, ...] | None,
     "bos_token_id": int | None,
@@ -36,11 +36,11 @@ _OTHERS: dict[str, Any] = {
 
 
 class Groups(NamedTuple):
-    """A field beside ours that holds how many groups a projection's features are cut into.
+    """A field beside ours with the number of groups that a projection's features are split into.
 
     Attributes:
-        default: where config.json leaves it out.
-        of: our fields with the numbers of features, which it divides.
+        default: the number if config.json leaves the field out.
+        of: our fields with numbers of features, each of which it must divide.
     """
 
     default: int
@@ -48,20 +48,21 @@ class Groups(NamedTuple):
 
 
 class Dialect(NamedTuple):
-    """How one model_type writes config.json. A field that it neither reads nor refuses changes
-    nothing in the family's PyTorch classes; it is kept as it is.
+    """How one model_type writes config.json. Fields that it neither reads nor refuses have no
+    effect in the family's PyTorch classes; they are kept unchanged.
 
     Attributes:
-        defaults: where they differ from the config's, by our names.
-        names: ours -> theirs, where they differ.
-        absent: fields of ours that its PyTorch classes do not read -> what they compute with.
-        needed: fields that are None elsewhere, and a number here.
-        also: of `names`, those that PyTorch reads under our name too, which then wins.
-        others: fields that are read beside ours -> their types; floats are rates of dropout.
-        groups: numbers of groups, of `others`.
-        equal: fields of ours -> others that they must be equal to.
-        refused: fields that change the computation -> the values that are supported.
-        refused_by_lsg: the same, of those that only the LSG classes read.
+        defaults: defaults that differ from the config's, by our names.
+        names: our names -> theirs, where they differ.
+        absent: our fields that the family's PyTorch classes do not read -> the value that they
+            compute with.
+        needed: fields that must be a number here and are None in other families.
+        also: those of `names` that PyTorch also reads under our name, which then has priority.
+        others: fields that are read beside ours -> their types; floats are dropout rates.
+        groups: those of `others` that are numbers of groups.
+        equal: our fields -> other fields that they must be equal to.
+        refused: fields that change the computation -> the supported values.
+        refused_by_lsg: as `refused`, for fields that only the LSG classes read.
     """
 
     defaults: dict[str, Any] = {}  # noqa: RUF012 (never changed)
@@ -76,12 +77,12 @@ class Dialect(NamedTuple):
     refused_by_lsg: dict[str, tuple] = {}  # noqa: RUF012
 
     def spelled(self, name: str) -> str:
-        """What messages call a field of ours."""
+        """Returns what error messages call one of our fields."""
         return f"{self.names[name]} ({name})" if name in self.names else name
 
     def check_others(self, values: Mapping[str, Any], *, lsg: bool) -> None:
-        """Raises ValueError for fields beside ours that change the computation and are not
-        supported, or that are read and have another type."""
+        """Checks the fields beside ours. Raises ValueError for unsupported values of fields that
+        change the computation, and for values of a wrong type."""
         refused = self.refused | (self.refused_by_lsg if lsg else {})
         for name, supported in refused.items():
             require(
@@ -94,12 +95,12 @@ class Dialect(NamedTuple):
                 checked_value(name, values[name], kind, RATE if kind is float else None)
 
     def check_absent(self, values: Mapping[str, Any], model_type: str) -> None:
-        """Raises ValueError for values of our fields that the family's PyTorch classes cannot
-        have."""
+        """Raises ValueError for values of our fields that the family's PyTorch classes do not
+        support."""
         for name, only in self.absent.items():
             require(
                 values.get(name, only) == only,
-                f"{name}={short(values.get(name))} is not possible for {model_type}: its PyTorch "
+                f"{name}={short(values.get(name))} is not possible for {model_type}, whose PyTorch "
                 f"classes do not read it; give {name}={only!r}.",
             )
         for name in self.needed:
@@ -111,14 +112,14 @@ class Dialect(NamedTuple):
     def check_sizes(
         self, values: Mapping[str, Any], others: Mapping[str, Any], model_type: str
     ) -> None:
-        """Raises ValueError for sizes that do not fit each other, given our fields and those beside
-        them."""
+        """Raises ValueError for sizes that do not fit together; `values` are our fields, `others`
+        those beside them."""
         for name, same in self.equal.items():
             require(
                 values[name] == values[same],
-                f"{name}={values[name]} is unlike {same}={values[same]}, and {model_type} has no "
-                f"projection from embeddings to layers; give {name}={values[same]} (a config.json "
-                f"that leaves it out means {self.defaults.get(name)}).",
+                f"{name}={values[name]} must equal {same}={values[same]}, because {model_type} has "
+                f"no projection from embeddings to layers; give {name}={values[same]} (the default "
+                f"of config.json is {self.defaults.get(name)}).",
             )
         for name, (default, sizes) in self.groups.items():
             count = others.get(name, default)
@@ -127,7 +128,7 @@ class Dialect(NamedTuple):
                 require(
                     count >= 1 and values[size] % count == 0,
                     f"{name}={count} does not divide {size}={values[size]}, of which each group "
-                    f"takes an equal share; give a number of groups that does, such as {fits}.",
+                    f"takes an equal share; give a divisor, such as {fits}.",
                 )
 
 
@@ -135,19 +136,20 @@ DIALECTS: dict[str, Dialect] = {}  # by model_type; families/registry.py fills i
 
 
 def dialect_of(model_type: str) -> Dialect:
-    """The dialect of a family, BERT's for one that is not known."""
+    """Returns the dialect of a family; BERT's for an unknown one."""
     return DIALECTS.get(model_type, Dialect())
 
 
 def read_fields(values: dict[str, Any], types: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a config class, from the fields of a config.json, plain or LSG; the class
-    checks them.
+    """Makes the arguments of a config class from the fields of a config.json, plain or LSG; the
+    class checks them.
 
     Args:
-        types: of the config's fields, by name.
+        values: the fields of config.json.
+        types: the types of the config's fields, by name.
 
     Raises:
-        ValueError: for fields that cannot be told apart: damaged labels, classes, model_type.
+        ValueError: for invalid labels, `architectures` or model_type.
     """
     values = dict(values)
     dialect = dialect_of(checked_value("model_type", values.get("model_type", "bert"), str))
@@ -161,10 +163,10 @@ def read_fields(values: dict[str, Any], types: Mapping[str, Any]) -> dict[str, A
         values.setdefault("num_labels", count)
     require(
         ours.keys() <= types.keys(),
-        f"model_type={ours.get('model_type')!r} has {sorted({*ours} - {*types})}, which "
-        "this config does not; lsg_flax.models.read_config picks the one of the family.",
+        f"model_type={ours.get('model_type')!r} has the fields {sorted({*ours} - {*types})}, which "
+        "this config class lacks; lsg_flax.models.read_config picks the class of the family.",
     )
-    for name, value in ours.items():  # JSON knows numbers only: 0 may stand for 0.0
+    for name, value in ours.items():  # JSON has one type of numbers: 0 may mean 0.0
         if type(value) is int and types[name] in (float, float | None):
             ours[name] = checked_value(dialect.spelled(name), value, float)
     lsg = None
@@ -176,19 +178,19 @@ def read_fields(values: dict[str, Any], types: Mapping[str, Any]) -> dict[str, A
     try:
         extra = json.dumps(values, sort_keys=True)
     except (TypeError, RecursionError) as error:
-        raise ValueError(f"a config holds what JSON cannot: {error}") from error
+        raise ValueError(f"a field of the config cannot be written as JSON: {error}") from error
     return {**ours, "labels": labels, "lsg": lsg, "extra": extra}
 
 
 def write_fields(values: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `read_fields`: Hugging Face's names, the LSG fields flat beside them, unknown
-    fields as they were read; `label2id` is that of the labels."""
+    """The inverse of `read_fields`: returns Hugging Face's names, with the LSG fields at the same
+    level, and unknown fields as they were read; `label2id` is made from the labels."""
     labels, lsg, extra = (values.pop(name) for name in ("labels", "lsg", "extra"))
     dialect = dialect_of(values["model_type"])
     for name in dialect.absent:
         values.pop(name, None)
     if "classifier_dropout" in dialect.names and values["classifier_dropout"] is None:
-        # Its class has this field under a name of its own and wants a number, not null.
+        # The family's class has another name for this field, and needs a number, not null.
         values["classifier_dropout"] = values["hidden_dropout_prob"]
     for name, theirs in dialect.names.items():
         values[theirs] = values.pop(name)
@@ -198,34 +200,35 @@ def write_fields(values: dict[str, Any]) -> dict[str, Any]:
     if lsg:
         others.setdefault("base_model_prefix", "lsg")
         values |= {name: getattr(lsg, name) for name in LSG_FIELDS}
-        if not lsg.strict_reference:  # ours, not the reference's: written only where it is set
+        if not lsg.strict_reference:  # not a field of the reference: written only if it is set
             del values["strict_reference"]
     return others | values
 
 
 def class_names(values: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of PyTorch's classes in config.json; often one, none where it says nothing.
+    """Returns the names of PyTorch's classes in config.json (`architectures`); usually one, empty
+    if there are none.
 
     Raises:
-        ValueError: for anything else than names.
+        ValueError: if `architectures` is neither a name nor a list of names.
     """
     names = values.get("architectures")
     names = checked_value("architectures", names, _OTHERS["architectures"]) or ()
-    return (names,) if isinstance(names, str) else names  # the reference's converter leaves a text
+    return (names,) if isinstance(names, str) else names  # the reference's converter writes a str
 
 
 def is_lsg(values: Mapping[str, Any]) -> bool:
-    """Whether the fields of a config.json are those of an LSG checkpoint."""
+    """Whether the fields of a config.json belong to an LSG checkpoint."""
     classes = class_names(values)
     return values.get("base_model_prefix") == "lsg" or any(n.startswith("LSG") for n in classes)
 
 
 def read_labels(values: dict[str, Any]) -> tuple[str, ...]:
-    """Takes the label names out of the fields, in id order. As in PyTorch, `id2label` wins over
-    `num_labels`, and `label2id` is not read.
+    """Takes the labels out of the fields and returns their names in id order. As in PyTorch,
+    `id2label` has priority over `num_labels`, and `label2id` is not read.
 
     Raises:
-        ValueError: for ids with gaps, or what is no mapping from ids to names.
+        ValueError: for ids with gaps, or an `id2label` that does not map ids to names.
     """
     id2label, label2id = (values.pop(name, None) for name in ("id2label", "label2id"))
     counted = "num_labels" in values
@@ -239,10 +242,10 @@ def read_labels(values: dict[str, Any]) -> tuple[str, ...]:
         return tuple(f"LABEL_{i}" for i in range(count))
     if counted and count != len(id2label):
         warnings.warn(
-            f"num_labels={count} does not count, since id2label has {len(id2label)} names.",
+            f"num_labels={count} is ignored, because id2label has {len(id2label)} names.",
             stacklevel=2,
         )
-    # Names may be numbers in PyTorch; here they are texts.
+    # Names may be numbers in PyTorch; here they become strings.
     names = {
         _label_id(i): str(checked_value("id2label", n, str | int)) for i, n in id2label.items()
     }
@@ -255,8 +258,8 @@ def read_labels(values: dict[str, Any]) -> tuple[str, ...]:
     unclear = [n for n in dict.fromkeys(labels) if labels.count(n) > 1 or not n.strip()]
     if unclear:
         warnings.warn(
-            f"id2label has names that are empty or there twice, {short(unclear)}, which answers do "
-            "not tell apart; give each label a name of its own.",
+            f"id2label has empty or repeated names, {short(unclear)}, which cannot be told apart "
+            "in answers; give each label its own name.",
             stacklevel=2,
         )
     return labels
@@ -268,4 +271,4 @@ def _label_id(key: Any) -> int:
             return int(key)
     except ValueError:
         pass
-    raise ValueError(f"id2label has the id {short(key)}, which is no whole number.")
+    raise ValueError(f"id2label has the id {short(key)}; ids must be integers.")

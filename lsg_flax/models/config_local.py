@@ -1,5 +1,5 @@
-"""The configuration of local-attention's transformer: its constructor's keywords, under our names
-where they say what other models have."""
+"""The configuration of local-attention's transformer: its constructor's keywords, renamed where
+other models have the same setting."""
 
 import functools
 import json
@@ -14,7 +14,7 @@ from lsg_flax.patterns import Local, rotary_of
 _Own = TypeVar("_Own", bound="LocalTransformerConfig")
 _POSITIVE = Range(2.0**-20, 2.0**20, "must be positive, at most 1,048,576")
 NEEDED = ("num_tokens", "max_seq_len", "dim", "depth")
-# What may stand in config.json beside the constructor's keywords, which has no others.
+# Fields that config.json may have beside the constructor's keywords; all others are refused.
 _BESIDE = {
     *("architectures", "torch_dtype", "dtype", "transformers_version", "tokenizer_class"),
     *("bos_token_id", "eos_token_id", "mask_token_id", "generation_config"),
@@ -23,17 +23,17 @@ _BESIDE = {
 
 @dataclass(frozen=True, kw_only=True)
 class LocalTransformerConfig(EncoderConfig):
-    """Attributes are lucidrains' keywords of LocalTransformer and LocalMHA; those that every model
-    has are called as in other configs, and in config.json as there (`dim`, `depth`, `heads`,
-    `num_tokens`, `max_seq_len`, `attn_dropout`).
+    """The config of lucidrains' LocalTransformer. Attributes are the keywords of LocalTransformer
+    and LocalMHA. Settings that all models have are named as in other configs; config.json keeps the
+    original names (`dim`, `depth`, `heads`, `num_tokens`, `max_seq_len`, `attn_dropout`).
 
     Attributes:
-        vocab_size: 0 for `num_tokens=None`: the model takes embeddings and gives states.
-        exact_windowsize: None is True.
-        look_forward: None is 0 for a causal model, else 1.
-        ignore_index: a label that does not count, beside -100.
-        layers_insert_global_attn: numbers, from 1 on, of the layers behind a global attention
-            layer; None or () for none.
+        vocab_size: 0 for `num_tokens=None`: the model reads embeddings and returns states.
+        exact_windowsize: None means True.
+        look_forward: None means 0 for a causal model, else 1.
+        ignore_index: a label that the loss ignores, beside -100.
+        layers_insert_global_attn: numbers, from 1 on, of the layers that have a global attention
+            layer in front; None or () for none.
     """
 
     RANGES: ClassVar[dict[str, Range]] = EncoderConfig.RANGES | {
@@ -76,36 +76,36 @@ class LocalTransformerConfig(EncoderConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.lsg is None, "lsg: local-transformer has no LSG attention; leave it out.")
+        require(self.lsg is None, "lsg: a local-transformer has no LSG attention; leave it out.")
         unknown = sorted(json.loads(self.extra).keys() - _BESIDE)
         require(
             not unknown,
             f"{', '.join(unknown)} in config.json: local-transformer has no such keywords, or they "
-            "change the computation and are not supported; take them out. A `global_attn_layer` "
-            "is given beside the folder: from_pretrained(..., global_attention=module).",
+            "change the computation and are not supported; remove them. A `global_attn_layer` is "
+            "passed to from_pretrained(..., global_attention=module) instead.",
         )
         depth = self.num_hidden_layers
         require(
             all(1 <= number <= depth for number in self.global_layers),
-            f"layers_insert_global_attn={list(self.global_layers)} must be numbers of layers, from "
-            f"1 to depth={depth}.",
+            f"layers_insert_global_attn={list(self.global_layers)} must be layer numbers from 1 to "
+            f"depth={depth}.",
         )
         window, limit = self.local_attn_window_size, self.max_position_embeddings
-        assert self.pattern.window_size == window  # made here, so that it is checked
+        assert self.pattern.window_size == window  # built here, so that its fields are checked
         require(
             not self.vocab_size or window <= limit,
-            f"local_attn_window_size={window} is larger than the max_seq_len={limit} positions, of "
-            f"which it would see all: give a window of at most {limit}.",
+            f"local_attn_window_size={window} is larger than max_seq_len={limit}, so one window "
+            f"would see all positions: give a window of at most {limit}.",
         )
         require(
             not self.use_dynamic_pos_bias or self.hidden_size > 1,
-            "use_dynamic_pos_bias=True computes with dim // 2 features, and dim=1 has none: give "
+            "use_dynamic_pos_bias=True computes with dim // 2 features, which is 0 for dim=1: give "
             "a dim of at least 2.",
         )
 
     @functools.cached_property
     def pattern(self) -> Local:
-        """What its layers see."""
+        """The attention pattern of the layers."""
         xpos, forward = self.use_xpos and not self.use_dynamic_pos_bias, self.look_forward
         return Local(
             self.local_attn_window_size,
@@ -126,24 +126,25 @@ class LocalTransformerConfig(EncoderConfig):
 
     @property
     def global_layers(self) -> tuple[int, ...]:
-        """Numbers, from 1 on, of the layers behind a global attention layer, in order."""
+        """Sorted numbers, from 1 on, of the layers that have a global attention layer in front."""
         return tuple(sorted({*(self.layers_insert_global_attn or ())}))
 
     def with_global_layers(self: _Own) -> _Own:
-        """With one in front of every layer, unless it says which."""
+        """Returns a copy with global attention in front of every layer, unless
+        `layers_insert_global_attn` is set."""
         named = self.layers_insert_global_attn
         every = tuple(range(1, self.num_hidden_layers + 1))
         return replace(self, layers_insert_global_attn=every if named is None else named)
 
     def layers_of(self, path: str) -> dict[tuple[int, ...], tuple[int, ...]]:
-        """Of global attention layers those that there are."""
+        """As of other configs; for global attention layers only those that exist."""
         if "/global_layers/" not in path:
             return super().layers_of(path)
         return {(place,): (number - 1,) for place, number in enumerate(self.global_layers)}
 
     @property
     def kept_pattern(self) -> Local:
-        """What a cache has slots for."""
+        """The pattern that decides how many slots a cache has."""
         return self.pattern
 
     @property
@@ -153,12 +154,12 @@ class LocalTransformerConfig(EncoderConfig):
 
     @property
     def mlp_width(self) -> int:
-        """Features between the projections of a feed-forward part."""
+        """The number of features between the two projections of a feed-forward layer."""
         return int(self.hidden_size * self.ff_mult * 2 / 3)
 
     @property
     def usual_task(self) -> str:
-        """The token model, where there are tokens."""
+        """ "causal_lm" if there is a token table, else "base"."""
         return "causal_lm" if self.vocab_size else "base"
 
     @property
@@ -168,18 +169,18 @@ class LocalTransformerConfig(EncoderConfig):
 
     @property
     def ignored_label(self) -> int:
-        """The label that does not count, beside -100."""
+        """The token label that the loss ignores, beside -100."""
         return self.ignore_index
 
     def cuts_last_token(self, length: int) -> bool:
-        """As PyTorch's `return_loss` does, where it matters: if tokens see later ones, or the last
-        has no position."""
+        """As in PyTorch's `return_loss`, but only where it matters: if tokens see later ones, or
+        the last token has no position."""
         read = self.max_position_embeddings
         return length == read + 1 or (not self.causal and length <= read)
 
     @property
     def lacks(self) -> tuple[str, ...]:
-        """Parts of the paths of parameters that these settings leave out."""
+        """Parts of the paths of parameters that a model with these settings does not have."""
         parts = {
             "embeddings": bool(self.vocab_size),
             "streams": self.num_residual_streams > 1,
@@ -193,12 +194,13 @@ class LocalTransformerConfig(EncoderConfig):
 
     @classmethod
     def from_dict(cls: type[_Own], values: dict[str, Any]) -> _Own:
-        """Reads config.json; raises ValueError as the others, and for keywords that are missing."""
+        """Makes a config from the fields of config.json; raises ValueError as other configs do, and
+        for missing keywords."""
         missing = [name for name in NEEDED if name not in values]
         require(
             not missing and values["num_tokens"] != 0,
-            f"config.json of a local-transformer must have {', '.join(NEEDED)} (num_tokens null "
-            f"for a model of embeddings); missing are {missing}, num_tokens="
+            f"config.json of a local-transformer must have {', '.join(NEEDED)} (num_tokens is null "
+            f"for a model that reads embeddings); missing are {missing}, num_tokens="
             f"{values.get('num_tokens')!r}.",
         )
         read: dict[str, Any] = {"num_tokens": values["num_tokens"] or 0}
@@ -207,7 +209,7 @@ class LocalTransformerConfig(EncoderConfig):
         return super().from_dict(values | read)
 
     def to_dict(self) -> dict[str, Any]:
-        """The constructor's keywords, and what else is not as usual."""
+        """Returns the constructor's keywords, and other fields that differ from their defaults."""
         values, usual = super().to_dict(), super(LocalTransformerConfig, type(self)()).to_dict()
         own = {*KEYWORDS, "model_type"}
         kept = {n: v for n, v in values.items() if n in own or usual.get(n, _BESIDE) != v}

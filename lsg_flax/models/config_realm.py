@@ -1,4 +1,4 @@
-"""The configuration of REALM: a BERT's, with the sizes of what finds texts and answers in them."""
+"""The configuration of REALM: BERT's, with the sizes of its retriever and reader."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,14 +9,14 @@ from lsg_flax.models.config import EncoderConfig
 
 @dataclass(frozen=True, kw_only=True)
 class RealmConfig(EncoderConfig):
-    """Attributes follow Hugging Face's names and defaults.
+    """The config of a REALM model. Attributes follow Hugging Face's names and defaults.
 
     Attributes:
-        num_candidates, num_block_records: what PyTorch's classes make room for; here arrays say how
-            many there are.
-        reader_seq_len: tokens of a question and a block together.
-        own_query_embedder: a scorer has a second embedder, for queries. PyTorch's config.json does
-            not say so; its tensors do.
+        num_candidates, num_block_records: sizes of PyTorch's buffers; here the shapes of the arrays
+            decide.
+        reader_seq_len: largest number of tokens of a question and a block together.
+        own_query_embedder: whether a scorer has a second embedder, for queries. PyTorch's
+            config.json does not say so; it follows from the checkpoint's tensors.
     """
 
     RANGES: ClassVar[dict[str, Range]] = EncoderConfig.RANGES | {

@@ -1,5 +1,5 @@
-"""The configuration of Reformer, by transformers' names, and what its layers see of how many
-tokens."""
+"""The configuration of Reformer, with transformers' names, and the attention patterns of its
+layers."""
 
 import math
 from dataclasses import dataclass, field
@@ -17,17 +17,18 @@ KINDS: tuple[LayerKind, ...] = get_args(LayerKind)
 
 @dataclass(frozen=True, kw_only=True)
 class ReformerConfig(EncoderConfig):
-    """Attributes follow Hugging Face's names and defaults; those that every model has are called as
-    in other configs, and in config.json as there (`feed_forward_size`,
-    `local_attention_probs_dropout_prob`).
+    """The config of a Reformer. Attributes follow Hugging Face's names and defaults. Settings that
+    all models have are named as in other configs; config.json keeps Hugging Face's names for them
+    (`feed_forward_size`, `local_attention_probs_dropout_prob`).
 
     Attributes:
-        attn_layers: "local" or "lsh" for each layer; num_hidden_layers is their number.
-        axial_pos_shape: rows and columns that a text's positions are laid out in.
-        num_buckets: None chooses by the number of tokens of a call (`buckets`), and stays None.
-        hash_seed: the seed of every layer's rotations in every call; the numbers are JAX's.
-        chunk_size_feed_forward, chunk_size_lm_head: tokens computed at a time, 0 for all; memory
-            for time.
+        attn_layers: "local" or "lsh" for each layer; `num_hidden_layers` is their number.
+        axial_pos_shape: rows and columns in which the positions of a text are arranged.
+        num_buckets: None chooses by the number of tokens of a call (see `buckets`), and is not
+            changed by it.
+        hash_seed: seed of every layer's rotations in every call; the numbers are JAX's.
+        chunk_size_feed_forward, chunk_size_lm_head: tokens computed at a time, 0 for all: smaller
+            chunks need less memory and more time.
     """
 
     RANGES: ClassVar[dict[str, Range]] = EncoderConfig.RANGES | {
@@ -80,8 +81,8 @@ class ReformerConfig(EncoderConfig):
             isinstance(layers, list | tuple)
             and 1 <= len(layers) <= MOST_LAYERS
             and all(kind in KINDS for kind in layers),
-            f"attn_layers={short(layers)} must name the attention of each layer, 'local' or 'lsh', "
-            f"of 1 to {MOST_LAYERS} layers.",
+            f"attn_layers={short(layers)} must list 'local' or 'lsh' for each layer, of 1 to "
+            f"{MOST_LAYERS} layers.",
         )
         object.__setattr__(self, "num_hidden_layers", len(layers))
         super().__post_init__()
@@ -106,7 +107,7 @@ class ReformerConfig(EncoderConfig):
         require(
             fits,
             f"num_buckets={given} must be a power of two, or a list of even factors such as "
-            "[64, 128], each of them hashed by itself; or null, to choose by the number of tokens.",
+            "[64, 128], each hashed on its own; or null, to choose by the number of tokens.",
         )
 
     def _check_axes(self) -> None:
@@ -114,22 +115,23 @@ class ReformerConfig(EncoderConfig):
         require(
             len(shape) == len(widths) == 2 and min(*shape, *widths) >= 1,
             f"axial_pos_shape={list(shape)} and axial_pos_embds_dim={list(widths)} must have two "
-            "positive numbers each, of rows and of columns.",
+            "positive numbers each, for rows and for columns.",
         )
         require(
             sum(widths) == self.hidden_size,
-            f"axial_pos_embds_dim={list(widths)} adds up to {sum(widths)}, and must to hidden_size="
-            f"{self.hidden_size}: a position is its row's and its column's vector side by side.",
+            f"axial_pos_embds_dim={list(widths)} adds up to {sum(widths)}, but must add up to "
+            f"hidden_size={self.hidden_size}: a position's embedding is those of its row and its "
+            "column concatenated.",
         )
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
-        """The kinds of attention that there are."""
+        """The kinds of attention that the layers have."""
         return tuple(kind for kind in KINDS if kind in self.attn_layers)
 
     @property
     def period(self) -> tuple[LayerKind, ...]:
-        """The shortest beginning of the layers that the others repeat."""
+        """The shortest sequence of layer kinds of which all layers are repetitions."""
         layers: Any = self.attn_layers
         sizes = (n for n in range(1, len(layers) + 1) if len(layers) % n == 0)
         return next(layers[:n] for n in sizes if layers[:n] * (len(layers) // n) == layers)
@@ -146,64 +148,65 @@ class ReformerConfig(EncoderConfig):
 
     @property
     def position_limit(self) -> tuple[str, int]:
-        """What says how many rows of positions there are, and how many."""
+        """The name of the setting that limits positions, and the number of positions."""
         if not self.axial_pos_embds:
             return super().position_limit
         return "prod(axial_pos_shape)", math.prod(self.axial_pos_shape)
 
     def chunk_length(self, kind: LayerKind) -> int:
-        """Tokens of a chunk of such layers."""
+        """Returns the tokens per chunk of layers of this kind."""
         return self.local_attn_chunk_length if kind == "local" else self.lsh_attn_chunk_length
 
     @property
     def chunk_multiple(self) -> int:
-        """Whole chunks of every layer."""
+        """The smallest number of tokens that is a multiple of every layer's chunk."""
         return math.lcm(*map(self.chunk_length, self.kinds))
 
     def needs_padding(self, length: int) -> int:
-        """Tokens to add so that every layer has whole chunks; none to what the shortest holds."""
+        """Returns how many tokens to add so that every layer has whole chunks; 0 up to the shortest
+        chunk."""
         short_enough = length <= min(map(self.chunk_length, self.kinds))
         return 0 if short_enough else -length % self.chunk_multiple
 
     @property
     def training_unit(self) -> int:
-        """All axial positions, or whole chunks."""
+        """The number of all axial positions, or else `chunk_multiple`."""
         return self.position_limit[1] if self.axial_pos_embds else self.chunk_multiple
 
     def check_training_length(self, length: int) -> None:
-        """Raises ValueError for a number of tokens that PyTorch's class does not train on either:
-        dropout takes whole columns of axial positions, and chunks are whole."""
+        """Raises ValueError for a number of tokens that PyTorch's class cannot train on either:
+        dropout drops whole columns of axial positions, and chunks must be whole."""
         if self.axial_pos_embds:
             rows, columns = self.axial_pos_shape
             require(
                 length == rows * columns,
-                f"{length} tokens while training, and axial_pos_shape={[rows, columns]} trains "
-                f"rows of {rows} x {columns} = {rows * columns} tokens alone, whose columns are "
-                "dropped as a whole: pad or cut every row to that length, or choose another "
-                "axial_pos_shape.",
+                f"{length} tokens while training, but axial_pos_shape={[rows, columns]} trains "
+                f"only on rows of {rows} x {columns} = {rows * columns} tokens, because dropout "
+                "drops whole columns of positions: pad or truncate every row to that length, or "
+                "choose another axial_pos_shape.",
             )
         extra = self.needs_padding(length)
         require(
             not extra,
-            f"{length} tokens while training are no whole chunks: the lengths that work are the "
-            f"multiples of {self.chunk_multiple}, such as {length + extra}"
-            + (", which axial_pos_shape must multiply to." if self.axial_pos_embds else "."),
+            f"{length} tokens while training are not whole chunks: give a multiple of "
+            f"{self.chunk_multiple}, such as {length + extra}"
+            + (", and an axial_pos_shape whose product is that." if self.axial_pos_embds else "."),
         )
 
     def check_cache(self) -> None:
-        """Raises ValueError where hashes that are kept would not do for a longer text."""
+        """Raises ValueError if cached hashes would not be valid for a longer text."""
         require(
             self.num_buckets is not None or "lsh" not in self.kinds,
             "num_buckets=null with a cache: PyTorch's class fixes it by the first text that it "
-            "hashes; give it, as config.buckets(number of tokens) says, or generate with "
-            "use_cache=False, where every step has the number of its own length.",
+            "hashes; set it to config.buckets(number of tokens), or generate with use_cache=False, "
+            "where every step chooses it by its own length.",
         )
 
     def buckets(self, length: int) -> int | tuple[int, ...]:
-        """How many buckets a round of hashing has for so many tokens, padding included: about two
-        for each chunk, in two factors where they are many."""
+        """Returns the number of buckets of a hashing round for `length` tokens, padding included:
+        about two per chunk, in two factors if there are many."""
         chunk = self.lsh_attn_chunk_length
-        if self.num_buckets is not None or length <= chunk:  # where nothing is hashed
+        if self.num_buckets is not None or length <= chunk:  # up to one chunk nothing is hashed
             return self.num_buckets or 2
         power = (2 * (length // chunk)).bit_length() - 1
         if 2**power <= 2 * max(math.isqrt(self.max_position_embeddings // chunk), chunk):
@@ -211,7 +214,8 @@ class ReformerConfig(EncoderConfig):
         return 2 ** (power // 2), 2 ** (power - power // 2)
 
     def pattern(self, kind: LayerKind, length: int) -> Local | LSH:
-        """What such layers see of so many tokens, padding included."""
+        """Returns the attention pattern of layers of this kind for `length` tokens, padding
+        included."""
         chunk, causal = self.chunk_length(kind), self.is_decoder
         if kind == "local":
             before, after = self.local_num_chunks_before, self.local_num_chunks_after
@@ -220,7 +224,7 @@ class ReformerConfig(EncoderConfig):
         return LSH(chunk, causal, before, after, self.buckets(length), self.num_hashes)
 
     def keys_seen(self, length: int) -> float:
-        """By a token, in the mean of the layers."""
+        """Returns the number of keys that a token sees, as the mean over the layers."""
         seen = {"local": 1, "lsh": self.num_hashes}
         for kind in KINDS:
             sides = (getattr(self, f"{kind}_num_chunks_{side}") for side in ("before", "after"))
@@ -230,20 +234,20 @@ class ReformerConfig(EncoderConfig):
 
     @property
     def lacks(self) -> tuple[str, ...]:
-        """Parts of the paths of parameters that these settings leave out."""
+        """Parts of the paths of parameters that a model with these settings does not have."""
         axial = ("row_embeddings", "column_embeddings")
         without = ("position_embeddings",) if self.axial_pos_embds else axial
         return without + tuple(f"{kind}_layers" for kind in KINDS if kind not in self.kinds)
 
     def layers_of(self, path: str) -> dict[tuple[int, ...], tuple[int, ...]]:
-        """The layers of one kind, which have a stack of their own."""
+        """As of other configs; the layers of each kind have a stack of their own."""
         numbers = [i for i, kind in enumerate(self.attn_layers) if f"{kind}_layers/" in path]
         return {(place,): (number,) for place, number in enumerate(numbers)}
 
     @classmethod
     def from_dict(cls: type[_Same], values: dict[str, Any]) -> _Same:
-        """Reads config.json; raises ValueError as the others, and for a number of layers that is
-        not that of attn_layers."""
+        """Makes a config from the fields of config.json; raises ValueError as other configs do, and
+        if num_hidden_layers is not the number of attn_layers."""
         lists = ("attn_layers", "axial_pos_shape", "axial_pos_embds_dim", "num_buckets")
         values = {
             name: tuple(value) if name in lists and isinstance(value, list) else value
@@ -253,17 +257,17 @@ class ReformerConfig(EncoderConfig):
         config = super().from_dict(values)
         require(
             count is None or count == config.num_hidden_layers,
-            f"num_hidden_layers={count} is not the number of attn_layers={short(layers)}, which "
-            f"has {config.num_hidden_layers}; leave it out.",
+            f"num_hidden_layers={count}, but attn_layers={short(layers)} lists "
+            f"{config.num_hidden_layers} layers; leave num_hidden_layers out.",
         )
         return config
 
     def with_overrides(self: _Same, **overrides: Any) -> _Same:
-        """As of other configs; attn_layers says how many layers there are."""
+        """As of other configs, without num_hidden_layers, which follows from attn_layers."""
         require(
             "num_hidden_layers" not in overrides,
-            "num_hidden_layers is the number of attn_layers: give attn_layers, such as "
-            f"{list(KINDS)}.",
+            "num_hidden_layers cannot be set: it is the number of attn_layers; give attn_layers, "
+            f"such as {list(KINDS)}.",
         )
         return super().with_overrides(**overrides)
 
@@ -275,7 +279,7 @@ DIALECT = Dialect(
     },
     absent=ABSENT
     | {"add_cross_attention": False, "type_vocab_size": 0, "tie_word_embeddings": False},
-    # Tied tables have H columns, and heads read 2 H.
+    # Tied tables would have H columns, but heads read 2 H.
     refused={name: only for name, only in REFUSED.items() if name != "position_embedding_type"}
     | {"tie_word_embeddings": (False,)},
 )

@@ -1,5 +1,5 @@
-"""The configuration of an encoder-decoder: one record for both stacks, each of which is described
-by an `EncoderConfig`."""
+"""The configuration of an encoder-decoder: one record for both stacks, from which it makes an
+`EncoderConfig` for each."""
 
 import functools
 from dataclasses import dataclass, fields
@@ -16,15 +16,17 @@ _FORCED = ("forced_bos_token_id", "forced_eos_token_id")
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderDecoderConfig(ModelConfig):
-    """An encoder and a decoder over one word table; attributes follow Hugging Face's BartConfig.
+    """The config of an encoder and a decoder that share one word table. Attributes follow Hugging
+    Face's BartConfig.
 
     Attributes:
-        lsg: the pattern of the encoder; the decoder's attention is full.
-        encoder_layerdrop, decoder_layerdrop: how often a layer is left out while training.
-        max_position_embeddings: tokens that either stack reads at most.
-        pass_global_tokens_to_decoder: with LSG, the decoder sees the states of the globals too, and
-            `pool_with_global` means nothing.
-        is_encoder_decoder, is_decoder: written for PyTorch; a causal_lm is the decoder alone.
+        lsg: the attention pattern of the encoder; the decoder's attention is always full.
+        encoder_layerdrop, decoder_layerdrop: probability that a layer is skipped during training.
+        max_position_embeddings: the largest number of tokens that each stack reads.
+        pass_global_tokens_to_decoder: with LSG attention, whether the decoder sees the states of
+            the globals too; `pool_with_global` then has no effect.
+        is_encoder_decoder, is_decoder: written to config.json for PyTorch. A causal_lm is the
+            decoder on its own.
     """
 
     RANGES: ClassVar[dict[str, Range]] = ModelConfig.RANGES | {
@@ -83,14 +85,14 @@ class EncoderDecoderConfig(ModelConfig):
             token = getattr(self, name)
             require(
                 token is None or 0 <= token < self.vocab_size,
-                f"{name}={token} is outside 0..{self.vocab_size - 1}, the rows that vocab_size="
-                f"{self.vocab_size} gives.",
+                f"{name}={token} is outside 0..{self.vocab_size - 1}, the rows of a table of "
+                f"vocab_size={self.vocab_size}.",
             )
-        assert self.encoder.lsg is self.lsg  # made here, so that a warning points to the caller
+        assert self.encoder.lsg is self.lsg  # built here, so that its warning points to the caller
 
     @functools.cached_property
     def encoder(self) -> EncoderConfig:
-        """The encoder's stack."""
+        """The config of the encoder's stack."""
         return self._stack(
             num_hidden_layers=self.encoder_layers,
             num_attention_heads=self.encoder_attention_heads,
@@ -100,7 +102,7 @@ class EncoderDecoderConfig(ModelConfig):
 
     @functools.cached_property
     def decoder(self) -> EncoderConfig:
-        """The decoder's stack."""
+        """The config of the decoder's stack."""
         return self._stack(
             num_hidden_layers=self.decoder_layers,
             num_attention_heads=self.decoder_attention_heads,
@@ -129,18 +131,18 @@ class EncoderDecoderConfig(ModelConfig):
 
     @property
     def stacks(self) -> dict[str, EncoderConfig]:
-        """By the first part of their parameters' paths."""
+        """The configs of both stacks, by the first part of their parameters' paths."""
         return {"encoder": self.encoder, "decoder": self.decoder}
 
     @property
     def passed_globals(self) -> int:
-        """How many globals the decoder sees in front of the encoder's tokens."""
+        """The number of globals that the decoder sees before the encoder's tokens."""
         lsg = self.lsg
         return lsg.num_global_tokens if lsg and self.pass_global_tokens_to_decoder else 0
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields for config.json: those of LSG with LSG only, and no null where the family's
-        default is none."""
+        """Returns the fields for config.json: LSG fields only with LSG attention, and no null where
+        the family's default is None."""
         values = super().to_dict()
         if self.lsg is None:
             del values["pass_global_tokens_to_decoder"]

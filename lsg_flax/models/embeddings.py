@@ -17,8 +17,8 @@ from lsg_flax.sharding import constrain
 
 
 def sinusoids(rows: int, width: int) -> Float[np.ndarray, "P E"]:
-    """The fixed position table of Pegasus: sines in the first half of the columns, cosines in the
-    second."""
+    """Returns the fixed position table of Pegasus: sines in the first half of the columns, cosines
+    in the second."""
     half = np.arange((width + 1) // 2)
     angles = np.arange(rows)[:, None] / 10000 ** (2 * half / width)
     table = np.concatenate([np.sin(angles), np.cos(angles[:, : width // 2])], axis=1)
@@ -26,19 +26,19 @@ def sinusoids(rows: int, width: int) -> Float[np.ndarray, "P E"]:
 
 
 class Embeddings(Part):
-    """Word + position + segment, LayerNorm, dropout; the same for the global tokens
-    (reference-behaviour 1.3)."""
+    """The sum of word, position and segment embeddings with LayerNorm and dropout; and the
+    embeddings of the global tokens, with LayerNorm and dropout (reference-behaviour 1.3)."""
 
     def table(self, rows: int, name: str) -> Float[Array, "V E"]:
-        """One embedding table in the compute dtype."""
+        """Returns an embedding table in the dtype of the computation."""
         config = self.config
         width, dtype = config.embedding_width, self.context.param_dtype
         table = Embedding(rows, width, config.initializer_range, dtype, name=name)()
         return constrain(table.astype(self.context.dtype), "vocab", "columns")
 
     def positions(self, length: int) -> Float[Array, "P E"]:
-        """The position table from the first token's row on, with rows for `length` tokens at
-        least: those of padding may lie behind it."""
+        """Returns the position table from the first token's row on, extended by zeros to at least
+        `length` rows, because padding may reach beyond the table."""
         config, architecture = self.config, self.context.architecture
         begin = architecture.uncounted_rows
         count, name = config.max_position_embeddings + begin, "position_embeddings"
@@ -54,8 +54,8 @@ class Embeddings(Part):
     def __call__(
         self, inputs: Inputs, words: Float[Array, "V E"] | None = None
     ) -> tuple[Float[Array, "B G E"] | None, Float[Array, "B T E"], Float[Array, "V E"]]:
-        """Returns the globals (None without LSG; those of each text where a row has several), the
-        tokens, and the word table: the one given, or its own."""
+        """Returns the globals (None without LSG; those of each text if a row has several), the
+        tokens, and the word table: the one passed, or its own."""
         config, architecture = self.config, self.context.architecture
         if words is None:
             words = self.table(config.vocab_size, "word_embeddings")

@@ -1,5 +1,5 @@
-"""The one stack: embeddings and scanned layers, which encoders and decoders run. Families and
-attention kinds are values of its context.
+"""The stack of embeddings and scanned layers that encoders and decoders share. Families and kinds
+of attention are values of its context.
 
 Axes: B batch, T tokens, U tokens with an output (T, or 1 with a cache), G global tokens, D model
 width, V vocabulary, E embedding width, L layers.
@@ -40,7 +40,7 @@ from lsg_flax.patterns import (
 from lsg_flax.sharding import SEQUENCE, constrain, over_sequence, sequence_shards
 
 Remat = Literal["none", "full", "dots"]
-REMAT_POLICIES = {  # what the backward pass is given
+REMAT_POLICIES = {  # what is saved for the backward pass
     "none": jax.checkpoint_policies.save_only_these_names(PROJECTED, ATTENDED),
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -48,14 +48,15 @@ REMAT_POLICIES = {  # what the backward pass is given
 
 
 class BodyOutput(NamedTuple):
-    """What a body gives its head.
+    """The output of a body, which its head reads.
 
     Attributes:
-        last: the last states, without padding, and without globals unless they are kept; of the
-            last token alone with a cache.
-        states: those of the embeddings and all layers, with globals and padding, if kept.
+        last: the last states without padding, and without globals unless they are kept; with a
+            cache only that of the last token.
+        states: the outputs of the embeddings and all layers, with globals and padding; None unless
+            asked for.
         words: the word table.
-        cache: what the next call takes.
+        cache: the cache for the next call.
     """
 
     last: Float[Array, "B U D"]
@@ -65,12 +66,12 @@ class BodyOutput(NamedTuple):
 
 
 class EncoderLayer(Part):
-    """A transformer layer. Returns its output and what a cache shall keep (see `SelfAttention`)."""
+    """A transformer layer. Returns its output and its part of the cache (see `SelfAttention`)."""
 
     causal: bool = False
 
     def _around(self, name: str):
-        """The LayerNorm of a part of the layer, in front of it or behind it."""
+        """The functions applied before and after a sublayer, one of which is its LayerNorm."""
         architecture = self.context.architecture
         norm, nothing = self.layer_norm(name, architecture.layer_norm_eps), lambda x: x
         return (nothing, norm) if architecture.norm == "post" else (norm, nothing)
@@ -104,7 +105,7 @@ class EncoderLayer(Part):
 
 
 class LayerStep(EncoderLayer):
-    """A layer as a scan step: its output is carried on and, if asked for, kept."""
+    """A layer as a step of a scan: its output is the carry and, if asked for, also collected."""
 
     keep_states: bool = False
 
@@ -118,14 +119,14 @@ class LayerStep(EncoderLayer):
 
 
 class Stack(Part):
-    """Layers that are run one after the other.
+    """A stack of layers, run one after the other.
 
     Attributes:
-        remat: what the backward pass recomputes: "none" (neither products nor attention; what lies
-            between them is cheaper made again than kept), "dots" (attention too), "full" (all but
-            a layer's input).
-        unroll: layers per iteration of the scan; more compiles longer and may run faster.
-        keep_states: also return every layer's output.
+        remat: what the backward pass recomputes: "none" (neither matrix products nor attention,
+            only the cheap operations between them), "dots" (attention as well), "full" (everything
+            but each layer's input).
+        unroll: layers per iteration of the scan; larger values compile longer and may run faster.
+        keep_states: whether to return every layer's output.
     """
 
     remat: Remat = "none"
@@ -133,7 +134,7 @@ class Stack(Part):
     keep_states: bool = False
 
     def shard_count(self) -> int:
-        """How many shards the tokens are in: for a new cache and while parameters are drawn one."""
+        """The number of shards of the tokens; 1 for a new cache, and while parameters are drawn."""
         return 1 if self.context.slots or self.is_initializing() else sequence_shards()
 
     def run_layers(
@@ -145,9 +146,9 @@ class Stack(Part):
         shards: int,
         **options: bool,
     ):
-        """The layers, `step` with its options, on the globals and the tokens: the last states of
-        both, the states of all layers, and what the cache shall keep. Inside of the layers globals
-        lie behind the tokens, see `attend_by_blocks`."""
+        """Runs the layers, each a `step` with these options, on the globals `first` and the tokens
+        `x`. Returns the last states of both, the states of all layers, and their parts of the
+        cache. Inside the layers globals come after the tokens, see `attend_by_blocks`."""
         stack, split = stack_of(step, self.config, self.remat, self.unroll), first.shape[1]
         options |= {"keep_states": self.keep_states}
         filler = 0 if self.context.slots else rows_to_fill(split)
@@ -199,7 +200,7 @@ class Stack(Part):
         return after, last, jnp.concatenate(states, axis=2) if states else None, None
 
     def _by_layer(self, states: Float[Array, "..."]) -> Float[Array, "L B T D"]:
-        """The states of all layers; of a shared group the last one's each time."""
+        """The states of all layers; for layers with shared groups that of each group's last."""
         config = self.config
         if config.num_hidden_groups is None:
             return states
@@ -207,11 +208,12 @@ class Stack(Part):
 
 
 class Encoder(Stack):
-    """Embeddings and layers.
+    """Embeddings and a stack of layers.
 
     Attributes:
-        causal: of the stack of layers.
-        keep_globals: their states are returned in front of the tokens', and are not pooled.
+        causal: whether the layers' attention is causal.
+        keep_globals: whether the states of the globals are returned, before those of the tokens,
+            and not pooled.
     """
 
     causal: bool = False
@@ -225,11 +227,12 @@ class Encoder(Stack):
         cache: Cache | None = None,
         words: Float[Array, "V E"] | None = None,
     ) -> BodyOutput:
-        """Given a cache, the input is the next token; `words` is a table that stacks share."""
+        """Runs the stack. With a cache, the input is the next token; `words` is a word table that
+        several stacks share."""
         config, architecture = self.config, self.context.architecture
         lsg = config.lsg if cache is None else None
         length, shards = inputs.lead[1], self.shard_count() if lsg else 1
-        extra = lsg.needs_padding(length, shards) if lsg else 0  # once here, not in each layer
+        extra = lsg.needs_padding(length, shards) if lsg else 0  # padded once, not in each layer
         inputs = self._with_positions(inputs, cache)
         if architecture.embeds_padding:
             inputs = inputs.padded(extra, config.filler)
@@ -251,9 +254,9 @@ class Encoder(Stack):
             mask = jnp.pad(mask, ((0, 0), (0, extra)))
             segments = segments if segments is None else jnp.pad(segments, ((0, 0), (0, extra)))
             x = jnp.pad(x, ((0, 0), (0, mask.shape[1] - x.shape[1]), (0, 0)))
-        if architecture.always_projects:  # padding too, which strict_reference may see
+        if architecture.always_projects:  # padding as well: strict_reference may see it
             x = project(x)
-        first = project(first) if lsg else x[:, :0]  # with a cache they are there already
+        first = project(first) if lsg else x[:, :0]  # a cache already has the globals
         call = LayerCall(mask, self._lsh_keys(), memory, cache, segments=segments)
         after, last, states, new = self.run_layers(
             LayerStep, first, x, call, shards, causal=self.causal
@@ -267,7 +270,7 @@ class Encoder(Stack):
                 last = jnp.where(at_first, after[:, :1], last)
             else:
                 last = with_first_states(last, segments, after[:, :: lsg.num_global_tokens])
-        if states is not None:  # the reference pools in place, so its last entry shows it
+        if states is not None:  # the reference pools in place, so its last entry is pooled too
             begin, end = (jnp.concatenate(pair, axis=1) for pair in ((first, x), (after, last)))
             states = (begin, *states[:-1], end)
         last = last[:, :length]
@@ -277,7 +280,7 @@ class Encoder(Stack):
         return with_cache(pattern, body, call, new, inputs.position_ids)
 
     def _with_positions(self, inputs: Inputs, cache: Cache | None) -> Inputs:
-        """Positions where none are given and they do not simply count from 0."""
+        """Adds position ids if none are given and they are not 0, 1, 2, ..."""
         if inputs.position_ids is not None:
             return inputs
         if cache is not None:
@@ -309,8 +312,8 @@ def with_cache(
     new: LayerCache | None,
     position_ids: Int[Array, "#B T"] | None,
 ) -> BodyOutput:
-    """With the next call's cache, if layers kept something, and then the last token's state
-    alone."""
+    """Adds the cache for the next call, if there is one; `last` is then only that of the last
+    token."""
     cache, last = call.cache, body.last
     if cache is not None and new is not None:
         position = cache.position if position_ids is None else position_ids[:, 0]
@@ -324,13 +327,13 @@ def with_cache(
 
 
 def stack_of(step: Any, config: EncoderConfig, remat: Remat, unroll: int) -> Any:
-    """The scan over stacked layers: parameters have a leading axis of layers, and compile time does
-    not grow with depth."""
+    """Makes the scan over stacked layers: parameters have a leading axis of layers, and compile
+    time does not grow with depth."""
     if remat not in get_args(Remat):
         raise ValueError(f"remat={remat!r} is unknown; choose one of {', '.join(get_args(Remat))}.")
     step = nn.remat(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
     stack = _scan(step, config.stack[-1], min(unroll, config.num_hidden_layers))
-    if config.num_hidden_groups is not None:  # group, times that it is used, layer within
+    if config.num_hidden_groups is not None:  # nested: groups, uses of a group, layers in it
         groups, _ = config.stack
         times = config.num_hidden_layers // groups
         stack = _scan(_scan(stack, times, 1, shared=True), groups, 1)
@@ -338,7 +341,7 @@ def stack_of(step: Any, config: EncoderConfig, remat: Remat, unroll: int) -> Any
 
 
 def _scan(step, length: int, unroll: int, *, shared: bool = False) -> Any:
-    """The module repeated: with parameters of its own each time, stacked along a leading axis, or
+    """Repeats a module, each time with its own parameters, stacked along a leading axis, or with
     `shared` ones."""
     same: Any = nn.broadcast
     return nn.scan(
@@ -353,13 +356,13 @@ def _scan(step, length: int, unroll: int, *, shared: bool = False) -> Any:
 
 
 def _positions_behind_padding(inputs: Inputs, config: EncoderConfig) -> Int[Array, "#B T"]:
-    """Real tokens of a text counted from pad_token_id + 1, padding at pad_token_id (RoBERTa);
-    embeddings, of which none can be told to be padding, from the first on."""
+    """Returns RoBERTa's positions: real tokens of a text are counted from pad_token_id + 1, padding
+    is at pad_token_id. For embeddings, where padding cannot be recognised, all are counted."""
     ids, segments, first = inputs.input_ids, inputs.segment_ids, (config.pad_token_id or 0) + 1
     require(
         first >= 0,
-        f"pad_token_id={config.pad_token_id} puts the first token at position {first}, and this "
-        "family counts positions from pad_token_id + 1; give one of -1 or more.",
+        f"pad_token_id={config.pad_token_id} puts the first token at position {first}, because "
+        "this family counts positions from pad_token_id + 1; give a pad_token_id of at least -1.",
     )
     if segments is not None:
         real = segments != 0 if ids is None else (segments != 0) & (ids != config.pad_token_id)

@@ -1,5 +1,5 @@
-"""Heads: from the encoder's last state to a task's outputs, which have one type, and what labels
-make of their logits.
+"""Heads of tasks: they turn a stack's last states into a `ModelOutput`; and log probabilities of
+labels.
 
 Axes: B batch, C choices, T tokens, D model width, E embedding width, V vocabulary, Y labels, G
 global tokens.
@@ -29,8 +29,8 @@ class Pooler(Part):
 
 
 class Head(Part):
-    """From the encoder's last state, the pooler's output (None where the task has no pooler) and
-    the word table to the task's outputs."""
+    """The base of heads: reads the last states, the pooler's output (None if the task has no
+    pooler) and the word table, and returns the task's outputs."""
 
     def __call__(
         self,
@@ -43,17 +43,18 @@ class Head(Part):
 
 
 class BaseHead(Head):
-    """No head: the states themselves."""
+    """Returns the states themselves, and the pooler's output."""
 
     def __call__(self, last, pooled, words):
         return ModelOutput(last_hidden_state=last, pooler_output=pooled)
 
 
 class LanguageModelHead(Head):
-    """Transform to the width of the embeddings, then scores over the vocabulary by the word table
-    (by an own kernel where the embeddings are not tied).
+    """A transform to the width of the embeddings, then scores over the vocabulary with the word
+    table, or with a kernel of its own if the embeddings are not tied.
 
-    `act` is that of the transform, the config's `hidden_act` by default.
+    Attributes:
+        act: activation of the transform; by default the config's `hidden_act`.
     """
 
     act: str | None = None
@@ -74,10 +75,11 @@ class LanguageModelHead(Head):
 
 
 class WordScoresHead(Head):
-    """Scores over the vocabulary by the word table (by an own kernel where the embeddings are not
-    tied).
+    """Scores over the vocabulary with the word table, or with a kernel of its own if the embeddings
+    are not tied.
 
-    `biased`: with a bias that is stored and never trained.
+    Attributes:
+        biased: whether there is a bias, which is stored and never trained.
     """
 
     biased: bool = False
@@ -97,7 +99,7 @@ class WordScoresHead(Head):
 
 
 class NormedScoresHead(Head):
-    """Scores over the vocabulary by an own kernel, behind a LayerNorm."""
+    """A LayerNorm, then scores over the vocabulary with a kernel of its own."""
 
     @nn.compact
     def __call__(self, last, pooled, words):
@@ -110,7 +112,7 @@ class NormedScoresHead(Head):
 
 
 class PretrainingHead(Head):
-    """Masked language model and next sentence."""
+    """Masked language modelling and next-sentence prediction."""
 
     @nn.compact
     def __call__(self, last, pooled, words):
@@ -131,13 +133,13 @@ class NextSentenceHead(Head):
 
 class _Classifier(Head):
     def classify(self, x: Any, labels: int, rate: float | None = None) -> Array:
-        """Dropout (the config's `classifier_dropout` by default) and a projection to the labels."""
+        """Applies dropout (by default with `classifier_dropout`) and a projection to the labels."""
         rate = self.config.classifier_dropout if rate is None else rate
         return self.dense(labels, "classifier")(self.dropout(x, rate))
 
 
 class SentenceOrderHead(Head):
-    """Masked language model and whether the segments are in order."""
+    """Masked language modelling, and whether the two segments are in order."""
 
     @nn.compact
     def __call__(self, last, pooled, words):
@@ -168,7 +170,10 @@ class SequenceClassificationHead(_Classifier):
 class FirstTokenHead(_Classifier):
     """Classification by the first token's state instead of the pooler's output.
 
-    `choices`: one score per choice, as `MultipleChoiceHead`.
+    Attributes:
+        act: activation of the dense layer.
+        dropout_first: whether there is dropout before the dense layer, too.
+        choices: whether to return one score per choice, as `MultipleChoiceHead`.
     """
 
     act: str = "tanh"
@@ -188,7 +193,7 @@ SUMMARY = {"summary_type": "first", "summary_use_proj": True, "summary_proj_to_l
 
 
 class SequenceSummaryHead(_Classifier):
-    """Multiple choice by a summary of the first token's state (ELECTRA)."""
+    """Multiple choice by a projection of the first token's state (ELECTRA's summary)."""
 
     @nn.compact
     def __call__(self, last, pooled, words):
@@ -211,7 +216,8 @@ class SequenceSummaryHead(_Classifier):
 class TokenClassificationHead(_Classifier):
     """One score per label for every token.
 
-    `of_hidden`: with the dropout of hidden states, not that of classifiers.
+    Attributes:
+        of_hidden: whether dropout has the rate of hidden states instead of that of classifiers.
     """
 
     of_hidden: bool = False
@@ -223,7 +229,7 @@ class TokenClassificationHead(_Classifier):
 
 
 class MultipleChoiceHead(_Classifier):
-    """One score per choice; the model has flattened the choices into the batch."""
+    """One score per choice; the model has merged the choices into the batch."""
 
     @nn.compact
     def __call__(self, last, pooled, words):
@@ -231,8 +237,12 @@ class MultipleChoiceHead(_Classifier):
 
 
 class QuestionAnsweringHead(Head):
-    """Scores of every token to start and to end the answer, behind the dropout of a config
-    field."""
+    """Scores of every token as the start and as the end of the answer.
+
+    Attributes:
+        dropout_field, dropout_default: field of config.json with the dropout rate of the head, and
+            its default; None for no dropout.
+    """
 
     dropout_field: str | None = None
     dropout_default: float = 0.0
@@ -248,9 +258,13 @@ class QuestionAnsweringHead(Head):
 def label_log_probs(
     logits: Float[Array, "*N V"], labels: Int[Array, "*#N"], smoothing: float = 0.0
 ) -> Float[Array, "*N"]:
-    """log softmax(logits)[label] in float32; 0 for one of -100, NaN for one that is no class.
+    """Returns log softmax(logits)[label] in float32; 0 for a label of -100, NaN for a label that is
+    not a class.
 
-    `smoothing`: this share of each label goes to all classes evenly, its own too.
+    Args:
+        logits: [..., classes].
+        labels: [...].
+        smoothing: the share of each label that is spread evenly over all classes, its own included.
     """
     logits = logits.astype(jnp.float32)
     counted = labels != IGNORED

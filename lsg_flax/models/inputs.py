@@ -1,4 +1,4 @@
-"""What a model is given: arrays by name, checked before anything is computed.
+"""The input arrays of a model, checked before anything is computed.
 
 Axes: B batch, C choices, T tokens, S keys (an encoder's states), D model width.
 """
@@ -35,11 +35,11 @@ class Inputs(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """Axes that ids have, or would have; 0 where nothing is given."""
+        """The number of axes that ids have, or would have; 0 if nothing is given."""
         return max(getattr(self.input_ids, "ndim", 0), getattr(self.inputs_embeds, "ndim", 1) - 1)
 
     def padded(self, extra: int, filler: int) -> "Inputs":
-        """With padding behind the ids or embeddings; masks stay as they are."""
+        """Returns a copy with padding at the end of the ids or embeddings; masks are unchanged."""
         if not extra:
             return self
         if self.input_ids is None:
@@ -49,19 +49,21 @@ class Inputs(NamedTuple):
         return self._replace(input_ids=ids)
 
     def _without(self, wrong: Any) -> "Inputs":
-        """With ids that no table has, or NaN for embeddings, in rows that are wrong."""
-        if self.input_ids is not None:  # as numbers that can be negative
+        """Returns a copy whose invalid rows have out-of-range ids, or NaN for embeddings, so that
+        their outputs are NaN."""
+        if self.input_ids is not None:  # int32, since -1 must be representable
             ids = jnp.where(wrong[:, None], -1, self.input_ids.astype(jnp.int32))
             return self._replace(input_ids=ids)
         embeds = jnp.where(wrong[:, None, None], jnp.nan, self.inputs_embeds)
         return self._replace(inputs_embeds=embeds)
 
     def flattened(self, texts: int = 0, block: int = 1) -> "Inputs":
-        """As JAX arrays with choices merged into the batch, checked inputs. A row whose mask or
-        segments turn out to be none under jit gets ids that no table has, or NaN for embeddings.
+        """Returns checked inputs as JAX arrays with choices merged into the batch. Under jit a row
+        with an invalid mask or invalid segments gets out-of-range ids, or NaN for embeddings.
 
         Args:
-            texts, block: how many segments there are at most, and where they begin.
+            texts: the largest number of segments in a row.
+            block: segments start at multiples of this number of tokens.
         """
         drop = len(self.lead) - 1
         arrays = (None if a is None else jnp.asarray(a) for a in self)
@@ -78,12 +80,14 @@ class Inputs(NamedTuple):
 def check_inputs(
     inputs: Inputs, config: EncoderConfig, limit: int, *, rank: int, of: str = ""
 ) -> None:
-    """Raises early, with what was given, what is allowed and what to do.
+    """Checks inputs before anything is computed.
 
     Args:
-        limit: positions that the model has.
-        rank: axes of `input_ids`.
-        of: what stands in front of the arrays' names: "decoder_" for a decoder's.
+        inputs: the arrays.
+        config: of the stack that reads them.
+        limit: number of positions that the model has.
+        rank: number of axes of `input_ids`.
+        of: prefix of the arrays' names in messages: "decoder_" for a decoder's.
 
     Raises:
         ValueError: for arrays that do not fit the model or each other.
@@ -96,7 +100,7 @@ def check_inputs(
             )
     given = sum(array is not None for array in (inputs.input_ids, inputs.inputs_embeds))
     if given != 1:
-        raise ValueError(f"give either {of}input_ids or {of}inputs_embeds, got {given} of them.")
+        raise ValueError(f"give either {of}input_ids or {of}inputs_embeds, got {given} of the two.")
     _check_shapes(inputs, config, limit, rank, of)
     if inputs.attention_mask is not None:
         _check_mask(inputs.attention_mask, f"{of}attention_mask")
@@ -166,7 +170,7 @@ def _check_mask(mask, name: str) -> None:
 
 
 def _where_masked(array: Any, mask: Any, otherwise: int | float) -> Any:
-    """The rows of an array whose mask holds 0 and 1 alone, and `otherwise` in the others."""
+    """The array, with `otherwise` in rows whose mask has values other than 0 and 1."""
     if mask.dtype == bool:
         return array
     is_mask = ((mask == 0) | (mask == 1)).all(axis=1)
@@ -174,8 +178,8 @@ def _where_masked(array: Any, mask: Any, otherwise: int | float) -> Any:
 
 
 def check_ids(ids, name: str, config: ModelConfig, field: str, limit: int) -> None:
-    """Raises ValueError for ids that are no integers or, where they can be read, beyond a table,
-    whose rows a field of config.json says."""
+    """Raises ValueError for ids that are not integers or, outside jit, are beyond the rows of a
+    table; `field` is the setting of config.json that limits them."""
     if ids is None:
         return
     if not jnp.issubdtype(ids.dtype, jnp.integer):
@@ -185,13 +189,13 @@ def check_ids(ids, name: str, config: ModelConfig, field: str, limit: int) -> No
     values = np.asarray(ids)
     if values.min() < 0 or values.max() >= limit:
         remedy = {
-            "prod(axial_pos_shape)": "; positions lie in its rows and columns",
+            "prod(axial_pos_shape)": "; a position needs a row and a column there",
             "max_position_embeddings": "; "
             + config.or_convert("give smaller ones", int(values.max()) + 1),
             "vocab_size": "; tokenizer and checkpoint do not belong together",
         }.get(field, "")
         raise ValueError(
-            f"{name} lie in {values.min()}..{values.max()}, but {field}={limit} allows "
+            f"{name} are in {values.min()}..{values.max()}, but {field}={limit} allows "
             f"0..{limit - 1}{remedy}."
         )
 
@@ -206,25 +210,28 @@ def encoder_states(
     dtype: Dtype,
     required: bool = True,
 ) -> EncoderStates | None:
-    """What cross-attention sees, checked; None where there is none, or a cache has it.
+    """Returns the checked encoder states for cross-attention; None if the model has none, or a
+    cache has them.
 
     Args:
         states: [B, S, D].
-        mask: [B, S], all real by default.
-        required: whether a model with cross-attention cannot do without.
+        mask: [B, S]; by default all are real.
+        required: whether a model with cross-attention needs them.
 
     Raises:
         ValueError: for states that do not fit the model, or are missing.
     """
     if states is None and mask is not None:
-        raise ValueError("encoder_attention_mask is given without encoder_hidden_states.")
+        raise ValueError(
+            "encoder_attention_mask is given without encoder_hidden_states; give both or none."
+        )
     if states is not None and (not config.add_cross_attention or cache is not None):
         raise ValueError(
             "encoder_hidden_states are given, but "
             + (
                 "this model has add_cross_attention=False."
                 if cache is None
-                else "the cache has their keys and values: leave them out."
+                else "the cache already has their keys and values: leave them out."
             )
         )
     if not config.add_cross_attention or cache is not None or (states is None and not required):
@@ -257,17 +264,23 @@ def encoder_states(
 
 
 def slots_of_cache(inputs: Inputs, config: EncoderConfig, limit: int, length: int) -> int:
-    """The slots of a new cache for `length` tokens.
+    """Returns the number of slots of a new cache for `length` tokens.
 
     Args:
-        limit: positions that the model has.
+        inputs: the prompt.
+        config: of the stack that decodes.
+        limit: number of positions that the model has.
+        length: number of tokens, those of the prompt included.
 
     Raises:
-        ValueError: for what a cache cannot do.
+        ValueError: if `length` is less than the prompt or more than the positions, or rows of the
+            prompt do not end together.
     """
     lead, mask = inputs.lead, inputs.attention_mask
     if length < lead[1]:
-        raise ValueError(f"cache_length={length} has no room for the {lead[1]} tokens given.")
+        raise ValueError(
+            f"cache_length={length} has no room for the {lead[1]} tokens given; raise it."
+        )
     if length > limit and inputs.position_ids is None:
         raise ValueError(
             f"cache_length={length} is more than the {limit} positions of this checkpoint; "
@@ -285,17 +298,18 @@ def slots_of_cache(inputs: Inputs, config: EncoderConfig, limit: int, length: in
 
 
 def check_step(inputs: Inputs, cache: Cache, config: EncoderConfig) -> None:
-    """Raises ValueError for anything but one more token of each row, and for a full cache."""
+    """Raises ValueError unless the input is one more token of each row and the cache has a free
+    slot."""
     lead = inputs.lead
     batch, globals_ = cache.position.shape[0], config.lsg.num_global_tokens if config.lsg else 0
     if lead != (batch, 1):
         raise ValueError(
-            f"with a cache the input is one token of each of its {batch} rows, [{batch}, 1], not "
-            f"{list(lead)}; give a prompt without a cache."
+            f"with a cache the input is one token for each of its {batch} rows, [{batch}, 1], got "
+            f"{list(lead)}; pass a prompt without a cache."
         )
     slots = cache.layers.tokens.key.shape[-1] - globals_
     if not isinstance(cache.length, jax.core.Tracer) and int(cache.length) >= slots:
         raise ValueError(
-            f"the cache is full: all its {slots} slots are in use. Begin with a larger "
+            f"the cache is full: all its {slots} slots are in use. Start with a larger "
             "cache_length."
         )

@@ -1,5 +1,5 @@
-"""What people pass to `from_pretrained` from habit, and what the model cards print: arguments of
-Hugging Face's `from_pretrained` that are no fields of a config."""
+"""Arguments of Hugging Face's `from_pretrained` that are not fields of a config, but that people
+pass out of habit and model cards print: which are ignored, and what to write instead."""
 
 import warnings
 from typing import Any
@@ -8,22 +8,22 @@ _DOWNLOAD = (
     "download it first, folder = huggingface_hub.snapshot_download(name, {name}=...), and give the "
     "folder"
 )
-_CLONE = "it belongs to the run: model = model.clone({to}) behind from_pretrained"
-_CALL = "it belongs to the call: model.apply({{'params': params}}, ..., {name}=...)"
-# Without an effect here -> why.
+_CLONE = "it is a run-time setting: model = model.clone({to}) after from_pretrained"
+_CALL = "it is an argument of the call: model.apply({{'params': params}}, ..., {name}=...)"
+# Ignored here -> why.
 _IGNORED = {
     "trust_remote_code": "no code of a checkpoint is ever executed",
     "pass_global_tokens_to_decoder": "encoders have no decoder to pass global tokens to",
-    "lsg_num_pre_rounds": "the PyTorch classes ignore it too, for the field is called "
+    "lsg_num_pre_rounds": "the PyTorch classes ignore it too, because the field is called "
     "lsh_num_pre_rounds",
-    "ignore_mismatched_sizes": "a head of another size is drawn anew in any case",
-    "from_pt": "PyTorch's weights are what is read",
-    "low_cpu_mem_usage": "weights are read one by one",
-    "use_safetensors": "safetensors are read where the folder has them",
-    "use_cache": "a cache is made where generation asks for one",
+    "ignore_mismatched_sizes": "a head of another size is always initialised again",
+    "from_pt": "PyTorch's weights are always read",
+    "low_cpu_mem_usage": "weights are always read one by one",
+    "use_safetensors": "safetensors are preferred if the folder has them",
+    "use_cache": "generation makes a cache when it needs one",
     "return_dict": "outputs always have names",
 }
-# What is written differently here -> how.
+# Written differently here -> how.
 _INSTEAD = {
     "torch_dtype": "write dtype=jnp.float16 for the computation, param_dtype=jnp.float16 for the "
     "parameters",
@@ -36,7 +36,7 @@ _INSTEAD = {
     "architecture": "write task=, such as task='masked_lm'",
     "model_type": "give it to lsg_flax.from_pretrained or hub.open_checkpoint, which read the "
     "fields by it",
-    "config": "give the fields that shall differ, such as num_labels=3",
+    "config": "give the fields to change, such as num_labels=3",
     "attn_implementation": _CLONE.format(to="implementation=..."),
     "implementation": _CLONE.format(to="implementation=..."),
     "global_attn_layer": "give a Flax module, global_attention=",
@@ -44,10 +44,10 @@ _INSTEAD = {
     "gradient_checkpointing": _CLONE.format(to="remat='full'"),
     "unroll": _CLONE.format(to="unroll=..."),
     "output_hidden_states": _CALL,
-    "output_attentions": "LSG attention never forms the probabilities",
+    "output_attentions": "LSG attention never computes the probabilities",
     **dict.fromkeys(
         ("quantization_config", "load_in_8bit", "load_in_4bit"),
-        "quantised weights are not supported; write param_dtype=jnp.bfloat16 to halve them",
+        "quantised weights are not supported; write param_dtype=jnp.bfloat16 to halve their memory",
     ),
     **dict.fromkeys(
         ("from_tf", "from_flax"), "give a folder with model.safetensors or pytorch_model.bin"
@@ -56,17 +56,17 @@ _INSTEAD = {
 
 
 def heed_keywords(given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments without those that have no effect here, which one warning names.
+    """Returns the arguments without those that are ignored here, which one warning lists.
 
     Raises:
-        ValueError: for those that are written differently here, with how.
+        ValueError: for arguments that are written differently here; the message says how.
     """
     for name, value in given.items():
         if name in _INSTEAD:
             raise ValueError(
-                f"{name}={value!r} is no field of a config; {_INSTEAD[name].format(name=name)}."
+                f"{name}={value!r} is not a field of a config; {_INSTEAD[name].format(name=name)}."
             )
     ignored = [f"{name} ({_IGNORED[name]})" for name in given if name in _IGNORED]
     if ignored:
-        warnings.warn(f"without an effect here: {'; '.join(ignored)}.", stacklevel=6)
+        warnings.warn(f"ignored: {'; '.join(ignored)}.", stacklevel=6)
     return {name: value for name, value in given.items() if name not in _IGNORED}

@@ -1,5 +1,5 @@
-"""Linen parts shared by all models. Maths lives in pure functions; modules own only parameters and
-dropout.
+"""Linen modules shared by all models. Computations are pure functions; modules own only parameters
+and dropout.
 
 Axes: B batch, T tokens, D model width, E embedding width, F features of a projection, I its groups,
 V vocabulary.
@@ -24,25 +24,27 @@ from lsg_flax.patterns import shard_key
 from lsg_flax.sharding import constrain
 
 AxisOrder = Literal["btd", "bdt"]
-PROJECTED = "projected"  # under which `jax.checkpoint` knows the results of projections
-FEW = 16  # tokens of which results are turned: else XLA on CPU turns the kernel, 5 x slower
+PROJECTED = "projected"  # the name of projections' results for `jax.checkpoint`
+# Up to this many tokens `project` transposes its result: otherwise XLA on CPU transposes the
+# kernel, which is 5 x slower.
+FEW = 16
 
 
 @dataclass(frozen=True)
 class Context:
-    """What every part of a model is told.
+    """The settings that every part of a model gets.
 
     Attributes:
         config, architecture: what is computed.
         dtype, param_dtype: of the computation and of the parameters.
-        train: whether it is being trained.
-        sequence_axis: inside `jax.shard_map`, the mesh axis that tokens are spread over.
+        train: whether the model is being trained.
+        sequence_axis: inside `jax.shard_map`, the mesh axis that tokens are sharded over.
         implementation: of attention, see `lsg_attention`.
-        slots: how many slots of a new cache the layers fill; 0 for no cache.
-        texts: how many texts a row has at most, each with its own globals; 0 where it is one text.
-        filler: within the layers, masked places behind the globals.
-        activation_dropout: rate behind the activation of a layer's wide projection.
-        layerdrop: how often a layer is left out while training.
+        slots: number of slots of a new cache, which the layers fill; 0 for no cache.
+        texts: largest number of texts in a row, each with its own globals; 0 for one text.
+        filler: inside the layers, number of masked positions after the globals.
+        activation_dropout: dropout rate after the activation of a layer's wide projection.
+        layerdrop: probability that a layer is skipped during training.
         global_attention: the user's module in front of layers of a LocalTransformer.
     """
 
@@ -62,7 +64,7 @@ class Context:
 
 
 class Part(nn.Module):
-    """A part of a model, with what it is told."""
+    """The base of the modules of a model: one that has the model's `Context`."""
 
     context: Context
 
@@ -72,7 +74,7 @@ class Part(nn.Module):
         return self.context.config
 
     def dense(self, features: int, name: str) -> nn.Dense:
-        """A projection with BERT's initialisation."""
+        """Makes a dense layer with BERT's initialisation."""
         context, init = self.context, nn.initializers.normal(self.config.initializer_range)
         return nn.Dense(
             features,
@@ -83,13 +85,13 @@ class Part(nn.Module):
         )
 
     def layer_norm(self, name: str, eps: float | None = None) -> "LayerNorm":
-        """LayerNorm with the config's epsilon, or another."""
+        """Makes a LayerNorm with the config's epsilon, or another one."""
         context = self.context
         eps = self.config.layer_norm_eps if eps is None else eps
         return LayerNorm(eps, context.dtype, context.param_dtype, name=name)
 
     def dropout(self, x: Array, rate: float | None = None) -> Array:
-        """Dropout with the config's hidden rate, or another."""
+        """Applies dropout with the config's hidden rate, or another one."""
         rate = self.config.hidden_dropout_prob if rate is None else rate
         if not self.context.train or not rate:
             return x
@@ -98,7 +100,7 @@ class Part(nn.Module):
         own: PRNGKeyArray | None = shard_key(key, axis)
         if axis is None or self.config.lsg is None:
             return drop(x, own, rate)
-        # Globals are the same everywhere.
+        # Globals are replicated over the shards, so all shards must drop the same of them.
         tokens = x.shape[1] - self.config.lsg.num_global_tokens - context.filler
         return jnp.concatenate(
             [drop(x[:, :tokens], own, rate), drop(x[:, tokens:], key, rate)], axis=1
@@ -112,8 +114,8 @@ def normalize(
     """LayerNorm over the last axis, computed and returned in float32, with the two-pass variance,
     as in PyTorch.
 
-    The backward pass sums over tokens by products with ones: the sums that JAX writes there took
-    40 ms instead of 1 ms at [4096, 768] on CPU.
+    The backward pass sums over tokens by products with ones: JAX's own sums took 40 ms instead of 1
+    ms at [4096, 768] on CPU.
     """
     return _normalize_forward(x, scale, bias, eps)[0]
 
@@ -127,7 +129,7 @@ def _normalize_forward(x, scale, bias, eps):
 
 
 def _like(x, vector):
-    """The vector with leading axes of length one: JAX may be told to refuse adding them itself."""
+    """Adds leading axes of length one: users may configure JAX to refuse rank promotion."""
     return vector.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
@@ -162,16 +164,16 @@ class LayerNorm(nn.Module):
 
 
 def rows(table: Float[Array, "V D"], ids: Integer[Array, "B T"]) -> Float[Array, "B T D"]:
-    """Rows of a table; NaN for ids outside it, negative ones too, where plain indexing would
+    """Looks up rows of a table. Ids outside it, negative ones too, give NaN; plain indexing would
     silently take the last row or count from the end."""
-    # On a mesh every device looks up its columns for all tokens; they are exchanged afterwards.
+    # On a mesh every device looks up its columns for all tokens; the results are then exchanged.
     ids = constrain(ids, "batch", None)
     x = table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
     return constrain(x, "batch", None, "columns")
 
 
 class Embedding(nn.Module):
-    """A table of rows: one parameter, `embedding`."""
+    """An embedding table: one parameter, `embedding`."""
 
     rows: int
     features: int
@@ -189,8 +191,8 @@ class Embedding(nn.Module):
 
 
 class Buffer(nn.Module):
-    """An array that is stored with the parameters and never trained: one leaf, `buffer`. A file
-    may lack it: then its first value is the right one."""
+    """An array that is stored with the parameters and never trained: one leaf, `buffer`. If a file
+    lacks it, its initial value is used."""
 
     first: Callable[[], Array]
     param_dtype: Dtype
@@ -205,10 +207,11 @@ class Buffer(nn.Module):
 def project(
     x: Array, kernel: Float[Array, "D F"], reads: AxisOrder = "btd", writes: AxisOrder = "btd"
 ) -> Array:
-    """x @ kernel between layouts: "btd" tokens first, "bdt" features first, for input and output.
+    """Computes x @ kernel; input and output each have tokens first ("btd") or features first
+    ("bdt").
 
-    Its backward pass is written out because of XLA on CPU, which merges the transpose that JAX
-    puts behind a weight gradient into the product and then computes it 1.7 x slower.
+    The backward pass is written by hand, because XLA on CPU would merge the transpose that JAX puts
+    after a weight gradient into the product, and then compute it 1.7 x slower.
     """
     if (reads, writes) == ("btd", "bdt") and x.shape[1] <= FEW:
         return jnp.einsum("btd,df->btf", x, kernel).swapaxes(1, 2)
@@ -223,7 +226,8 @@ def _project_backward(reads, writes, saved, gradient):
     x, kernel = saved
     writes = writes.replace("d", "f")
     x_gradient = jnp.einsum(f"{writes},df->{reads}", gradient, kernel)
-    # XLA transposes the left operand unless it has features first, so it gets the cheaper one.
+    # XLA transposes the left operand unless its features are first, so the operand that is cheaper
+    # to transpose goes to the left.
     x_left = (reads == "bdt", kernel.shape[1]) > (writes == "bft", kernel.shape[0])
     if x_left:
         return x_gradient, jnp.einsum(f"{reads},{writes}->df", x, gradient)
@@ -235,8 +239,8 @@ project.defvjp(_project_forward, _project_backward)
 
 
 class Projection(Part):
-    """A dense layer with BERT's initialisation between the layouts of `project`; `act` is applied
-    to its input."""
+    """A dense layer with BERT's initialisation for the layouts of `project`; `act` is applied to
+    its input."""
 
     features: int = 0
     reads: AxisOrder = "btd"
@@ -268,8 +272,8 @@ class Projection(Part):
 def project_groups(
     x: Array, kernel: Float[Array, "I _ _"], reads: AxisOrder = "btd", writes: AxisOrder = "btd"
 ) -> Array:
-    """`project` where group i of the inputs makes group i of the outputs, by kernels [I, D/I, F/I],
-    without the zeros that one matrix of all groups would hold."""
+    """A grouped `project`: group i of the inputs gives group i of the outputs, by kernels
+    [I, D/I, F/I], without the zeros that one matrix of all groups would have."""
     axis, ahead = reads.index("d"), writes.index("d")
     split = x.reshape(*x.shape[:axis], kernel.shape[0], -1, *x.shape[axis + 1 :])
     y = jax.vmap(lambda x, kernel: project(x, kernel, reads, writes), (axis, 0), ahead)(

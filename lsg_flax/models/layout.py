@@ -1,8 +1,7 @@
-"""How PyTorch stores the parameters of a module, and how we do: the layouts that the families' rows
-name.
+"""How PyTorch and lsg_flax store the parameters of a module: the layouts of the families' rows.
 
-Axes: D model width, F features of a projection, I its groups. Ours are stacked over layers, which
-nothing here sees.
+Axes: D model width, F features of a projection, I its groups. The leading axes of our stacked
+layers do not appear here.
 """
 
 from collections.abc import Callable
@@ -17,15 +16,15 @@ Index = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Storage:
-    """One array on both sides.
+    """How one array is stored in PyTorch and here.
 
     Attributes:
-        says: what it is, for messages.
-        rank: axes of ours; None for any number.
-        torch_shape: PyTorch's shape from ours.
-        to_torch: PyTorch's array from ours.
-        read: a part of ours, by its index, from PyTorch's array and our shape; touches no more of
-            the file than it must.
+        says: name of the layout in error messages.
+        rank: number of axes of our array; None for any number.
+        torch_shape: returns PyTorch's shape for our shape.
+        to_torch: returns PyTorch's array for our array.
+        read: returns a part of our array, from PyTorch's tensor, the index of the part, and our
+            shape; it reads no more of the file than needed.
     """
 
     says: str
@@ -101,8 +100,8 @@ AXIAL_COLUMNS: Layout = (Leaf("", "/embedding", _AXIAL_COLUMNS),)
 
 
 def leaf_of(name: str, rank: int) -> Leaf:
-    """A parameter of a module that is no model of ours: those of Flax's usual layers as PyTorch
-    calls and stores them, others as they are."""
+    """Returns how to store a parameter of a user's module: parameters of Flax's usual layers with
+    PyTorch's names and layouts, others unchanged."""
     usual = {"kernel": (2, DENSE[0]), "scale": (1, NORM[0]), "embedding": (2, TABLE[0])}
     wanted, leaf = usual.get(name, (None, None))
     return leaf if leaf and rank == wanted else Leaf(f".{name}", f"/{name}", AS_IT_IS)

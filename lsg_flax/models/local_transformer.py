@@ -1,4 +1,4 @@
-"""local-attention's transformer: layers of local attention and a gated feed-forward part, between
+"""local-attention's transformer: layers of local attention and gated feed-forward layers, between
 residual streams.
 
 Axes: B batch, T tokens, D model width, N heads, Q queries of a block (a window), W keys of a
@@ -29,24 +29,24 @@ from lsg_flax.sharding import constrain
 
 
 class _LocalPart(Part):
-    """A part with the settings of this transformer."""
+    """A module of this transformer."""
 
     @property
     def settings(self) -> LocalTransformerConfig:
-        """The config, as what it is."""
+        """The config, with its type."""
         assert isinstance(self.config, LocalTransformerConfig)
         return self.config
 
     def weight(self, name: str, init: Any, *shape: int) -> Array:
-        """A parameter in the dtype of the computation."""
+        """Returns a parameter in the dtype of the computation."""
         context = self.context
         return self.param(name, init, shape, context.param_dtype).astype(context.dtype)
 
 
 class ResidualStreams(_LocalPart):
-    """What a branch reads of the streams, what is kept of them, and how much of the branch's output
-    each gets (hyper-connections, arXiv 2409.19606, algorithm 2). A single one is a plain
-    residual."""
+    """Hyper-connections (arXiv 2409.19606, algorithm 2). Returns the input of a branch, the mixed
+    streams, and the weight with which the branch's output is added to each stream. A single stream
+    is a plain residual connection."""
 
     @nn.compact
     def __call__(
@@ -70,15 +70,15 @@ class ResidualStreams(_LocalPart):
 
 
 def _one_of(key, shape, dtype) -> Array:
-    """At first a branch reads one stream, and all are kept as they are."""
+    """The initial value: a branch reads one stream, and all streams are unchanged."""
     count = shape[0]
     read = jax.nn.one_hot(jax.random.randint(key, (), 0, count), count, dtype=dtype)
     return jnp.concatenate([read[:, None], jnp.eye(count, dtype=dtype)], axis=1)
 
 
 class LocalHeads(HeadProjections, _LocalPart):
-    """Projections around local attention (LocalMHA). The second result is what a cache keeps: keys
-    before they are rotated."""
+    """Local attention with its projections (LocalMHA). The second result is the layer's part of the
+    cache, whose keys are not rotated."""
 
     @nn.compact
     def __call__(
@@ -96,7 +96,7 @@ class LocalHeads(HeadProjections, _LocalPart):
                 * self.weight(f"scale_of_{name}", nn.initializers.ones, width)[None, None, :, None]
                 for name, part in (("query", query), ("key", key))
             )
-        if pattern.rotary is not None:  # stored by PyTorch, and always the same
+        if pattern.rotary is not None:  # PyTorch stores these constants
             first = lambda: jnp.asarray(frequencies(width))  # noqa: E731
             Buffer(first, self.context.param_dtype, name="inv_freq")()
         source, run = Source(key, value, call.mask[:, None]), self.runtime()
@@ -115,7 +115,7 @@ class LocalHeads(HeadProjections, _LocalPart):
 
 
 class GlobalLayer(_LocalPart):
-    """The user's module between streams of its own."""
+    """The user's module with residual streams of its own."""
 
     @nn.compact
     def __call__(
@@ -129,14 +129,14 @@ class GlobalLayer(_LocalPart):
         y = module.clone(parent=self, name="attention")(inner, **{n: call[n] for n in takes})
         require(
             jnp.shape(y) == inner.shape,
-            f"global_attention gave {jnp.shape(y)} for states {inner.shape}; a layer must keep the "
-            "shape, [batch, tokens, dim].",
+            f"global_attention returned {jnp.shape(y)} for states {inner.shape}; it must return "
+            "the same shape, [batch, tokens, dim].",
         )
         return kept + share[..., None] * y.astype(x.dtype)[:, :, None]
 
 
 class LocalLayer(_LocalPart):
-    """A layer as a scan step: its output is carried on and, if asked for, kept."""
+    """A layer as a step of a scan: its output is the carry and, if asked for, also collected."""
 
     keep_states: bool = False
 
@@ -153,7 +153,7 @@ class LocalLayer(_LocalPart):
         return x, (x.sum(axis=2) if self.keep_states else None, new)
 
     def _behind_given(self, x: Float[Array, "B T _ D"], call: LayerCall) -> Array:
-        """The streams behind the user's module, where this layer has one."""
+        """Applies the user's module to the streams, if this layer has one."""
         if call.given is None:
             return x
         params, there = call.given
@@ -171,7 +171,7 @@ class LocalLayer(_LocalPart):
 
 
 class PositionBias(_LocalPart):
-    """A learned function of distances, of every query of a window and the keys that it sees."""
+    """A learned bias for the distance between each query of a window and each key that it sees."""
 
     @nn.compact
     def __call__(self) -> Float[Array, "N Q W"]:
@@ -185,16 +185,16 @@ class PositionBias(_LocalPart):
 
 
 class LocalTransformer(Stack, _LocalPart):
-    """Embeddings and layers; without a vocabulary layers alone, on embeddings."""
+    """Embeddings and layers; without a vocabulary only layers, which read embeddings."""
 
     @nn.compact
     def __call__(self, inputs: Inputs, cache: Cache | None = None) -> BodyOutput:
-        """Given a cache, the input is the next token."""
+        """Runs the stack; with a cache, the input is the next token."""
         settings, mask = self.settings, inputs.attention_mask
         require(
             cache is None or not settings.global_layers,
-            "a model with global attention layers has no cache, for these see all tokens: call it "
-            "on whole texts, or generate(..., use_cache=False).",
+            "a model with global attention layers cannot use a cache, because these layers see all "
+            "tokens: call it on whole texts, or generate(..., use_cache=False).",
         )
         if settings.vocab_size:
             if cache is not None:
@@ -203,7 +203,7 @@ class LocalTransformer(Stack, _LocalPart):
         else:
             x = inputs.inputs_embeds.astype(self.context.dtype)
             words = x[0, :0]
-        whole = cache is not None or settings.global_layers  # on one device's tokens, or XLA's
+        whole = cache is not None or settings.global_layers  # tokens are not sharded by us
         length, shards = x.shape[1], 1 if whole else self.shard_count()
         mask = jnp.ones(x.shape[:2], bool) if mask is None else mask.astype(bool)
         extra = settings.pattern.needs_padding(length, shards) if shards > 1 else 0
@@ -220,8 +220,8 @@ class LocalTransformer(Stack, _LocalPart):
         return with_cache(settings.pattern, body, call, new, inputs.position_ids)
 
     def _given(self, x: Float[Array, "B T _ D"], mask: Bool[Array, "B T"]):
-        """What `LayerCall.given` says, for all layers. Parameters are stacked over the layers that
-        have the module, so outside the scan, which is over all."""
+        """Returns `LayerCall.given` for all layers. The parameters are stacked only over the layers
+        that have the module, so they are made outside the scan, which runs over all layers."""
         numbers, depth = self.settings.global_layers, self.config.num_hidden_layers
         if not numbers:
             return None
@@ -243,12 +243,12 @@ class LocalTransformer(Stack, _LocalPart):
 
 
 def check_given(config: ModelConfig, module: nn.Module | None) -> None:
-    """Raises ValueError unless the module and layers for it come together."""
+    """Raises ValueError unless the module and the layers that get it are given together."""
     layers = config.global_layers if isinstance(config, LocalTransformerConfig) else ()
     require(
         (module is not None) == bool(layers),
         f"global_attention={type(module).__name__} with layers_insert_global_attn={list(layers)}: "
-        "the Flax module of global attention layers, and the layers that get one, are given "
-        "together, to a local-transformer alone (from_pretrained(folder, global_attention=module) "
-        "takes all layers where config.json names none).",
+        "give the Flax module and the layers that get it together, and only for a "
+        "local-transformer (from_pretrained(folder, global_attention=module) uses all layers if "
+        "config.json lists none).",
     )

@@ -1,4 +1,4 @@
-"""The model of a task: a body with a head, one call signature for all.
+"""The model of a task: a body with a head, with one call signature for all families.
 
 Axes: B batch, C choices, T tokens, S keys (an encoder's states), D model width, V vocabulary.
 """
@@ -40,23 +40,25 @@ from lsg_flax.models.seq2seq import EncoderDecoder, last_eos, shift_right
 from lsg_flax.models.task import IGNORED, Task
 from lsg_flax.patterns import Cache
 
-MOST_TOKENS = 2**28  # of a model without positions
+MOST_TOKENS = 2**28  # that a model without positions accepts
 
 
 class Model(nn.Module):
-    """A body with the head of one task; parameters are {"shared": ..., "encoder": ..., "decoder":
-    ..., "pooler": ..., "head": ...}, as far as the family and the task have them.
+    """A body with the head of one task, as a Linen module.
+
+    Its parameters are {"shared": ..., "encoder": ..., "decoder": ..., "pooler": ..., "head": ...},
+    those of them that the family and the task have.
 
     Attributes:
-        config: sizes, family, kind of attention; its type says which body.
-        task: one of `TASKS`.
+        config: sizes, family and attention pattern; its type selects the body.
+        task: name of the task, one of `TASKS` that the family has.
         dtype, param_dtype: of the computation and of the parameters; softmax and LayerNorm
-            statistics are float32 in any case.
-        remat, unroll, implementation: run-time choices about the stack of layers (see `Encoder`)
-            and attention (see `lsg_attention`); change them by `model.clone(remat="full")`.
-        global_attention: of a LocalTransformer, the Flax module in front of the layers that
-            layers_insert_global_attn names, called on [B, T, D], and with those of the keywords
-            attention_mask [B, T] and train that it takes.
+            statistics are always float32.
+        remat, unroll, implementation: run-time settings of the layers (see `Encoder`) and of
+            attention (see `lsg_attention`); change them with `model.clone(remat="full")`.
+        global_attention: for a LocalTransformer, the Flax module in front of the layers that
+            layers_insert_global_attn lists. It is called with [B, T, D] and, if it accepts them,
+            the keywords attention_mask [B, T] and train.
     """
 
     config: ModelConfig
@@ -96,48 +98,55 @@ class Model(nn.Module):
         """Runs the model.
 
         Args:
-            input_ids: [B, T] token ids ([B, C, T] for multiple choice), or in their place
-                `inputs_embeds` [B, T, D].
-            attention_mask: [B, T], 1 or True for real tokens.
-            token_type_ids, position_ids: [B, T]; segment 0 and 0..T-1 by default.
-            decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds: of an encoder-decoder;
-                by default BART and mBART shift `input_ids` to the right, as PyTorch does.
-            encoder_outputs: of an encoder-decoder, `encoder_last_hidden_state` of an earlier call,
-                in place of `input_ids`; `attention_mask` is still that of the encoder's tokens.
+            input_ids: token ids, [B, T] ([B, C, T] for multiple choice). Either these or
+                `inputs_embeds` must be given.
+            attention_mask: [B, T], 1 or True for real tokens; by default all tokens are real.
+            token_type_ids, position_ids: [B, T]; by default segment 0 and 0..T-1.
+            inputs_embeds: [B, T, D], instead of `input_ids`.
+            decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds: the decoder's inputs,
+                for encoder-decoders. By default BART and mBART shift `input_ids` to the right, as
+                PyTorch does.
+            encoder_outputs: for encoder-decoders, `encoder_last_hidden_state` of an earlier call,
+                instead of `input_ids`; `attention_mask` is still that of the encoder's tokens.
             encoder_hidden_states, encoder_attention_mask: [B, S, D] and [B, S] (all real by
-                default), what a decoder with cross-attention attends to. A cache keeps them.
-            cache_length: for a causal_lm or conditional_generation, also return `cache` with room
-                for at least this many tokens, those given to the decoder included. Rows must end
-                with their last real token (pad on the left); slots behind the last real token of
-                all rows are free again, so padding all rows to a bucket changes nothing. 0 returns
-                the same logits, and no cache.
-            cache: of the last call. The (decoder's) input is then one more token, [B, 1], of the
-                same lengths of arrays for every step, and `position_ids` counts on by default. An
-                "lsh" rng must be that of the first call. With a cache, logits are [B, 1, V], of the
-                last token.
-            train: dropout on; needs rngs={"dropout": key}.
-            output_hidden_states: also return the embeddings' and every layer's output.
-            lsh_rotations: of a Reformer, one [heads, head width, hashes, rotations // 2] of each
-                LSH layer that hashes; by default, or if empty, drawn with the "lsh" rng or a fixed
-                seed.
-            segment_ids: [B, T], for several texts in one row: 1 for the tokens of the first, 2 of
-                the second, 0 for padding. Each begins at a block of the LSG pattern, and has the
-                outputs that it has alone in a row, those for a whole text as [B, num_segments,
-                ...]. `attention_mask` can be left out.
-            num_segments: how many texts a row has at most; with LSG attention by default as many as
-                a row has blocks.
-            **arrays: what the record of the task lists beside these (`task.arrays`): of REALM the
+                default): what a decoder with cross-attention attends to. A cache keeps them.
+            cache: the `cache` that the last call returned. The (decoder's) input is then one more
+                token, [B, 1]; by default `position_ids` continues from the last position. All steps
+                have the same array shapes. An "lsh" rng must be that of the first call. Logits are
+                then [B, 1, V], those of the last token.
+            cache_length: for causal_lm and conditional_generation, also return a `cache` with room
+                for at least this many tokens, those given to the decoder included. All rows must
+                end with a real token in the same column (pad on the left); slots after it are free,
+                so padding all rows to a bucket changes nothing. With 0 the logits are the same, and
+                no cache is returned.
+            train: whether dropout is on; needs rngs={"dropout": key}.
+            output_hidden_states: whether to return the outputs of the embeddings and every layer.
+            output_attentions: not supported; True raises ValueError.
+            lsh_rotations: for a Reformer, one array [heads, head width, hashes, rotations // 2] per
+                LSH layer that hashes. By default, or if empty, they are drawn with the "lsh" rng,
+                or a fixed seed if there is none.
+            segment_ids: [B, T], for several texts packed into one row: 1 for the tokens of the
+                first text, 2 for the second, 0 for padding. Each text must start at the start of a
+                block of the LSG pattern. It has the outputs that it has in a row of its own;
+                outputs for a whole text are [B, num_segments, ...]. `attention_mask` can be left
+                out.
+            num_segments: the largest number of texts in a row; by default, with LSG attention, the
+                number of blocks in a row.
+            **arrays: further arrays that the task's record lists (`task.arrays`): for REALM the
                 candidates, relevance, masks and labels; see realm.py.
+
+        Returns:
+            A `ModelOutput` with the fields of the task.
 
         Raises:
             ValueError: for shapes or dtypes that do not fit, ids beyond their tables, and masks
-                that hold other values than 0 and 1. Under jit values cannot be read: there such an
-                id or mask gives NaN.
+                with values other than 0 and 1. Under jit, where values cannot be read, such an id
+                or mask gives NaN.
         """
         if output_attentions:
             raise ValueError(
-                "output_attentions=True is not possible: LSG attention never forms the [tokens, "
-                "tokens] probabilities, and what it forms block by block is not kept. To look at "
+                "output_attentions=True is not supported: LSG attention never computes the "
+                "[tokens, tokens] probabilities, and those of its blocks are not kept. To look at "
                 "the pattern use lsg_flax.attention.lsg_attention_reference."
             )
         check_run(self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}, self.unroll)
@@ -159,21 +168,21 @@ class Model(nn.Module):
             "encoder_attention_mask": encoder_attention_mask,
         }
         if not isinstance(self.config, ReformerConfig):
-            refuse("they are for a Reformer", lsh_rotations=lsh_rotations or None)
+            refuse("only a Reformer takes them", lsh_rotations=lsh_rotations or None)
         if self.counts_positions:
             refuse("the family counts positions itself", position_ids=position_ids)
         if self.has_two_stacks:
-            refuse("an encoder-decoder takes encoder_outputs", **states)
+            refuse("an encoder-decoder takes encoder_outputs instead", **states)
             return self._run_both(inputs, targets, encoder_outputs, call)
         others = {f"decoder_{name}": array for name, array in targets._asdict().items()}
-        refuse("they are for encoder-decoders", encoder_outputs=encoder_outputs, **others)
+        refuse("only encoder-decoders take them", encoder_outputs=encoder_outputs, **others)
         if self.head_table.embedders:
             return self._compare(inputs, arrays, call)
         rotations = tuple(map(jnp.asarray, lsh_rotations or ()))
         return self._run_one(inputs, states, call, arrays, rotations)
 
     def _given(self, arrays: dict[str, Any]) -> dict[str, Any]:
-        """Those that are there; raises ValueError for what the task does not take."""
+        """The arrays that are not None; raises ValueError for one that the task does not take."""
         arrays = {name: array for name, array in arrays.items() if array is not None}
         unknown = sorted(arrays.keys() - {*self.task_record.arrays})
         require(
@@ -184,7 +193,7 @@ class Model(nn.Module):
         return arrays
 
     def _compare(self, inputs: Inputs, arrays: dict[str, Any], call: Call) -> ModelOutput:
-        """Queries and their candidates, each through its embedder."""
+        """Runs queries and their candidates, each through its embedder, and scores them."""
         first, *own = (
             model.clone(name=name, parent=self) for name, model in self.embedders.items()
         )
@@ -202,7 +211,7 @@ class Model(nn.Module):
         arrays: dict[str, Any],
         rotations: Rotations,
     ) -> ModelOutput:
-        """An encoder, or a decoder alone."""
+        """Runs a model with one stack: an encoder, or a decoder on its own."""
         stack, rank = self.answering_stack, self.task_record.input_rank
         rank -= self.task_record.alone and inputs.rank == rank - 1
         if inputs.input_ids is not None or self.task != "base":
@@ -242,7 +251,7 @@ class Model(nn.Module):
     def _run_both(
         self, inputs: Inputs, targets: Inputs, encoder_outputs: Any, call: Call
     ) -> ModelOutput:
-        """An encoder and a decoder; with a cache the decoder alone."""
+        """Runs an encoder and a decoder; with a cache only the decoder."""
         config = self.config
         assert isinstance(config, EncoderDecoderConfig)
         targets = self._targets(inputs, targets)
@@ -253,7 +262,7 @@ class Model(nn.Module):
         words, encoded, memory = stacks.words(), None, None
         if call.cache is not None:
             given = inputs._asdict() | {"encoder_outputs": encoder_outputs}
-            refuse("the cache has what the decoder sees of the encoder", **given)
+            refuse("the cache already has the encoder's keys and values", **given)
         else:
             if encoder_outputs is None:
                 check_inputs(inputs, config.encoder, self.max_length, rank=2)
@@ -261,13 +270,15 @@ class Model(nn.Module):
                 encoder_outputs = encoded.last
             else:
                 given = {"input_ids": inputs.input_ids, "inputs_embeds": inputs.inputs_embeds}
-                refuse("encoder_outputs stand in their place", **given)
+                refuse("encoder_outputs replace them", **given)
             memory = stacks.memory(encoder_outputs, inputs.attention_mask, targets.lead[0])
         body = stacks.decode(targets.flattened(), memory, call.cache, words)
         last = body.last
         if self.head_table.at_last_eos:
             if inputs.input_ids is None:
-                raise ValueError("rows are classified by an end token of input_ids: give them.")
+                raise ValueError(
+                    "rows are classified by the last end token of input_ids: give them."
+                )
             last = last_eos(last, inputs.input_ids, config.eos_token_id)
         return dataclasses.replace(
             self._answer(context, body, last),
@@ -292,13 +303,13 @@ class Model(nn.Module):
         return output.by_text(texts, self.task_record.per_token) if texts else output
 
     def _targets(self, inputs: Inputs, targets: Inputs) -> Inputs:
-        """The decoder's inputs, made of the encoder's where the family does so."""
+        """The decoder's inputs, by default made from the encoder's if the family does so."""
         if targets.input_ids is not None or targets.inputs_embeds is not None:
             return targets
         if inputs.input_ids is None or not self.family.architecture.shifts_inputs:
             raise ValueError(
                 "give decoder_input_ids or decoder_inputs_embeds: this "
-                f"{self.config.model_type} model makes them of "
+                f"{self.config.model_type} model makes them from "
                 + ("input_ids, and there are none." if inputs.input_ids is None else "labels only.")
             )
         return targets._replace(
@@ -306,9 +317,9 @@ class Model(nn.Module):
         )
 
     def shift_right(self, ids: Array, name: str = "labels") -> Array:
-        """The decoder's inputs from its labels, [B, T], as the family's class in PyTorch makes
-        them; raises ValueError for what are none, by this name, and if the config lacks a token
-        that is needed."""
+        """Makes the decoder's inputs from its labels, both [B, T], as the family's PyTorch class
+        does. Raises ValueError, in which ids are called `name`, for ids that are not [B, T] or
+        beyond the vocabulary, and if the config lacks a token that is needed."""
         assert isinstance(self.config, EncoderDecoderConfig)
         require(ids.ndim == 2, f"{name} must be [batch, tokens], got {ids.shape}.")
         read = jnp.where(ids == IGNORED, 0, ids)
@@ -332,13 +343,13 @@ class Model(nn.Module):
             implementation=self.implementation,
             slots=slots,
             texts=call.texts,
-            # Linen has bound what is in it to this model, where its parameters do not lie.
+            # Linen has bound the module to this one, but its parameters are not this module's.
             global_attention=module if module is None else module.unbind()[0],
             **rates,
         )
 
     def _slots(self, inputs: Inputs, call: Call) -> int:
-        """How many slots a new cache has, 0 for none; raises for what a cache cannot do."""
+        """The number of slots of a new cache, 0 for none; raises ValueError if none is possible."""
         cache, length, stack = call.cache, call.cache_length, self.answering_stack
         if cache is None and length is None:
             return 0
@@ -346,7 +357,7 @@ class Model(nn.Module):
             tasks = [name for name, head in self.family.heads.items() if head.task.generates]
             raise ValueError(
                 f"a cache is for decoding: it needs a task of {tasks} with is_decoder=True and "
-                f"train=False, not task={self.task!r}, is_decoder={stack.is_decoder}, "
+                f"train=False, got task={self.task!r}, is_decoder={stack.is_decoder}, "
                 f"train={call.train}."
             )
         if cache is not None and length is not None:
@@ -361,34 +372,34 @@ class Model(nn.Module):
 
     @property
     def embedders(self) -> dict[str, "Model"]:
-        """The parts of a model that compares, by name; empty for all others."""
+        """The embedders of REALM's scorer, by name; empty for all other models."""
         names = self.head_table.embedders
         return {name: self.clone(task="embedder") for name in names(self.config)} if names else {}
 
     @property
     def has_two_stacks(self) -> bool:
-        """Whether the model is an encoder and a decoder."""
+        """Whether the model has both an encoder and a decoder."""
         return isinstance(self.config, EncoderDecoderConfig) and not self._is_causal
 
     @property
     def counts_positions(self) -> bool:
-        """Whether the family counts positions itself, from the first place on."""
+        """Whether the family numbers positions itself and takes no `position_ids`."""
         return isinstance(self.config, EncoderDecoderConfig | LocalTransformerConfig)
 
     @property
     def rolls(self) -> bool:
-        """Whether texts may become longer than there are positions (see `generation.steps`)."""
+        """Whether generated texts may exceed the number of positions (see `generation.steps`)."""
         return isinstance(self.config, LocalTransformerConfig)
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The stacks that the model has, that of the head last: names in `config.stacks`."""
+        """Names (in `config.stacks`) of the stacks that the model has; that of the head is last."""
         names = tuple(self.config.stacks)
         return names if self.has_two_stacks else names[-1:]
 
     @property
     def answering_stack(self) -> EncoderConfig:
-        """The stack that the head stands on."""
+        """The config of the stack whose output the head reads."""
         return self.config.stacks[self.parts[-1]]
 
     @property
@@ -397,33 +408,33 @@ class Model(nn.Module):
 
     @property
     def family(self) -> Family:
-        """The family of the config's model_type."""
+        """The family of the config's `model_type`."""
         return family_of(self.config.model_type)
 
     @property
     def head_table(self) -> HeadTable:
-        """The family's head of the task."""
+        """The family's head for the task."""
         return self.family.head(self.task)
 
     @property
     def task_record(self) -> Task:
-        """What the task is."""
+        """The record of the task."""
         return self.head_table.task
 
     @property
     def max_length(self) -> int:
-        """How many tokens the model reads at most: those that the position table has rows for."""
+        """The largest number of tokens that the model reads: the usable rows of positions."""
         stack = self.answering_stack
-        if not stack.vocab_size:  # embeddings, which get no positions
+        if not stack.vocab_size:  # the model reads embeddings, to which it adds no positions
             return MOST_TOKENS
         _, rows = stack.position_limit
         rows = min(rows, stack.max_position_embeddings)
         return rows - self.family.architecture.first_row(stack)
 
     def example_inputs(self) -> dict[str, Any]:
-        """The smallest input that the model takes: what shapes are inferred from."""
+        """The smallest input that the model accepts, as NumPy arrays, for shape inference."""
         ids = np.zeros((1,) * (self.task_record.input_rank - 1) + (2,), np.int32)
-        if isinstance(self.config, EncoderDecoderConfig):  # a row is classified by its end token
+        if isinstance(self.config, EncoderDecoderConfig):  # the head may look for an end token
             ids += self.config.eos_token_id or 0
         if not self.config.vocab_size:
             return {"inputs_embeds": np.zeros((*ids.shape, self.config.hidden_size), np.float32)}
@@ -432,6 +443,6 @@ class Model(nn.Module):
         return {"input_ids": ids} | others
 
     def abstract_params(self) -> Params:
-        """Shapes and dtypes of the parameters; nothing is computed."""
+        """The parameters, each as a `jax.ShapeDtypeStruct`; nothing is computed."""
         example = self.example_inputs()
         return jax.eval_shape(lambda key: self.init(key, **example)["params"], jax.random.key(0))

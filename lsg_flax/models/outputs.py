@@ -1,4 +1,4 @@
-"""What models take and give: trees of parameters, and the one type of outputs."""
+"""Types of models' inputs and outputs: parameters, batches, and the record of outputs."""
 
 import dataclasses
 from typing import Any
@@ -14,13 +14,18 @@ Batch = dict[str, Any]  # arrays by Hugging Face's names, inputs and labels
 
 @flax.struct.dataclass
 class ModelOutput:
-    """Outputs by Hugging Face's names; those that a task does not have are None.
+    """The outputs of a model, by Hugging Face's names; a field that the task does not have is None.
 
-    `hidden_states` are the embeddings and each layer's output. As in the reference they keep the
-    globals in front and the padding to whole blocks behind: `num_hidden_layers + 1` arrays of [B, G
-    + T padded, D]; an encoder-decoder has `encoder_hidden_states` and `decoder_hidden_states`. Its
-    `encoder_last_hidden_state` has the globals in front if they are passed on. `cache` is what the
-    next call of a decoder takes. `loss` is there where a model computes it itself (REALM's).
+    Shapes: `last_hidden_state` is [B, T, D] and `pooler_output` [B, D]; `logits` are [B, T, V] for
+    language models, [B, T, labels] for token classification, [B, labels] for sequence
+    classification, [B, C] for multiple choice; `start_logits` and `end_logits` are [B, T].
+
+    `hidden_states` are the outputs of the embeddings and of each layer: `num_hidden_layers + 1`
+    arrays of [B, G + T padded, D]. As in the reference they include the globals at the start and
+    the padding to whole blocks at the end. An encoder-decoder has `encoder_hidden_states` and
+    `decoder_hidden_states` instead; its `encoder_last_hidden_state` starts with the globals if they
+    are passed to the decoder. `cache` is for the next call of a decoder. `loss` is set only by
+    models that compute it themselves (REALM's).
     """
 
     last_hidden_state: Array | None = None
@@ -53,8 +58,8 @@ class ModelOutput:
     end_pos: Array | None = None
 
     def by_text(self, texts: int, per_token: tuple[str, ...]) -> "ModelOutput":
-        """With the outputs of a row for each of its texts, [B, texts, ...] in place of
-        [B * texts, ...]; those named in `per_token` have an axis of tokens there."""
+        """Returns a copy whose outputs for whole texts are [B, texts, ...] instead of
+        [B * texts, ...]; the fields in `per_token`, which have a token axis, are unchanged."""
         others = {name: x for name, x in vars(self).items() if name not in per_token}
         by_text = {
             n: x.reshape(-1, texts, *x.shape[1:]) for n, x in others.items() if x is not None

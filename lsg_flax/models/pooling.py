@@ -1,4 +1,4 @@
-"""From the states of a text's tokens to one vector.
+"""Pools the states of a text's tokens into one vector (its embedding).
 
 Axes: B batch, T tokens, D model width.
 """
@@ -21,18 +21,18 @@ def pool(
     *,
     normalize: bool = False,
 ) -> Float[Array, "B D"]:
-    """One vector per text, in float32; zeros for a text of padding alone.
+    """Returns one vector per text, in float32; zeros for a text of padding only.
 
     Args:
         states: the encoder's last states.
         mask: 1 or True for real tokens.
-        mode: "mean" and "max" over the real tokens; "cls" the first token's state. "global" is the
-            first global token's state, which with `pool_with_global` has taken the first token's
-            place: here the same as "cls".
-        normalize: scale to length 1.
+        mode: "mean" and "max" are over the real tokens; "cls" is the first token's state. "global"
+            is the first global token's state; with `pool_with_global` the model returns it as the
+            first token's state, so here it is the same as "cls".
+        normalize: whether to scale vectors to length 1.
 
     Raises:
-        ValueError: for another mode.
+        ValueError: for an unknown mode.
     """
     check_pooling(mode)
     real = mask.astype(bool)
@@ -49,14 +49,14 @@ def pool(
 
 
 def unit(vectors: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
-    """Scaled to length 1; zeros stay zeros, and have a finite gradient."""
+    """Scales vectors to length 1; zeros stay zeros, and have a finite gradient."""
     squares = (vectors**2).sum(axis=-1, keepdims=True)
     return vectors * lax.rsqrt(jnp.maximum(squares, 1e-24))
 
 
 def check_pooling(mode: str, config: ModelConfig | None = None) -> None:
-    """Raises ValueError for what is no way of pooling, or none of a model of this config, whose
-    first token has not become a global one."""
+    """Raises ValueError for an unknown pooling mode, and for "global" if the model of this config
+    does not pool with the first global token."""
     if mode not in get_args(Pooling):
         raise ValueError(f"pooling={mode!r} must be one of {', '.join(get_args(Pooling))}.")
     if mode == "global" and config and not (config.lsg and config.lsg.pool_with_global):

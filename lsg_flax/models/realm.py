@@ -1,4 +1,4 @@
-"""REALM's heads, and what is made of their outputs with the arrays that come beside the tokens
+"""REALM's heads, and the scores and losses computed from their outputs and further arrays
 (reference-behaviour 3; arXiv 2002.08909).
 
 Axes: B batch, C choices, T tokens, D model width, F features of a projection, V vocabulary, X
@@ -26,9 +26,9 @@ from lsg_flax.models.layers import Buffer, LayerNorm
 from lsg_flax.models.outputs import ModelOutput
 from lsg_flax.models.task import IGNORED
 
-HeadArrays = Mapping[str, Any]  # what a task takes beside its inputs, by Hugging Face's names
+HeadArrays = Mapping[str, Any]  # arrays of a task beside its inputs, by Hugging Face's names
 Lead = tuple[int, ...]  # the shape of input_ids
-# The head of pretraining, which PyTorch's classes have and never call: tensors and their axes.
+# The pretraining head, which PyTorch's classes have but never call: tensors and their axes.
 KEPT = {
     "transform.dense.weight": "DD",
     "transform.dense.bias": "D",
@@ -37,22 +37,22 @@ KEPT = {
     "decoder.weight": "VD",
     "bias": "V",
 }
-_LOWEST = float(np.finfo(np.float32).min)  # of a span that is none, as in the reference
+_LOWEST = float(np.finfo(np.float32).min)  # score of an invalid span, as in the reference
 _LABELS = ("start_positions", "end_positions", "has_answers")
 _INTEGERS = ("labels", *_LABELS[:2])
 
 
 class RealmHead(Head):
-    """A head that carries the one of pretraining along."""
+    """The base of heads that also store the pretraining head."""
 
     @property
     def realm(self) -> RealmConfig:
-        """The config, by its type."""
+        """The config, with its type."""
         assert isinstance(self.config, RealmConfig)
         return self.config
 
     def keep_language_model(self) -> None:
-        """The tensors of `KEPT` as they are, never trained."""
+        """Adds the tensors of `KEPT`, which are never trained."""
         sizes = {"D": self.config.hidden_size, "V": self.config.vocab_size}
         for name, axes in KEPT.items():
             first = functools.partial(jnp.zeros, [sizes[axis] for axis in axes])
@@ -60,7 +60,7 @@ class RealmHead(Head):
 
 
 class ProjectionHead(RealmHead):
-    """The pooler's output in the space where queries and candidates are compared."""
+    """Projects the pooler's output to the space in which queries and candidates are compared."""
 
     @nn.compact
     def __call__(self, last, pooled, words):
@@ -70,7 +70,7 @@ class ProjectionHead(RealmHead):
 
 
 class SpanHead(RealmHead):
-    """A score of every span of up to max_span_width tokens, the short ones first."""
+    """Scores every span of up to max_span_width tokens, short spans first."""
 
     @nn.compact
     def __call__(self, last, pooled, words):
@@ -88,8 +88,8 @@ class SpanHead(RealmHead):
 
 
 def candidates_of(arrays: HeadArrays, inputs: Inputs) -> Inputs:
-    """The candidates by the names of inputs, [B, C, T]. Raises ValueError for another number of
-    queries."""
+    """Returns the candidates as inputs, [B, C, T]. Raises ValueError if their number of queries is
+    not that of `inputs`."""
     given = Inputs(**{name.removeprefix("candidate_"): array for name, array in arrays.items()})
     batch, embeds = inputs.lead[0], given.inputs_embeds
     if embeds is not None and embeds.ndim == 3 and embeds.shape[0] % batch == 0:  # PyTorch's shape
@@ -97,14 +97,14 @@ def candidates_of(arrays: HeadArrays, inputs: Inputs) -> Inputs:
     if given.rank == 3:
         require(
             given.lead[0] == batch,
-            f"there are candidates of {given.lead[0]} queries, and {batch} queries: give each its "
-            "own, [batch, candidates, tokens], as many for all.",
+            f"there are candidates for {given.lead[0]} queries, but {batch} queries: give "
+            "[batch, candidates, tokens], the same number of candidates for each query.",
         )
         if inputs.position_ids is not None:  # PyTorch gives them to both
             places = jnp.asarray(inputs.position_ids)[:, None]
             require(
                 places.shape[-1] == given.lead[-1],
-                f"position_ids {inputs.position_ids.shape} are those of the candidates as well, "
+                f"position_ids {inputs.position_ids.shape} are used for the candidates as well, "
                 f"which have {given.lead[-1]} tokens: leave them out, or pad both to one length.",
             )
             places = jnp.broadcast_to(places, (*given.lead[:2], places.shape[-1]))
@@ -113,7 +113,7 @@ def candidates_of(arrays: HeadArrays, inputs: Inputs) -> Inputs:
 
 
 def relevance(query: ModelOutput, candidates: ModelOutput, lead: Lead) -> ModelOutput:
-    """The scorer's outputs from its embedders'; `lead` is [B, C, T]."""
+    """Computes the scorer's outputs from those of its embedders; `lead` is [B, C, T]."""
     one, many = query.projected_score, candidates.projected_score
     assert one is not None and many is not None
     many = many.reshape(*lead[:2], -1)  # [B, C, F]
@@ -124,9 +124,9 @@ def relevance(query: ModelOutput, candidates: ModelOutput, lead: Lead) -> ModelO
 def marginal_likelihood(
     output: ModelOutput, arrays: HeadArrays, config: ModelConfig, lead: Lead
 ) -> ModelOutput:
-    """With the loss, where there are labels: -log of each token's probability, over all candidates
-    by their relevance, as a mean over the tokens that `mlm_mask` leaves in. Labels of -100 add
-    nothing to the sum and count in the mean, as in the reference.
+    """Adds the loss if there are labels: -log of each token's probability, marginalised over the
+    candidates by their relevance, as a mean over the tokens that `mlm_mask` keeps. As in the
+    reference, labels of -100 add nothing to the sum but count in the mean.
 
     Raises:
         ValueError: for arrays that do not fit the tokens.
@@ -152,16 +152,21 @@ def marginal_likelihood(
 def best_spans(
     output: ModelOutput, arrays: HeadArrays, config: ModelConfig, lead: Lead
 ) -> ModelOutput:
-    """The most likely span of each question's blocks, and the losses where there are answers.
+    """Finds the most likely span in each question's blocks; adds the losses if there are answers.
 
-    `lead` is [C, T] for one question, as in the reference, or [B, C, T]; all outputs then have an
-    axis B in front but the loss, which is a mean. `relevance_score` is that of all blocks that were
-    found, the first C of which are read; so are `has_answers` and, with an axis of answers, -1 for
-    none, `start_positions` and `end_positions`. `block_mask` has the tokens of all or of C blocks.
+    Args:
+        output: the head's outputs.
+        arrays: `relevance_score` of all retrieved blocks, of which the first C are read, and
+            `block_mask`, with the tokens of all blocks or of C. Optionally `has_answers`, for all
+            retrieved blocks, and `start_positions` and `end_positions`, the same with a last axis
+            of answers, in which -1 means none.
+        config: of the reader.
+        lead: [C, T] for one question, as in the reference, or [B, C, T]: then all outputs have a
+            leading axis B, except the loss, which is a mean.
 
     Raises:
         ValueError: for arrays that do not fit the tokens or the config. Under jit the positions of
-            answers cannot be read: one that no span has then counts in `has_answers` alone.
+            answers cannot be read: an answer that is not a span then counts only in `has_answers`.
     """
     assert isinstance(config, RealmConfig) and output.reader_logits is not None
     _check_blocks(arrays, config, lead)
@@ -199,7 +204,7 @@ def best_spans(
 
 
 def _marginal_loss(logits: Float[Array, "B *X"], correct: Bool[Array, "B *X"]) -> Float[Array, "B"]:
-    """-log of the probability of all that is correct together; 0 where nothing is."""
+    """-log of the total probability of all correct entries; 0 if there are none."""
     axes = tuple(range(1, logits.ndim))
     right = jax.nn.logsumexp(jnp.where(correct, logits, _LOWEST), axis=axes)
     loss = jax.nn.logsumexp(logits, axis=axes) - right
@@ -207,14 +212,14 @@ def _marginal_loss(logits: Float[Array, "B *X"], correct: Bool[Array, "B *X"]) -
 
 
 def _check_blocks(arrays: HeadArrays, config: RealmConfig, lead: Lead) -> None:
-    """Raises ValueError for shapes that are not those of `best_spans`."""
+    """Raises ValueError for shapes that `best_spans` does not allow."""
     batch, (blocks, length) = lead[:-2], lead[-2:]
     beams, width = config.reader_beam_size, config.max_span_width
     count = _shape(arrays, "relevance_score")[-1:] or (blocks,)
     require(
         blocks == beams <= count[0],
-        f"{blocks} blocks and {count[0]} relevance scores are given, and reader_beam_size={beams} "
-        "blocks are read: give that many, and scores for at least as many, or load the model with "
+        f"{blocks} blocks and {count[0]} relevance scores are given, but reader_beam_size={beams} "
+        "blocks are read: give that many, and at least as many scores, or load the model with "
         f"reader_beam_size={min(blocks, count[0])}.",
     )
     require(
@@ -232,7 +237,7 @@ def _check_blocks(arrays: HeadArrays, config: RealmConfig, lead: Lead) -> None:
 
 
 def _check_answers(arrays: HeadArrays, width: int, length: int) -> None:
-    """Raises ValueError for answers that no span is, where they can be read."""
+    """Raises ValueError for answers that are not spans; under jit they cannot be checked."""
     places = [arrays.get(name) for name in _LABELS[:2]]
     if any(x is None or isinstance(x, jax.core.Tracer) for x in places):
         return
@@ -242,11 +247,10 @@ def _check_answers(arrays: HeadArrays, width: int, length: int) -> None:
     if len(wrong):
         place = tuple(wrong[0])
         raise ValueError(
-            f"{len(wrong)} answers are no spans, the first from token {start[place]} to "
+            f"{len(wrong)} answers are not spans, the first from token {start[place]} to "
             f"{end[place]} of {length}: spans have 1 to max_span_width={width} tokens. Leave the "
-            "answer out "
-            "(-1 for both), or load the model with a larger max_span_width, on which no weight "
-            "depends."
+            "answer out (-1 for both), or load the model with a larger max_span_width, which "
+            "changes no weight."
         )
 
 
@@ -255,9 +259,9 @@ def _shape(arrays: HeadArrays, name: str) -> Lead:
 
 
 def _check_shapes(arrays: HeadArrays, shapes: Mapping[str, Lead], of: str) -> None:
-    """Raises ValueError unless the arrays are there and have these shapes, labels of integers."""
+    """Raises ValueError unless all arrays are given with these shapes, and labels are integers."""
     for name, shape in shapes.items():
-        require(name in arrays, f"{of} needs {name}, {list(shape)}, and it is missing.")
+        require(name in arrays, f"{of} needs {name}, {list(shape)}, which is missing.")
         given = tuple(arrays[name].shape)
         require(given == tuple(shape), f"{name} has shape {given}; {of} needs {tuple(shape)}.")
         kind = arrays[name].dtype

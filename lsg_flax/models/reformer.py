@@ -1,5 +1,5 @@
-"""Reformer: layers of local and of LSH attention between two residual streams that are not kept
-for the backward pass (arXiv 2001.04451).
+"""Reformer: layers of local and LSH attention between two residual streams that are not kept for
+the backward pass (arXiv 2001.04451).
 
 Axes: B batch, T tokens, D model width, N heads, H head width.
 """
@@ -37,12 +37,13 @@ HALVES: tuple[Half, ...] = get_args(Half)
 
 
 class RowCall(NamedTuple):
-    """Decoding, in which every row is as it is alone, its tokens from place 0 on.
+    """A call of decoding, in which every row is computed as if it were alone, with its tokens from
+    position 0 on.
 
     Attributes:
-        length: of each row's prompt.
-        padded: what it is filled up to by itself.
-        cache: of earlier tokens; the input is then the next one.
+        length: number of tokens of each row's prompt.
+        padded: the length that the row would be padded to on its own.
+        cache: the cache of earlier tokens; the input is then the next token.
     """
 
     length: Int[Array, "B"]
@@ -51,12 +52,12 @@ class RowCall(NamedTuple):
 
 
 class HalfCall(NamedTuple):
-    """What a half of a layer is given beside its stream.
+    """The inputs of a half layer beside its stream.
 
     Attributes:
-        hashing: of LSH attention, rotations or a key to draw them from.
-        buckets: that were hashed into before; then nothing is hashed.
-        own, number: decoding, and the number of the layer in a cache.
+        hashing: for LSH attention, rotations or a random key of them.
+        buckets: the buckets of an earlier pass; then nothing is hashed.
+        own, number: for decoding, the call and the number of the layer in a cache.
     """
 
     mask: Bool[Array, "B T"]
@@ -67,15 +68,15 @@ class HalfCall(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What is the same for all layers."""
+    """The inputs that all layers share."""
 
     mask: Bool[Array, "B T"]
     own: RowCall | None = None
 
 
 class ReformerAttention(HeadProjections, ReformerPart):
-    """Local or LSH attention. The second result are the buckets that were hashed into; in decoding
-    what the layer shall keep of x."""
+    """Local or LSH attention. The second result is the buckets of the tokens; in decoding it is the
+    layer's part of the cache."""
 
     kind: LayerKind = "local"
 
@@ -97,7 +98,7 @@ class ReformerAttention(HeadProjections, ReformerPart):
         else:
             query, key, run = self.heads(x, "query"), self.heads(x, "key"), self.runtime()
             if own is not None and own.cache is None:
-                chunk = settings.local_attn_chunk_length  # which alone is not filled up
+                chunk = settings.local_attn_chunk_length  # up to one chunk a row is not padded
                 run = replace(run, own_lengths=jnp.where(own.length > chunk, own.padded, chunk))
         source = Source(key, self.heads(x, "value"), mask)
         if own is None:
@@ -124,7 +125,8 @@ class ReformerAttention(HeadProjections, ReformerPart):
         run: Runtime,
         padded: Int[Array, "B"],
     ) -> Int[Array, "B N _ T"]:
-        """The buckets of rows that are so long, as many as each is hashed into alone."""
+        """Hashes each row into the number of buckets that it would have on its own, by its padded
+        length."""
         chunk, buckets = pattern.chunk_length, jnp.int32(0)
         counts = [self.settings.buckets(n * chunk) for n in range(query.shape[-1] // chunk + 2)]
         for count in dict.fromkeys(counts):
@@ -134,21 +136,21 @@ class ReformerAttention(HeadProjections, ReformerPart):
         return buckets
 
     def _buckets(self, source: Source, buckets: Int[Array, "B N _ T"] | None) -> Array:
-        """Buckets as every layer keeps them: of local attention zeros."""
+        """The buckets to keep in the cache; zeros for local attention, which has none."""
         batch, heads, _, length = source.key.shape
         zeros = jnp.zeros((batch, heads, self.settings.num_hashes, length), jnp.int32)
         return zeros if buckets is None else buckets
 
 
 class ReformerLayer(ReformerPart):
-    """Attention and a feed-forward part, each behind a LayerNorm."""
+    """Attention and a feed-forward layer, each after a LayerNorm."""
 
     kind: LayerKind = "local"
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], call: HalfCall, halves: tuple[Half, ...]):
-        """One half on its stream; both where parameters are drawn. The second result is what
-        `ReformerAttention` has beside its output."""
+        """Runs one half on its stream, or both while parameters are drawn. The second result is
+        that of `ReformerAttention`."""
         config, context, buckets, y = self.config, self.context, None, x
         if "attention" in halves:
             bare = replace(context.architecture, biases=False)
@@ -168,7 +170,8 @@ Layers = dict[LayerKind, ReformerLayer]
 
 
 class LayerDraws(NamedTuple):
-    """Of a layer: keys of dropout for its halves, while training; `hashing` as in `HalfCall`."""
+    """The randomness of a layer: keys of dropout for both halves, in training; `hashing` as in
+    `HalfCall`."""
 
     dropout: PRNGKeyArray | None = None
     hashing: PRNGKeyArray | Float[Array, "N H _ _"] | None = None
@@ -185,16 +188,17 @@ class Reformer(ReformerPart):
     def __call__(
         self, inputs: Inputs, rotations: Rotations = (), cache: Cache | None = None
     ) -> BodyOutput:
-        """`rotations`: of every LSH layer that hashes; drawn where there are none."""
+        """Runs the stack. `rotations` are those of every LSH layer that hashes; if empty, they are
+        drawn."""
         settings, length = self.settings, inputs.lead[1]
         require(
             self.remat == "none",
-            f"remat={self.remat!r}: a Reformer's layers are computed back from their outputs, and "
-            "keep nothing that could be recomputed; leave remat out.",
+            f"remat={self.remat!r}: a Reformer's layers are recomputed from their outputs, so "
+            "there is nothing to save; leave remat out.",
         )
         require(
             sequence_shards() == 1,
-            "a Reformer's tokens cannot be cut over a sequence axis, over which it sorts them: "
+            "a Reformer's tokens cannot be sharded over a sequence axis, because it sorts them: "
             "choose a mesh of data, fsdp and tensor.",
         )
         if self.context.train:
@@ -205,8 +209,8 @@ class Reformer(ReformerPart):
         if self.context.slots or cache is not None:
             require(
                 not rotations or settings.num_buckets is not None,
-                "lsh_rotations with cache_length and num_buckets=null: every row has a number of "
-                "buckets of its own; give num_buckets, or leave lsh_rotations out.",
+                "lsh_rotations with cache_length and num_buckets=null: every row has its own "
+                "number of buckets; set num_buckets, or leave lsh_rotations out.",
             )
             inputs, mask, own = self._alone(inputs, mask, cache)
         mask = jnp.pad(mask, ((0, 0), (0, extra)))
@@ -234,7 +238,7 @@ class Reformer(ReformerPart):
     def _alone(
         self, inputs: Inputs, mask: Bool[Array, "B T"], cache: Cache | None
     ) -> tuple[Inputs, Bool[Array, "B T"], RowCall]:
-        """The inputs of decoding, each row's tokens from place 0 on, at positions from 0 on."""
+        """Returns the inputs of decoding, with each row's tokens moved to start at position 0."""
         settings = self.settings
         require(
             inputs.position_ids is None,
@@ -261,7 +265,7 @@ class Reformer(ReformerPart):
         return inputs, mask, RowCall(length, -(-length // unit) * unit)
 
     def _written(self, new: Any, own: RowCall) -> Cache:
-        """The cache with what the layers keep: a list of halves, stacked over groups."""
+        """Writes the layers' parts of the cache, a list by halves, stacked over groups."""
 
         def by_layer(*x: Array) -> Array:
             return jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:])
@@ -272,8 +276,8 @@ class Reformer(ReformerPart):
         return Cache(layers, jnp.max(own.length), own.length)
 
     def _layers(self, layers: Layers, arrays: LayerArrays, x: Array):
-        """The streams behind the layers, in float32 at least: what is computed back from them is as
-        exact as they are."""
+        """Runs the layers and returns the streams, at least in float32: the backward pass
+        recomputes the layers' inputs from them, which are only as exact as they are."""
         halves, counts = [], dict.fromkeys(layers, 0)
         for kind in self.settings.period:
             for run in (_attend, _feed_forward):
@@ -297,7 +301,7 @@ class Reformer(ReformerPart):
         return *run(group, arrays, (x, x)), None
 
     def _params(self, layers: Layers) -> dict[LayerKind, Any]:
-        """Those of the layers of each kind, stacked."""
+        """The stacked parameters of the layers of each kind."""
         x, call = jnp.zeros((1, 1, self.config.hidden_size)), HalfCall(jnp.ones((1, 1), bool))
         for kind, layer in layers.items() if self.is_initializing() else ():
             init = lambda key, layer=layer: layer.init(key, x, call, HALVES)["params"]  # noqa: E731
@@ -306,7 +310,7 @@ class Reformer(ReformerPart):
         return {kind: self.variables["params"][f"{kind}_layers"] for kind in layers}
 
     def _draws(self, length: int, rotations: Rotations) -> dict[LayerKind, LayerDraws]:
-        """What is drawn for the layers of each kind."""
+        """The randomness of the layers of each kind."""
         settings, draws = self.settings, {}
         for kind in settings.kinds:
             count, keys, hashing = settings.attn_layers.count(kind), None, None
@@ -318,7 +322,7 @@ class Reformer(ReformerPart):
         return draws
 
     def _hashing(self, count: int, length: int, rotations: Rotations):
-        """Rotations, or keys to draw them from, of all LSH layers."""
+        """The rotations of all LSH layers, or random keys of them."""
         settings, pattern = self.settings, self.settings.pattern("lsh", length)
         if rotations:
             assert isinstance(pattern, LSH)
@@ -328,10 +332,10 @@ class Reformer(ReformerPart):
                 [x.shape for x in rotations] == wanted,
                 f"lsh_rotations have the shapes {[x.shape for x in rotations]}; give one [heads, "
                 f"head width, hashes, rotations // 2] = {shape} for each LSH layer that hashes, of "
-                f"which there are {len(wanted)} with {length} tokens, or none, to draw them.",
+                f"which there are {len(wanted)} with {length} tokens, or leave them out.",
             )
             return jnp.stack(rotations)
-        if settings.hash_seed is not None:  # which begins anew in every layer
+        if settings.hash_seed is not None:  # every layer uses the same seed
             return jnp.broadcast_to(jax.random.key(settings.hash_seed), (count,))
         key = self.make_rng("lsh") if self.has_rng("lsh") else jax.random.key(DEFAULT_LSH_SEED)
         return jax.random.split(key, count)
@@ -359,8 +363,8 @@ def _feed_forward(layer: ReformerLayer, params, x, draws: LayerDraws, shared: Sh
 def in_chunks(
     run: Callable[[Any, Any], Array], x: Float[Array, "B T D"], size: int
 ) -> Float[Array, "B T _"]:
-    """What `run` makes of `size` tokens at a time and the number of the chunk; of all for 0. The
-    backward pass keeps what goes in."""
+    """Applies `run` to `size` tokens at a time and the number of the chunk; to all tokens at once
+    if `size` is 0. The backward pass keeps only the inputs."""
     batch, length, width = x.shape
     if not 0 < size < length:
         return run(x, 0)
@@ -372,7 +376,8 @@ def in_chunks(
 
 
 class ReformerScoresHead(Head):
-    """Scores over the vocabulary by an own kernel, of a decoder or of a model that is none."""
+    """Scores over the vocabulary with a kernel of its own. `causal` says whether the model must be
+    a decoder."""
 
     causal: bool = True
 
@@ -382,8 +387,8 @@ class ReformerScoresHead(Head):
         assert isinstance(config, ReformerConfig)
         require(
             config.is_decoder == self.causal,
-            f"is_decoder={config.is_decoder}: causal_lm is for a decoder, masked_lm for a model "
-            f"that sees all tokens; give is_decoder={self.causal}.",
+            f"is_decoder={config.is_decoder}: causal_lm needs a decoder, masked_lm a model that "
+            f"sees all tokens; give is_decoder={self.causal}.",
         )
         init, dtype = nn.initializers.normal(config.initializer_range), context.param_dtype
         kernel = self.param("kernel", init, (last.shape[-1], config.vocab_size), dtype)

@@ -1,5 +1,5 @@
-"""Reformer's words and positions: a table of each, or positions laid out in rows and columns, with
-a table for the rows and one for the columns.
+"""Reformer's embeddings of words and positions. Positions have one table, or (axial) are arranged
+in rows and columns, with a table for the rows and one for the columns.
 
 Axes: B batch, T tokens, D model width, P positions of a table, E embedding width, V vocabulary.
 """
@@ -17,17 +17,17 @@ from lsg_flax.sharding import constrain
 
 
 class ReformerPart(Part):
-    """A part with a Reformer's settings."""
+    """A module of a Reformer."""
 
     @property
     def settings(self) -> ReformerConfig:
-        """The config, as what it is."""
+        """The config, with its type."""
         assert isinstance(self.config, ReformerConfig)
         return self.config
 
 
 class ReformerEmbeddings(Embeddings, ReformerPart):
-    """Words and positions, each behind its dropout."""
+    """The sum of word and position embeddings, each with dropout."""
 
     @nn.compact
     def __call__(self, inputs: Inputs) -> tuple[Float[Array, "B T D"], Float[Array, "V D"]]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -72,7 +72,8 @@ class ReformerEmbeddings(Embeddings, ReformerPart):
 def _side_by_side(
     of_rows: Float[Array, "_ _"], of_columns: Float[Array, "_ _"], count: int
 ) -> Float[Array, "P E"]:
-    """The positions of the first rows, one after the other; fewer where there are fewer."""
+    """The embeddings of the positions in the first `count` rows, or in all rows if there are
+    fewer."""
     first = of_rows[:count]
     shape = (first.shape[0], of_columns.shape[0])
     parts = (

@@ -1,6 +1,6 @@
-"""Layers between two residual streams, each half of which reads one and is added to the other: what
-went into a layer is computed back from what came out, so that the memory of training does not grow
-with depth (arXiv 1707.04585).
+"""Reversible layers with two residual streams: each half of a layer reads one stream and is added
+to the other. The backward pass recomputes a layer's inputs from its outputs, so that the memory of
+training does not grow with depth (arXiv 1707.04585).
 
 Axes: B batch, T tokens, D model width, L layers.
 """
@@ -18,13 +18,14 @@ Streams = tuple[Float[Array, "B T D"], Float[Array, "B T D"]]
 
 
 class HalfLayer(NamedTuple):
-    """A branch. They write to the first and to the second stream in turn.
+    """Half of a layer: a branch. Halves write to the first and to the second stream in turn.
 
     Attributes:
-        stack, place: of its layer's parameters, among those that a group has of the stack.
-        run: from parameters, the other stream, what is drawn for the layer, what all layers share,
-            and what the branch kept when it was run before (None the first time) to its output and
-            what it keeps.
+        stack, place: the stack of its layer's parameters, and their index among those that a group
+            has of this stack.
+        run: the branch: called with the parameters, the stream that it reads, the layer's draws,
+            the arrays that all layers share, and what the branch kept in an earlier run (None the
+            first time). It returns its output and what to keep.
     """
 
     stack: str
@@ -33,7 +34,8 @@ class HalfLayer(NamedTuple):
 
 
 class LayerGroup(NamedTuple):
-    """Halves of layers, repeated with other parameters; the others are attributes of `Encoder`."""
+    """A group of half layers that is repeated with other parameters; for `unroll` and `keep_states`
+    see `Encoder`."""
 
     halves: tuple[HalfLayer, ...]
     unroll: int = 1
@@ -41,15 +43,15 @@ class LayerGroup(NamedTuple):
 
 
 class LayerArrays(NamedTuple):
-    """Of all layers: `params` and `draws` by stack, [groups, layers of the stack in one, ...]; only
-    parameters have a gradient."""
+    """The arrays of all layers: `params` and `draws` are by stack, [groups, layers of the stack in
+    a group, ...]; `shared` is the same for all. Only parameters have gradients."""
 
     params: Any
     draws: Any
     shared: Any
 
     def of(self, half: HalfLayer, stream: Array) -> tuple[Any, Array, Any, Any]:
-        """The arguments of a half, from the arrays of its group."""
+        """Returns the arguments of a half layer, from the arrays of its group."""
         params, draws = jax.tree.map(
             lambda x: x[half.place], (self.params[half.stack], self.draws[half.stack])
         )
@@ -66,8 +68,9 @@ def _scan(one: Callable, group: LayerGroup, arrays: LayerArrays, carry: Any, mor
 
 
 def run_and_keep(group: LayerGroup, arrays: LayerArrays, streams: Streams, given: Any = None):
-    """What `run_layers` gives, and what branches keep, stacked over the groups; `given` are the
-    last arguments of the branches, stacked likewise. Without a backward pass of its own."""
+    """Returns the result of `run_layers`, and what the branches keep, stacked over the groups.
+    `given` are the last arguments of the branches, stacked likewise. It has no hand-written
+    backward pass."""
 
     def one(carry, arrays, given):
         streams, states, kept = list(carry), [], []
@@ -90,8 +93,8 @@ def run_and_keep(group: LayerGroup, arrays: LayerArrays, streams: Streams, given
 def run_layers(
     group: LayerGroup, arrays: LayerArrays, streams: Streams
 ) -> tuple[Streams, Float[Array, "L B T D"] | None]:
-    """The streams behind the last layer and, if kept, the second one behind every layer. The
-    backward pass keeps the former, and what branches keep."""
+    """Returns the streams after the last layer and, if asked for, the second stream after every
+    layer. For the backward pass only the former, and what branches keep, are saved."""
     return run_and_keep(group, arrays, streams)[0]
 
 

@@ -1,6 +1,6 @@
-"""Several texts packed into one row, by `segment_ids`: 1 for the tokens of the first, 2 of the
-second, 0 for padding. Each text begins at a block of the LSG pattern and has positions and globals
-of its own, so that it has the outputs that it has alone in a row.
+"""Several texts packed into one row by `segment_ids`: 1 for the tokens of the first text, 2 for the
+second, 0 for padding. Each text starts at the start of a block of the LSG pattern and has its own
+positions and globals, so that its outputs are those that it has in a row of its own.
 
 Axes: B batch, T tokens, D model width.
 """
@@ -20,46 +20,50 @@ from lsg_flax.sharding import sequence_shards
 
 
 def block_of(config: EncoderConfig) -> int:
-    """What a text's first place is a multiple of."""
+    """Returns the number of tokens of which every text's start must be a multiple."""
     return config.lsg.block_size if config.lsg else 1
 
 
 def count_segments(
     segment_ids: Any, given: int | None, config: EncoderConfig, *, answers: bool
 ) -> int:
-    """How many texts a row has at most, 0 without `segment_ids`.
+    """Returns the largest number of texts in a row; 0 without `segment_ids`.
 
     Args:
-        given: None takes as many as there are blocks.
-        answers: whether the model answers for each text, so that the number is a shape.
+        segment_ids: [B, T], or None.
+        given: the number that the caller passed; None for the number of blocks.
+        config: of the stack that reads the rows.
+        answers: whether the model has an output for each text, so that the number is a shape.
 
     Raises:
-        ValueError: for a number without segments, or none where it is needed.
+        ValueError: for a number without segments, and if it is needed but not given.
     """
     if segment_ids is None:
         require(given is None, f"num_segments={given} needs segment_ids.")
         return 0
     require(
         sequence_shards() == 1,
-        f"segment_ids over sequence={sequence_shards()} devices: a row of several texts is not cut "
-        "over a sequence axis; lay its devices along data.",
+        f"segment_ids with sequence={sequence_shards()} devices: a row of several texts cannot be "
+        "sharded over a sequence axis; use these devices as data instead.",
     )
     if given is not None:
         return checked_value("num_segments", given, int, whole(1, 2**20))
     require(
         config.lsg is not None or not answers,
-        "segment_ids without num_segments: a model with full attention has no blocks to tell how "
-        "many texts a row has at most; give num_segments=, the number of answers of each row.",
+        "segment_ids without num_segments: with full attention there are no blocks that limit the "
+        "number of texts in a row; give num_segments=, the number of answers per row.",
     )
     return -(-segment_ids.shape[-1] // block_of(config))
 
 
 def check_segments(segment_ids: Any, number: int, config: EncoderConfig, limit: int) -> None:
-    """Raises ValueError for `segment_ids` that number no texts; values are read where they can be.
+    """Raises ValueError for invalid `segment_ids`; under jit their values cannot be checked.
 
     Args:
-        number: the most texts of a row.
-        limit: positions that the model has.
+        segment_ids: [B, T].
+        number: the largest number of texts in a row.
+        config: of the stack that reads the rows.
+        limit: number of positions that the model has.
     """
     require(
         bool(jnp.issubdtype(segment_ids.dtype, jnp.integer)),
@@ -72,11 +76,11 @@ def check_segments(segment_ids: Any, number: int, config: EncoderConfig, limit: 
     wrong = np.flatnonzero(~are_texts(ids, number, block))
     if len(wrong):
         raise ValueError(
-            f"segment_ids of row {wrong[0]} number no texts that can be packed: each of at most "
-            f"num_segments={number} texts has its own number, from 1 on and rising, its tokens lie "
-            f"together, and the first at a multiple of "
+            f"segment_ids of row {wrong[0]} are invalid: at most num_segments={number} texts must "
+            "be numbered in rising order from 1, the tokens of each must be contiguous, and the "
+            "first at a multiple of "
             + (f"block_size={block}" if config.lsg else "1")
-            + "; padding is 0. lsg_flax.data.pack_rows lays texts out like that."
+            + "; padding is 0. lsg_flax.data.pack_rows makes such rows."
         )
     longest = max(int(np.bincount(row)[1:].max(initial=0)) for row in ids)
     require(
@@ -87,26 +91,26 @@ def check_segments(segment_ids: Any, number: int, config: EncoderConfig, limit: 
 
 
 def first_places(segment_ids: Int[Array, "B T"], number: int) -> Int[Array, "B texts"]:
-    """The place of each text's first token; T for one that is not there."""
+    """Returns the position of each text's first token; T for a text that does not exist."""
     texts = jnp.arange(1, number + 1)[None, :, None]
     own = segment_ids[:, None] == texts  # [B, texts, T]
     return jnp.where(own.any(axis=-1), jnp.argmax(own, axis=-1), segment_ids.shape[1])
 
 
 def begins_text(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
-    """Whether a token is the first of its text."""
+    """Returns whether each token is the first of its text."""
     before = jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1]
     return (segment_ids != 0) & (segment_ids != before)
 
 
 def count_in_texts(real: Bool[Array, "B T"], segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """How many `real` tokens of its own text stand before each token."""
+    """Returns how many `real` tokens of the same text precede each token."""
     before = jnp.cumsum(real, axis=1) - real.astype(jnp.int32)
     return before - jax.lax.cummax(jnp.where(begins_text(segment_ids), before, 0), axis=1)
 
 
 def places_in_texts(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """The place of each token in its text, 0 for padding."""
+    """Returns the position of each token in its text, 0 for padding."""
     places = count_in_texts(jnp.ones(segment_ids.shape, bool), segment_ids)
     return jnp.where(segment_ids == 0, 0, places)
 
@@ -114,7 +118,8 @@ def places_in_texts(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
 def first_states(
     states: Float[Array, "B T D"], segment_ids: Int[Array, "B T"], number: int
 ) -> Float[Array, "B texts D"]:
-    """The state of each text's first token, of some other for a text that is not there."""
+    """Returns the state of each text's first token; an arbitrary state for a text that does not
+    exist."""
     places = jnp.minimum(first_places(segment_ids, number), states.shape[1] - 1)
     return jnp.take_along_axis(states, places[..., None], axis=1)
 
@@ -122,6 +127,6 @@ def first_states(
 def with_first_states(
     states: Float[Array, "B T D"], segment_ids: Int[Array, "B T"], first: Float[Array, "B texts D"]
 ) -> Float[Array, "B T D"]:
-    """The states with others at the first token of each text."""
+    """Returns the states with those of each text's first token replaced."""
     rows, places = jnp.arange(len(states))[:, None], first_places(segment_ids, first.shape[1])
     return states.at[rows, places].set(first, mode="drop")

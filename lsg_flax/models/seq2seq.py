@@ -27,10 +27,10 @@ from lsg_flax.sharding import constrain
 
 @dataclass(frozen=True)
 class EncoderDecoder:
-    """Both stacks; their modules are those of the model that calls them.
+    """Both stacks. Their modules become submodules of the model that calls them.
 
     Attributes:
-        encoder, decoder: what the stacks are told.
+        encoder, decoder: the contexts of the stacks.
         remat, unroll, keep_states: see `Encoder`.
     """
 
@@ -42,14 +42,14 @@ class EncoderDecoder:
     keep_states: bool = False
 
     def words(self) -> Float[Array, "V E"]:
-        """The word table that the stacks share."""
+        """Returns the word table that the stacks share."""
         config, context = self.config, self.decoder
         size = (config.vocab_size, config.hidden_size, config.initializer_range)
         table = Embedding(*size, context.param_dtype, name="shared")()
         return constrain(table.astype(context.dtype), "vocab", "columns")
 
     def encode(self, inputs: Inputs, words: Float[Array, "V E"]) -> BodyOutput:
-        """The encoder's states, the globals in front where the decoder sees them."""
+        """Runs the encoder; its states start with the globals if the decoder sees them."""
         run = (self.remat, self.unroll, self.keep_states, False, self.config.passed_globals > 0)
         return Encoder(self.encoder, *run, name="encoder")(inputs, words=words)
 
@@ -60,17 +60,18 @@ class EncoderDecoder:
         cache: Cache | None,
         words: Float[Array, "V E"],
     ) -> BodyOutput:
-        """The decoder's states; a cache has what was made of `memory`."""
+        """Runs the decoder; a cache already has the keys and values of `memory`."""
         run = (self.remat, self.unroll, self.keep_states, True)
         return Encoder(self.decoder, *run, name="decoder")(inputs, memory, cache, words)
 
     def memory(self, states: Any, mask: Any, batch: int) -> EncoderStates:
-        """What the decoder sees of the encoder, checked.
+        """Returns the checked encoder states that the decoder attends to.
 
         Args:
-            states: [B, S, D], of `encode` or given, maybe in a tuple as in PyTorch.
-            mask: [B, T] of the encoder's tokens; all real where it is None.
-            batch: rows of the decoder's inputs.
+            states: [B, S, D], from `encode` or passed by the caller, maybe in a tuple as in
+                PyTorch.
+            mask: [B, T], of the encoder's tokens; None if all are real.
+            batch: number of rows of the decoder's inputs.
 
         Raises:
             ValueError: for states that do not fit the model or the mask.
@@ -82,15 +83,15 @@ class EncoderDecoder:
         if shape != (batch, split + tokens, width):
             raise ValueError(
                 f"encoder_outputs {shape} must be [batch={batch}, {split} global tokens + "
-                f"{'tokens' if mask is None else tokens}, hidden_size={width}]: rows of the "
-                "decoder's inputs, and what the encoder gives for attention_mask "
-                "(pass_global_tokens_to_decoder says whether there are globals)."
+                f"{'tokens' if mask is None else tokens}, hidden_size={width}]: the rows of the "
+                "decoder's inputs, and the encoder's output for attention_mask "
+                "(pass_global_tokens_to_decoder decides whether it has globals)."
             )
         if mask is not None:
             mask = jnp.pad(jnp.asarray(mask), ((0, 0), (split, 0)), constant_values=1)
             if self.config.lsg and self.config.lsg.mask_first_token:
-                # The reference's encoder does so to its caller's mask, in place, which the decoder
-                # then gets; without a mask its decoder sees the first token.
+                # The reference's encoder changes its caller's mask in place, and the decoder gets
+                # that mask; without a mask its decoder sees the first token.
                 mask = mask.at[:, split].set(jnp.zeros((), mask.dtype))
         context = self.decoder
         seen = encoder_states(states, mask, context.config, batch, cache=None, dtype=context.dtype)
@@ -101,7 +102,7 @@ class EncoderDecoder:
 def shift_right(
     ids: Integer[Array, "B T"], config: EncoderDecoderConfig, shift: Shift
 ) -> Integer[Array, "B T"]:
-    """A decoder's inputs from its labels (-100 is padding), by `Architecture.shift`.
+    """Makes a decoder's inputs from its labels (-100 is padding), as `Architecture.shift` says.
 
     Raises:
         ValueError: if the config lacks a token that is needed.
@@ -111,8 +112,8 @@ def shift_right(
     if pad is None or start is None:
         raise ValueError(
             f"this {config.model_type} model has pad_token_id={pad} and decoder_start_token_id="
-            f"{config.decoder_start_token_id}, with which decoder_input_ids are made: give these, "
-            "or pass the missing token to from_pretrained."
+            f"{config.decoder_start_token_id}, which are needed to make decoder_input_ids: give "
+            "decoder_input_ids, or pass the missing token to from_pretrained."
         )
     ids = jnp.where(ids == IGNORED, pad, ids)
     if shift == "start_token":
@@ -126,20 +127,21 @@ def shift_right(
 def last_eos(
     states: Float[Array, "B U D"], ids: ArrayLike, eos_token_id: int | None
 ) -> Float[Array, "B 1 D"]:
-    """The state at the last end token of every row; NaN for a row without one.
+    """Returns the state at the last end token of every row; under jit NaN for a row without one.
 
     Raises:
-        ValueError: for rows with none, or with different numbers of them, if ids can be read.
+        ValueError: outside jit, for rows without end tokens, or with different numbers of them.
     """
     ends: Bool[Array, "B T"] = jnp.asarray(ids) == eos_token_id
     if not isinstance(ids, jax.core.Tracer):
         counts = (np.asarray(ids) == eos_token_id).sum(axis=1)
         if (counts != counts[0]).any() or counts[0] == 0 or ends.shape != states.shape[:2]:
             raise ValueError(
-                f"rows are classified by the state at their last eos_token_id={eos_token_id}, and "
-                f"all must have as many of them, at least one, but they have {counts.tolist()}; "
-                f"input_ids {ends.shape} and decoder inputs {states.shape[:2]} must be as long. "
-                "Let the tokenizer add special tokens, and truncate texts before it does."
+                f"rows are classified by the state at their last eos_token_id={eos_token_id}, so "
+                "all must have the same number of them, at least one, but they have "
+                f"{counts.tolist()}; input_ids {ends.shape} and decoder inputs {states.shape[:2]} "
+                "must have the same shape. Let the tokenizer add special tokens, and truncate "
+                "texts before it does."
             )
     place = jnp.max(jnp.where(ends, jnp.arange(ends.shape[1])[None], -1), axis=1)[:, None, None]
     return jnp.where(place < 0, jnp.nan, jnp.take_along_axis(states, place, axis=1))

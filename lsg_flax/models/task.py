@@ -1,28 +1,28 @@
-"""Tasks as records, the one home of what a task is: losses, scores, data, batches, plans and
-exports read it, and the families' heads name it."""
+"""Tasks as records. They define what a task is for losses, scores, data, batches, plans and
+exports; the heads of the families refer to them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
-IGNORED = -100  # a label that does not count, as in PyTorch
+IGNORED = -100  # a label that losses and scores ignore, as in PyTorch
 
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
-# How an output answers its labels. "class": one of the last axis; "next_token": the class of the
-# token behind; "yes_or_no": a number per token; "problem_type": as the config's problem_type says;
-# "position": one of the tokens; "own_of_tokens", "own_of_rows": the model computes the loss itself,
-# a mean over its labels, of which `mlm_mask` may leave some out, or over rows.
+# How an output is compared with its labels. "class": an index of the last axis; "next_token": the
+# class of the following token; "yes_or_no": a number per token; "problem_type": as the config's
+# problem_type says; "position": the index of a token; "own_of_tokens", "own_of_rows": the model
+# computes the loss itself, as a mean over its labels (those that `mlm_mask` keeps), or over rows.
 Loss = Literal[
     "class", "next_token", "yes_or_no", "problem_type", "position", "own_of_tokens", "own_of_rows"
 ]
-# What a row of data holds: see `data.Columns`. The tokens of "masked_text" and "running_text" are
-# their own labels, those of "text_to_text" the ones of the text to write.
+# What a row of data contains: see `data.Columns`. The labels of "masked_text" and "running_text"
+# are their own tokens, those of "text_to_text" the tokens of the text to generate.
 Examples = Literal[
     "text", "words", "question", "choices", "masked_text", "running_text", "text_to_text", "pairs"
 ]
 
 
-# How answers are scored, and the names of the scores.
+# How outputs are scored, and the names of the scores.
 Scorer = Literal[
     "classes", "several_labels", "numbers", "entities", "spans", "perplexity", "retrieval"
 ]
@@ -46,9 +46,10 @@ class Target(NamedTuple):
     """One term of a task's loss.
 
     Attributes:
-        output: field of `ModelOutput` that answers.
-        labels: array of the batch that it is compared with.
-        weight: of the term in the sum.
+        output: the field of `ModelOutput` that is trained.
+        labels: name of the array of the batch that it is compared with.
+        loss: how it is compared, see `Loss`.
+        weight: weight of the term in the sum.
     """
 
     output: str
@@ -59,24 +60,26 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """What a head is for.
+    """A task: what a head computes, and how it is trained and scored.
 
     Attributes:
-        name: what `from_pretrained(task=...)` is given.
-        auto_class: Hugging Face's, None where there is none.
-        targets: the terms of the loss; none for a task that is not trained.
-        input_rank: axes of `input_ids`: [batch, tokens], or [batch, choices, tokens].
-        per_token: the outputs that have an axis of tokens behind that of the batch.
-        scorer: how an evaluation scores the answers beside the loss; "problem_type" as the config's
-            says, by `PROBLEM_SCORERS`.
+        name: the name for `from_pretrained(task=...)`.
+        auto_class: Hugging Face's auto class; None if there is none.
+        targets: the terms of the loss; empty for a task that is not trained.
+        input_rank: number of axes of `input_ids`: 2 for [batch, tokens], 3 for
+            [batch, choices, tokens].
+        per_token: the outputs that have a token axis after the batch axis.
+        scorer: how evaluation scores the outputs, beside the loss; "problem_type" chooses by the
+            config's problem_type from `PROBLEM_SCORERS`.
         fixed: values of the config that every model of the task has.
         named_labels: whether the labels are the config's, which have names.
-        examples: what a row of training data holds; None where there is no reader.
-        generates: whether the outputs are scores of the next token, so that text is made of them.
-        arrays: what the model takes beside its inputs, labels of a loss of its own included.
-        alone: whether a row is also taken without the axis of the batch.
-        learned_by: the task of the models that learn it, where that is not its own: the loss is one
-            of their outputs.
+        examples: what a row of training data contains; None if data files cannot be read for it.
+        generates: whether the outputs are scores of the next token, from which text is generated.
+        arrays: arrays that the model takes beside its inputs, including the labels of a loss that
+            it computes itself.
+        alone: whether the model also accepts a single row without a batch axis.
+        learned_by: the task of the models that are trained for this one, if it is another: the loss
+            is computed from their outputs.
     """
 
     name: str
@@ -110,16 +113,16 @@ class Task:
 
     @property
     def is_trained(self) -> bool:
-        """Whether there is a loss."""
+        """Whether the task has a loss."""
         return bool(self.targets or self.learned_by)
 
     @property
     def model_task(self) -> str:
-        """The task of the models that learn it."""
+        """The task of the models that are trained for this one."""
         return self.learned_by or self.name
 
     def scorer_for(self, problem: ProblemType) -> Scorer | None:
-        """How answers are scored where the config's problem_type is `problem`."""
+        """Returns how outputs are scored if the config's problem_type is `problem`."""
         return PROBLEM_SCORERS[problem] if self.scorer == "problem_type" else self.scorer
 
 
@@ -202,7 +205,7 @@ CONDITIONAL_GENERATION = Task(
     examples="text_to_text",
     generates=True,
 )
-# Texts as vectors, of whose angles the losses are.
+# Texts as embeddings; the losses compare their angles.
 EMBEDDING = Task("embedding", scorer="retrieval", examples="pairs", learned_by="base")
 TASKS: dict[str, Task] = {
     task.name: task
@@ -213,7 +216,7 @@ TASKS: dict[str, Task] = {
     )
 }
 
-# What other families pretrain: ELECTRA finds replaced tokens, ALBERT tells the order of segments.
+# Pretraining of other families: ELECTRA detects replaced tokens, ALBERT the order of segments.
 REPLACED_TOKENS = Task(
     "pretraining",
     "AutoModelForPreTraining",
@@ -230,7 +233,7 @@ SENTENCE_ORDER = Task(
     per_token=("prediction_logits",),
 )
 
-# What finds texts and answers in them (REALM).
+# Tasks of REALM: retrieving texts, and finding answers in them.
 EMBEDDER = Task("embedder")
 SCORER = Task(
     "scorer",

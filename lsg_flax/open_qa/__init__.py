@@ -1,4 +1,4 @@
-"""Questions answered from a corpus: block records, their embeddings, search, reader."""
+"""Open-domain question answering: block records, their embeddings, search and reader."""
 
 from lsg_flax.open_qa.embeddings import BlockEmbedder as BlockEmbedder
 from lsg_flax.open_qa.embeddings import embed_blocks as embed_blocks

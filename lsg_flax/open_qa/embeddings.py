@@ -1,4 +1,5 @@
-"""Embeddings of all blocks of a corpus, made in windows; their safetensors file survives a kill.
+"""Computes the embeddings of all blocks of a corpus, in windows, into a safetensors file; an
+interrupted run can resume.
 
 Axes: B batch, D model width (here of the projection).
 """
@@ -27,18 +28,19 @@ from lsg_flax.open_qa.search import Stored
 from lsg_flax.progress import Bar
 
 BLOCK_EMBEDDINGS = "block_emb"  # the tensor's name
-WINDOW = 1024  # blocks embedded and written together: what a kill may cost
-_BUCKETS = (32, 64, 128, 256)  # tokens; blocks of Wikipedia have 288 at most
-_OURS = "lsg_flax"  # of the file's metadata
+WINDOW = 1024  # blocks embedded and written together; a kill loses at most one window
+_BUCKETS = (32, 64, 128, 256)  # in tokens; blocks of Wikipedia have at most 288
+_OURS = "lsg_flax"  # key in the file's metadata
 
 Embed = Callable[[Sequence[str]], Float[np.ndarray, "B D"]]
 
 
 class BlockEmbedder:
-    """Texts to vectors by a model of the task "embedder": [CLS] text [SEP], cut to what it reads.
+    """Computes embeddings of texts with a model of the task "embedder": [CLS] text [SEP], truncated
+    to what the model reads.
 
     Attributes:
-        width: of a vector.
+        width: number of features of an embedding.
     """
 
     def __init__(
@@ -50,10 +52,10 @@ class BlockEmbedder:
         batch_size: int = 32,
         mesh: Mesh | None = None,
     ):
-        """Makes the model ready; batch_size, mesh and errors are those of `inference.Predictor`.
+        """Prepares the model; batch_size and mesh are those of `inference.Predictor`.
 
         Raises:
-            ValueError: for another task or a tokenizer of another vocabulary, too.
+            ValueError: for another task, a tokenizer of another vocabulary, and as `Predictor`.
         """
         config = checked_config(model, "embedder", tokenizer)
         self._tokenizer, self.width = tokenizer, config.retriever_proj_size
@@ -62,14 +64,14 @@ class BlockEmbedder:
         self._predictor = Predictor(model, params, buckets=buckets, **options)
 
     def __call__(self, texts: Sequence[str]) -> Float[np.ndarray, "B D"]:
-        """The vector of each text."""
+        """Returns the embedding of each text, [texts, D], float32."""
         length = self._predictor.buckets[-1]
         encoded = self._tokenizer(list(texts), truncation=True, max_length=length)["input_ids"]
         results = self._predictor([{"input_ids": ids} for ids in encoded], progress=False)
         return np.stack([result["projected_score"] for result in results]).astype(np.float32)
 
     def settings(self) -> dict[str, Any]:
-        """What decides the vectors, as JSON values."""
+        """Returns the settings that decide the embeddings, as JSON values."""
         vocabulary = json.dumps(sorted(self._tokenizer.get_vocab().items()))
         digest = hashlib.sha256(vocabulary.encode()).hexdigest()
         batch = {"vocabulary": digest, "batch_size": self._predictor.batch_size}
@@ -86,23 +88,32 @@ def embed_blocks(
     window: int = WINDOW,
     progress: bool = True,
 ) -> int:
-    """Writes the vectors of all blocks as the tensor `block_emb` [blocks, D], float32, of a
-    safetensors file, which gets its name when it is complete.
+    """Writes the embeddings of all blocks as the tensor `block_emb`, [blocks, D], float32, of a
+    safetensors file.
 
-    Before that, windows that are finished lie in `target` + ".partial". The same call goes on there
-    after a kill, and makes the bytes of an undisturbed run. A target that is complete stays.
+    Finished windows are written to `target` + ".partial", which is renamed when it is complete. The
+    same call resumes there after a kill, and writes the same bytes as an uninterrupted run. A
+    complete target is not changed.
 
     Args:
-        embed: texts to vectors, such as `BlockEmbedder` or a `pipelines.Embedder`'s `embed`.
-        settings: all that decides what `embed` gives, JSON values; kept in the file.
+        target: the file to write.
+        records: the blocks.
+        embed: returns embeddings of texts, such as a `BlockEmbedder` or a `pipelines.Embedder`'s
+            `embed`.
+        width: number of features of an embedding.
+        settings: everything that decides the results of `embed`, as JSON values; stored in the
+            file.
+        window: number of blocks embedded and written together.
+        progress: whether to show a progress bar.
 
     Returns:
         How many blocks this call has embedded.
 
     Raises:
-        ValueError: for vectors of another shape or that are not finite, and the partial file of
-            other settings or records, saying what differs.
-        OSError: if it cannot be written, or another process writes it; what is finished is kept.
+        ValueError: for embeddings of another shape or that are not finite, and a partial file of
+            other settings or records; the message says what differs.
+        OSError: if it cannot be written, or another process is writing it; finished windows are
+            kept.
     """
     target, settings = check_file(target), settings | {"window": window, "records": _sum(records)}
     header, row = _header(len(records), width, settings), 4 * width
@@ -111,7 +122,7 @@ def embed_blocks(
         if _header_of(target) == header:
             return 0
         _begin(partial, header, settings)
-        # The last window is made again: a power failure may have kept it from the disk.
+        # The last window is computed again: after a power failure it may not be on the disk.
         windows = (partial.stat().st_size - len(header)) // (row * window)
         first = max(windows - 1, 0) * window
         bar = Bar("blocks", total=len(records), initial=first, shown=progress)
@@ -130,7 +141,7 @@ def embed_blocks(
 
 
 def write_embeddings(file: pathlib.Path, embeddings: Stored) -> None:
-    """Writes such a file of embeddings that are there already, part by part."""
+    """Writes such a file from existing embeddings, part by part."""
     count, width = map(int, embeddings.shape)
     with file.open("wb") as opened:
         opened.write(_header(count, width, {}))
@@ -148,8 +159,8 @@ def _checked(vectors: Any, numbers: range, width: int) -> Float[np.ndarray, "B D
 
 
 def _header(count: int, width: int, settings: dict[str, Any]) -> bytes:
-    """The start of a safetensors file with one tensor: the length of its JSON, which spaces fill up
-    to a multiple of eight."""
+    """The start of a safetensors file with one tensor: the length of its JSON, and the JSON, padded
+    with spaces to a multiple of eight bytes."""
     tensor = {"dtype": "F32", "shape": [count, width], "data_offsets": [0, count * width * 4]}
     metadata = {"format": "pt", _OURS: json.dumps(settings)}
     text = json.dumps({"__metadata__": metadata, BLOCK_EMBEDDINGS: tensor}).encode()
@@ -166,7 +177,7 @@ def _header_of(file: pathlib.Path) -> bytes:
 
 
 def _begin(partial: pathlib.Path, header: bytes, settings: dict[str, Any]) -> None:
-    """Writes the header unless it is there; raises ValueError for another run's file."""
+    """Writes the header if it is missing; raises ValueError for the file of another run."""
     there = _header_of(partial)
     if there != header and header.startswith(there):  # nothing, or killed within it
         partial.write_bytes(header)

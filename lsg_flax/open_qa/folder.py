@@ -1,6 +1,7 @@
-"""Folders of an OpenQA, as those of transformers' RealmForOpenQA: written, and made from a corpus.
+"""Writes folders of an OpenQA, in the format of transformers' RealmForOpenQA, and makes them from a
+corpus.
 
-The weights are safetensors in two parts. The second is the index, which may be larger than memory.
+The weights are safetensors in two parts. The second is the index, which may exceed the memory.
 """
 
 import os
@@ -22,12 +23,12 @@ from lsg_flax.open_qa.embeddings import BLOCK_EMBEDDINGS, BlockEmbedder, embed_b
 from lsg_flax.open_qa.records import BLOCK_RECORDS, Records, write_records
 
 _MODELS, _INDEX = (f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
-_STAGED = "block_emb.safetensors"  # the second part, until all others are there
+_STAGED = "block_emb.safetensors"  # the second part, until all others are written
 
 
-class Parts(NamedTuple):
-    """What a folder has beside the embeddings: tensors of embedder and reader by their PyTorch
-    names in the whole, the fields of config.json, tokenizer and records."""
+class OpenQAParts(NamedTuple):
+    """The contents of a folder beside the embeddings: tensors of embedder and reader by their names
+    in PyTorch's whole model, the fields of config.json, tokenizer and records."""
 
     tensors: dict[str, np.ndarray]
     config: dict[str, Any]
@@ -36,9 +37,9 @@ class Parts(NamedTuple):
 
 
 def write_folder(
-    folder: str | os.PathLike, parts: Parts, write_index: Callable[[pathlib.Path], Any]
+    folder: str | os.PathLike, parts: OpenQAParts, write_index: Callable[[pathlib.Path], Any]
 ) -> None:
-    """Writes all files together or, if anything fails, none.
+    """Writes all files of a folder; if anything fails, nothing is written.
 
     Raises:
         ValueError: if the folder holds another model's weights, which would be read instead.
@@ -73,16 +74,19 @@ def build_index(
     mesh: Mesh | None = None,
     progress: bool = True,
 ) -> int:
-    """Makes a folder for `OpenQA.from_pretrained`: models and tokenizer as they are in another one,
-    with the blocks of a corpus and their embeddings. After a kill the same call continues.
+    """Makes a folder for `OpenQA.from_pretrained`, with the models and tokenizer of another folder,
+    the blocks of a corpus and their embeddings. After a kill the same call resumes.
 
     Args:
-        model: folder or hub id of a RealmForOpenQA, with an index or without one.
-        keep_embeddings: take those of `model` and compute none.
+        model: folder or hub id of a RealmForOpenQA, with or without an index.
+        records: the blocks.
+        folder: the folder to write.
+        keep_embeddings: whether to keep the embeddings of `model` instead of computing new ones.
         batch_size, mesh: as in `inference.Predictor`.
+        progress: whether to show a progress bar.
 
     Returns:
-        How many blocks were embedded by this call.
+        How many blocks this call has embedded.
 
     Raises:
         FileNotFoundError: if there is no checkpoint or no tokenizer.
@@ -103,7 +107,7 @@ def build_index(
     if tokenizer is None:
         raise FileNotFoundError(f"{model} has no tokenizer; copy its files there.")
     config = {n: value for n, value in checkpoint.values.items() if n != "generation_config"}
-    parts = Parts({n: np.asarray(t) for n, t in tensors.items()}, config, tokenizer, records)
+    parts = OpenQAParts({n: np.asarray(t) for n, t in tensors.items()}, config, tokenizer, records)
     if keep_embeddings:
         require(
             kept.shape[0] == len(records),

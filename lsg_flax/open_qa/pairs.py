@@ -1,5 +1,5 @@
-"""What the models read of texts: questions with blocks as pairs, candidates, and where a block has
-an answer.
+"""Encodes texts for the models: pairs of a question and a block, candidates, and the positions of
+answers in blocks.
 
 Axes: B batch, C choices (candidates of a row), T tokens.
 """
@@ -18,8 +18,8 @@ _FIELDS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 class Pairs(NamedTuple):
-    """A question with each of some blocks, [CLS] question [SEP] block [SEP], and where the block's
-    own tokens are."""
+    """A question paired with several blocks, [CLS] question [SEP] block [SEP]; `block_mask` is True
+    for the block's own tokens."""
 
     input_ids: Int[np.ndarray, "blocks T"]
     attention_mask: Int[np.ndarray, "blocks T"]
@@ -28,7 +28,7 @@ class Pairs(NamedTuple):
 
 
 class AnswerPlaces(NamedTuple):
-    """Where blocks have answers; -1 fills up rows with fewer."""
+    """The positions of answers in blocks, padded with -1."""
 
     has_answers: Bool[np.ndarray, " blocks"]
     start_positions: Int[np.ndarray, "blocks places"]
@@ -36,8 +36,8 @@ class AnswerPlaces(NamedTuple):
 
 
 def checked_config(model: Model, task: str, tokenizer: Tokenizer) -> RealmConfig:
-    """The model's config; raises ValueError for another task, and for a tokenizer that makes no
-    pairs or has ids that the model does not know."""
+    """Returns the model's config; raises ValueError for another task, and for a tokenizer that
+    cannot make pairs or has ids beyond the model's vocabulary."""
     config = model.config
     if model.task != task or not isinstance(config, RealmConfig):
         raise ValueError(
@@ -57,8 +57,8 @@ def checked_config(model: Model, task: str, tokenizer: Tokenizer) -> RealmConfig
 def encode_pairs(
     tokenizer: Tokenizer, question: str, blocks: Sequence[str], max_length: int
 ) -> Pairs:
-    """The question with each block, as wide as the longest pair; of too long ones the longer part
-    is cut first. Raises ValueError if nothing of the blocks is left."""
+    """Pairs the question with each block, padded to the longest pair; in pairs that are too long
+    the longer part is truncated first. Raises ValueError if nothing of the blocks is left."""
     encoded = tokenizer(
         [question] * len(blocks),
         list(blocks),
@@ -76,8 +76,8 @@ def encode_pairs(
 
 
 def question_text(tokenizer: Tokenizer, ids: Int[np.ndarray, " T"]) -> str:
-    """A question's text from its ids, without special tokens. [UNK] stays: it stands for a word,
-    which the reference loses.
+    """Decodes a question without special tokens, except [UNK], which stands for a word (the
+    reference drops it).
 
     Raises:
         ValueError: for a question without words.
@@ -92,7 +92,7 @@ def question_text(tokenizer: Tokenizer, ids: Int[np.ndarray, " T"]) -> str:
 
 
 def check_answers(answer_ids: Sequence[Sequence[int]], max_span_width: int) -> None:
-    """Raises ValueError for answers that no span can be."""
+    """Raises ValueError for answers that are empty or longer than every span."""
     lengths = [len(answer) for answer in answer_ids]
     require(bool(lengths) and min(lengths) > 0, f"answers of {lengths} tokens; give at least one.")
     require(
@@ -106,8 +106,8 @@ def check_answers(answer_ids: Sequence[Sequence[int]], max_span_width: int) -> N
 def block_has_answer(
     input_ids: Int[np.ndarray, "blocks T"], answer_ids: Sequence[Sequence[int]], *, sep: int
 ) -> AnswerPlaces:
-    """Every place between a row's first and second [SEP] (whose id is `sep`) where an answer's ids
-    begin: answers in their order, places from left to right, -1 behind the last."""
+    """Finds every position between a row's first and second [SEP] (of id `sep`) where an answer's
+    ids start: in the order of the answers, then from left to right, padded with -1."""
     passed = (input_ids == sep).cumsum(axis=1)
     inside = (passed == 1) & (input_ids != sep)
     found: list[list[tuple[int, int]]] = [[] for _ in input_ids]
@@ -131,11 +131,14 @@ def batch_encode_candidates(
     max_length: int,
     text_pair: Sequence[Sequence[str]] | None = None,
 ) -> dict[str, Int[np.ndarray, "B C T"]]:
-    """Ids, mask and segments of the candidates of each row, cut and padded to `max_length`: what
-    RealmTokenizer's method of this name gives with truncation.
+    """Encodes the candidates of each row, truncated and padded to `max_length`, as RealmTokenizer's
+    method of this name with truncation.
+
+    Returns:
+        `input_ids`, `attention_mask` and `token_type_ids`, [B, C, T].
 
     Raises:
-        ValueError: if rows have different numbers of candidates, or pairs other ones than texts.
+        ValueError: if rows have different numbers of candidates, or pairs other numbers than texts.
     """
     both = [text] if text_pair is None else [text, text_pair]
     counts = [[len(row) for row in rows] for rows in both]

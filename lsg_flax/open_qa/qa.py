@@ -1,5 +1,5 @@
-"""Open-domain question answering: a question's vector finds blocks of a corpus, and a reader finds
-the answer in them. (RealmForOpenQA of transformers 4.37; arXiv 2002.08909)
+"""Open-domain question answering: a question's embedding retrieves blocks of a corpus, and a reader
+finds the answer in them. (RealmForOpenQA of transformers 4.37; arXiv 2002.08909)
 
 Axes: B batch (one question), T tokens, D model width (here of the projection).
 """
@@ -23,7 +23,7 @@ from lsg_flax.hub import Tokenizer
 from lsg_flax.models import Model, ModelOutput, Params, RealmConfig
 from lsg_flax.open_qa import pairs, reading
 from lsg_flax.open_qa.embeddings import BLOCK_EMBEDDINGS, write_embeddings
-from lsg_flax.open_qa.folder import Parts, write_folder
+from lsg_flax.open_qa.folder import OpenQAParts, write_folder
 from lsg_flax.open_qa.reading import Retrieved, best_span
 from lsg_flax.open_qa.records import Records, open_records
 from lsg_flax.open_qa.search import Search, Stored, device_search
@@ -35,8 +35,8 @@ Answers = Sequence[Sequence[int]]  # ids, without special tokens
 
 
 class OpenQAOutput(NamedTuple):
-    """What a call finds: the reader's output, whose numbers are transformers'; the answer's ids,
-    [T]; the numbers of the blocks that were found, best first."""
+    """The result of a call: the reader's output, with the numbers of transformers; the answer's
+    ids, [T]; the numbers of the retrieved blocks, best first."""
 
     reader_output: ModelOutput
     predicted_answer_ids: Int[np.ndarray, " T"]
@@ -44,7 +44,7 @@ class OpenQAOutput(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """An answer, its score (the reader's and the retriever's together), and its block."""
+    """An answer, its score (the sum of the reader's and the retriever's), and its block."""
 
     answer: str
     score: float
@@ -54,15 +54,18 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class OpenQA:
-    """A retriever and a reader over an index of blocks.
+    """A retriever and a reader with an index of text blocks.
 
     Attributes:
-        embedder, reader: models of these tasks.
-        params: {"embedder": ..., "reader": ...}.
-        tokenizer: of both.
-        records: the blocks' texts.
-        embeddings: [blocks, D]; rows are read when they are needed.
-        search: over these.
+        embedder, reader: models of the tasks "embedder" and "reader".
+        params: their parameters, {"embedder": ..., "reader": ...}.
+        tokenizer: the tokenizer of both.
+        records: the texts of the blocks.
+        embeddings: embeddings of the blocks, [blocks, D]; rows are read when needed.
+        search: finds the best blocks for an embedding.
+
+    Raises:
+        ValueError: for parts that do not fit together.
     """
 
     embedder: Model
@@ -74,14 +77,14 @@ class OpenQA:
     search: Search
 
     def __post_init__(self):
-        """Raises ValueError for parts that do not fit together."""
+        """Checks that the parts fit together."""
         pairs.checked_config(self.reader, "reader", self.tokenizer)
         width = pairs.checked_config(self.embedder, "embedder", self.tokenizer).retriever_proj_size
         require(
             tuple(self.embeddings.shape) == (len(self.records), width),
-            f"{self.records.place} has {len(self.records)} blocks and the embedder vectors of "
-            f"{width} numbers, but the embeddings are {tuple(self.embeddings.shape)}: they are of "
-            "another corpus or embedder; `lsg-flax index` makes new ones.",
+            f"{self.records.place} has {len(self.records)} blocks and the embedder gives vectors "
+            f"of {width} numbers, but the embeddings are {tuple(self.embeddings.shape)}: they "
+            "belong to another corpus or embedder; `lsg-flax index` makes new ones.",
         )
         longest = self.reader.max_length
         for name in ("reader_seq_len", "max_span_width"):
@@ -89,12 +92,12 @@ class OpenQA:
             require(
                 length <= longest,
                 f"{name}={length} is more than the {longest} tokens that the reader reads; lower "
-                "it in config.json, or convert the reader by lsg_flax.convert_checkpoint.",
+                "it in config.json, or convert the reader with lsg_flax.convert_checkpoint.",
             )
 
     @property
     def config(self) -> RealmConfig:
-        """The reader's: it has the beams."""
+        """The reader's config, which has the sizes of the beams."""
         assert isinstance(self.reader.config, RealmConfig)
         return self.reader.config
 
@@ -107,17 +110,18 @@ class OpenQA:
         search: Callable[[Stored], Search] = device_search,
         dtype: Dtype = jnp.float32,
     ) -> "OpenQA":
-        """Loads a folder or hub id of a RealmForOpenQA with its block_records.npy and tokenizer.
+        """Loads a RealmForOpenQA with its block_records.npy and tokenizer.
 
         Args:
-            reader: where to load the reader from, such as its conversion to LSG; `folder` itself by
-                default.
-            search: makes the search of the embeddings, such as `faiss_search`, or
+            folder: folder or hub id.
+            reader: folder or hub id of another reader, such as its conversion to LSG; by default
+                that of `folder`.
+            search: makes the search from the embeddings, such as `faiss_search`, or
                 `functools.partial(device_search, mesh=mesh, dtype=jnp.bfloat16)`.
             dtype: of the models' computation.
 
         Raises:
-            FileNotFoundError: if there is no checkpoint, tokenizer or record.
+            FileNotFoundError: if there is no checkpoint, tokenizer or block_records.npy.
             ValueError: for records that are a pickle, parts that do not fit together, and as
                 `lsg_flax.from_pretrained`.
         """
@@ -125,8 +129,8 @@ class OpenQA:
         embeddings = checkpoint.tensors.get(BLOCK_EMBEDDINGS)
         if not isinstance(embeddings, Stored):
             raise ValueError(
-                f"{folder} has no tensor {BLOCK_EMBEDDINGS!r}, the blocks' embeddings; `lsg-flax "
-                "index` makes a folder that has."
+                f"{folder} has no tensor {BLOCK_EMBEDDINGS!r}, the blocks' embeddings; make a "
+                "folder with them by `lsg-flax index`."
             )
         parts = checkpoint.tokenizer, open_records(checkpoint.root), embeddings
         if parts[0] is None:
@@ -138,11 +142,12 @@ class OpenQA:
         return cls(first, second, params, *parts, search(embeddings))
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Writes a folder that `from_pretrained` and transformers' RealmForOpenQA read; all files
-        together or, if anything fails, none.
+        """Writes a folder that `from_pretrained` and transformers' RealmForOpenQA can load; if
+        anything fails, nothing is written.
 
         Raises:
-            ValueError: if embedder and reader have different configs, of which the folder has one.
+            ValueError: if embedder and reader have different configs, because the folder has only
+                one.
             OSError: if it cannot be written.
         """
         models = {"embedder": self.embedder, "reader": self.reader}
@@ -150,15 +155,16 @@ class OpenQA:
         names = [path for path, *_ in differences(*configs)]
         require(
             not names,
-            f"embedder and reader differ in {names}, and a folder has one config.json; save the "
-            "reader by lsg_flax.save_pretrained, and give it to OpenQA.from_pretrained(reader=).",
+            f"embedder and reader differ in {names}, but a folder has only one config.json; save "
+            "the reader with lsg_flax.save_pretrained, and pass its folder to "
+            "OpenQA.from_pretrained(reader=).",
         )
         tensors = {
             f"{name}.{tensor}": values
             for name, model in models.items()
             for tensor, values in params_to_torch(self.params[name], model).items()
         }
-        parts = Parts(tensors, configs[0], self.tokenizer, self.records)
+        parts = OpenQAParts(tensors, configs[0], self.tokenizer, self.records)
         write_folder(folder, parts, lambda file: write_embeddings(file, self.embeddings))
 
     def __call__(
@@ -171,16 +177,20 @@ class OpenQA:
         *,
         key: jax.Array | None = None,
     ) -> OpenQAOutput:
-        """Finds blocks for one question and the answer in them.
+        """Retrieves blocks for one question and finds the answer in them.
 
         Args:
-            input_ids, attention_mask, token_type_ids: [1, T].
-            answer_ids: the right answers; gives the losses.
-            train: find searcher_beam_size blocks and not reader_beam_size.
-            key: of dropout, in training; None for none.
+            input_ids, attention_mask, token_type_ids: the question, [1, T].
+            answer_ids: the right answers as lists of ids; with them the output has losses.
+            train: whether to retrieve searcher_beam_size blocks instead of reader_beam_size.
+            key: random key of dropout in training; None for no dropout.
+
+        Returns:
+            The reader's output, the ids of the best answer, and the numbers of the retrieved
+            blocks.
 
         Raises:
-            ValueError: for another number of questions, one without words, answers that are empty
+            ValueError: for more than one question, a question without words, answers that are empty
                 or wider than max_span_width, and a beam that is larger than the index.
         """
         question, config = self._question(input_ids, attention_mask, token_type_ids), self.config
@@ -198,10 +208,10 @@ class OpenQA:
         return OpenQAOutput(output, ids[block, start : end + 1], found.blocks)
 
     def answer(self, question: str) -> Answer:
-        """The best answer to a question, with the block that it stands in.
+        """Returns the best answer to a question, its score, and the number and text of its block.
 
         Raises:
-            ValueError: for a question without words, or longer than the embedder reads, and scores
+            ValueError: for a question without words or longer than the embedder reads, and scores
                 that are not finite.
         """
         ids, mask, types = self.encode(question).values()
@@ -210,13 +220,13 @@ class OpenQA:
         require(
             bool(np.isfinite(score)),
             f"the best score of {question!r:.60} is {score}: parameters or embeddings of blocks "
-            "are not finite; take another checkpoint, and make its index anew.",
+            "are not finite; use another checkpoint, and make its index again.",
         )
         text = self.tokenizer.decode(ids)
         return Answer(text, float(score), block, *self.records.texts([block]))
 
     def encode(self, question: str) -> Question:
-        """A question's arrays, padded to one of a few lengths."""
+        """Returns a question's arrays, [1, T], padded to one of a few lengths."""
         encoded = self.tokenizer([question], return_token_type_ids=True, return_tensors="np")
         names = ("input_ids", "attention_mask", "token_type_ids")
         return self._question(*(encoded[name] for name in names))
@@ -229,15 +239,22 @@ class OpenQA:
         train: bool = False,
         params: Params | None = None,
     ) -> Retrieved:
-        """The blocks found for a question (`input_ids` and more, [1, T]), and where they have
-        answers; arguments and errors are those of the call. `params` are the embedder's, in
-        training those of the step."""
+        """Retrieves blocks for a question, and finds the answers in them.
+
+        Args:
+            question: `input_ids`, `attention_mask` and `token_type_ids`, [1, T].
+            answer_ids, train: as in the call.
+            params: the embedder's parameters; by default its own.
+
+        Raises:
+            ValueError: as the call.
+        """
         config, tokenizer = self.config, self.tokenizer
         beam = config.searcher_beam_size if train else config.reader_beam_size
         require(
             beam >= config.reader_beam_size,
             f"searcher_beam_size={beam} is less than reader_beam_size={config.reader_beam_size}; "
-            "the reader reads the best of what the searcher finds: raise it in config.json.",
+            "the reader reads the best blocks of the searcher: raise it in config.json.",
         )
         if answer_ids is not None:
             pairs.check_answers(answer_ids, config.max_span_width)
@@ -264,8 +281,8 @@ class OpenQA:
         )
         require(
             int(ids.min()) >= 0 and int(ids.max()) < words,
-            f"input_ids lie in {ids.min()}..{ids.max()}, and vocab_size={words}; do tokenizer and "
-            "checkpoint fit together?",
+            f"input_ids are in {ids.min()}..{ids.max()}, but vocab_size={words} allows "
+            f"0..{words - 1}; tokenizer and checkpoint do not belong together.",
         )
         mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask)
         types = np.zeros_like(ids) if token_type_ids is None else np.asarray(token_type_ids)

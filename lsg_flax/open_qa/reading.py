@@ -1,4 +1,4 @@
-"""The program that answers: a question and the blocks found for it, through embedder and reader.
+"""The program that answers: runs a question and its retrieved blocks through embedder and reader.
 
 Axes: D model width (here of the projection), T tokens.
 """
@@ -15,12 +15,12 @@ from jaxtyping import Array, Float, Int
 from lsg_flax.models import Model, ModelOutput, Params, RealmConfig
 from lsg_flax.open_qa.pairs import AnswerPlaces, Pairs
 
-_STEP = 64  # tokens by which pairs are padded, so that a few programs serve all questions
+_STEP = 64  # pairs are padded to multiples of it, so that a few programs serve all questions
 
 
 class Retrieved(NamedTuple):
-    """What was found for a question, best first: numbers of blocks, their embeddings, the question
-    with each, and where they have answers, if there are any to look for."""
+    """The blocks retrieved for a question, best first: their numbers, their embeddings, their pairs
+    with the question, and the positions of answers if answers are given."""
 
     blocks: Int[np.ndarray, " beam"]
     vectors: Float[np.ndarray, "beam D"]
@@ -30,7 +30,7 @@ class Retrieved(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="embedder")
 def embed_question(params: Params, question: dict[str, Any], *, embedder: Model) -> Array:
-    """The question's vector, [1, D]."""
+    """Returns the question's embedding, [1, D]."""
     output: Any = embedder.apply({"params": params}, **question)
     return output.projected_score
 
@@ -46,13 +46,15 @@ def read_blocks(
     embedder: Model,
     reader: Model,
 ) -> ModelOutput:
-    """The reader's outputs. The relevance of a block is the product of its vector with the
-    question's, which is embedded here, so that gradients reach the embedder.
+    """Returns the reader's outputs. The relevance of a block is the product of its embedding with
+    the question's, which is computed here, so that gradients reach the embedder.
 
     Args:
         params: {"embedder": ..., "reader": ...}.
-        blocks: of `reader_inputs`.
-        key: of dropout; None for none.
+        question: the question's arrays, [1, T].
+        vectors: embeddings of the blocks.
+        blocks: from `reader_inputs`.
+        key: random key of dropout; None for no dropout.
     """
     train, keys = key is not None, {} if key is None else {"dropout": key}
     variables = {"params": params["embedder"]}
@@ -66,8 +68,8 @@ def read_blocks(
 def reader_inputs(
     retrieved: Retrieved, config: RealmConfig, max_length: int
 ) -> dict[str, np.ndarray]:
-    """The reader's inputs but the relevance: the first reader_beam_size pairs, padded to a multiple
-    of 64 tokens; all labels, with a power of two of places."""
+    """Returns the reader's inputs without the relevance: the first reader_beam_size pairs, padded
+    to a multiple of 64 tokens, and all labels, padded to a power of two of positions."""
     beam, length = config.reader_beam_size, retrieved.pairs.input_ids.shape[1]
     padded = min(-(-length // _STEP) * _STEP, max_length)
     fill = ((0, 0), (0, max(padded, config.max_span_width) - length))
@@ -81,8 +83,8 @@ def reader_inputs(
 
 
 def without_padding(output: ModelOutput, *, padded: int, length: int, width: int) -> ModelOutput:
-    """The outputs as those of pairs of `length` tokens, which were padded to `padded`: spans (of up
-    to `width` tokens) that end in the padding are left out, and the others counted anew."""
+    """Returns the outputs for pairs of `length` tokens that were padded to `padded`: removes spans
+    (of up to `width` tokens) that end in the padding, and renumbers the others."""
     ends = np.concatenate([np.arange(more, padded) for more in range(width)])
     kept, before = ends < length, np.asarray(output.candidate).item()
     logits, correct = np.asarray(output.reader_logits)[:, kept], output.reader_correct
@@ -93,7 +95,8 @@ def without_padding(output: ModelOutput, *, padded: int, length: int, width: int
 
 
 def best_span(output: ModelOutput) -> tuple[int, int, int]:
-    """The place of the best block in the beam, the answer's first and last token in its pair."""
+    """Returns the index of the best block in the beam, and of the answer's first and last token in
+    its pair."""
     found = (output.block_idx, output.start_pos, output.end_pos)
     block, start, end = (np.asarray(value).item() for value in found)
     return block, start, end

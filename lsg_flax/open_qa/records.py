@@ -1,5 +1,5 @@
-"""The texts of an index's blocks: fixed-width bytes in a .npy, or the lines of a file. Nothing is
-unpickled but on request, and then nothing but bytes is let in.
+"""The texts of an index's blocks: fixed-width bytes in a .npy, or the lines of a file. Pickles are
+read only on request, and then only bytes and strings are allowed in them.
 """
 
 import os
@@ -29,14 +29,15 @@ _LET_IN = {
 
 
 class Records:
-    """Texts by number, decoded when asked for.
+    """The texts of blocks by number, decoded on demand.
 
     Attributes:
-        place: the file, for messages.
+        place: the file, for error messages.
     """
 
     def __init__(self, values: Sequence[bytes] | np.ndarray, place: str | os.PathLike):
-        """Takes UTF-8 bytes, in memory or mapped from a file; raises ValueError for none."""
+        """Takes UTF-8 bytes, in memory or mapped from a file; raises ValueError if there are
+        none."""
         self.values, self.place = values, str(place)
         require(len(values) > 0, f"{place} has no blocks; an index needs at least one.")
 
@@ -44,7 +45,8 @@ class Records:
         return len(self.values)
 
     def texts(self, numbers: Iterable[int]) -> list[str]:
-        """The texts of these blocks; raises ValueError for one that is not UTF-8, by number."""
+        """Returns the texts of these blocks; raises ValueError, with the block's number, for one
+        that is not UTF-8."""
         return [self._text(number) for number in numbers]
 
     def _text(self, number: int) -> str:
@@ -58,7 +60,7 @@ class Records:
 
 
 def open_records(path: str | os.PathLike) -> Records:
-    """The records in a file, or in a folder's block_records.npy.
+    """Opens the records in a file, or in a folder's block_records.npy.
 
     Args:
         path: a .npy of fixed-width bytes (`dtype("S...")`, one dimension), which is mapped and not
@@ -104,8 +106,8 @@ def _mapped(file: pathlib.Path) -> np.ndarray:
 
 
 def write_records(file: str | os.PathLike, records: Records) -> None:
-    """Writes a .npy of fixed-width bytes, as wide as the longest text; it gets its name when it is
-    complete.
+    """Writes a .npy of fixed-width bytes, as wide as the longest text. A temporary file is renamed
+    when it is complete.
 
     Raises:
         ValueError: if a text ends in a zero byte, which such arrays lose.
@@ -123,8 +125,8 @@ def write_records(file: str | os.PathLike, records: Records) -> None:
 
 
 def unpickle_records(file: str | os.PathLike) -> Records:
-    """The records in a pickled object array, such as the published block_records.npy, read into
-    memory: its classes are looked up in a list of NumPy's own, so no code of the file runs.
+    """Reads the records in a pickled object array, such as the published block_records.npy, into
+    memory. Only a few of NumPy's own classes are allowed in it, so no code of the file runs.
 
     Raises:
         ValueError: if it holds anything but a one-dimensional array of bytes or texts.
@@ -149,7 +151,7 @@ def unpickle_records(file: str | os.PathLike) -> Records:
 
 
 class _BytesAlone(pickle.Unpickler):
-    """Refuses every class and function but those of an array of bytes."""
+    """An unpickler that refuses every class and function that an array of bytes does not need."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _LET_IN:

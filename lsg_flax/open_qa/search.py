@@ -1,5 +1,5 @@
-"""Which blocks fit questions best: exact search for the largest inner products, in parts and over
-devices; or an index library's.
+"""Finds the best blocks for questions: exact search for the largest inner products, in parts and
+over devices; or search by an index library.
 
 Axes: D model width (here of the projection).
 """
@@ -22,7 +22,7 @@ from lsg_flax.checks import require
 from lsg_flax.hub import StoredTensor
 from lsg_flax.sharding import AXES, check_devices, make_mesh
 
-_SCORES = 2**26  # at once on a device: 256 MiB in float32
+_SCORES = 2**26  # number of scores computed at once on a device: 256 MiB in float32
 _LEAST = float(np.finfo(np.float32).min)
 
 
@@ -30,7 +30,8 @@ Stored = np.ndarray | jax.Array | StoredTensor  # embeddings, [blocks, D]; np.me
 
 
 class Beam(NamedTuple):
-    """The best blocks of each question, best first; of equal ones the lower number, if exact."""
+    """The best blocks of each question, best first; with exact search the lower number comes first
+    among equal ones."""
 
     scores: Float[np.ndarray, "questions beam"]
     blocks: Int[np.ndarray, "questions beam"]
@@ -46,17 +47,20 @@ def device_search(
     dtype: Dtype = jnp.float32,
     recall: float | None = None,
 ) -> Search:
-    """A search on devices, where the embeddings then lie; each reads its own part of a file.
+    """Makes a search on devices, which keep the embeddings in memory; each device reads only its
+    own part of a file.
 
     Args:
-        mesh: of `sharding.make_mesh`, over all of whose devices blocks are cut; one by default.
-        dtype: in which embeddings lie and are multiplied; sums are float32.
-        recall: None for the exact best blocks; else `lax.approx_max_k` finds about this share of
-            them, which a TPU does faster.
+        embeddings: embeddings of the blocks, [blocks, D].
+        mesh: a mesh of `sharding.make_mesh`, over all devices of which blocks are sharded; by
+            default one device.
+        dtype: of the embeddings and their products; sums are float32.
+        recall: None for the exact best blocks; otherwise `lax.approx_max_k` finds about this share
+            of them, which is faster on a TPU.
 
     Raises:
-        ValueError: for no embeddings and a recall outside 0..1; the search itself for queries of
-            another width and a beam larger than the index.
+        ValueError: if there are no embeddings, or `recall` is outside 0..1. The search raises it
+            for queries of another width, and a beam larger than the index.
     """
     require(recall is None or 0 < recall < 1, f"recall={recall} must lie between 0 and 1.")
     mesh = make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
@@ -66,7 +70,7 @@ def device_search(
     def read(index: Any) -> np.ndarray:
         first, last, _ = index[0].indices(rows)
         part = np.zeros((last - first, width), dtype)
-        if first < count:  # else all of it fills up the last device
+        if first < count:  # otherwise this part is only padding
             part[: count - first] = np.asarray(embeddings[first : min(last, count)])
         return part
 
@@ -84,15 +88,16 @@ def device_search(
 
 
 def faiss_search(embeddings: Stored, *, factory: str = "Flat") -> Search:
-    """A search by faiss, for indexes that answer faster on a CPU than exact search.
+    """Makes a search by faiss, for indexes that are faster on a CPU than exact search.
 
     Args:
-        factory: what `faiss.index_factory` makes, such as "Flat" (exact) or "IVF4096,Flat".
+        embeddings: embeddings of the blocks, [blocks, D].
+        factory: argument of `faiss.index_factory`, such as "Flat" (exact) or "IVF4096,Flat".
 
     Raises:
         ImportError: if faiss is not installed.
-        ValueError: for a factory that faiss does not know; the search itself as `device_search`,
-            and where faiss finds fewer blocks than asked for.
+        ValueError: for a factory that faiss does not know. The search raises it as `device_search`,
+            and if faiss finds fewer blocks than asked for.
     """
     try:
         faiss = importlib.import_module("faiss")
@@ -164,7 +169,7 @@ def best_blocks(
 
 
 def _best_rows(blocks: Array, queries: Array, count: Array, beam: int, recall: float | None):
-    """The best of one device's rows, of which the first `count` are blocks."""
+    """Returns the best of one device's rows, of which the first `count` are blocks."""
     rows, precision = blocks.shape[0], "highest" if blocks.dtype == jnp.float32 else None
     parts = min(math.ceil(rows * queries.shape[0] / _SCORES), max(rows // beam, 1))
     size = math.ceil(rows / parts)

@@ -1,5 +1,5 @@
-"""Training retriever and reader end to end, and before that the retriever by masked names and
-dates, while the index follows the embedder. (arXiv 2002.08909, sections 3.3 and 3.4)
+"""Trains retriever and reader end to end, and pretrains the retriever on masked names and dates,
+while the index is refreshed from the embedder. (arXiv 2002.08909, sections 3.3 and 3.4)
 
 Axes: B batch (one question or text), C choices (candidates), T tokens, D model width (here of the
 projection).
@@ -27,20 +27,21 @@ from lsg_flax.open_qa.reading import embed_question, read_blocks, reader_inputs
 from lsg_flax.open_qa.records import Records
 from lsg_flax.open_qa.search import Search, Stored, device_search
 
-# Names, in which small words may stand, and dates and numbers: what a text says of the world.
+# Names (which may have small words inside), dates and numbers: knowledge about the world.
 _SALIENT = re.compile(
     r"\b[A-Z]\w+(?:\s+(?:(?:of|the|de|van|von)\s+)?[A-Z]\w+)*|\b\d{1,4}(?:[./:-]\d{1,2}){0,2}\b"
 )
-_TITLE = re.compile(r"(?:^|[.!?]\s+)$")  # what stands before a sentence's first word
+_TITLE = re.compile(r"(?:^|[.!?]\s+)$")  # what precedes the first word of a sentence
 
 
 class LiveIndex:
-    """Embeddings of blocks that follow an embedder in training. Every `every` steps those of the
-    parameters of `every` steps before are taken up, and new ones begin in a thread, if one of
-    `steps` steps will use them; so runs repeat.
+    """Embeddings of blocks that are refreshed while an embedder is trained. Every `every` steps it
+    switches to embeddings of the parameters of `every` steps before, and starts to compute the next
+    ones in a thread, if one of the `steps` steps will use them; so runs are reproducible.
 
     Attributes:
-        embeddings, search: the present ones; new ones are in memory and on the default device.
+        embeddings, search: the current ones; refreshed ones are in memory and on the default
+            device.
     """
 
     def __init__(
@@ -53,8 +54,8 @@ class LiveIndex:
         steps: int,
         start: tuple[Stored, Search] | Params,
     ):
-        """Begins with what is there, or what the embedder makes of its parameters; with every=None
-        that stays."""
+        """Starts with given embeddings and their search, or with those that the embedder computes
+        from given parameters; with every=None they are never refreshed."""
         require(every is None or every > 0, f"refresh_every={every} must be at least 1, or None.")
         self._model, self._tokenizer, self._records = embedder, tokenizer, records
         self._thread, self._next = concurrent.futures.ThreadPoolExecutor(1), None
@@ -62,7 +63,7 @@ class LiveIndex:
         self.embeddings, self.search = start if isinstance(start, tuple) else self._made(start)
 
     def follow(self, step: int, params: Params) -> None:
-        """Takes up new embeddings and begins the next ones, if it is time."""
+        """Switches to new embeddings and starts computing the next ones, if it is time."""
         if self._every is None or step % self._every:
             return
         if self._next is not None:
@@ -102,20 +103,25 @@ def finetune(
     key: jax.Array | None = None,
     refresh_every: int | None = None,
 ) -> tuple[OpenQA, list[float]]:
-    """Trains embedder and reader by the marginal likelihood of right blocks and right spans, a
-    question a step; one whose searcher_beam_size blocks have no answer has no gradient.
+    """Trains embedder and reader on the marginal likelihood of right blocks and right spans, one
+    question per step. A question without an answer in its searcher_beam_size blocks gives no
+    gradient.
 
     Args:
-        examples: questions, each with its right answers as texts; taken in turn.
-        key: of dropout; None for none.
-        refresh_every: steps after which the index follows; None keeps it, as REALM's fine-tuning.
+        qa: the models and the index to start from.
+        examples: questions, each with its right answers as texts; used in turn.
+        optimizer: the optimizer.
+        steps: number of steps.
+        key: random key of dropout; None for no dropout.
+        refresh_every: steps between refreshes of the index; None never refreshes it, as in REALM's
+            fine-tuning.
 
     Returns:
-        The trained OpenQA, over the embeddings that it was trained with last, and the losses.
+        The trained OpenQA, with the embeddings that it was trained with last, and the losses.
 
     Raises:
-        ValueError: as `OpenQA`'s call, by the example's question.
-        FloatingPointError: at a loss that is not finite.
+        ValueError: as `OpenQA`'s call, with the example's question.
+        FloatingPointError: for a loss that is not finite.
     """
     require(bool(examples), "there are no examples; give questions with their answers.")
     index = LiveIndex(
@@ -154,8 +160,8 @@ def finetune(
 
 
 def salient_spans(text: str) -> list[tuple[int, int]]:
-    """Where a text has names, dates and numbers, by rules where the paper has a tagger: words with
-    a capital that do not begin a sentence, or are several, and digits."""
+    """Returns the spans of names, dates and numbers in a text. Where the paper uses a tagger, these
+    are rules: capitalised words that do not start a sentence, or are several, and digits."""
     found = []
     for match in _SALIENT.finditer(text):
         begins = _TITLE.search(text[: match.start()]) and not match[0][0].isdigit()
@@ -166,8 +172,8 @@ def salient_spans(text: str) -> list[tuple[int, int]]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pretraining:
-    """What predicts masked names and dates from the blocks that it finds: an embedder and a
-    knowledge-augmented encoder of one tokenizer, and the blocks' texts."""
+    """The models of pretraining, which predict masked names and dates from retrieved blocks: an
+    embedder and a knowledge-augmented encoder with one tokenizer, and the texts of the blocks."""
 
     embedder: Model
     encoder: Model
@@ -177,8 +183,8 @@ class Pretraining:
     def example(
         self, text: str, span: tuple[int, int], candidates: Sequence[str]
     ) -> dict[str, dict[str, np.ndarray]]:
-        """Inputs of both models: the text with its span masked, alone and with each candidate, the
-        last of which is none; and the candidates alone.
+        """Makes the inputs of both models: the text with its span masked, on its own and with each
+        candidate (an empty one is added at the end); and the candidates on their own.
 
         Raises:
             ValueError: for a text that is too long for the encoder.
@@ -192,7 +198,7 @@ class Pretraining:
         pairs = encode([[masked] * len(others[0])], text_pair=others)
         alone, whole = encode([[masked]]), encode([[text]])["input_ids"][0]
         hidden = alone["input_ids"][0] == mask
-        kept = hidden | (alone["input_ids"][0] == whole)  # a span cuts no token in two
+        kept = hidden | (alone["input_ids"][0] == whole)  # the span does not split a token
         seen = (pairs["input_ids"][0] == mask) == hidden
         require(
             bool(kept.all() and seen.all()) and int(hidden.sum()) == len(words) > 0,
@@ -204,8 +210,8 @@ class Pretraining:
         return {"question": question, "blocks": blocks, "encoder": pairs | labels}
 
     def loss(self, params: Params, example: dict[str, Any]) -> Array:
-        """-log of what is masked, over all candidates by their relevance, with gradients for both
-        models: candidates are embedded anew."""
+        """-log of the probability of the masked tokens, over all candidates by their relevance. It
+        has gradients for both models, because candidates are embedded here."""
         variables = {"params": params["embedder"]}
         query: Any = self.embedder.apply(variables, **example["question"])
         blocks: Any = self.embedder.apply(variables, **example["blocks"])
@@ -225,14 +231,17 @@ def pretrain(
     refresh_every: int | None = 500,
     seed: int = 0,
 ) -> tuple[Params, list[float]]:
-    """Trains both models, a text a step, one of whose salient spans is masked. Its candidates are
-    the best num_candidates - 1 blocks that do not hold the text itself, and none.
+    """Trains both models, one text per step, of which one salient span is masked. Its candidates
+    are the best num_candidates - 1 blocks that do not contain the text, and an empty one.
 
     Args:
+        models: the models and the blocks.
         params: {"embedder": ..., "encoder": ...}.
-        texts: those without salient spans are passed over.
-        refresh_every: steps after which the index follows, as `LiveIndex`.
-        seed: of the choice of spans.
+        texts: training texts; those without salient spans are skipped.
+        optimizer: the optimizer.
+        steps: number of steps.
+        refresh_every: steps between refreshes of the index, see `LiveIndex`.
+        seed: seed of the choice of spans.
 
     Returns:
         The trained parameters and the losses.
@@ -240,7 +249,7 @@ def pretrain(
     Raises:
         ValueError: for texts none of which has a salient span, or that are too long, and models of
             other tasks or another vocabulary.
-        FloatingPointError: at a loss that is not finite.
+        FloatingPointError: for a loss that is not finite.
     """
     config = checked_config(models.encoder, "knowledge_augmented_encoder", models.tokenizer)
     salient = [(text, spans) for text in texts if (spans := salient_spans(text))]

@@ -1,5 +1,5 @@
-"""The arguments of attention, [batch, tokens, heads, width]: checked, and laid out with features
-first.
+"""Checks the arguments of attention, [batch, tokens, heads, width], and transposes them so that
+features come first.
 
 Axes: B batch, T tokens, S keys, N heads, H head width.
 """
@@ -16,8 +16,8 @@ from lsg_flax.patterns.segments import check_packing, with_globals
 
 
 class Arrays(NamedTuple):
-    """What attention is computed of; `mask` is True for keys that may be seen, `segments` number
-    the texts that lie in one row."""
+    """The checked inputs of attention. `mask` is True for keys that may be seen; `segments` number
+    the texts that share a row."""
 
     query: Float[Array, "B T N H"]
     key: Float[Array, "B S N H"]
@@ -46,7 +46,7 @@ def checked_tokens(query, key, value, mask, segments=None) -> Arrays:
 
 
 def checked_segments(segments, shape: tuple[int, ...]) -> Int[Array, "B _"]:
-    """The texts of tokens as an array; raises ValueError if it is none of this shape."""
+    """Returns segment_ids as an array; raises ValueError unless they are integers of this shape."""
     if segments.shape != shape or not jnp.issubdtype(segments.dtype, jnp.integer):
         raise ValueError(
             f"segment_ids must be integers of shape {shape} (batch, tokens without prepended "
@@ -57,10 +57,10 @@ def checked_segments(segments, shape: tuple[int, ...]) -> Int[Array, "B _"]:
 
 
 def checked_arrays(query, key, value, mask) -> Arrays:
-    """The arrays with a mask, and a key head for each head of the queries.
+    """Returns the arrays with a boolean mask, keys and values repeated to one head per query head.
 
     Raises:
-        ValueError: for shapes that do not fit together, and dtypes that are none of attention's.
+        ValueError: for shapes that do not fit together, and arrays that are not floating-point.
     """
     shapes = f"query {query.shape}, key {key.shape} and value {value.shape}"
     if {query.ndim, key.ndim, value.ndim} != {4}:
@@ -81,8 +81,8 @@ def checked_arrays(query, key, value, mask) -> Arrays:
     for name, array in (("query", query), ("key", key), ("value", value)):
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(
-                f"{name} has dtype {array.dtype}, but attention is of real numbers; give float32, "
-                "bfloat16 or float16, for example by astype(jnp.float32)."
+                f"{name} has dtype {array.dtype}, but attention needs floating-point numbers; give "
+                "float32, bfloat16 or float16, for example by astype(jnp.float32)."
             )
     if mask is None:
         mask = jnp.ones(key.shape[:2], bool)
@@ -98,17 +98,18 @@ def checked_arrays(query, key, value, mask) -> Arrays:
 
 
 def check_shards(segment_ids, shards: int) -> None:
-    """Raises ValueError for several texts in rows that are cut over a sequence axis."""
+    """Raises ValueError for rows of several texts that would be sharded over a sequence axis."""
     require(
         segment_ids is None or shards == 1,
-        f"segment_ids with sequence={shards} devices: a row of several texts is not cut over a "
-        "sequence axis; lay its devices along data.",
+        f"segment_ids with sequence={shards} devices: a row of several texts cannot be sharded "
+        "over a sequence axis; use these devices as data instead.",
     )
 
 
 def checked_for(pattern: LSG, arrays: tuple, segment_ids, num_segments: int | None) -> Arrays:
-    """`checked_tokens` of query, key, value and mask, prepended globals in front, with the segments
-    of both; raises ValueError for what the pattern cannot be."""
+    """Returns `checked_tokens` of query, key, value and mask, with the segments of the prepended
+    globals in front of those of the tokens; raises ValueError for invalid settings of the pattern
+    or of the segments."""
     if pattern.global_tokens not in ("prepended", "first_token", "none"):
         raise ValueError(
             f"global_tokens={pattern.global_tokens!r} is unknown; choose 'prepended', "
@@ -126,13 +127,13 @@ def checked_for(pattern: LSG, arrays: tuple, segment_ids, num_segments: int | No
     check_packing(pattern.config)
     require(
         pattern.global_tokens != "first_token",
-        "global_tokens='first_token' is one global for the whole row, and segment_ids put several "
-        "texts there; choose 'prepended' or 'none'.",
+        "global_tokens='first_token' makes one global for the whole row, but segment_ids put "
+        "several texts into it; choose 'prepended' or 'none'.",
     )
     require(
         not split or num_segments is not None,
         f"segment_ids with prepended globals: each text has its own num_global_tokens="
-        f"{pattern.config.num_global_tokens}; say how many texts there are, num_segments=.",
+        f"{pattern.config.num_global_tokens}; pass num_segments=, the most texts of a row.",
     )
     batch, length = tokens.mask.shape
     segments = checked_segments(segment_ids, (batch, length - split))
@@ -141,10 +142,10 @@ def checked_for(pattern: LSG, arrays: tuple, segment_ids, num_segments: int | No
 
 
 def features_first(x: Float[Array, "B T N H"]) -> Float[Array, "B N H T"]:
-    """The layout of patterns and kernels."""
+    """Transposes to the layout of patterns and kernels."""
     return x.transpose(0, 2, 3, 1)
 
 
 def tokens_first(x: Float[Array, "B N H T"]) -> Float[Array, "B T N H"]:
-    """The layout of public functions."""
+    """Transposes to the layout of public functions."""
     return x.transpose(0, 3, 1, 2)

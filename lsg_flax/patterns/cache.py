@@ -1,9 +1,9 @@
-"""What decoding keeps between calls, and one more token's attention to it.
+"""The cache of decoding: what it keeps between calls, and how one more token attends to it.
 
-What a causal query sees does not depend on later tokens, so nothing kept is ever computed anew:
-keys and values are written once, and the representatives of a block once it is full. Globals stand
-in front of the token slots; they see no token and never change. All shapes are fixed: a cache has
-slots for whole blocks, and slots without a token are masked.
+What a causal query sees does not depend on later tokens, so nothing in the cache is ever
+recomputed: keys and values are written once, and the representatives of a block once it is full.
+Globals come before the token slots; they see no token and never change. All shapes are fixed: a
+cache has slots for whole blocks, and slots without a token are masked.
 
 Axes: L layers, B batch, N heads, H head width, T tokens, S keys, Q queries of a
 block, W keys of a block's windows.
@@ -28,15 +28,15 @@ from lsg_flax.patterns.representatives import choose, first_query
 
 
 class LayerCache(NamedTuple):
-    """What one layer keeps; in `Cache` all arrays have a leading axis L.
+    """The cache of one layer; in `Cache` all arrays have a leading axis L.
 
     Attributes:
-        tokens: the globals, then the slots; masks are [B, 1, S].
-        chosen: the representatives of the slots, of full blocks right ones; None without a sparse
+        tokens: keys and values of the globals, then of the slots; masks are [B, 1, S].
+        chosen: the representatives of the slots, valid for full blocks only; None without a sparse
             part.
-        bos_query: what "bos_pooling" weighs with.
+        bos_query: the query whose scores are the weights of "bos_pooling".
         memory: keys and values of the encoder's states, for cross-attention.
-        buckets, first: of Reformer (see `cache_rows.py`).
+        buckets, first: only for Reformer (see `cache_rows.py`).
     """
 
     tokens: Source
@@ -48,12 +48,12 @@ class LayerCache(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """What a causal model keeps between calls: a pytree of arrays with fixed shapes.
+    """The cache of a causal model: a pytree of arrays with fixed shapes.
 
     Attributes:
-        layers: keys and values.
-        length: slots in use, the same for every row (rows are padded on the left).
-        position: the position id of the next token.
+        layers: keys and values of all layers.
+        length: number of slots in use, the same for every row (rows are padded on the left).
+        position: the position id of each row's next token.
     """
 
     layers: LayerCache
@@ -67,31 +67,31 @@ class Cache(NamedTuple):
         mask: Bool[Array, "B T"],
         position_ids: Int[Array, "#B T"] | None = None,
     ) -> "Cache":
-        """The first one; positions are counted on from that of the prompt's last token. What lies
-        behind the last real token of all rows fills a bucket, and its slots are free."""
+        """Makes the cache of a prompt. The next position is that of the prompt's last token plus
+        one. Columns after the last real token of all rows are padding to a bucket; their slots are
+        free."""
         ends = jnp.where(mask, jnp.arange(1, mask.shape[1] + 1)[None], 1)
         length = jnp.max(ends).astype(jnp.int32)
         position = length[None] if position_ids is None else position_ids[:, length - 1] + 1
         return cls(layers, length, jnp.broadcast_to(position, mask.shape[:1]).astype(jnp.int32))
 
     def take(self, rows: Int[Array, "*B _"]) -> "Cache":
-        """The cache of these rows of the batch, in this order, some of them more than once
-        perhaps; or of beams.
+        """Selects rows of the batch, or the beams that a beam search continues.
 
         Args:
-            rows: [rows]; or [B, beams], for the beams of each text, which lie together, the ones
-                that they go on from, counted from 0 in each text. Texts then do not meet, so that
-                no device needs another's, and cross-attention's keys and values stay as they are,
-                once per text.
+            rows: [rows], the rows to take, in this order; a row may occur more than once. Or
+                [B, beams]: for each beam of a text the beam to continue from, counted from 0 within
+                the text. The beams of a text are adjacent rows. Rows then never move between texts,
+                so that no device needs data of another, and the keys and values of cross-attention
+                are not changed: they are kept once per text.
 
         Raises:
-            ValueError: for anything but whole numbers of these shapes.
+            ValueError: if rows are not integers of one of these shapes.
         """
         rows = jnp.asarray(rows)
         if rows.ndim not in (1, 2) or not jnp.issubdtype(rows.dtype, jnp.integer):
             raise ValueError(
-                f"rows must be whole numbers, [rows] or [texts, beams], got {rows.dtype} "
-                f"{rows.shape}."
+                f"rows must be integers, [rows] or [texts, beams], got {rows.dtype} {rows.shape}."
             )
         if rows.ndim == 1:
             layers = jax.tree.map(lambda x: jnp.take(x, rows, axis=1), self.layers)
@@ -103,14 +103,15 @@ class Cache(NamedTuple):
 
 
 def _of_beams(x: Array, parents: Int[Array, "B _"], axis: int) -> Array:
-    """The axis of texts and their beams, each beam taken from one of its own text."""
+    """Selects, along an axis of texts and their beams, each beam's parent within its own text."""
     texts = x.reshape(*x.shape[:axis], len(parents), -1, *x.shape[axis + 1 :])
     pick = jax.vmap(partial(jnp.take, axis=axis, mode="clip"), in_axes=(axis, 0), out_axes=axis)
     return pick(texts, parents).reshape(*x.shape[:axis], parents.size, *x.shape[axis + 1 :])
 
 
 def cut(source: Source, layer: Int[Array, ""], start: Int[Array, ""] | int, width: int) -> Source:
-    """A run of one layer's keys: cutting it from all layers' saves a copy of that layer."""
+    """Slices a run of one layer's keys. Slicing the run first, from all layers, avoids a copy of
+    the whole layer."""
 
     def run(x):
         run = lax.dynamic_slice_in_dim(x, start, width, axis=-1)
@@ -120,7 +121,7 @@ def cut(source: Source, layer: Int[Array, ""], start: Int[Array, ""] | int, widt
 
 
 def write(old: Source, new: Source, start: Int[Array, ""]) -> Source:
-    """The keys with new ones from a place on."""
+    """Writes new keys into the old ones from slot `start` on."""
 
     def write(old, new):
         return lax.dynamic_update_slice_in_dim(old, new, start, axis=-1)
@@ -134,8 +135,8 @@ def attend_token(
     scale: float | None = None,
     biases: list[Float[Array, "N _"]] | None = None,
 ) -> Float[Array, "B N H 1"]:
-    """One softmax over all that a token sees; joining the sources would copy them. `biases` are
-    added to the scores of each source."""
+    """Attends with one softmax over all sources that a token sees, without concatenating them,
+    which would copy them. `biases` are added to the scores of each source."""
     query = query * (query.shape[2] ** -0.5 if scale is None else scale)
     product = {"preferred_element_type": jnp.float32}
     scores = [jnp.einsum("bnhq,bnhs->bnqs", query, s.key, **product) for s in seen]
@@ -156,8 +157,8 @@ def attend_token(
 
 
 def slots_for(length: int, config: LSGConfig | Local | None) -> int:
-    """Slots of a cache for `length` tokens: with LSG attention whole blocks, two at least; with
-    local attention whole windows, as many as a token sees at least.
+    """Returns the number of slots of a cache for `length` tokens: with LSG attention whole blocks,
+    at least two; with local attention whole windows, at least as many as a token sees.
 
     Raises:
         ValueError: for settings under which the uncached model does not run at every length.
@@ -167,15 +168,15 @@ def slots_for(length: int, config: LSGConfig | Local | None) -> int:
     if isinstance(config, Local):
         require(
             config.causal,
-            "a cache is for a causal model, and this one has causal=False: its tokens see later "
-            "ones, so that nothing can be kept of them.",
+            "a cache needs a causal model, but this one has causal=False: its tokens see later "
+            "ones, so nothing computed for them can be kept. Call it without a cache.",
         )
         return max(-(-length // config.window_size), config.windows_seen) * config.window_size
     block = config.block_size
     if length > 2 * block and not config.adaptive:
         raise ValueError(
             f"a cache of {length} tokens is over two blocks of {block}, and with adaptive=False "
-            "longer sequences must be whole blocks, which growing ones are not: set adaptive=True."
+            "longer sequences must be whole blocks, which a growing one is not: set adaptive=True."
         )
     chunked = config.sparsity_factor > 1 and sparsity.effective_type(config) in ("norm", "lsh")
     if config.is_sparse and chunked and block % config.selection_chunk:
@@ -190,7 +191,8 @@ def slots_for(length: int, config: LSGConfig | Local | None) -> int:
 def keep_blocks(
     pattern: LSG, query: Float[Array, "B N H T"], source: Source, run: Runtime, slots: int
 ) -> LayerCache:
-    """What a layer keeps of the prompt, globals behind it; see `patterns.prefill`."""
+    """Makes the cache of a layer from a prompt whose globals come after it; see
+    `patterns.prefill`."""
     config, split = pattern.config, pattern.split
     query, source = jax.tree.map(lambda x: jnp.roll(x, split, axis=-1), (query, source))
     fill = split + slots - query.shape[-1]
@@ -210,7 +212,8 @@ def step_in_blocks(
     cache: Cache,
     layer: Int[Array, ""],
 ) -> tuple[Float[Array, "B N H 1"], LayerCache]:
-    """The next token's context, and its key and value with the representatives of its block."""
+    """Returns the next token's context, and what to write: its key and value, and the
+    representatives of its block."""
     config, split, kept = pattern.config, pattern.split, cache.layers.tokens
     before = jnp.maximum(cache.length // config.block_size - 1, 0) * config.block_size
     local = cut(kept, layer, split + before, 2 * config.block_size)
@@ -235,8 +238,8 @@ def _left_window(config: LSGConfig, cache: Cache, layer: Int[Array, ""]) -> Sour
 def _of_current_block(
     pattern: LSG, token: Source, run: Runtime, cache: Cache, layer: Int[Array, ""]
 ) -> Source:
-    """Representatives of the block that the token is in: chosen with its last token, before that
-    whatever is there, which no query sees."""
+    """The representatives of the token's block. They are chosen with the last token of the block;
+    before that the old values stay, which no query sees."""
     kept, block, step = cache.layers, pattern.config.block_size, pattern.config.sparse_step
     old, number = kept.chosen, cache.length // block
     assert old is not None and kept.bos_query is not None
@@ -259,9 +262,9 @@ def step_locally(
     layer: Int[Array, ""],
     bias: Float[Array, "N Q W"] | None,
 ) -> Float[Array, "B N H 1"]:
-    """The next token's context: of all that is kept only the windows that it sees are read. Keys
-    are kept as they were before they were rotated, so that each step turns them by their places
-    among these windows."""
+    """Returns the next token's context. Only the windows that the token sees are read from the
+    cache. Keys are kept unrotated, so that each step rotates them by their positions in these
+    windows."""
     size, before = pattern.window_size, pattern.look_backward * pattern.window_size
     begin = cache.length // size * size - before
     start = jnp.maximum(begin, 0)

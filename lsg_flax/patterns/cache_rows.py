@@ -1,7 +1,7 @@
-"""What decoding keeps where each row's own tokens begin at slot 0, and one more token's attention
-to it: of Reformer, whose chunks are counted from a row's first token.
+"""The cache of Reformer, in which each row's tokens start at slot 0, because chunks are counted
+from a row's first token; and how one more token attends to it.
 
-`Cache.position` then says how many tokens a row has, and padding behind them is free slots.
+`Cache.position` is the number of tokens of a row; the slots after them are free.
 
 Axes: L layers, B batch, N heads, H head width, S keys, W keys of a block's windows.
 """
@@ -20,28 +20,28 @@ from lsg_flax.patterns.pattern import LSH, Local, Runtime
 def keep_rows(
     source: Source, slots: int, buckets: Int[Array, "B N rounds T"], first: Int[Array, "B"]
 ) -> LayerCache:
-    """What a layer keeps of a prompt, whose mask is False behind each row's tokens.
+    """Makes the cache of a layer from a prompt whose mask is False after each row's tokens.
 
     Args:
-        buckets: of the tokens; of local attention, which has none, anything.
-        first: from how many tokens on a new one sees its window.
+        buckets: the buckets of the tokens; ignored for local attention, which has none.
+        first: the number of tokens of a row from which on a new token sees only its window.
     """
     source, buckets = jax.tree.map(
         lambda x: pad(x[..., :slots], 0, max(slots - x.shape[-1], 0)), (source, buckets)
-    )  # a prompt may be filled up beyond the slots
+    )  # a prompt may be padded beyond the slots
     return LayerCache(source, buckets=buckets, first=first)
 
 
 def windows_from(pattern: LSH, length: Int[Array, "B"], padded: Int[Array, "B"]) -> Int[Array, "B"]:
-    """How many tokens a row has, behind a prompt of this length, before a new one sees its window
-    and not all of them. As in the reference: a prompt that was hashed, filled up to more than a
-    chunk, has windows at once, and the first step behind one whole chunk hashes it."""
+    """Returns the number of tokens of a row from which on a new token sees only its window instead
+    of all tokens. As in the reference: after a prompt that was hashed, which is one padded to more
+    than a chunk, this is so at once; the first step after exactly one chunk hashes it."""
     chunk = pattern.chunk_length
     return jnp.where(padded > chunk, 0, chunk + (length == chunk)).astype(jnp.int32)
 
 
 def write_rows(cache: Cache, new: LayerCache) -> Cache:
-    """The cache with one more token of each row."""
+    """Returns the cache with one more token of each row."""
 
     def write(old, one):
         at = jax.vmap(lambda x, y, i: lax.dynamic_update_slice_in_dim(x, y, i, -1), (1, 1, 0), 1)
@@ -56,7 +56,7 @@ def write_rows(cache: Cache, new: LayerCache) -> Cache:
 
 
 def _pick(cache: Cache, layer: Int[Array, ""], slots: Int[Array, "B N W"]) -> Source:
-    """The kept keys in these slots of each row and head, of one layer."""
+    """The cached keys of one layer in these slots of each row and head."""
 
     def of_head(x, slots):
         return x.at[layer, ..., slots].get(mode="clip")
@@ -76,7 +76,7 @@ def step_in_ring(
     cache: Cache,
     layer: Int[Array, ""],
 ) -> Float[Array, "B N H 1"]:
-    """The next token's context: of its own window, and of those before it."""
+    """Returns the next token's context over its own window and the windows before it."""
     size, before = pattern.window_size, pattern.look_backward
     begin = jnp.maximum(cache.position // size - before, 0) * size
     slots = begin[:, None] + jnp.arange((before + 1) * size)[None]  # [B, W]
@@ -94,8 +94,9 @@ def step_by_buckets(
     cache: Cache,
     layer: Int[Array, ""],
 ) -> tuple[Float[Array, "B N H 1"], Int[Array, "B N rounds 1"]]:
-    """The next token's context, by the reference's algorithm, and its buckets: it is sorted in
-    among the row's tokens, and sees the chunks around its place, in a ring of these."""
+    """Returns the next token's context and its buckets, by the reference's algorithm: the token is
+    sorted in among the row's tokens, and sees the chunks around its position in this order, which
+    form a ring."""
     assert cache.layers.buckets is not None and cache.layers.first is not None
     chunk, before, rounds = pattern.chunk_length, pattern.chunks_before, pattern.num_hashes
     own = bucket_of(pattern, query_key, token.mask, run)  # [B, N, rounds, 1]

@@ -42,13 +42,13 @@ class LSGConfig:
         sparsity_type: how representatives are chosen; None is accepted for "none".
         num_global_tokens: learned tokens in front of the sequence, 1..512.
         lsh_num_pre_rounds: hashing rounds before the last one, for "lsh".
-        adaptive: pad any length to whole blocks; otherwise lengths over two blocks must be
-            multiples of `block_size`.
-        pool_with_global: the first token's final state is replaced by that of the first global
-            token.
-        mask_first_token: hide token 0 from every query (needs `pool_with_global`).
-        strict_reference: reproduce the reference's padding leak in "bos_pooling" (and in the
-            standalone "pooling") bit for bit.
+        adaptive: whether any length is padded to whole blocks; otherwise lengths over two blocks
+            must be multiples of `block_size`.
+        pool_with_global: whether the first token's final state is replaced by that of the first
+            global token.
+        mask_first_token: whether token 0 is hidden from every query (needs `pool_with_global`).
+        strict_reference: whether to reproduce the reference's padding leak in "bos_pooling" (and in
+            the standalone "pooling") bit for bit.
 
     Raises:
         ValueError: for a setting that the reference would crash on or silently change.
@@ -78,7 +78,7 @@ class LSGConfig:
             self.sparsity_factor <= 0 or self.block_size % self.sparsity_factor == 0,
             f"block_size={self.block_size} is not divisible by "
             f"sparsity_factor={self.sparsity_factor}; {self._factor_remedy()}",
-        )  # without a sparse part too: PyTorch's classes ask for it
+        )  # also without a sparse part: PyTorch's classes require it
         if self.is_sparse:
             self._validate_sparse()
 
@@ -139,15 +139,17 @@ class LSGConfig:
         return min(self.block_size, self.sparse_block_size)
 
     def needs_padding(self, length: int, shards: int = 1) -> int:
-        """Tokens to append to `length` real ones so that the blocked path sees whole blocks; 0 on
-        the short path.
+        """Returns how many padding tokens to append so that there are whole blocks; 0 up to two
+        blocks, where attention is full.
 
         Args:
-            shards: how many devices the tokens are spread over, with as many blocks each.
+            length: number of tokens, without prepended globals.
+            shards: number of devices that the tokens are sharded over; each gets the same number of
+                blocks.
 
         Raises:
-            ValueError: if the length needs padding and `adaptive` is off, or if shards would be
-                smaller than what a neighbour needs of them.
+            ValueError: if the length needs padding and `adaptive` is off, or if a shard would have
+                fewer blocks than its neighbours need to see.
         """
         if shards == 1 and length <= 2 * self.block_size:
             return 0
@@ -180,5 +182,5 @@ class LSGConfig:
 
     @property
     def sparse_halo(self) -> int:
-        """Representatives in front of a run of blocks, and behind it, that its queries see."""
+        """How many representatives before, and after, a run of blocks its queries see."""
         return self.sparse_step + self.sparse_block_size

@@ -1,4 +1,4 @@
-"""The LSG pattern written out over all pairs, for the dense oracle and for reading.
+"""The LSG pattern as a dense boolean matrix, for the dense reference and for reading.
 
 Axes: T tokens, S keys, G global tokens, R representatives.
 """
@@ -11,8 +11,8 @@ from lsg_flax.patterns.representatives import right_offset
 
 
 def seen_by(pattern: LSG, length: int) -> Bool[np.ndarray, "T S"]:
-    """Which query may see which key, see `lsg_flax.attention.attention_pattern`; of several texts
-    in a row all globals."""
+    """Returns which query may see which key, see `lsg_flax.attention.attention_pattern`. With
+    several texts in a row the globals are those of all texts."""
     config, block, split = pattern.config, pattern.config.block_size, pattern.split
     token, total = np.arange(length), split + length
     of = token[:, None] // block  # the block of each query

@@ -18,7 +18,7 @@ from lsg_flax.kernels import (
 from lsg_flax.patterns.pattern import Runtime
 from lsg_flax.sharding import MESH_AXES
 
-AXES = MESH_AXES["batch"], MESH_AXES["heads"]  # that rows and heads may lie along
+AXES = MESH_AXES["batch"], MESH_AXES["heads"]  # mesh axes that rows and heads are sharded over
 BLOCK = 256  # queries per block: affects speed and memory, not numerics
 
 
@@ -30,8 +30,8 @@ def attend_to_all(
     causal: bool = False,
     first: int = 0,
 ) -> tuple[Float[Array, "B N H T"], Float[Array, "B N T"]]:
-    """The context, and the logarithm of the softmax's denominator. If the source has segments, its
-    tokens from the `first` on are the queries."""
+    """Returns the context and the logarithm of the softmax's denominator. If the source has
+    segments, the queries are its tokens from number `first` on."""
     rule = PAST if causal else EVERYTHING
     size, rate = min(query.shape[-1], BLOCK), run.dropout_rate
     spec = Spec(size, shared_rule=rule, dropout_rate=rate, axes=AXES)
@@ -45,7 +45,7 @@ def attend_to_all(
 def attend_fully(
     query: Float[Array, "B N H T"], source: Source, run: Runtime, *, causal: bool = False
 ) -> Float[Array, "B N H T"]:
-    """The context alone, by fused kernels where there are some for the device and the case."""
+    """Returns the context, by fused kernels if there are any for the device and this case."""
     options = {"causal": causal, "dropout_rate": run.dropout_rate, "axes": AXES}
     plan = plan_full(query, run.implementation, **options)
     if plan is None:
@@ -54,5 +54,5 @@ def attend_fully(
 
 
 def scale(query: Float[Array, "B N H T"]) -> Queries:
-    """The queries as kernels take them."""
+    """Returns the queries scaled by H ** -0.5, as the engine takes them."""
     return Queries(query * query.shape[2] ** -0.5)

@@ -1,5 +1,5 @@
-"""Sums of groups of tokens, and ranks, without sorting, gathering or scattering: by comparisons
-and products with ones and zeros, which an accelerator computes at the speed of its matrix unit.
+"""Sums of groups of tokens, and ranks, without sorting, gathering or scattering: they use
+comparisons and products with ones and zeros, which run on an accelerator's matrix unit.
 
 Axes: R representatives of a chunk of tokens, H head width.
 """
@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, Int
 
 
 def ranks(x: Float[Array, "chunks chunk"]) -> Int[Array, "chunks chunk"]:
-    """How many of its row come before each number in the order of `jax.lax.top_k`: larger ones
-    first, of equals the earlier one."""
+    """Returns the rank of each number in its row, in the order of `jax.lax.top_k`: larger ones
+    first, and of equal ones the earlier first."""
     number = np.arange(x.shape[-1])
     own, other = x[:, :, None], x[:, None]
     earlier = (number < number[:, None])[None]  # [1, chunk, chunk]
@@ -25,8 +25,8 @@ def ranks(x: Float[Array, "chunks chunk"]) -> Int[Array, "chunks chunk"]:
 def sum_groups(
     x: Float[Array, "chunks chunk H"], group: Int[Array, "chunks chunk"], count: int
 ) -> Float[Array, "chunks R H"]:
-    """The float32 sum of each of `count` groups; a token whose group is none of them is left out.
-    Keeps nothing but the groups for the backward pass."""
+    """Returns the float32 sum of each of `count` groups; a token whose group is not in 0..count-1
+    is left out. Only the groups are kept for the backward pass."""
     return _product("mcr,mch->mrh", _member(group, count, x.dtype), x)
 
 
@@ -35,7 +35,8 @@ def _member(group, count: int, dtype) -> Float[Array, "chunks chunk R"]:
 
 
 def _product(equation: str, member, x):
-    # One bfloat16 product would round float32; the highest precision makes ones and zeros exact.
+    # The default precision would round float32 to bfloat16; with the highest, products with ones
+    # and zeros are exact.
     exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jnp.einsum(equation, member, x, precision=exact, preferred_element_type=jnp.float32)
 
@@ -46,7 +47,7 @@ def _sum_groups_forward(x, group, count):
 
 def _sum_groups_backward(count, saved, gradient):
     group, like = saved
-    # A token is in one group at most, so rounding before this product is rounding behind it.
+    # A token is in at most one group, so rounding before this product equals rounding after it.
     gradient = gradient.astype(like.dtype)
     back = _product("mcr,mrh->mch", _member(group, count, like.dtype), gradient)
     return back.astype(like.dtype), None

@@ -1,5 +1,5 @@
-"""What a shard of a long sequence needs of the others, inside `jax.shard_map`: its neighbours'
-edges, and what the first shard has.
+"""Exchange between the shards of a long sequence, inside `jax.shard_map`: the edges of neighbours,
+and values of the first shard.
 
 Every shard holds whole blocks of tokens, in order along a mesh axis. With `axis=None` there is one
 shard, without neighbours.
@@ -14,8 +14,9 @@ from jaxtyping import Array, Bool, PRNGKeyArray, Shaped
 
 
 def add_neighbours(x: Shaped[Array, "*A T"], before: int, after: int, axis: str | None):
-    """The tokens of a shard between the last `before` of the shard in front and the first `after`
-    of the one behind; zeros (False) where there is none."""
+    """Returns the tokens of a shard, with the last `before` tokens of the previous shard in front
+    and the first `after` tokens of the next one at the end; zeros (False) if there is no such
+    shard."""
     if axis is None:
         return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(before, after)])
     last = lax.axis_size(axis) - 1
@@ -29,23 +30,25 @@ def add_neighbours(x: Shaped[Array, "*A T"], before: int, after: int, axis: str 
 
 
 def is_first(axis: str | None) -> Bool[Array, ""] | bool:
-    """Whether this is the shard where the sequence begins."""
+    """Whether this is the first shard of the sequence."""
     return True if axis is None else lax.axis_index(axis) == 0
 
 
 def share_first(x: Shaped[Array, "*A"], axis: str | None):
-    """What the first shard has, in all of them."""
+    """Returns the first shard's value on every shard."""
     return x if axis is None else _sum(jnp.where(is_first(axis), x, 0), axis).astype(x.dtype)
 
 
 def _sum(x, axis: str):
-    """Over the shards; in float32, since XLA on CPU dies of a bfloat16 sum inside a shard."""
+    """The sum over the shards; in float32, since XLA on CPU crashes on a bfloat16 sum inside a
+    shard."""
     exact = x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
     return lax.psum(exact, axis)
 
 
 def share_first_with(x: Shaped[Array, "B *A"], has: Bool[Array, "B"], axis: str | None):
-    """Per row, what the first shard with `has` has, in all of them; zeros where none has it."""
+    """Returns on every shard, per row, the value of the first shard whose `has` is True; zeros if
+    there is none."""
     if axis is None:
         return x
     place = jnp.where(has, lax.axis_index(axis), lax.axis_size(axis))
@@ -54,5 +57,5 @@ def share_first_with(x: Shaped[Array, "B *A"], has: Bool[Array, "B"], axis: str 
 
 
 def shard_key(key: PRNGKeyArray | None, axis: str | None) -> PRNGKeyArray | None:
-    """A random key of the shard's own."""
+    """Returns a random key that differs for each shard."""
     return key if key is None or axis is None else jax.random.fold_in(key, lax.axis_index(axis))

@@ -40,7 +40,7 @@ def attend_locally(
     run: Runtime,
     bias: Float[Array, "N Q W"] | None = None,
 ) -> Float[Array, "B N H T"]:
-    """The pattern's context; `bias` is added to the scores of every window."""
+    """Returns the context of local attention; `bias` is added to the scores of every window."""
     length, size, run = query.shape[-1], pattern.window_size, run.on_shard()
     if pattern.wraps and length <= size:
         size, alone = length, {"window_size": length, "look_backward": 0, "look_forward": 0}
@@ -48,7 +48,7 @@ def attend_locally(
     query, source = jax.tree.map(lambda x: pad(x, 0, -length % size), (query, source))
     if pattern.shared_qk:
         source = source._replace(key=unit(source.key, 2))
-    segmented = source.segments is not None  # which XLA alone tells apart
+    segmented = source.segments is not None  # supported by the XLA implementation only
     plan = None if segmented else plan_locally(pattern, query, run, biased=bias is not None)
     if plan is not None:
         context = attend_locally_fused(plan, pattern, query, source, run)
@@ -72,7 +72,7 @@ def attend_locally(
 
 
 def saw_nothing(normaliser: Float[Array, "B N T"]) -> Bool[Array, "B N T"]:
-    """Which queries, by what `attend` says of their softmax."""
+    """Returns which queries saw no key, from the log normaliser that `attend` returns."""
     return normaliser <= NEGATIVE / 2
 
 
@@ -82,7 +82,8 @@ def show_themselves(
     source: Source,
     run: Runtime,
 ) -> Float[Array, "B N H T"]:
-    """The context in which a token that sees no other sees itself (queries and keys are shared)."""
+    """Replaces the context of tokens that see no other token by their own value, for shared queries
+    and keys."""
     alone &= source.mask
     own = source.value
     other = run.with_other_dropout().dropout_key
@@ -93,23 +94,23 @@ def show_themselves(
 
 
 def take_tokens(x: Shaped[Array, "B *A T"], place: Int[Array, "B _"]) -> Shaped[Array, "B *A _"]:
-    """The tokens at each row's places."""
+    """Returns the tokens at each row's own indices `place`."""
     place = place.reshape(len(place), *[1] * (x.ndim - 2), -1)
     return jnp.take_along_axis(x, place, axis=-1, mode="promise_in_bounds")
 
 
 def places(x: Float[Array, "B N H T"]) -> Int[Array, "B 1 T"]:
-    """Of the tokens in the array."""
+    """Returns the position of each token in the array."""
     return lax.broadcasted_iota(jnp.int32, (x.shape[0], 1, x.shape[-1]), 2)
 
 
 def put_in_ring(
     source: Source, size: int, before: int, after: int, rule: Rule
 ) -> tuple[Source, tuple[Window, ...]]:
-    """The source with its ends repeated, and what blocks of `size` see of it: so many blocks before
-    their own and behind it, in a ring.
+    """Returns the source with its ends repeated, and the windows of it that blocks of `size` see:
+    `before` blocks before their own and `after` blocks after it, in a ring.
 
-    As in the reference (`_look_adjacent`), a neighbour as far away as the ring is long, or farther,
+    As in the reference (`_look_adjacent`), a neighbour at a distance of the ring's length or more
     is the block itself, seen once more.
     """
     most = source.mask.shape[-1] // size - 1
@@ -127,8 +128,9 @@ def put_in_ring(
 def put_in_own_rings(
     source: Source, size: int, sides: tuple[int, int], rule: Rule, end: Int[Array, "B"]
 ) -> tuple[tuple[Source, ...], tuple[Window, ...]]:
-    """As `put_in_ring`, of rows whose rings end at `end`: a run of keys for each neighbour that a
-    row may have, for which of them is the block itself differs from row to row."""
+    """`put_in_ring` for rows whose rings end at their own `end`. There is one run of keys for each
+    neighbour that a row may have, because which neighbour is the block itself differs from row to
+    row."""
     place, end = jnp.arange(source.mask.shape[-1])[None], end[:, None]
     most, (before, after) = source.mask.shape[-1] // size - 1, sides
     runs = {0: source}
@@ -145,11 +147,11 @@ def put_in_own_rings(
 def _windows(
     pattern: Local, source: Source, run: Runtime
 ) -> tuple[tuple[Source, ...], tuple[Window, ...]]:
-    """What blocks of queries see: a run of keys, or with rotary positions, by which a key is
-    rotated otherwise for each window that sees it, one run for each distance."""
+    """Returns what blocks of queries see: one run of keys; or, with rotary positions, one run for
+    each distance, because a key is rotated differently for each window that sees it."""
     size, axis, length = pattern.window_size, run.sequence_axis, source.mask.shape[-1]
     if pattern.wraps:
-        require(axis is None, "local attention in a ring is not cut over a sequence axis.")
+        require(axis is None, "local attention in a ring cannot be sharded over a sequence axis.")
         rule = PAST if pattern.causal else EVERYTHING
         if run.own_lengths is not None:
             sides = (pattern.look_backward, pattern.look_forward)
@@ -177,8 +179,8 @@ def _windows(
 
 
 def _turn(pattern: Local, x: Float[Array, "B N H T"], number: int, *, sign: int):
-    """Queries or keys, rotated as those of this one of the windows that are seen. As in the
-    reference, queries stand in the last one, wherever their own is."""
+    """Rotates queries or keys as those of window `number` among the windows that are seen. As in
+    the reference, queries get the positions of the last one, not of their own."""
     if pattern.rotary is None:
         return x
     size = pattern.window_size
@@ -194,7 +196,7 @@ def _biases(bias: Float[Array, "N Q W"] | None, windows: tuple[Window, ...]) -> 
 
 
 def unit(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
-    """Vectors along an axis, of length 1; zeros stay zeros."""
+    """Normalises vectors along an axis to length 1; zeros stay zeros."""
     square = jnp.sum(x.astype(jnp.float32) ** 2, axis=axis, keepdims=True)
     length = jnp.sqrt(jnp.where(square > 0, square, 1.0))  # the root of 0 has no gradient
     return (x / jnp.maximum(length, 1e-12)).astype(x.dtype)

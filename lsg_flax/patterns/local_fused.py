@@ -1,4 +1,4 @@
-"""Local attention by the fused kernels: it is LSG attention without representatives and globals.
+"""Local attention by the fused kernels, as LSG attention without representatives and globals.
 
 Axes: B batch, N heads, H head width, T tokens, S keys.
 """
@@ -30,10 +30,10 @@ from lsg_flax.sharding import MESH_AXES
 def plan_locally(
     pattern: Local, query: Float[Array, "B N H T"], run: Runtime, *, biased: bool
 ) -> FusedPlan | None:
-    """How the fused kernels compute local attention; None where XLA does.
+    """Returns how the fused kernels compute local attention; None if the XLA implementation does.
 
     Raises:
-        ValueError: for implementation="pallas" in a case that is none of theirs.
+        ValueError: if implementation="pallas" and the kernels do not support the case.
     """
     implementation = run.implementation
     if not is_fused(implementation):
@@ -62,8 +62,8 @@ def plan_locally(
 
 
 def _in_ring(pattern: Local) -> bool:
-    """Whether a query may see tokens from the other end. In a ring a causal one would see later
-    ones there alone."""
+    """Whether a query may see tokens from the other end of the ring; those would all be later ones
+    for a causal query."""
     return pattern.wraps and not pattern.causal
 
 
@@ -76,23 +76,23 @@ def _refusal(pattern: Local, length: int, run: Runtime, biased: bool) -> str | N
             f"they add no bias (attn_bias, use_dynamic_pos_bias) to scores; leave it out, {other}."
         )
     if size % min(BLOCKS):
-        return f"window_size={size} is no multiple of {min(BLOCKS)}; choose such a one, {other}."
+        return f"window_size={size} is not a multiple of {min(BLOCKS)}; choose one, {other}."
     if not pattern.wraps:
         return None
     if run.own_lengths is not None:
-        return f"rings of each row's own length are not for the kernels; choose {other[3:]}."
+        return f"they do not support a ring length per row; choose {other[3:]}."
     windows = -(-length // size)
     if max(sides) >= windows or (pattern.causal and pattern.look_forward):
         return (
-            f"a ring of {windows} windows of which a query sees {sides[0]} before its own and "
-            f"{sides[1]} behind it (causal={pattern.causal}): a window must not be its own "
-            f"neighbour, nor a causal query look ahead; give more tokens, {other}."
+            f"in a ring of {windows} windows a query sees {sides[0]} before its own and {sides[1]} "
+            f"after it (causal={pattern.causal}), but a window must not be its own neighbour, and "
+            f"a causal query must not look ahead; give more tokens, {other}."
         )
     return None
 
 
 def _block(pattern: Local) -> int:
-    """Queries of a block: a window or, of larger ones, a part that divides it."""
+    """Queries per block: a window, or for larger windows a size that divides it."""
     size = pattern.window_size
     if size == max(BLOCKS) and not pattern.exact_windowsize:
         return size
@@ -103,7 +103,7 @@ def _turn(pattern: Local, width: int) -> Turn | None:
     if pattern.rotary is None:
         return None
     angles, growth = pattern.rotary.of_a_place(width)
-    # As in the reference, queries stand in the last window that they see.
+    # As in the reference, queries get the positions of the last window that they see.
     return Turn(angles, growth, pattern.look_forward * pattern.window_size)
 
 
@@ -114,14 +114,14 @@ def attend_locally_fused(
     source: Source,
     run: Runtime,
 ) -> Float[Array, "B N H T"]:
-    """The context of whole windows."""
+    """Returns the context; query and source are whole windows."""
     if plan.extended:
         source = jax.tree.map(lambda x: _with_neighbours(plan, pattern, x, run), source)
     return attend_fused(plan, query, source, key=run.dropout_key)
 
 
 def _with_neighbours(plan: FusedPlan, pattern: Local, x, run: Runtime):
-    """Keys between those of the windows around them, in as many blocks as the kernels look at."""
+    """Adds the keys of the windows before and after, in as many blocks as the kernels read."""
     sides = pattern.look_backward, 0 if pattern.causal else pattern.look_forward
     before, after = (side * pattern.window_size for side in sides)
     if _in_ring(pattern):
@@ -132,7 +132,7 @@ def _with_neighbours(plan: FusedPlan, pattern: Local, x, run: Runtime):
 
 
 def sees_others(pattern: Local, mask: Bool[Array, "B #N T"], run: Runtime) -> Bool[Array, "B #N T"]:
-    """Which queries see a token other than themselves, by the mask of whole windows."""
+    """Returns which queries see a token other than themselves; the mask is one of whole windows."""
     size, length = pattern.window_size, mask.shape[-1]
     before, after = pattern.look_backward * size, pattern.look_forward * size
     wide = halo.add_neighbours(mask, before, after, run.sequence_axis)

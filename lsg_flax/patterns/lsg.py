@@ -40,15 +40,17 @@ from lsg_flax.patterns.representatives import (
 def attend_by_blocks(
     pattern: LSG, query: Float[Array, "B N H T"], source: Source, run: Runtime
 ) -> Float[Array, "B N H T"]:
-    """The pattern's context, prepended globals *behind* the tokens: in front of them they would
-    shift all blocks against the tiles of a TPU's memory. Up to two blocks it is that of full
-    attention."""
+    """Returns the context of LSG attention; up to two blocks it is that of full attention.
+
+    Here prepended globals come *after* the tokens: before them they would shift all blocks against
+    the tiles of a TPU's memory.
+    """
     axis, run, tokens = run.sequence_axis, run.on_shard(), query.shape[-1] - pattern.behind
     if axis is None and tokens <= 2 * pattern.config.block_size:
         return _short_rows(pattern, query, source, run)
     context = _token_rows(pattern, query, source, run)
     if pattern.split:
-        if context.shape == query.shape:  # a kernel has computed the globals' too
+        if context.shape == query.shape:  # a kernel has computed the rows of the globals as well
             return context
         own = query[..., tokens:]
         if not pattern.causal:
@@ -76,14 +78,14 @@ def _short_rows(
 def _full_rows(
     query: Float[Array, "B N H _"], source: Source, behind: int, run: Runtime
 ) -> Float[Array, "B N H _"]:
-    """Full attention of the globals: the prepended ones, `behind` the tokens, or the first
-    token."""
+    """Computes full attention for the globals: the prepended ones, which are the last `behind`
+    positions, or the first token."""
     axis, run = run.sequence_axis, run.with_other_dropout()
     run = replace(run, implementation=None)  # few rows
     if axis is None:
         place = source.mask.shape[-1] - behind if behind else 0
         return attend_to_all(query, source, run, first=place)[0]
-    if behind:  # every shard has them: they are keys once
+    if behind:  # every shard has the globals, but they must count as keys only once
         tokens = source.mask.shape[-1] - behind
         is_key = (jnp.arange(source.mask.shape[-1]) < tokens) | halo.is_first(axis)
         source = source._replace(mask=source.mask & is_key[None, None])
@@ -94,7 +96,8 @@ def _full_rows(
 def _token_rows(
     pattern: LSG, query: Float[Array, "B N H T"], source: Source, run: Runtime
 ) -> Float[Array, "B N H _"]:
-    """The context of the tokens; with that of the globals behind them if a kernel computes both."""
+    """Returns the context of the tokens, followed by that of the globals if a kernel computes
+    both."""
     config, split, axis = pattern.config, pattern.split, run.sequence_axis
     block, all_of = config.block_size, (query, source)
     length = query.shape[-1] - pattern.behind
@@ -144,7 +147,7 @@ def _token_rows(
 
 
 def _in_segments(queries: Queries, source: Source, block: int) -> Queries:
-    """The queries of each block, of padding too, as of the block's text."""
+    """Assigns the queries of each block, those of padding as well, to the block's text."""
     assert source.segments is not None
     own = segments.of_blocks(source.segments, block)
     return queries._replace(segments=jnp.repeat(own, block, axis=-1))
@@ -157,7 +160,8 @@ def _fused_plan(
     shared: Source | None,
     run: Runtime,
 ) -> FusedPlan | None:
-    """How the fused kernels compute the rows of the tokens; None where XLA does."""
+    """Returns how the fused kernels compute the rows of the tokens; None if the XLA implementation
+    does."""
     if source.segments is not None:
         check_segments(source.segments, (source,), run.implementation)
         return None
@@ -177,7 +181,7 @@ def _fused_plan(
 
 
 def _pad_tokens(x: Shaped[Array, "*A _"], length: int, extra: int) -> Shaped[Array, "*A _"]:
-    """Zeros (False) between the tokens and the globals behind them."""
+    """Inserts zeros (False) between the tokens and the globals after them."""
     parts = [pad(x[..., :length], 0, extra), x[..., length:]]
     return jnp.concatenate(parts, axis=-1) if extra else x
 
@@ -188,8 +192,8 @@ def _cut_tokens(x: Shaped[Array, "*A _"], length: int, extra: int) -> Shaped[Arr
 
 
 def _with_neighbours(source: Source, size: int, pattern: LSG, axis: str | None) -> Source:
-    """A shard's source between the `size` keys in front of it and, if they may be seen, those
-    behind; as it is without shards, where these do not exist."""
+    """Adds to a shard's source the `size` keys before it and, if they may be seen, after it;
+    without shards there are none, and the source is unchanged."""
     if axis is None:
         return source
     after = 0 if pattern.causal else size

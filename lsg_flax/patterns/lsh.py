@@ -1,5 +1,5 @@
-"""LSH attention of Reformer, of arrays with features first: tokens sorted into buckets of similar
-ones, each of which sees its chunk of that order and neighbouring ones.
+"""LSH attention of Reformer, for arrays with features first: tokens are sorted into buckets of
+similar ones, and each token sees its chunk of that order and the neighbouring chunks.
 
 Axes: B batch, N heads, H head width, T tokens.
 """
@@ -28,15 +28,15 @@ from lsg_flax.patterns.representatives import DEFAULT_LSH_SEED
 def attend_by_buckets(
     pattern: LSH, query_key: Float[Array, "B N H T"], source: Source, run: Runtime
 ) -> Float[Array, "B N H T"]:
-    """The pattern's context. Keys are the queries, brought to one length; the source's own are not
-    read.
+    """Returns the context of LSH attention. Keys are the queries, normalised to one length; the
+    keys of the source are not read.
 
-    A token that sees no other in any round sees itself.
+    A token that sees no other token in any round sees itself.
 
     Raises:
-        ValueError: on a shard of a sequence, or for rotations that are not the pattern's.
+        ValueError: on a shard of a sequence, or for rotations of another shape than the pattern's.
     """
-    require(run.sequence_axis is None, "LSH attention is not cut over a sequence axis.")
+    require(run.sequence_axis is None, "LSH attention cannot be sharded over a sequence axis.")
     length, chunk = query_key.shape[-1], pattern.chunk_length
     rule = rule_of(pattern)
     options = {"key": run.dropout_key, "implementation": run.implementation}
@@ -84,7 +84,7 @@ def _merge_rounds(
     order: Int[Array, "B N rounds T"],
     place: Int[Array, "B N rounds T"],
 ) -> tuple[Float[Array, "B N H T"], Float[Array, "B N T"]]:
-    """All rounds as one softmax, with tokens in their own order."""
+    """Merges all rounds into one softmax, with tokens back in their own order."""
     context, normaliser = (
         x.reshape(*x.shape[:-1], pattern.num_hashes, -1) for x in (context, normaliser)
     )
@@ -106,7 +106,8 @@ def _join_rounds(x: Shaped[Array, "*A rounds T"]) -> Shaped[Array, "*A all"]:
 def close_gaps(
     pattern: LSH, own_lengths: Int[Array, "B"], length: int
 ) -> tuple[Int[Array, "B all"], Int[Array, "B all"]]:
-    """The order in which the tokens of all rounds' own lengths come first, and the places in it."""
+    """Returns an order in which the rounds of a row's own length follow each other without padding
+    between them (all padding comes last), and the position of each token in it."""
     place, own = jnp.arange(pattern.num_hashes * length)[None], own_lengths[:, None]
     number, inside = place // length, place % length
     behind = (pattern.num_hashes - number) * own + number * length + inside - own
@@ -115,13 +116,13 @@ def close_gaps(
 
 
 def rule_of(pattern: LSH) -> Rule:
-    """A token is like itself above all, so it looks at others."""
+    """No token sees itself: it is more similar to itself than to any other token."""
     return Rule(after=0 if pattern.causal else None, itself=False)
 
 
 def unit_keys(x: Float[Array, "B N H T"]) -> Float[Array, "B N H T"]:
-    """Keys of queries that are not scaled: of length 1, whatever the queries' length is (nearly: as
-    in the reference 1e-6 is added to the mean square)."""
+    """Makes keys of unscaled queries by normalising them to length 1. As in the reference 1e-6 is
+    added to the mean square."""
     exact = x.astype(jnp.float32)
     square = jnp.mean(exact * exact, axis=2, keepdims=True)
     return (exact * lax.rsqrt((square + 1e-6) * x.shape[2])).astype(x.dtype)
@@ -130,10 +131,10 @@ def unit_keys(x: Float[Array, "B N H T"]) -> Float[Array, "B N H T"]:
 def rotations_of(
     pattern: LSH, heads: int, width: int, run: Runtime
 ) -> Float[Array, "N H rounds half"]:
-    """What a layer hashes with.
+    """Returns the random rotations that a layer hashes with.
 
     Raises:
-        ValueError: if the run brings rotations of another shape.
+        ValueError: if the run has rotations of another shape.
     """
     shape = pattern.rotations_shape(heads, width)
     if not isinstance(run.lsh, tuple):
@@ -151,7 +152,8 @@ def rotations_of(
 def bucket_of(
     pattern: LSH, vectors: Float[Array, "B N H T"], mask: Bool[Array, "B 1 T"], run: Runtime
 ) -> Int[Array, "B N rounds T"]:
-    """The bucket of every vector in every round, padding's behind all others. No gradient."""
+    """Returns the bucket of every vector in every round; padding gets a last bucket of its own. No
+    gradient flows through it."""
     rotations = rotations_of(pattern, vectors.shape[1], vectors.shape[2], run)
     turned = jnp.einsum(
         "nhrk,bnht->bnrkt",
@@ -171,13 +173,13 @@ def bucket_of(
 def sort_by_bucket(
     pattern: LSH, buckets: Int[Array, "B N rounds T"]
 ) -> tuple[Int[Array, "B N rounds T"], Int[Array, "B N rounds T"]]:
-    """The tokens of each round in the order of their buckets, those of one bucket in their own; and
-    the place of each token in it."""
+    """Returns the tokens of each round sorted by bucket, stably, and the position of each token in
+    this order."""
     length = buckets.shape[-1]
     number = lax.broadcasted_iota(jnp.int32, buckets.shape, 3)
     bits = (length - 1).bit_length()
     if (pattern.all_buckets + 1) << bits <= 2**32:
-        # Bucket and number as one word: measured 3.4 x faster on CPU than a stable sort of pairs.
+        # Bucket and number in one word: measured 3.4 x faster on CPU than a stable sort of pairs.
         words = (buckets.astype(jnp.uint32) << bits) | number.astype(jnp.uint32)
         order = (jnp.sort(words, axis=-1) & (2**bits - 1)).astype(jnp.int32)
     else:
@@ -187,8 +189,8 @@ def sort_by_bucket(
 
 @partial(jnp.vectorize, signature="(t),(t)->(t)")
 def _inverse(order: Int[Array, "T"], number: Int[Array, "T"]) -> Int[Array, "T"]:
-    """The place of each token. Of one row: with the indices of all axes at once XLA would gather
-    them from all devices."""
+    """Inverts the order of one row. It is mapped over rows, because with one scatter over all axes
+    XLA would gather the rows of all devices."""
     places = jnp.zeros_like(order).at[order]
     return places.set(number, mode="promise_in_bounds", unique_indices=True)
 
@@ -199,8 +201,8 @@ def permute(
     order: Int[Array, "B N rounds T"],
     inverse: Int[Array, "B N rounds T"],
 ) -> Float[Array, "B N H rounds T"]:
-    """The tokens in this order. Its gradient takes them back, where that of indexing would add them
-    up one by one."""
+    """Puts the tokens into this order. The gradient gathers with the inverse order; that of
+    indexing would be a scatter-add."""
     del inverse
     return jnp.take_along_axis(x, order[:, :, None], axis=-1, mode="promise_in_bounds")
 

@@ -1,4 +1,4 @@
-"""What LSH attention computes, by all pairs of tokens: quadratic, for tests and reading.
+"""LSH attention over all pairs of tokens. Its cost is quadratic: it is for tests and for reading.
 
 Axes: B batch, N heads, H head width, T tokens, S keys.
 """
@@ -13,10 +13,10 @@ from lsg_flax.patterns.pattern import LSH
 def attend_by_buckets_reference(
     pattern: LSH, query_key: Float[Array, "B N H T"], source: Source, buckets: Int[Array, "B N _ T"]
 ) -> Float[Array, "B N H T"]:
-    """The pattern's context without dropout, of tokens in these buckets in each round.
+    """Returns the context of LSH attention without dropout, for tokens in these buckets.
 
-    Rounds merged by their normalisers are one softmax over the keys of all rounds, in which a key
-    counts as often as it is seen.
+    Merging rounds by their normalisers equals one softmax over the keys of all rounds, in which a
+    key counts as often as it is seen.
     """
     length = query_key.shape[-1]
     times = jnp.ones((1, 1, length, length), jnp.int32)
@@ -37,7 +37,7 @@ def attend_by_buckets_reference(
 
 
 def times_seen(pattern: LSH, buckets: Int[Array, "B N _ T"]) -> Int[Array, "B N T S"]:
-    """How often each token sees each other in all rounds together."""
+    """Returns how often each token sees each other token in all rounds together."""
     length, chunk = buckets.shape[-1], pattern.chunk_length
     last = buckets.max() + 1
     filled = jnp.pad(buckets, [(0, 0)] * 3 + [(0, -length % chunk)], constant_values=0)

@@ -1,6 +1,6 @@
-"""What a pattern does: attention, what a layer keeps of a prompt, one decoding step. Arrays have
-features first: a model that projects straight to this layout saves the transposes, which are slow
-on CPU. Shapes are not checked here.
+"""The operations of a pattern: attention, prefill of a cache, one decoding step. Arrays have
+features first: a model that projects straight to this layout needs no transposes, which are slow on
+CPU. Shapes are not checked here.
 
 Axes: B batch, N heads, H head width, T tokens, S keys, Q queries of a block, W keys of a block's
 windows.
@@ -27,7 +27,7 @@ from lsg_flax.patterns.lsg import attend_by_blocks
 from lsg_flax.patterns.lsh import attend_by_buckets
 from lsg_flax.patterns.pattern import LSG, LSH, Full, Local, Pattern, Runtime
 
-NO_CACHE = "LSH attention keeps nothing of a prompt: decode without a cache."
+NO_CACHE = "LSH attention has no cache of this kind: decode without a cache."
 
 
 def attention(
@@ -37,7 +37,7 @@ def attention(
     run: Runtime,
     bias: Float[Array, "N Q W"] | None = None,
 ) -> Float[Array, "B N H T"]:
-    """The context of every query; `bias` is added to the scores of every local window."""
+    """Returns the context of every query; `bias` is added to the scores of every local window."""
     match pattern:
         case Full():
             return attend_fully(query, source, run, causal=pattern.causal)
@@ -52,11 +52,12 @@ def attention(
 def prefill(
     pattern: Pattern, query: Float[Array, "B N H T"], source: Source, run: Runtime, slots: int
 ) -> LayerCache:
-    """What a layer keeps of the prompt.
+    """Returns the cache of a layer after the prompt.
 
     Args:
-        source: its mask is False for padding; slots behind the prompt are free whatever they hold.
-        slots: from `slots_for`.
+        source: keys and values; the mask is False for padding. Slots after the prompt are free,
+            whatever they hold.
+        slots: number of slots, from `slots_for`.
     """
     match pattern:
         case Full() | Local():
@@ -77,17 +78,18 @@ def step(
     *,
     bias: Float[Array, "N Q W"] | None = None,
 ) -> tuple[Float[Array, "B N H 1"], LayerCache]:
-    """The next token's causal attention, and what `extend` shall write.
+    """Computes the next token's causal attention, and what `extend` writes to the cache.
 
     Args:
-        token: its key and value, and whether it is real; one that is not sees itself as little as
-            others see it.
-        cache: of earlier calls, of all layers.
-        layer: the number of this one.
+        query: the token's query.
+        token: the token's key and value, and a mask that says whether it is real. A token that is
+            not real is seen neither by itself nor by others.
+        cache: the cache of all layers.
+        layer: the number of this layer.
 
     Returns:
-        The context (NaN if no slot is free), as `attention` gives it for the last of
-        `cache.length + 1` tokens; and what is new.
+        The context, as `attention` gives it for the last of `cache.length + 1` tokens (NaN if no
+        slot is free), and the new entries of the cache.
     """
     tokens, split = cache.layers.tokens, _split(pattern)
     slots = tokens.mask.shape[-1] - split
@@ -106,8 +108,8 @@ def step(
 
 
 def extend(pattern: Pattern, cache: Cache, new: LayerCache, position: Int[Array, "B"]) -> Cache:
-    """The cache with one more token: `new` is of `step`, stacked over layers, `position` the
-    token's."""
+    """Returns the cache with one more token: `new` is what `step` returned, stacked over layers,
+    `position` the token's position."""
     layers = cache.layers
     layers = layers._replace(
         tokens=write(layers.tokens, new.tokens, _split(pattern) + cache.length)

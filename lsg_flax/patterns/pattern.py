@@ -1,5 +1,4 @@
-"""What there is to say of an attention call: the pattern, static and hashable, and what a run
-brings.
+"""The settings of an attention call: the pattern, static and hashable, and the values of one run.
 
 Axes: N heads, H head width.
 """
@@ -35,18 +34,18 @@ GlobalTokens = Literal["prepended", "first_token", "none"]
 
 @dataclass(frozen=True)
 class Full:
-    """Every query sees every key; of its own place and earlier ones, if causal."""
+    """Full attention: every query sees every key, or, if causal, those up to its own position."""
 
     causal: bool = False
 
 
 @dataclass(frozen=True)
 class LSG:
-    """Local blocks, sparse representatives, globals (see `lsg_flax.lsg_attention`).
+    """LSG attention: local blocks, sparse representatives, globals (see `lsg_flax.lsg_attention`).
 
     Attributes:
-        texts: how many copies of prepended globals there are, one for each text of a row.
-        filler: masked places behind the prepended globals, which lie behind the tokens in turn.
+        texts: number of copies of the prepended globals, one for each text of a row.
+        filler: number of masked positions after the prepended globals, which come after the tokens.
     """
 
     config: LSGConfig
@@ -57,23 +56,23 @@ class LSG:
 
     @property
     def split(self) -> int:
-        """Prepended globals."""
+        """The number of prepended globals."""
         if self.global_tokens != "prepended":
             return 0
         return self.config.num_global_tokens * self.texts
 
     @property
     def behind(self) -> int:
-        """Places behind the tokens."""
+        """The number of positions after the tokens."""
         return self.split + self.filler
 
     @property
     def full_rows(self) -> int:
-        """How many first positions attend to everything, in the bidirectional pattern."""
+        """How many positions at the start attend to everything, in the bidirectional pattern."""
         if self.split:
             return self.split
         # The reference's bos_pooling gives token 0 the full row that it computed for the weights,
-        # whether globals are wanted or not.
+        # with or without globals.
         config = self.config
         forced = config.strict_reference and config.is_sparse
         forced &= config.sparsity_type == "bos_pooling"
@@ -86,12 +85,13 @@ class LSG:
 
 @dataclass(frozen=True)
 class Local:
-    """Own window and neighbouring ones (see `lsg_flax.local_attention`, which has these names).
+    """Local attention to the own window and the neighbouring ones. For the other attributes see
+    `lsg_flax.local_attention`, which has the same names.
 
     Attributes:
-        wraps: as in Reformer, windows lie in a ring: one before the first is the last, and of up to
-            one window all see each other. `causal` goes by places, so that no token sees a later
-            one through the ring either.
+        wraps: whether windows form a ring, as in Reformer: the window before the first is the last,
+            and tokens of up to one window all see each other. `causal` compares positions, so no
+            token sees a later one through the ring either.
     """
 
     window_size: int
@@ -113,8 +113,8 @@ class Local:
         )
         require(
             self.wraps or not (self.causal and self.look_forward),
-            f"look_forward={self.look_forward} with causal=True: a causal window sees none behind "
-            "it; leave look_forward out.",
+            f"look_forward={self.look_forward} with causal=True: a causal window sees no later "
+            "window; leave look_forward out.",
         )
 
     @property
@@ -126,7 +126,8 @@ class Local:
         return 0
 
     def needs_padding(self, length: int, shards: int = 1) -> int:
-        """Tokens to add so that every shard has whole windows, as many as neighbours look at."""
+        """Returns how many padding tokens to add so that every shard has whole windows, at least as
+        many as its neighbours see."""
         least = max(1, self.look_backward, self.look_forward) if shards > 1 else 1
         windows = max(-(-length // (self.window_size * shards)), least)
         return windows * self.window_size * shards - length
@@ -134,16 +135,16 @@ class Local:
 
 @dataclass(frozen=True)
 class LSH:
-    """Reformer's attention of similar tokens: queries, which are the keys too, are hashed into
-    buckets, and sorted by these; each sees its own chunk of the order and neighbouring ones.
+    """Reformer's LSH attention: queries, which are also the keys, are hashed into buckets and
+    sorted by bucket; each sees its own chunk of this order and the neighbouring chunks.
 
     Attributes:
-        chunk_length: tokens of a chunk. Up to one chunk every token sees all others.
-        causal: no token sees a later one.
-        chunks_before, chunks_after: how many chunks around its own a token sees. Chunks of all
-            rounds of hashing lie in one ring.
-        num_buckets: of a round; or in factors, each hashed by itself.
-        num_hashes: rounds, whose attention is merged.
+        chunk_length: tokens per chunk. Up to one chunk every token sees all others.
+        causal: whether a token sees no later token.
+        chunks_before, chunks_after: how many chunks before and after its own a token sees. The
+            chunks of all hashing rounds form one ring.
+        num_buckets: number of buckets per round; or its factors, each hashed on its own.
+        num_hashes: number of hashing rounds, whose attention is merged.
     """
 
     chunk_length: int
@@ -169,11 +170,11 @@ class LSH:
 
     @property
     def all_buckets(self) -> int:
-        """Of a round; padding's is one more."""
+        """The number of buckets per round; the bucket of padding is one more."""
         return math.prod(self.bucket_factors)
 
     def rotations_shape(self, heads: int, width: int) -> tuple[int, int, int, int]:
-        """Of what a layer hashes with: [heads, head width, hashes, rotations // 2]."""
+        """The shape of a layer's rotations: [heads, head width, hashes, rotations // 2]."""
         return heads, width, self.num_hashes, sum(self.bucket_factors) // 2
 
 
@@ -188,35 +189,35 @@ def pattern_of(
     texts: int = 1,
     filler: int = 0,
 ) -> Pattern:
-    """The pattern of a config, full attention without one."""
+    """Returns the LSG pattern of a config; full attention if `lsg` is None."""
     return Full(causal) if lsg is None else LSG(lsg, causal, global_tokens, texts, filler)
 
 
 def with_globals_behind(pattern: LSG, x: Shaped[Array, "*A _"]) -> Shaped[Array, "*A _"]:
-    """Arrays as the pattern takes them, of ones that begin with the globals: these behind the
-    tokens, and behind them zeros (False)."""
+    """Moves the globals from the front to after the tokens, as the pattern takes arrays, and adds
+    `filler` zeros (False) at the end."""
     split = pattern.split
     return pad(jnp.concatenate([x[..., split:], x[..., :split]], axis=-1), 0, pattern.filler)
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """What a run brings to a pattern.
+    """The values of one run of attention, beside its pattern.
 
     Attributes:
-        dropout_rate, dropout_key: of attention weights, how likely one is dropped.
-        lsh: what "lsh" and LSH attention hash with: a key to draw rotations from, or the rotations
-            (LSH attention's are one array, `LSH.rotations_shape`); None for a fixed seed.
-        implementation: of the kernel; None for the fastest.
+        dropout_rate, dropout_key: probability of dropping an attention weight, and the random key.
+        lsh: what "lsh" and LSH attention hash with: a random key of the rotations, or the rotations
+            (for LSH attention one array of `LSH.rotations_shape`); None for a fixed seed.
+        implementation: of attention, see `lsg_flax.lsg_attention`; None for the fastest.
         blocks_per_step: query blocks computed at once; affects speed, not numerics.
-        sequence_axis: inside `jax.shard_map`, the mesh axis that tokens are spread over. The arrays
-            are then this shard's: the prepended globals, the same in each, and whole blocks of
-            tokens, at least as many as `LSGConfig.needs_padding` asks for. Shards exchange their
-            edges and add up what the globals see; nothing else moves. Full attention is to keys
-            that every shard has.
-        own_lengths: attention in a ring of each row as if it had so many tokens, whole chunks, and
-            no padding behind these: the ring of its chunks ends there.
-        buckets: of whole chunks, that an earlier pass hashed into: LSH attention hashes no more.
+        sequence_axis: inside `jax.shard_map`, the mesh axis that tokens are sharded over. The
+            arrays are then those of one shard: the prepended globals, the same on each shard, and
+            whole blocks of tokens, at least as many as `LSGConfig.needs_padding` requires. Shards
+            exchange their edges and sum what the globals see; nothing else is communicated. Full
+            attention is to keys that every shard has.
+        own_lengths: for attention in a ring, the number of tokens of each row, whole chunks: the
+            ring of the row ends there, as if no padding followed.
+        buckets: the buckets of whole chunks from an earlier pass; LSH attention then does not hash.
     """
 
     dropout_rate: float = 0.0
@@ -240,10 +241,10 @@ class Runtime:
         )
 
     def on_shard(self) -> "Runtime":
-        """The same with a dropout key of the shard's own."""
+        """Returns a copy with a dropout key that differs for each shard."""
         return replace(self, dropout_key=halo.shard_key(self.dropout_key, self.sequence_axis))
 
     def with_other_dropout(self) -> "Runtime":
-        """The same with an independent dropout key."""
+        """Returns a copy with an independent dropout key."""
         key = self.dropout_key
         return self if key is None else replace(self, dropout_key=jax.random.fold_in(key, 1))

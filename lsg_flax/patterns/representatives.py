@@ -1,5 +1,5 @@
-"""The sparse part of LSG attention between its selections, which see one head with tokens first,
-and the kernels: representatives as a source of keys.
+"""The representatives of LSG attention as a source of keys: calls the selections of `sparsity.py`,
+which see one head with tokens first, for arrays in the layout of the kernels.
 
 Axes: B batch, N heads, H head width, T tokens (whole blocks, no globals).
 """
@@ -19,21 +19,21 @@ DEFAULT_LSH_SEED = 0
 def pad_to_blocks(
     config: LSGConfig, query: Float[Array, "B N H _"], source: Source
 ) -> tuple[Float[Array, "B N H T"], Source]:
-    """Queries and keys of tokens with zeros (False) behind them up to a whole block."""
+    """Pads queries and keys with zeros (False) at the end to whole blocks."""
     extra = config.needs_padding(query.shape[-1])
     return jax.tree.map(lambda x: pad(x, 0, extra), (query, source))
 
 
 def right_offset(config: LSGConfig) -> int:
-    """First representative of block 0's right-hand window. At one representative per block the
-    reference starts at the block itself."""
+    """The first representative in the right-hand window of block 0. With one representative per
+    block the reference starts at the block itself."""
     return 2 * config.sparse_step if config.sparse_step > 1 else 0
 
 
 def representatives_of(
     pattern: LSG, query: Float[Array, "B N H T"], source: Source, run: Runtime
 ) -> Source:
-    """The representatives of a shard's tokens."""
+    """Returns the representatives of a shard's tokens."""
     config, blocks = pattern.config, None
     if source.segments is None:
         bos_query = first_query(config, query, source.mask, run.sequence_axis)
@@ -51,7 +51,7 @@ def representatives_of(
 
 
 def hide_global(pattern: LSG, source: Source, run: Runtime) -> Source:
-    """The tokens without the one that is a global already, if so."""
+    """Masks the first token if it is a global, so that it is not seen twice."""
     if pattern.global_tokens != "first_token":
         return source
     first = (jnp.arange(source.mask.shape[-1]) == 0) & halo.is_first(run.sequence_axis)
@@ -64,11 +64,12 @@ def first_query(
     mask: Bool[Array, "B 1 T"],
     axis: str | None = None,
 ) -> Float[Array, "B N H"]:
-    """The query that "bos_pooling" weighs with: of the first real token, so that left padding does
-    not leak. The reference's is that of position 0, which counts as real under mask_first_token."""
+    """Returns the query whose scores are the weights of "bos_pooling": that of the first real
+    token, so that left padding does not leak. The reference takes that of position 0, which counts
+    as real under mask_first_token."""
     if config.strict_reference or config.mask_first_token:
         return halo.share_first(query[..., 0], axis)
-    # As a masked sum, not by an index: the gradient of that would be a scatter.
+    # A masked sum instead of indexing, whose gradient would be a scatter.
     first = jnp.argmax(mask, axis=-1)[..., None, None]  # [B, 1, 1, 1]
     is_first = jnp.arange(query.shape[-1])[None, None, None] == first  # [B, 1, 1, T]
     chosen = jnp.where(is_first, query, 0).sum(axis=-1).astype(query.dtype)
@@ -82,7 +83,7 @@ def choose(
     run: Runtime,
     bos_mask: Bool[Array, "B 1 T"] | None = None,
 ) -> Source:
-    """`sparsity.select` with features first."""
+    """Calls `sparsity.select` for arrays with features first."""
     key, value, mask = sparsity.select(
         source.key.swapaxes(2, 3),
         source.value.swapaxes(2, 3),
@@ -96,7 +97,7 @@ def choose(
 
 
 def _rotations(config: LSGConfig, shape: tuple[int, ...], run: Runtime):
-    """What "lsh" hashes with; None for other types."""
+    """The rotations that "lsh" hashes with; None for other types."""
     if not config.is_sparse or sparsity.effective_type(config) != "lsh":
         return None
     if isinstance(run.lsh, tuple):

@@ -1,5 +1,5 @@
-"""Rotary positions within windows (RoPE, arXiv 2104.09864), and their lengths by xpos (arXiv
-2212.10554), in the numbers of local-attention's `rotary.py`.
+"""Rotary positions within windows (RoPE, arXiv 2104.09864), optionally scaled (xpos, arXiv
+2212.10554), with the numbers of local-attention's `rotary.py`.
 
 Axes: B batch, N heads, H head width, T tokens.
 """
@@ -18,11 +18,12 @@ THETA = 10_000.0
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotates pairs of features by the place in the window; a score then depends on how far query
-    and key are apart.
+    """Rotates pairs of features by the position in the window, so that scores depend on the
+    distance between query and key.
 
-    `xpos_base`: by xpos, the longer a key is ago the smaller is its score, by a power of distance /
-    `xpos_base`; None leaves lengths alone.
+    Attributes:
+        xpos_base: with xpos, scores shrink with the distance of a key, by a power of distance /
+            `xpos_base`; None for no xpos.
     """
 
     xpos_base: float | None = None
@@ -36,11 +37,14 @@ class Rotary:
         centre: int,
         sign: int,
     ) -> Float[Array, "B N H T"]:
-        """Tokens in whole windows, the first of each at place `first`.
+        """Rotates tokens.
 
         Args:
-            centre: the place at which xpos changes no length.
-            sign: of the power of xpos: 1 for queries, -1 for keys.
+            x: queries or keys, whole windows.
+            window: tokens per window.
+            first: position of the first token of each window.
+            centre: the position at which xpos does not scale.
+            sign: sign of the power of xpos: 1 for queries, -1 for keys.
         """
         batch, heads, width, length = x.shape
         cosine, sine, size = self._tables(width, first + np.arange(window), centre, sign)
@@ -51,8 +55,8 @@ class Rotary:
         return rotated.reshape(x.shape).astype(x.dtype)
 
     def of_a_place(self, width: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """By what angle each pair of features turns from one place to the next, and the logarithm
-        of what its size is multiplied by."""
+        """Returns the angle by which each pair of features rotates from one position to the next,
+        and the logarithm of its scale factor."""
         angles = frequencies(width)
         growth = np.zeros_like(angles)
         if self.xpos_base is not None:
@@ -60,7 +64,7 @@ class Rotary:
         return tuple(angles.tolist()), tuple(growth.tolist())
 
     def _tables(self, width: int, places: Any, centre: int, sign: int):
-        """Cosine, sine and size, [1, 1, H / 2, 1, places], in float32 as the reference has them."""
+        """Cosine, sine and scale, [1, 1, H / 2, 1, places], in float32 as in the reference."""
         numbers: Any = np if isinstance(places, np.ndarray) else jnp
         places = places.astype(np.float32)[None, None, None, None]
         angle = places * frequencies(width)[None, None, :, None, None]
@@ -72,13 +76,14 @@ class Rotary:
 
 
 def frequencies(width: int) -> Float[np.ndarray, "_"]:
-    """The angles by which the pairs of a head of this width turn from one place to the next."""
+    """Returns the angles by which the pairs of a head of this width rotate from one position to the
+    next."""
     even = np.arange(0, width, 2, dtype=np.float32)
     return 1.0 / np.float32(THETA) ** (even / np.float32(width))
 
 
 def _shrink(width: int) -> Float[np.ndarray, "_"]:
-    """By what sizes are multiplied from one place to the `xpos_base`th from it."""
+    """The scale factors of xpos between two positions `xpos_base` apart."""
     even = np.arange(0, width, 2, dtype=np.float32)
     return (even + np.float32(0.4 * width)) / np.float32(1.4 * width)
 
@@ -86,17 +91,17 @@ def _shrink(width: int) -> Float[np.ndarray, "_"]:
 def rotary_of(
     width: int, window_size: int, *, used: bool, xpos: bool, base: float | None
 ) -> Rotary | None:
-    """The record of local-attention's options for heads of this width; None where not `used`.
+    """Makes the record from local-attention's options for heads of this width; None if not `used`.
 
     Raises:
-        ValueError: for options that do not fit together, and heads of odd width.
+        ValueError: for options that contradict each other, and heads of odd width.
     """
     require(used or not xpos, "use_xpos=True scales rotary positions: set use_rotary_pos_emb=True.")
     require(xpos or base is None, f"xpos_scale_base={base} is for use_xpos=True.")
     require(
         not used or width % 2 == 0,
-        f"rotary positions turn pairs of features, and heads are {width} wide: give an even width, "
-        "or use_rotary_pos_emb=False.",
+        f"rotary positions rotate pairs of features, but heads have the odd width {width}: give an "
+        "even width, or use_rotary_pos_emb=False.",
     )
     if not xpos:
         return Rotary() if used else None

@@ -1,12 +1,12 @@
-"""Sparse selection: from the keys and values of ONE head, the representatives that far-away queries
-attend to.
+"""Sparse selection: chooses, from the keys and values of ONE head, the representatives that distant
+queries attend to.
 
 Every selection has the signature `(inputs, config) -> Selected`; `select` maps them over batch and
-heads. They follow section 3 of the LSG paper (arXiv 2210.15497); masks are boolean (True = real)
-and sums are taken in float32 whatever the compute dtype.
+heads. They follow section 3 of the LSG paper (arXiv 2210.15497). Masks are boolean (True = real),
+and sums are computed in float32 for every dtype.
 
-Axes: B batch, T tokens (whole blocks, no globals), N heads, H head width, R representatives, one of
-`sparsity_factor` tokens.
+Axes: B batch, T tokens (whole blocks, no globals), N heads, H head width, R representatives, one
+for each `sparsity_factor` tokens.
 """
 
 from functools import partial
@@ -22,8 +22,9 @@ from lsg_flax.patterns.groups import ranks, sum_groups
 
 
 class HeadInputs(NamedTuple):
-    """What one head offers to a selection. `bos_query` is the query of the first non-global token,
-    or for each block that of its text, `bos_mask` what it sees."""
+    """The inputs of a selection for one head. `bos_query` is the query of the first non-global
+    token, or for each block the query of the first token of its text; `bos_mask` is what it
+    sees."""
 
     key: Float[Array, "T H"]
     value: Float[Array, "T H"]
@@ -35,8 +36,8 @@ class HeadInputs(NamedTuple):
 
 
 class Selected(NamedTuple):
-    """One head's representatives, in the order of the tokens they stand for; `mask` False where
-    they stand for padding only."""
+    """One head's representatives, in the order of the tokens that they represent; `mask` is False
+    for representatives of padding only."""
 
     key: Float[Array, "R H"]
     value: Float[Array, "R H"]
@@ -57,18 +58,19 @@ def _squares(inputs: HeadInputs, chunk: int) -> Float[Array, "chunks chunk"]:
 
 
 def norm(inputs: HeadInputs, config: LSGConfig) -> Selected:
-    """Per chunk, the keys with the largest L2 norm; masked tokens count as norm 0. No gradient
-    through the choice."""
+    """Selects per chunk the keys with the largest L2 norm; masked tokens count as norm 0. No
+    gradient flows through the choice."""
     chunk, kept = config.selection_chunk, config.selection_chunk // config.sparsity_factor
     squares = _squares(inputs, chunk)  # [chunks, chunk]
-    # Rising norms, as the reference's argsort leaves them: a window may end inside a chunk.
+    # In the order of rising norms, as in the reference's argsort: the order matters, because a
+    # window may end inside a chunk.
     index = jax.lax.top_k(squares, kept)[1][:, ::-1]
     start = jnp.arange(index.shape[0], dtype=index.dtype)[:, None] * chunk
     return _take(inputs, (index + start).reshape(-1))
 
 
 def pooling(inputs: HeadInputs, config: LSGConfig) -> Selected:
-    """The mean key and value of every `sparsity_factor` tokens, over the real ones."""
+    """Takes the mean key and value of the real tokens among every `sparsity_factor` tokens."""
     mask = inputs.mask.reshape(-1, config.sparsity_factor)  # [R, f]
     count = mask.sum(axis=-1, dtype=jnp.float32)[:, None]
 
@@ -82,14 +84,14 @@ def pooling(inputs: HeadInputs, config: LSGConfig) -> Selected:
 
 
 def _pick(x, position: Int[Array, ""]):
-    """x[:, position] as a masked sum: its gradient is a select, where that of indexing would be a
+    """x[:, position] as a masked sum, whose gradient is a select; that of indexing would be a
     scatter."""
     chosen = jnp.arange(x.shape[1]) == position
     return jnp.where(chosen.reshape(1, -1, *[1] * (x.ndim - 2)), x, 0).sum(axis=1).astype(x.dtype)
 
 
 def stride(inputs: HeadInputs, config: LSGConfig) -> Selected:
-    """Every `sparsity_factor`-th token, starting from head % sparsity_factor."""
+    """Selects every `sparsity_factor`-th token, starting from head % sparsity_factor."""
     factor = config.sparsity_factor
 
     def rows(x):
@@ -99,8 +101,8 @@ def stride(inputs: HeadInputs, config: LSGConfig) -> Selected:
 
 
 def block_stride(inputs: HeadInputs, config: LSGConfig) -> Selected:
-    """Of every block one contiguous slice of block_size / sparsity_factor tokens, the head's turn
-    deciding which."""
+    """Selects from every block one contiguous slice of block_size / sparsity_factor tokens, slice
+    number head % sparsity_factor."""
     factor, step = config.sparsity_factor, config.sparse_step
 
     def rows(x):
@@ -111,11 +113,11 @@ def block_stride(inputs: HeadInputs, config: LSGConfig) -> Selected:
 
 
 def bos_pooling(inputs: HeadInputs, config: LSGConfig) -> Selected:
-    """Every `sparsity_factor` tokens averaged with the weights that the first token's query gives
-    them.
+    """Averages every `sparsity_factor` tokens, weighted by a softmax of the first token's query
+    over them.
 
-    The reference unmasks groups that are all padding (in float32 and bfloat16); `strict_reference`
-    does so too.
+    The reference unmasks groups that are all padding (in float32 and bfloat16); so does
+    `strict_reference`.
     """
     factor = config.sparsity_factor
     key, query = inputs.key.astype(jnp.float32), inputs.bos_query.astype(jnp.float32)
@@ -144,11 +146,11 @@ def bos_pooling(inputs: HeadInputs, config: LSGConfig) -> Selected:
 
 
 def lsh(inputs: HeadInputs, config: LSGConfig) -> Selected:
-    """Per chunk, tokens hashed into buckets by random rotations of their keys; a representative is
-    a bucket's mean.
+    """Hashes the tokens of each chunk into buckets by random rotations of their keys; a
+    representative is a bucket's mean.
 
-    `lsh_num_pre_rounds` rounds keep as many buckets as tokens, the last one chunk /
-    sparsity_factor.
+    The first `lsh_num_pre_rounds` rounds have as many buckets as tokens, the last one chunk /
+    sparsity_factor buckets.
     """
     chunk = config.selection_chunk
     mask = inputs.mask.reshape(-1, chunk)  # [T/chunk, chunk]
@@ -178,9 +180,9 @@ def lsh(inputs: HeadInputs, config: LSGConfig) -> Selected:
 
 
 def by_groups(kind: str, inputs: HeadInputs, config: LSGConfig) -> Selected:
-    """What the selection of this name gives, as sums over groups of a chunk's tokens, each of which
-    goes to one representative or none: without sorting, gathering and scattering, which are slow
-    on accelerators."""
+    """Computes the selection of this name as sums over groups of a chunk's tokens; each token
+    belongs to one representative or none. It avoids sorting, gathering and scattering, which are
+    slow on accelerators."""
     factor = config.sparsity_factor
     chunk = config.selection_chunk if kind == "norm" else config.block_size
     count, place = chunk // factor, jnp.arange(chunk)[None]
@@ -196,7 +198,7 @@ def by_groups(kind: str, inputs: HeadInputs, config: LSGConfig) -> Selected:
             group = place - inputs.head % factor * count
     group = jnp.broadcast_to(group, mask.shape)
     real: Array = sum_groups(mask.astype(jnp.float32)[..., None], group, count)  # [chunks, R, 1]
-    # A gradient divided by next to nothing would be infinite in half precision.
+    # Dividing a gradient by almost zero would be infinite in half precision.
     parts = jnp.where(real > 0, real + 1e-6, 1.0) if kind == "pooling" else 1.0
 
     def rows(x):
@@ -208,14 +210,14 @@ def by_groups(kind: str, inputs: HeadInputs, config: LSGConfig) -> Selected:
 
 
 SELECTIONS = {f.__name__: f for f in (norm, pooling, lsh, stride, block_stride, bos_pooling)}
-GROUPED = ("norm", "pooling", "stride", "block_stride")  # of which `by_groups` knows
+GROUPED = ("norm", "pooling", "stride", "block_stride")  # those that `by_groups` supports
 
 
 def lsh_rotations(
     key: PRNGKeyArray, config: LSGConfig, *, num_heads: int, head_dim: int
 ) -> tuple[Float[Array, "N H _"], ...]:
-    """The normal random rotations of every hashing round, one [heads, head width, buckets // 2]
-    array each."""
+    """Draws the rotations of every hashing round from a normal distribution: per round one array
+    [heads, head width, buckets // 2]."""
     outputs = [config.selection_chunk] * config.lsh_num_pre_rounds + [
         config.selection_chunk // config.sparsity_factor
     ]
@@ -227,8 +229,8 @@ def lsh_rotations(
 
 
 def effective_type(config: LSGConfig) -> str:
-    """The selection that runs: one representative per chunk leaves nothing to hash, and the
-    reference takes bos_pooling there."""
+    """Returns the sparsity type that runs: "lsh" with one representative per chunk has nothing to
+    hash, and the reference uses "bos_pooling" instead."""
     if config.sparsity_type == "lsh" and config.sparsity_factor == config.sparse_block_size:
         return "bos_pooling"
     return config.sparsity_type
@@ -244,20 +246,23 @@ def select(
     bos_mask: Bool[Array, "B T"] | None = None,
     rotations: tuple[Float[Array, "N H _"], ...] | None = None,
 ) -> tuple[Float[Array, "B N R H"], Float[Array, "B N R H"], Bool[Array, "B N R"]]:
-    """Representatives of every head: `select one head`, vmapped over heads and batch.
+    """Returns the representatives of every head: a selection mapped over heads and batch.
 
     Args:
         key, value: projected keys and values of the non-global tokens, a whole number of blocks.
         mask: True for real tokens.
-        config: pattern settings; `sparsity_factor=1` returns every token.
-        bos_query: query of the first token, for "bos_pooling"; for each block that of its text's
-            where a row has several.
-        bos_mask: what that query sees, `mask` by default.
+        config: pattern settings; with `sparsity_factor=1` every token is returned.
+        bos_query: query of the first token, for "bos_pooling"; if a row has several texts, for each
+            block that of its text's first token.
+        bos_mask: what that query sees; `mask` by default.
         rotations: from `lsh_rotations`, for "lsh".
 
+    Returns:
+        Keys and values of the representatives, [B, N, R, H], and their mask, [B, N, R].
+
     Raises:
-        ValueError: if the tokens do not divide into the chunks a selection needs, or "lsh" has no
-            rotations.
+        ValueError: if the tokens cannot be split into the chunks that a selection needs, or "lsh"
+            has no rotations.
     """
     batch, heads, length, _ = key.shape
     if config.sparsity_factor == 1:

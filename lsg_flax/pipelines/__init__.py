@@ -1,4 +1,4 @@
-"""Text in, answers out, with Hugging Face's habits."""
+"""Pipelines from text to answers, with Hugging Face's names and results."""
 
 from lsg_flax.pipelines.broken import BrokenLines as BrokenLines
 from lsg_flax.pipelines.broken import line_number as line_number

@@ -1,4 +1,5 @@
-"""Broken lines of a file: raised by their place, or skipped and counted."""
+"""Broken lines of a file: they raise an error with their FILE:NUMBER, or are skipped and
+counted."""
 
 import os
 import warnings
@@ -9,7 +10,7 @@ BrokenLines = Literal["raise", "skip"]
 
 
 def unskipped(place: str, error: ValueError, *, skippable: bool = True) -> ValueError:
-    """What to raise for a broken line at FILE:NUMBER where none is skipped, or none can be."""
+    """Returns the error for a broken line at FILE:NUMBER that is not skipped."""
     message = str(error) if str(error).startswith(place) else f"{place}: {error}"
     end = "" if message.endswith((".", "?")) else "."
     remedy = ', or pass broken_lines="skip"' if skippable else ""
@@ -17,12 +18,12 @@ def unskipped(place: str, error: ValueError, *, skippable: bool = True) -> Value
 
 
 def line_number(place: str) -> int:
-    """The number in FILE:NUMBER."""
+    """Returns the number in FILE:NUMBER."""
     return int(place.rpartition(":")[2])
 
 
 def warn_of_skipped(skipped: Sequence[int | str], source: str | os.PathLike) -> None:
-    """Names the lines, or files of a folder, if there are any."""
+    """Warns of skipped lines, or files of a folder, if there are any."""
     if skipped:
         numbers = ", ".join(map(str, skipped[:10])) + (", ..." if len(skipped) > 10 else "")
         warnings.warn(

@@ -1,7 +1,7 @@
-"""Documents of files, as all commands read them that make something of each.
+"""Reads documents from files, for all commands that write an output for each document.
 
-Rows of .csv and .parquet, patterns and folders are those of data/; an output belongs to each
-document, so that an empty line of a .txt is an empty text here.
+.csv, .parquet, patterns and folders are read as in data/. Because each document has an output, an
+empty line of a .txt is an empty text here.
 """
 
 import json
@@ -26,13 +26,13 @@ from lsg_flax.inference import Document
 from lsg_flax.pipelines.broken import BrokenLines, line_number, unskipped
 from lsg_flax.pipelines.tasks import check_choice
 
-Documents = str | os.PathLike | DatasetPart  # where they are
-COLUMNS = ("id", "text", "text_pair", "question", "context")  # what may be called otherwise
-_CONTENTS = (("input_ids",), ("question", "context"), ("text",))  # what a line has of a document
+Documents = str | os.PathLike | DatasetPart  # a file, folder, pattern or dataset
+COLUMNS = ("id", "text", "text_pair", "question", "context")  # fields that `columns` may rename
+_CONTENTS = (("input_ids",), ("question", "context"), ("text",))  # fields that make a document
 
 
 class _LeftOut(Problems):
-    """Broken rows of data, which are the file's broken lines."""
+    """Passes on broken rows of data as broken lines of the file."""
 
     def __init__(self, documents: "DocumentFile"):
         super().__init__("skip")
@@ -43,14 +43,14 @@ class _LeftOut(Problems):
 
 
 class DocumentFile:
-    """The documents of a .jsonl, .csv, .parquet or .txt, of a folder or pattern of such files, or
-    of a dataset, read lazily.
+    """The documents of a .jsonl, .csv, .parquet or .txt file, of a folder or pattern of such files,
+    or of a dataset, read lazily.
 
     Attributes:
-        name: of what they are read from.
-        broken_lines: what is done with them.
-        skipped: numbers of the broken lines that were passed over so far; of several files, of
-            .parquet and of a dataset their places.
+        name: name of the source.
+        broken_lines: whether broken lines raise or are skipped.
+        skipped: numbers of the broken lines that were skipped so far; for several files, .parquet
+            and datasets their FILE:NUMBER.
     """
 
     def __init__(
@@ -62,25 +62,27 @@ class DocumentFile:
         columns: Mapping[str, str] = MappingProxyType({}),
         skippable: bool = True,
     ):
-        """Names the files.
+        """Finds the files; documents are read when iterated.
 
         Args:
-            source: .txt with one text per line, empty ones too, or .jsonl of objects with "text"
-                (and maybe "text_pair"), "question" and "context", or "input_ids" (and maybe
-                "attention_mask" and "token_type_ids"), and maybe "id", else the line's place from
-                0. Texts in it are not empty. Other entries, and blank lines of a .jsonl, are
-                ignored. .csv and .parquet have columns of these names, and lines counted without
-                the names. Of a folder each .txt is one text, in the order of their names, which are
-                the ids; other files of a folder or of a pattern such as "data/*.csv", of one kind,
-                come one after the other, and documents without an id are called by their place. The
+            source: a .txt has one text per line; empty lines are empty texts. A .jsonl has an
+                object per line with "text" (and optionally "text_pair"), with "question" and
+                "context", or with "input_ids" (and optionally "attention_mask" and
+                "token_type_ids"). An "id" is optional; by default it is the line's number from 0.
+                Texts of a .jsonl must not be empty; other fields and blank lines are ignored. A
+                .csv or .parquet has columns of these names; the line of names does not count. In a
+                folder each .txt is one text, in the order of their names, which are the ids. Other
+                files of a folder, or of a pattern such as "data/*.csv", must be of one kind and are
+                read one after the other; their documents without an id get their FILE:NUMBER. The
                 name of a dataset, or a `DatasetPart`, has rows with such columns.
-            broken_lines: raise for a line that is none of this, or skip it.
-            text_column: the entry that is the text, in place of all these.
-            columns: what the entries are called, by the names above.
-            skippable: whether who reads the message of a broken line may choose to skip it.
+            broken_lines: whether a line without such a document raises or is skipped.
+            text_column: the field that is the text, instead of those above.
+            columns: names of the fields in the file, by the names above.
+            skippable: whether the message of a broken line advises skipping it.
 
         Raises:
-            FileNotFoundError, ValueError: for no such file, another kind, or another choice.
+            FileNotFoundError, ValueError: if there is no such file, it is of another kind, or an
+                option is unknown.
         """
         part = source if isinstance(source, DatasetPart) else DatasetPart(os.fspath(source))
         self.skipped: list[int | str] = []
@@ -90,7 +92,7 @@ class DocumentFile:
         if text_column is not None:
             self._columns["text"] = text_column
         if unknown := sorted(self._columns.keys() - set(COLUMNS)):
-            raise ValueError(f"columns name {unknown}; there are {', '.join(COLUMNS)}.")
+            raise ValueError(f"columns has {unknown}; it may have {', '.join(COLUMNS)}.")
         self._dataset = DatasetSource(*part) if is_dataset_name(part.name) else None
         self.name = self._dataset.name if self._dataset else part.name
         self._texts, self._files = ([], []) if self._dataset else self._files_at(part)
@@ -98,15 +100,15 @@ class DocumentFile:
         if self._of_texts and self._columns:
             given = f"text_column={text_column!r}" if text_column else f"columns={self._columns}"
             raise ValueError(
-                f"{given} is for a .jsonl, .csv or .parquet; {part.name} has texts alone."
+                f"{given} is for a .jsonl, .csv or .parquet; {part.name} has only texts."
             )
 
     def _files_at(self, part: DatasetPart) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
-        """The texts of a folder of them, and all files."""
+        """Returns the text files if the source is a folder of texts, and all files."""
         for name, value in part._asdict().items():
             if name != "name" and value is not None:
                 raise ValueError(
-                    f"{name}={value!r} is of a dataset, and {part.name} names files; leave it out."
+                    f"{name}={value!r} is for a dataset, but {part.name} names files; leave it out."
                 )
         folder = pathlib.Path(part.name)
         found = (file for file in folder.glob("*.txt") if file.is_file())
@@ -136,7 +138,7 @@ class DocumentFile:
         return files
 
     def __iter__(self) -> Iterator[Document]:
-        """Raises ValueError for a broken line, by its place."""
+        """Yields the documents; raises ValueError for a broken line, with its FILE:NUMBER."""
         for line in self._lines():
             try:
                 content = self._content_of(line)
@@ -147,7 +149,7 @@ class DocumentFile:
                 yield Document(name, line.raw, line.place, content)
 
     def leave_out(self, place: str, error: ValueError) -> None:
-        """Raises, unless broken lines are skipped, for the line at FILE:NUMBER."""
+        """Raises the error of the broken line at FILE:NUMBER, or counts it as skipped."""
         if self.broken_lines == "raise":
             raise unskipped(place, error, skippable=self._skippable) from error
         if self._texts:
@@ -158,14 +160,15 @@ class DocumentFile:
             self.skipped.append(line_number(place))
 
     def count_lines(self) -> int:
-        """Those with documents, broken ones too, but for rows that cannot be told apart."""
+        """Returns the number of documents, broken ones included, except for rows that cannot be
+        separated."""
         if self._texts:
             return len(self._texts)
         return sum(1 for _ in self._lines(Problems("skip")))
 
     def _lines(self, problems: Problems | None = None) -> Iterator[Line]:
-        """An empty line of a .txt is a text like others; in a .jsonl it is nothing. A file of a
-        folder of texts counts as one line, and a row of columns is the line that says the same."""
+        """Yields the lines. An empty line of a .txt is a text, one of a .jsonl is ignored. Each
+        file of a folder of texts is one line, and each row of columns is a line of JSON."""
         problems = problems or _LeftOut(self)
         if self._dataset is not None:
             yield from _lines_of(self._dataset.rows(problems))
@@ -183,7 +186,7 @@ class DocumentFile:
         return line.place if len(self._files) > 1 else line.number - 1
 
     def _content_of(self, line: Line) -> dict[str, Any]:
-        """Raises ValueError for what is no document."""
+        """Returns the document in a line; raises ValueError if there is none."""
         if self._of_texts:
             return {"text": line.text()}
         content = line.json_object()
@@ -198,7 +201,7 @@ class DocumentFile:
             raise ValueError(f"it has {sorted(content)} and must have {missing[0]!r}")
         named = {name: content[column] for name, column in self._columns.items()}
         others = (name for name in COLUMNS if name not in named and name in content)
-        if self._text_column is not None:  # the text, and nothing else
+        if self._text_column is not None:  # only the text, no other content
             others = (name for name in ("id",) if name not in named and name in content)
         return _content(named | {name: content[name] for name in others})
 
@@ -209,13 +212,13 @@ def _lines_of(rows: Iterable[DataRow]) -> Iterator[Line]:
 
 
 def _content(content: dict[str, Any]) -> dict[str, Any]:
-    """What a line says; ValueError if it is no document."""
+    """Checks the fields of a line; raises ValueError if they are not a document."""
     kind = next((names for names in _CONTENTS if content.keys() >= set(names)), None)
     if kind is None:
         kinds = "; or ".join(" and ".join(names) for names in _CONTENTS)
         raise ValueError(
-            f"it has {sorted(content)} and must have {kinds}; columns= or text_column= names "
-            "another entry that is the text"
+            f"it has {sorted(content)} and must have {kinds}; or name the field that is the text, "
+            "with columns= or text_column="
         )
     if content.get("text_pair", "") in (None, ""):  # no pair, as in training
         content = {name: value for name, value in content.items() if name != "text_pair"}
@@ -226,7 +229,7 @@ def _content(content: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"its {name} is empty")
     for name in ("input_ids", "attention_mask", "token_type_ids"):
         if not _are_ids(content.get(name, [0])):
-            raise ValueError(f"its {name} are no list of whole numbers")
+            raise ValueError(f"its {name} must be a list of integers")
     masks = content.get("attention_mask", [1])
     if not all(map(any, masks if isinstance(masks[0], list) else [masks])):
         raise ValueError("its attention_mask is 0 everywhere, so there is nothing to read")
@@ -234,7 +237,7 @@ def _content(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _are_ids(values: object) -> bool:
-    """A list of whole numbers, or of such lists for multiple choice."""
+    """Whether a value is a list of integers, or, for multiple choice, of such lists."""
     if not isinstance(values, list) or not values:
         return False
     if all(isinstance(value, list) for value in values):

@@ -1,5 +1,5 @@
-"""Embeddings of sentences and documents: the states of a text's tokens pooled to one vector, from
-and to the folders of sentence-transformers.
+"""Embeddings of sentences and documents: pools the states of a text's tokens to one vector; reads
+and writes sentence-transformers' folders.
 
 Axes: B batch, T tokens, D model width.
 """
@@ -33,12 +33,12 @@ from lsg_flax.pipelines.documents import DocumentFile, Documents
 from lsg_flax.progress import say
 
 TEXTS, VECTORS = KINDS, (".npy", ".jsonl")
-_SHORT_BUCKETS = (32, 128)  # sentences and queries; inference's own begin at 512
+_SHORT_BUCKETS = (32, 128)  # for sentences and queries; those of inference start at 512
 
 
 @dataclasses.dataclass(frozen=True)
 class _Pooled:
-    """A `Predictor`'s select: the embeddings [B, D], instead of all states."""
+    """The `select` of a `Predictor`: returns the embeddings [B, D] instead of all states."""
 
     pooling: Pooling
     normalize: bool
@@ -52,15 +52,20 @@ class _Pooled:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Embedder:
-    """Texts to vectors.
+    """Computes embeddings of texts.
 
     Attributes:
-        model, params: of the task "base".
-        tokenizer: of transformers.
-        pooling, normalize: see `pool`.
-        max_length: tokens after which a text is cut.
-        do_lower_case: lower a text's case before the tokenizer sees it.
-        source: where it was loaded from; what else belongs to it is saved too.
+        model, params: a model of the task "base" and its parameters.
+        tokenizer: a tokenizer of transformers.
+        pooling: "mean", "cls", "max" or "global": how states are pooled, see
+            `lsg_flax.models.pool`.
+        normalize: whether vectors are scaled to length 1.
+        max_length: number of tokens to which texts are truncated.
+        do_lower_case: whether texts are lower-cased before the tokenizer sees them.
+        source: the checkpoint it was loaded from, whose other files are saved too.
+
+    Raises:
+        ValueError: for parts that do not fit together.
     """
 
     model: Model
@@ -73,7 +78,7 @@ class Embedder:
     source: hub.Checkpoint | None = None
 
     def __post_init__(self):
-        """Raises ValueError for parts that do not fit together."""
+        """Checks that the parts fit together."""
         longest = self.model.max_length
         if self.model.task != "base":
             raise ValueError(f"the model's task is {self.model.task!r}; load it with task='base'.")
@@ -95,13 +100,15 @@ class Embedder:
         max_length: int | None = None,
         dtype: Dtype = jnp.float32,
     ) -> "Embedder":
-        """Loads a folder or hub id of sentence-transformers, or, given `pooling`, any checkpoint
-        with a tokenizer.
+        """Loads a sentence-transformers checkpoint, or, if `pooling` is given, any checkpoint with
+        a tokenizer.
 
         Args:
-            pooling, normalize, max_length: instead of those of the folder. Without any the vectors
-                are not normalized and texts are as long as model and tokenizer allow.
-            dtype: of the model's computation; vectors are float32 in any case.
+            path: folder or hub id.
+            pooling, normalize, max_length: replace the settings of the folder. If neither has them,
+                vectors are not normalized, and texts are truncated where model and tokenizer
+                require it.
+            dtype: of the model's computation; vectors are always float32.
 
         Raises:
             FileNotFoundError: if there is no checkpoint or no tokenizer.
@@ -110,7 +117,7 @@ class Embedder:
         """
         checkpoint = hub.open_checkpoint(path)
         stored = hub.read_sentence_settings(checkpoint.root, checkpoint.modules, pooling)
-        with warnings.catch_warnings():  # of a pooler that is not there: it is not used
+        with warnings.catch_warnings():  # a missing pooler does not matter: it is not used
             warnings.filterwarnings("ignore", "weights for task='base' not in the checkpoint")
             model, params = checkpoint.load("base", dtype=dtype)
         tokenizer = checkpoint.tokenizer
@@ -137,17 +144,20 @@ class Embedder:
         buckets: Sequence[int] | None = None,
         progress: bool = True,
     ) -> Float[np.ndarray, "B D"]:
-        """The vector of each text, in order, float32.
+        """Returns the embedding of each text, [texts, D], in order, float32.
 
-        Texts are cut at `max_length` tokens, sorted by length and padded to a few lengths, one
-        compilation each (`inference.Predictor`). An empty text still has the tokenizer's special
-        tokens, as in sentence-transformers; without these its vector is zero.
+        Texts are truncated to `max_length` tokens, sorted by length and padded to a few lengths,
+        with one compilation each (see `inference.Predictor`). An empty text has the tokenizer's
+        special tokens, as in sentence-transformers; if there are none, its vector is zero.
 
         Args:
-            buckets: lengths to pad to; 32, 128 and powers of two from 512 by default.
+            texts: a list of strings.
+            batch_size: texts per batch.
+            buckets: lengths in tokens to pad to; by default 32, 128 and powers of two from 512.
+            progress: whether to show a progress bar.
 
         Raises:
-            ValueError: for anything but texts, and as `Predictor`.
+            ValueError: for values that are not strings, and as `Predictor`.
         """
         limit = self.max_length
         predictor = Predictor(
@@ -168,7 +178,7 @@ class Embedder:
         wrong = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
         if isinstance(texts, str) or wrong is not None:
             found = "one string" if wrong is None else f"a {type(texts[wrong]).__name__} at {wrong}"
-            raise ValueError(f"texts must be a list of strings, but it is or has {found}.")
+            raise ValueError(f"texts must be a list of strings, got {found}.")
         for place, text in enumerate(texts):
             try:
                 valid_text(text)
@@ -198,8 +208,8 @@ class Embedder:
         return text.strip().lower() if self.do_lower_case else text.strip()
 
     def save_pretrained(self, path: str | os.PathLike) -> None:
-        """Writes model, tokenizer and sentence-transformers' files; all together or, if anything
-        fails, none. "global" is written as sentence-transformers' name for the first token.
+        """Writes model, tokenizer and sentence-transformers' files; if anything fails, nothing is
+        written. "global" is written as sentence-transformers' name for the first token.
 
         Raises:
             OSError: if the files cannot be written.
@@ -212,7 +222,7 @@ class Embedder:
 
 
 class TextLines(NamedTuple):
-    """The texts of a file, each with its name and, for messages, its place FILE:NUMBER."""
+    """The texts of a file, each with its id and, for messages, its FILE:NUMBER."""
 
     names: list[Any]
     texts: list[str]
@@ -226,10 +236,10 @@ def read_texts(
     skippable: bool = True,
     columns: Mapping[str, str] = MappingProxyType({}),
 ) -> TextLines:
-    """Names and texts of the documents of a `DocumentFile`, whose arguments these are.
+    """Reads ids and texts of all documents; the arguments are those of `DocumentFile`.
 
     Raises:
-        FileNotFoundError, ValueError: if there is no such file, or it holds something else.
+        FileNotFoundError, ValueError: if there is no such file, or it has other contents.
     """
     how = {"broken_lines": broken_lines, "skippable": skippable, "columns": columns}
     documents = DocumentFile(source, **how)
@@ -251,11 +261,11 @@ def write_vectors(
 ) -> None:
     """Writes the array as .npy, or one object with "id" and "embedding" per line as .jsonl.
 
-    The file gets its name when it is complete.
+    A temporary file is renamed when it is complete.
 
     Raises:
         ValueError: for another kind of file, or vectors that are not finite.
-        OSError: if it cannot be written, or another process writes it.
+        OSError: if it cannot be written, or another process is writing it.
     """
     file = check_suffix(file, VECTORS)
     broken = [n for n, vector in zip(names, vectors, strict=True) if not np.isfinite(vector).all()]
@@ -272,7 +282,7 @@ def write_vectors(
 
 
 def check_suffix(file: str | os.PathLike, suffixes: tuple[str, ...]) -> pathlib.Path:
-    """The path, if it ends in one of `suffixes`; raises ValueError if not."""
+    """Returns the path; raises ValueError unless it ends in one of `suffixes`."""
     if pathlib.Path(file).suffix not in suffixes:
         raise ValueError(f"{file} must end in {' or '.join(suffixes)}.")
     return pathlib.Path(file)

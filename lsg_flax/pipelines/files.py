@@ -1,6 +1,6 @@
-"""From file to file: documents of a file or folder in, one line of JSON for each out; resumable.
+"""Predicts from file to file: reads documents, writes one line of JSON for each, and can resume.
 
-How lines survive a kill is inference/lines.py's; texts are read, and answers made, as pipelines do.
+inference/lines.py makes the output survive a kill; texts are read and answered as in pipelines.
 """
 
 import functools
@@ -44,22 +44,22 @@ from lsg_flax.pipelines.tasks import (
 )
 from lsg_flax.progress import Bar, say
 
-# A model's task -> what its answers are without further options.
+# A model's task -> how its outputs are turned into answers by default.
 ANSWERS: dict[str, PipelineTask] = {
     "sequence_classification": TextClassification(top_k=None),
     "token_classification": TokenClassification(aggregation_strategy="simple"),
     "question_answering": QuestionAnswering(),
     "conditional_generation": Text2TextGeneration(),
 }
-_PROBE = "Él NAÏVE 12.5% 日本 [MASK]\n it's"  # tells apart tokenizers of the same vocabulary
+_PROBE = "Él NAÏVE 12.5% 日本 [MASK]\n it's"  # distinguishes tokenizers with equal vocabularies
 
 
 class Written(NamedTuple):
-    """What `predict_file` did."""
+    """The result of `predict_file`."""
 
-    documents: int  # lines of the target
-    computed: int  # of these by this call; the others were finished before
-    skipped: tuple[int | str, ...]  # broken lines of the source by number, from 1, or its files
+    documents: int  # number of lines of the target
+    computed: int  # how many of them this call computed; the others were finished before
+    skipped: tuple[int | str, ...]  # numbers of skipped lines of the source, from 1, or its files
 
 
 def predict_file(
@@ -83,39 +83,47 @@ def predict_file(
     unfinished: Unfinished = "continue",
     progress: bool = True,
 ) -> Written:
-    """Writes one line of JSON per document of `source`, in order: its `id` and the model's outputs
-    or, on request, the answer that a pipeline makes of them.
+    """Writes one line of JSON per document of `source`, in order: its `id` and the model's outputs,
+    or the answer that a pipeline makes of them.
 
-    The file gets its name when it is complete. Before that, finished windows are in `target` +
-    ".partial"; a killed run continues there when it is called again, and then makes the same bytes
-    as an undisturbed one, if batch size, window and mesh are the same too (others are allowed, and
+    Results are first written to `target` + ".partial", window by window, which is renamed when it
+    is complete. After a kill the same call resumes there, and writes the same bytes as an
+    uninterrupted run if batch size, window and mesh are the same as well (others are allowed, but
     round differently).
 
     Args:
-        source, broken_lines, text_column, columns: see `DocumentFile`.
-        tokenizer: of transformers, for documents that are not `input_ids`.
-        answers: write `{"id", "answer"}`, the answer of this task of pipelines (`{"id",
-            "summary"}` of `Summarization`); `ANSWERS` has one for each model's task that has
-            labels or places, or writes.
-        fields: without `answers`, the outputs wanted, such as `("logits",)`; all by default.
-        max_length: tokens read at most; by default the tokenizer's `model_max_length`, at which the
-            model was trained, or what the model reads if that is less.
-        truncation: cut longer texts, which is said at the end; without it they raise.
-        batch_size, buckets, mesh: of `Predictor`; batches are no larger than the file or a window.
-        window: documents sorted, held in memory and written together: what a kill may cost.
-        broken_lines: raise for a line that is no document or that the model cannot read, such as a
-            text that is too long, or skip it.
-        unfinished: what to do with a partial file: continue it, or "replace" it.
+        source, text_column, columns: see `pipelines.DocumentFile`.
+        target: the .jsonl file to write.
+        model, params: the model and its parameters.
+        tokenizer: a tokenizer of transformers, for documents that are not `input_ids`.
+        answers: a task of pipelines, whose answers are written as `{"id", "answer"}` (`{"id",
+            "summary"}` for `Summarization`). `ANSWERS` has one for each task of models with labels,
+            answers in the text, or generated text.
+        fields: without `answers`, the outputs to write, such as `("logits",)`; by default all.
+        max_length: largest number of tokens per row; by default the tokenizer's `model_max_length`,
+            or what the model reads if that is less.
+        truncation: whether to truncate longer texts, which is reported at the end; otherwise they
+            raise.
+        batch_size, buckets, mesh: as in `Predictor`; batches are no larger than the file or a
+            window.
+        window: number of documents that are sorted, held in memory and written together; a kill
+            loses at most the unfinished window.
+        broken_lines: whether a line that is not a document, or that the model cannot read, such as
+            a text that is too long, raises ("raise") or is skipped ("skip").
+        unfinished: what to do with a partial file: "continue" or "replace" it.
+        progress: whether to show a progress bar.
 
     Returns:
-        How many documents were written, and how many of them now.
+        How many documents the file has, how many of them this call computed, and which lines were
+        skipped.
 
     Raises:
         FileNotFoundError: if there is no `source`.
-        ValueError: for a document that is broken or does not fit (by its line), outputs that are
-            not finite, settings that do not go together, and the partial file of other settings or
-            another source, saying what differs.
-        OSError: if `target` cannot be written, as on a full disk; what is finished is kept.
+        ValueError: for a broken document or one that the model cannot read (with its line), outputs
+            that are not finite, settings that contradict each other, and a partial file of other
+            settings or another source; the message says what differs.
+        OSError: if `target` cannot be written, for example because the disk is full; finished
+            windows are kept.
     """
     named = {"text_column": text_column, "columns": columns}
     documents = DocumentFile(source, broken_lines=broken_lines, **named)
@@ -158,24 +166,25 @@ def _limit_for(max_length: int | None, predictor: Predictor, tokenizer: Tokenize
 def _batch_for(
     documents: int, batch_size: int, answers: PipelineTask | None, mesh: Mesh | None
 ) -> int:
-    """The batch size of the whole run: no more rows than so many documents have, for what fills a
-    batch up costs memory and time."""
-    if isinstance(answers, QuestionAnswering):  # a context has any number of rows
+    """The batch size of the whole run: no more than the number of rows, because padding rows cost
+    memory and time."""
+    if isinstance(answers, QuestionAnswering):  # a context may have any number of rows
         return batch_size
     shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     return min(batch_size, -(-max(documents, 1) // shards) * shards)
 
 
 class _DocumentCodec:
-    """From a document to the model's rows, and from their outputs to its line."""
+    """Turns documents into rows of the model, and the rows' outputs into lines."""
 
     def __init__(self, predictor: Predictor, reader: Reader, answers: PipelineTask | None):
         self.predictor, self.reader, self.answers = predictor, reader, answers
         self._first: Encoding | None = None
-        self.cut = Cut()  # what was lost of long texts
+        self.cut = Cut()  # what truncation removed
 
     def rows(self, document: Document) -> list[ModelRow]:
-        """Raises ValueError, with the document's place, for one that does not fit."""
+        """Returns a document's rows; raises ValueError, with its FILE:NUMBER, if it does not
+        fit."""
         if document.rows is not None:
             return document.rows
         try:
@@ -193,7 +202,8 @@ class _DocumentCodec:
         return rows
 
     def fitting(self, documents: DocumentFile) -> Iterator[Document]:
-        """Those that fit, with their rows, where others are skipped; else all of them."""
+        """Yields all documents; if broken lines are skipped, only those that fit, with their
+        rows."""
         if documents.broken_lines == "raise":
             yield from documents
             return
@@ -235,7 +245,7 @@ class _DocumentCodec:
         return answers.rows(reader, item)
 
     def line(self, document: Document, rows: Sequence[ModelRow], results: list[Result]) -> str:
-        """The line of a document."""
+        """Returns the line of a document."""
         if self.answers is None:
             return output_line(document, results[0])
         for result in results:
@@ -245,7 +255,7 @@ class _DocumentCodec:
         return json_line({"id": document.name} | self.answers.entry(answer))
 
     def settings(self) -> dict[str, Any]:
-        """What decides the lines besides the model, as JSON values."""
+        """Returns the settings that decide the lines beside the model's, as JSON values."""
         tokenizer = self.reader.tokenizer
         return {
             "tokenizer": None if tokenizer is None else _tokenizer_digest(tokenizer),
@@ -256,7 +266,7 @@ class _DocumentCodec:
 
 
 def check_fields(model: Model, fields: Sequence[str]) -> None:
-    """Raises ValueError for outputs that the model does not have; its weights are not needed."""
+    """Raises ValueError for outputs that the model does not have; needs no weights."""
     outputs = functools.partial(outputs_of, model, fields=tuple(fields))
     jax.eval_shape(outputs, model.abstract_params(), model.example_inputs())
 
@@ -264,7 +274,7 @@ def check_fields(model: Model, fields: Sequence[str]) -> None:
 def _check_answers(
     answers: PipelineTask | None, model: Model, fields: Sequence[str] | None
 ) -> None:
-    """Raises for a task that this model or a file cannot serve."""
+    """Raises ValueError for a task that this model or a file does not support."""
     if answers is None:
         return
     name = type(answers).__name__
@@ -272,15 +282,15 @@ def _check_answers(
         raise ValueError("answers=FillMask is not possible for files; use lsg_flax.pipeline.")
     if model.task not in answers.heads:
         raise ValueError(
-            f"answers={name} needs a model of the task {' or '.join(answers.heads)}, and this "
+            f"answers={name} needs a model of the task {' or '.join(answers.heads)}, but this "
             f"one's is {model.task!r}."
         )
     if fields is not None:
-        raise ValueError("fields= are of outputs; give either answers or fields.")
+        raise ValueError("answers= and fields= exclude each other; give one of them.")
 
 
 def _item(content: dict[str, Any]) -> Any:
-    """What a pipeline would be given: a text or a dict of two; nothing for input_ids."""
+    """The document as pipelines take it: a text, or a dict of two; {} for input_ids."""
     asks = content.keys() >= {"question", "context"}
     kind = ("question", "context") if asks else ("text", "text_pair")
     item = {name: content[name] for name in kind if name in content}
@@ -288,7 +298,7 @@ def _item(content: dict[str, Any]) -> Any:
 
 
 def _tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """Of its vocabulary and of how it reads."""
+    """A digest of a tokenizer's vocabulary and behaviour."""
     parts = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
     parts.append(tokenizer(_PROBE, _PROBE, verbose=False)["input_ids"])
     return hashlib.sha256(json_line(parts).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The tasks of pipelines that write: a text in, other texts out, by `lsg_flax.generate`.
+"""The tasks of pipelines that generate text with `lsg_flax.generate`.
 
 Axes: B batch, T tokens.
 """
@@ -27,16 +27,16 @@ _LIMITS = {"max_length", "max_new_tokens"}
 
 @dataclass(frozen=True)
 class Text2TextGeneration(PipelineTask):
-    """What an encoder-decoder writes for a text: {"generated_text"}, or a list of these where
+    """Generates text with an encoder-decoder: {"generated_text"}, or a list of these if
     num_return_sequences asks for several.
 
-    Options are also those of `generate`, `max_length` among them: tokens that are written. What is
-    not given is the checkpoint's, whose task_specific_params for the task come first; their
-    `prefix`, or that of config.json, is put before each text.
+    The options of `generate` are options too; `max_length` then limits generated tokens. Defaults
+    are the checkpoint's, first those in its task_specific_params for the task; their `prefix`, or
+    that of config.json, is put before each text.
 
     Attributes:
-        clean_up_tokenization_spaces: take the spaces before full stops and the like out.
-        seed: of what is drawn with do_sample; the same batch draws the same.
+        clean_up_tokenization_spaces: whether to remove spaces before punctuation.
+        seed: seed of sampling with do_sample; equal batches give equal samples.
         written: the options of `generate`.
     """
 
@@ -68,7 +68,7 @@ class Text2TextGeneration(PipelineTask):
         if tokenizer is not None:
             _check_tokenizer(tokenizer, model.config)
         stored = self._stored(model.config)
-        if stored:  # these are of the checkpoint, not of the caller, who may overrule them
+        if stored:  # defaults of the checkpoint, which the caller may override
             others = json.loads(model.config.extra)
             others["generation_config"] = model.config.other("generation_config", {}) | stored
             extra = json.dumps(others, sort_keys=True)
@@ -78,12 +78,12 @@ class Text2TextGeneration(PipelineTask):
         )
 
     def _stored(self, config: ModelConfig) -> Mapping[str, Any]:
-        """What the checkpoint says of this task."""
+        """The checkpoint's settings for this task."""
         by_task = _task_specific(config)
         return by_task.get(self._name_among(by_task)) or {}
 
     def _name_among(self, names: Collection[str]) -> str:
-        """What the checkpoint calls this task."""
+        """The checkpoint's name of this task."""
         return self.task
 
     def _options(self, config: ModelConfig, tokenizer: Tokenizer | None) -> Mapping[str, Any]:
@@ -104,8 +104,8 @@ class Text2TextGeneration(PipelineTask):
 
 @dataclass(frozen=True)
 class Summarization(Text2TextGeneration):
-    """Summaries: {"summary_text"}; all else as `Text2TextGeneration`. In a file a line has the
-    summary as "summary"."""
+    """Generates summaries: {"summary_text"}; otherwise as `Text2TextGeneration`. In files the
+    summary is in "summary"."""
 
     task: ClassVar = "summarization"
     key: ClassVar = "summary_text"
@@ -117,12 +117,12 @@ class Summarization(Text2TextGeneration):
 
 @dataclass(frozen=True)
 class Translation(Text2TextGeneration):
-    """Translations: {"translation_text"}; all else as `Text2TextGeneration`.
+    """Generates translations: {"translation_text"}; otherwise as `Text2TextGeneration`.
 
     Attributes:
-        src_lang, tgt_lang: codes of a tokenizer for several languages, such as mBART's "en_XX"; or
-            those of a checkpoint with settings for "translation_en_to_ro" among others. The
-            tokenizer is set to src_lang, as in transformers.
+        src_lang, tgt_lang: language codes of a multilingual tokenizer, such as mBART's "en_XX"; or
+            those of a checkpoint with settings for several pairs, such as "translation_en_to_ro".
+            The tokenizer is set to src_lang, as in transformers.
     """
 
     task: ClassVar = "translation"
@@ -154,8 +154,8 @@ class Translation(Text2TextGeneration):
         return {**first, **self.written}
 
     def _has_languages(self, config: ModelConfig, tokenizer: Tokenizer) -> bool:
-        """Whether the tokenizer tells languages apart; raises ValueError for given ones that nobody
-        knows, and for none where it needs them."""
+        """Whether the tokenizer is multilingual; raises ValueError for unknown languages, and if it
+        needs languages and none are given."""
         given = {"src_lang": self.src_lang, "tgt_lang": self.tgt_lang}
         words = ", ".join(f"{name}={code!r}" for name, code in given.items())
         if not hasattr(tokenizer, "src_lang"):
@@ -163,8 +163,8 @@ class Translation(Text2TextGeneration):
             if any(given.values()) and self._name_among(by_task) not in by_task:
                 name = type(tokenizer).__name__
                 raise ValueError(
-                    f"{words}: {name} tells no languages apart, and config.json has settings for "
-                    f"{sorted(by_task)} alone; leave them out."
+                    f"{words}: {name} has no languages, and config.json has settings only for "
+                    f"{sorted(by_task)}; leave them out."
                 )
             return False
         check_languages(tokenizer, given)
@@ -172,31 +172,31 @@ class Translation(Text2TextGeneration):
 
 
 def _check_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> None:
-    """Raises ValueError for a tokenizer whose end and padding are not the checkpoint's."""
+    """Raises ValueError if the tokenizer's end or padding token is not the checkpoint's."""
     for name in ("eos_token", "pad_token"):
         given, wanted = getattr(tokenizer, f"{name}_id"), getattr(config, f"{name}_id")
         if wanted is not None and given != wanted:
             raise ValueError(
-                f"the tokenizer's {name} is {getattr(tokenizer, name)!r} with the id {given}, and "
+                f"the tokenizer's {name} is {getattr(tokenizer, name)!r} with the id {given}, but "
                 f"config.json has {name}_id={wanted}: tokenizer and checkpoint do not belong "
                 "together; give the one that the model was trained with."
             )
 
 
 def _task_specific(config: ModelConfig) -> dict[str, dict[str, Any] | None]:
-    """A checkpoint's settings by tasks of pipelines."""
+    """The checkpoint's settings by names of tasks of pipelines."""
     found = config.other("task_specific_params", None) or {}
     fits = isinstance(found, dict) and all(isinstance(v, dict | None) for v in found.values())
     if not fits:
         raise ValueError(
-            f"task_specific_params={found!r:.80} in config.json must be an object with one for "
-            "each task; mend it or take it out."
+            f"task_specific_params={found!r:.80} in config.json must be an object with an object "
+            "for each task; correct it or remove it."
         )
     return found
 
 
 class TextProgram:
-    """What a `Predictor` runs in place of the model: `generate`, on batches."""
+    """The program that a `Predictor` runs instead of the model: `generate` on batches."""
 
     def __init__(self, model: Model, options: str, seed: int, mesh: Mesh | None):
         """Checks the options, given as JSON."""
@@ -208,18 +208,18 @@ class TextProgram:
 
     @property
     def compilations(self) -> int:
-        """How many programs it needed: one for each shape of a batch."""
+        """The number of compiled programs: one for each shape of a batch."""
         return len(self._shapes)
 
     def start(self, params: Params, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """The tokens [B, returned texts, T] of a batch."""
+        """Returns the tokens [B, returned texts, T] of a batch."""
         real = np.any(batch["attention_mask"], axis=1, keepdims=True)[:, 0]
-        rows = np.where(real, np.arange(len(real)), 0)  # an empty row would be written to the end
+        rows = np.where(real, np.arange(len(real)), 0)  # empty rows would generate to the limit
         ids, mask = batch["input_ids"][rows], batch["attention_mask"][rows]
         self._shapes.add(ids.shape)
-        key = jax.random.fold_in(self._key, zlib.crc32(ids.tobytes()))  # the same after a kill
+        key = jax.random.fold_in(self._key, zlib.crc32(ids.tobytes()))  # equal after resuming
         with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
-            # The batch has the length of a bucket already.
+            # The batch is already padded to a bucket.
             given = {**self._options, "key": key, "bucket": 1}
             tokens = generate(self._model, params, ids, mask, **given)
         return {"sequences": jnp.asarray(tokens.reshape(len(ids), -1, tokens.shape[-1]))}

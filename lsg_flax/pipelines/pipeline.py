@@ -1,6 +1,6 @@
-"""Pipelines with Hugging Face's habits: text in, plain Python answers out, for documents of any
-length. What a task does with a text and with the outputs is in tasks.py and
-spans.py; batching and buckets are those of inference/.
+"""Pipelines like Hugging Face's: from texts of any length to answers as plain Python values.
+tasks.py and spans.py define how a task reads texts and outputs; batching and buckets are those of
+inference/.
 """
 
 import itertools
@@ -32,7 +32,7 @@ from lsg_flax.pipelines.tasks import (
     in_float32,
 )
 
-SENTENCE_BUCKET = 128  # a sentence alone is worth a shorter one than documents have
+SENTENCE_BUCKET = 128  # an extra bucket for sentences, shorter than those of documents
 _WINDOW = 32  # batches whose documents are sorted by length and held in memory together
 
 TASKS: dict[str, type[PipelineTask]] = {
@@ -49,7 +49,7 @@ ALIASES = {"ner": "token-classification", "sentiment-analysis": "text-classifica
 
 
 class Pipeline:
-    """What `pipeline` returns."""
+    """A pipeline for one task and model; made by `pipeline`."""
 
     def __init__(
         self,
@@ -76,15 +76,15 @@ class Pipeline:
         truncation: bool | None = None,
         **options: Any,
     ) -> Any:
-        """The answers, in the order of the documents.
+        """Returns the answers, in the order of the documents.
 
         Args:
-            inputs: a text, a list of them, or an iterator, which is read and answered lazily.
-            question, context: of question answering, in place of dicts.
-            truncation, **options: other values than the pipeline's, for this call.
+            inputs: a text, a list of texts, or an iterator, which is read and answered lazily.
+            question, context: for question answering, instead of dicts of both.
+            truncation, **options: values that replace the pipeline's in this call.
 
         Raises:
-            ValueError: for a document that does not fit or options that do not exist.
+            ValueError: for a document that the model cannot read, or an unknown option.
         """
         task = self.task.with_options(**options)
         reader = self.reader if truncation is None else replace(self.reader, truncation=truncation)
@@ -109,7 +109,7 @@ class Pipeline:
                 yield task.answer(reader, item, part, results)
 
     def _predictor(self, task: PipelineTask, select: Select | None, rows: int) -> Predictor:
-        """A single row is not worth a whole batch."""
+        """The predictor for so many rows; a single row runs in a batch of one."""
         program = task.program(self.model, self.reader.tokenizer)
         self._used[select, program] = Predictor(
             self.model,
@@ -124,8 +124,8 @@ class Pipeline:
 
     @property
     def compilations(self) -> int:
-        """How often the model was compiled for this task: once per bucket, for a single row and
-        for batches each, shared by all pipelines of the model."""
+        """How often the model was compiled for this task: once per bucket for a single row, and
+        once for batches; shared by all pipelines of the model."""
         return sum(predictor.compilations for predictor in self._used.values())
 
 
@@ -141,31 +141,38 @@ def pipeline(
     dtype: Dtype | None = None,
     **options: Any,
 ) -> Pipeline:
-    """A task from text to answers, such as `pipeline("fill-mask", path)("Paris is the [MASK] of
-    France.")`.
+    """Makes a pipeline from text to answers, such as `pipeline("fill-mask", path)("Paris is the
+    [MASK] of France.")`.
 
-    Answers are those of transformers 4.37, but: a list gives a list, also one of a single text; a
-    text that is too long raises unless `truncation=True`; targets of fill-mask must be one token;
-    problem_type "regression" applies no function to the logits (as transformers 5); windows of
-    question answering are as long as the model reads, not 384 tokens; features are arrays.
+    Answers are those of transformers 4.37, with these differences: a list gives a list, also for a
+    single text; a text that is too long raises unless `truncation=True`; targets of fill-mask must
+    be one token; problem_type "regression" applies no function to the logits (as transformers 5);
+    windows of question answering are as long as the model reads, not 384 tokens; features are
+    arrays.
 
     Args:
-        task: one of `TASKS`, whose classes describe options and answers, or of `ALIASES`;
-            "translation_en_to_ro" is a translation with these src_lang and tgt_lang.
+        task: "fill-mask", "text-classification", "token-classification", "question-answering",
+            "feature-extraction", "text2text-generation", "summarization" or "translation"; also
+            "ner", "sentiment-analysis", and names such as "translation_en_to_ro", which set
+            src_lang and tgt_lang. The classes in `pipelines` describe options and answers.
         model: a folder or hub id, or a model with its parameters.
-        tokenizer: an object or a folder; by default that of the model's folder.
-        batch_size: rows at once; a single one runs alone.
-        max_length: tokens read at most, what the model reads by default; of tasks that write texts,
-            tokens written, as in transformers: the longest bucket is what these read.
-        truncation: cut longer texts (question answering reads all in windows).
-        buckets: lengths that rows are padded to, one compilation each.
-        dtype: of the computation, float32 by default.
-        **options: fields of the task's class, also possible in each call.
+        tokenizer: a tokenizer or a folder; by default that of the model's folder.
+        batch_size: rows per batch; a single row runs on its own.
+        max_length: the largest number of tokens per row; by default what model and tokenizer allow.
+            For tasks that generate text it limits generated tokens, as in transformers; these read
+            up to the longest bucket.
+        truncation: whether to truncate longer texts (question answering reads all in windows).
+        buckets: lengths in tokens that rows are padded to, with one compilation each.
+        dtype: of the computation; by default float32.
+        **options: options of the task, which each call may change.
+
+    Returns:
+        A `Pipeline`, to be called with texts.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
         ValueError: for an unknown task or option, a checkpoint without the task's head or without a
-            tokenizer, and settings that do not fit.
+            tokenizer, and settings that do not fit the model.
     """
     if len(parts := task.split("_")) == 4 and parts[0::2] == ["translation", "to"]:
         task = parts[0]
@@ -186,7 +193,7 @@ def pipeline(
         network, params = _load(task, checkpoint, jnp.float32 if dtype is None else dtype)
         tokenizer = checkpoint.folder if tokenizer is None else tokenizer
     found, limit = _tokenizer_of(tokenizer), network.max_length
-    usual = min(limit, found.model_max_length)  # what it was trained at
+    usual = min(limit, found.model_max_length)  # the length that the model was trained with
     max_length = usual if max_length is None else max_length
     if not 1 <= max_length <= limit:
         raise ValueError(f"max_length={max_length} must lie in 1..{limit}, what this model reads.")
@@ -199,7 +206,7 @@ def pipeline(
 
 
 def _tokenizer_of(given: Any) -> Any:
-    """The object itself, or that of a folder."""
+    """Returns a tokenizer, reading it if a folder is given."""
     if isinstance(given, str | os.PathLike):
         folder = hub.resolve(given, hub.TOKENIZER_ALONE)
         given = hub.read_tokenizer(folder)
@@ -213,7 +220,7 @@ def _tokenizer_of(given: Any) -> Any:
 def _rows_of(
     task: PipelineTask, reader: Reader, items: Iterable
 ) -> Iterator[tuple[Any, list[ModelRow]]]:
-    """Each document with its rows; one that does not fit is named by its place."""
+    """Yields each document with its rows; errors say which document does not fit."""
     for place, item in enumerate(items):
         try:
             yield item, task.rows(reader, item)
@@ -222,10 +229,10 @@ def _rows_of(
 
 
 def _load(task: str, checkpoint: Checkpoint, dtype: Dtype) -> tuple[Model, Params]:
-    """The model, if the checkpoint has a head for the task."""
+    """Loads the model; raises ValueError if the checkpoint has no head for the task."""
     heads = TASKS[task].heads
     if "base" in heads:
-        with warnings.catch_warnings():  # that heads are not read is what was asked for
+        with warnings.catch_warnings():  # unread heads are expected
             warnings.filterwarnings("ignore", message="weights for task")
             return checkpoint.load("base", dtype=dtype)
     names = checkpoint.architectures or ("a model without a head",)
@@ -236,7 +243,7 @@ def _load(task: str, checkpoint: Checkpoint, dtype: Dtype) -> tuple[Model, Param
 
 def _wrong_head(task: str, found: str) -> str:
     return (
-        f"{task} needs a model with the task {' or '.join(TASKS[task].heads)}, and {found}; "
+        f"{task} needs a model with the task {' or '.join(TASKS[task].heads)}, but {found}; "
         "fine-tune such a head on it, or load one with lsg_flax.from_pretrained(path, task=...) "
         "and pass (model, params)."
     )

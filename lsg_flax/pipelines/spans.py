@@ -1,7 +1,7 @@
-"""The tasks of pipelines whose answers are places in the text: token classification and question
+"""The tasks of pipelines whose answers are spans of the text: token classification and question
 answering.
 
-Axes: T tokens, Y labels, A answer lengths.
+Axes: T tokens, Y labels.
 """
 
 from collections.abc import Sequence
@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
-from jaxtyping import Bool, Float
+from scipy.special import softmax
 
+from lsg_flax.data import answer_places, merge_windows, window_answers
 from lsg_flax.files import is_blank
 from lsg_flax.pipelines.tasks import (
     PipelineError,
@@ -19,14 +20,13 @@ from lsg_flax.pipelines.tasks import (
     a_text,
     check_choice,
     check_positive,
-    softmax,
 )
 
 Aggregation = Literal["none", "simple", "first", "average", "max"]
 
 
 class _Piece(NamedTuple):
-    """A token, or a word of several, with the scores [Y] of its labels."""
+    """A token, or a word of several tokens, with the scores [Y] of its labels."""
 
     word: str
     scores: np.ndarray
@@ -38,13 +38,13 @@ class _Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenClassification(PipelineTask):
-    """Labels of tokens: {"entity", "score", "index", "word", "start", "end"}, or of groups of them:
+    """Labels tokens: {"entity", "score", "index", "word", "start", "end"}, or groups of them:
     {"entity_group", "score", "word", "start", "end"}.
 
     Attributes:
-        aggregation_strategy: "none": tokens; "simple": neighbours of the same entity together (B-
-            begins a new one); "first", "average", "max": the same with whole words, whose scores
-            are those of the first token, the mean, or those of the surest token.
+        aggregation_strategy: "none": single tokens; "simple": neighbours of the same entity are
+            grouped (B- starts a new group); "first", "average", "max": the same for whole words,
+            with the scores of the first token, the mean, or the most confident token.
         ignore_labels: labels or groups to leave out.
     """
 
@@ -60,7 +60,7 @@ class TokenClassification(PipelineTask):
         return super().rows(reader, item)
 
     def answer(self, reader, item, rows, outputs):
-        scores = softmax(outputs[0]["logits"])
+        scores = softmax(outputs[0]["logits"], axis=-1)
         pieces = self._tokens(reader.tokenizer, item, rows[0].encoding, scores)
         if self.aggregation_strategy in ("first", "average", "max"):
             pieces = self._words(reader.tokenizer, pieces)
@@ -125,7 +125,7 @@ class TokenClassification(PipelineTask):
 
 
 def _group(pieces: list[_Piece], labels: list[str], tokenizer) -> list[dict[str, float | str]]:
-    """Neighbours of the same entity, joined unless B- begins another one."""
+    """Groups neighbours of the same entity, unless B- starts another one."""
     groups: list[list[_Piece]] = []
     names: list[str] = []
     before = None
@@ -152,16 +152,18 @@ def _group(pieces: list[_Piece], labels: list[str], tokenizer) -> list[dict[str,
 
 @dataclass(frozen=True)
 class QuestionAnswering(PipelineTask):
-    """Answers in a context: {"score", "start", "end", "answer"} with places of characters, or a
-    list of them if there are several.
+    """Finds answers in a context: {"score", "start", "end", "answer"} with character positions, or
+    a list of them if there are several.
 
     Attributes:
-        top_k: answers per window and in all.
-        max_answer_len: tokens of an answer at most.
-        handle_impossible_answer: "" (start 0, end 0) competes with its own score.
-        max_seq_len: tokens of a window, question included; what the pipeline reads by default.
-        doc_stride: tokens that windows share; by default half of max_seq_len up to 128.
-        align_to_words: widen answers to whole words.
+        top_k: largest number of answers, per window and in total.
+        max_answer_len: largest number of tokens of an answer.
+        handle_impossible_answer: whether the empty answer "" (start 0, end 0) competes with its own
+            score.
+        max_seq_len: tokens per window, question included; by default what the pipeline reads.
+        doc_stride: tokens that neighbouring windows share; by default half of max_seq_len, at most
+            128.
+        align_to_words: whether to extend answers to whole words.
     """
 
     heads: ClassVar = {"question_answering": ("start_logits", "end_logits")}
@@ -181,7 +183,7 @@ class QuestionAnswering(PipelineTask):
         if self.doc_stride is not None and (
             type(self.doc_stride) is not int or self.doc_stride < 0
         ):
-            raise ValueError(f"doc_stride={self.doc_stride!r} must be a whole number from 0.")
+            raise ValueError(f"doc_stride={self.doc_stride!r} must be an integer of at least 0.")
 
     def items(self, inputs, question, context):
         given = [value is not None for value in (inputs, question, context)]
@@ -224,7 +226,7 @@ class QuestionAnswering(PipelineTask):
         return rows
 
     def _window(self, reader: Reader, question: str) -> tuple[int, int]:
-        """Tokens of a window, and how many it shares with the next."""
+        """Returns the tokens per window, and how many neighbouring windows share."""
         window = reader.max_length if self.max_seq_len is None else self.max_seq_len
         tokens = reader.tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"]
         room = window - len(tokens) - reader.tokenizer.num_special_tokens_to_add(pair=True)
@@ -241,49 +243,13 @@ class QuestionAnswering(PipelineTask):
         return window, stride
 
     def answer(self, reader, item, rows, outputs):
-        answers, impossible = [], 1e6
+        windows = []
         for (inputs, encoding), output in zip(rows, outputs, strict=True):
-            allowed = np.array([place == 1 for place in encoding.sequence_ids])
-            counted = allowed | (np.array(inputs["input_ids"]) == reader.tokenizer.cls_token_id)
-            start, end = (
-                softmax(np.where(counted, output[name], -1e4))
-                for name in ("start_logits", "end_logits")
-            )
-            impossible = min(impossible, float(start[0] * end[0]))
-            for first, last, score in best_spans(
-                start, end, allowed, count=self.top_k, longest=self.max_answer_len
-            ):
-                places = self._characters(encoding, first, last)
-                answers.append((score, *places, item["context"][slice(*places)]))
-        if self.handle_impossible_answer:
-            answers.append((impossible, 0, 0, ""))
-        answers = sorted(answers, key=lambda answer: -answer[0])[: self.top_k]
-        named = [dict(zip(("score", "start", "end", "answer"), a, strict=True)) for a in answers]
-        return named[0] if len(named) == 1 else named
-
-    def _characters(self, encoding, first: int, last: int) -> tuple[int, int]:
-        words = encoding.token_to_word(first), encoding.token_to_word(last)
-        if not self.align_to_words or None in words:
-            return encoding.offsets[first][0], encoding.offsets[last][1]
-        spans = [encoding.word_to_chars(word, sequence_index=1) for word in words]
-        return spans[0][0], spans[1][1]
-
-
-def best_spans(
-    start: Float[np.ndarray, "T"],
-    end: Float[np.ndarray, "T"],
-    allowed: Bool[np.ndarray, "T"],
-    *,
-    count: int,
-    longest: int,
-) -> list[tuple[int, int, float]]:
-    """The `count` best (first, last, score) of up to `longest` tokens, both ends allowed; the score
-    is start * end. All [T, T] pairs are never formed: documents are long."""
-    length = len(start)
-    last = np.arange(length)[:, None] + np.arange(min(longest, length))[None]  # [T, A]
-    inside = last < length
-    last = np.minimum(last, length - 1)
-    scores = np.where(inside & allowed[:, None] & allowed[last], start[:, None] * end[last], -1.0)
-    best = np.argsort(-scores, axis=None, kind="stable")[:count]
-    places = [np.unravel_index(place, scores.shape) for place in best]
-    return [(int(p[0]), int(last[p]), float(scores[p])) for p in places if scores[p] >= 0]
+            logits = np.stack([output["start_logits"], output["end_logits"]], axis=-1)
+            places = answer_places(encoding, whole_words=self.align_to_words)
+            special = np.array(inputs["input_ids"]) == reader.tokenizer.cls_token_id
+            limits = {"count": self.top_k, "longest": self.max_answer_len}
+            windows.append(window_answers(logits, places, special, **limits))
+        found = merge_windows(windows, count=self.top_k, may_be_empty=self.handle_impossible_answer)
+        answers = [a._asdict() | {"answer": item["context"][a.start : a.end]} for a in found]
+        return answers[0] if len(answers) == 1 else answers

@@ -1,8 +1,8 @@
-"""The tasks of pipelines: from a text to rows for the model, and from its outputs to the answer.
-Those whose answers are places in the text are in spans.py.
+"""The tasks of pipelines: they turn a text into rows for the model, and the outputs into an answer.
+Tasks whose answers are spans of the text are in spans.py.
 
-A task is a frozen dataclass: its fields are the options, by Hugging Face's names. Answers are those
-of transformers 4.37 but for what `pipelines.pipeline` lists.
+A task is a frozen dataclass whose fields are its options, with Hugging Face's names. Answers are
+those of transformers 4.37, except for the differences listed in `pipelines.pipeline`.
 
 Axes: B batch, T tokens, U tokens with an output (masked ones), V vocabulary, Y labels, D model
 width.
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float
+from scipy.special import softmax
 
 from lsg_flax.files import valid_text
 from lsg_flax.hub import Tokenizer
@@ -27,11 +27,11 @@ Function = Literal["sigmoid", "softmax", "none"]
 
 
 class PipelineError(ValueError):
-    """What is wrong is wrong for every document: none is skipped for it."""
+    """An error that concerns every document, so that no document is skipped because of it."""
 
 
 class ModelRow(NamedTuple):
-    """One row for the model, and what a fast tokenizer knows of it (None from a slow one)."""
+    """One row for the model, and the fast tokenizer's encoding of it (None for a slow one)."""
 
     inputs: Encoding
     encoding: Any
@@ -39,7 +39,7 @@ class ModelRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Reader:
-    """The tokenizer, and what the model takes of it."""
+    """Turns texts into rows: a tokenizer with the limits of the model."""
 
     tokenizer: Tokenizer
     config: ModelConfig
@@ -47,7 +47,8 @@ class Reader:
     truncation: bool
 
     def rows(self, *texts: str, **options: Any) -> list[ModelRow]:
-        """A text or a pair of them, in one row unless `options` ask for windows."""
+        """Returns the rows of a text or a pair of texts: one row unless `options` ask for
+        windows."""
         cut = {"truncation": True, "max_length": self.max_length} if self.truncation else {}
         encoded = self.tokenizer(*texts, verbose=False, **(cut | options))
         several = encoded["input_ids"] and isinstance(encoded["input_ids"][0], list)
@@ -69,28 +70,28 @@ class Reader:
         ]
 
     def need_offsets(self, task: str) -> None:
-        """Raises ValueError for a tokenizer that does not know where in the text a token lies."""
+        """Raises ValueError for a tokenizer without the positions of tokens in the text."""
         if not getattr(self.tokenizer, "is_fast", False):
             raise PipelineError(
-                f"{task} needs the places of tokens in the text, which "
-                f"{type(self.tokenizer).__name__} as a slow tokenizer does not know; give a fast "
-                "one (AutoTokenizer with use_fast=True, or a folder with tokenizer.json)."
+                f"{task} needs the positions of tokens in the text, which the slow tokenizer "
+                f"{type(self.tokenizer).__name__} does not give; use a fast one (AutoTokenizer "
+                "with use_fast=True, or a folder with tokenizer.json)."
             )
 
 
 @dataclass(frozen=True)
 class PipelineTask:
-    """What a pipeline does; fields are its options."""
+    """The base of tasks; fields are options."""
 
     heads: ClassVar[dict[str, tuple[str, ...]]]  # tasks of models -> the outputs wanted
 
     @property
     def option_names(self) -> list[str]:
-        """The options that there are."""
+        """The names of the options."""
         return [field.name for field in fields(self)]
 
     def with_options(self, **options: Any) -> "PipelineTask":
-        """The task with other options; raises ValueError for those that it does not have."""
+        """Returns the task with other options; raises ValueError for unknown ones."""
         unknown = sorted(options.keys() - set(self.option_names))
         if unknown:
             raise ValueError(
@@ -101,39 +102,40 @@ class PipelineTask:
     def program(
         self, model: Model, tokenizer: Tokenizer | None, mesh: Mesh | None = None
     ) -> Runnable | None:
-        """What is run in place of one call of the model; raises ValueError for options that do not
-        fit the model."""
+        """Returns the program to run instead of one model call, or None; raises ValueError for
+        options that do not fit the model."""
         return None
 
     def items(self, inputs: Any, question: Any, context: Any) -> Any:
-        """The documents in what the caller gave: a single one, a list, or an iterator."""
+        """Returns the documents from the caller's arguments: a single one, a list, or an
+        iterator."""
         if question is not None or context is not None:
             raise ValueError("question= and context= are for question-answering; give the text.")
         return inputs
 
     def rows(self, reader: Reader, item: Any) -> list[ModelRow]:
-        """The rows of one document."""
+        """Returns the rows of one document."""
         return reader.rows(a_text(item))
 
     def select(self, reader: Reader, rows: list[ModelRow]) -> Select | None:
-        """What of the outputs leaves the device."""
+        """Returns the function that selects which outputs leave the device; None for all."""
         return None
 
     def answer(self, reader: Reader, item: Any, rows: list[ModelRow], outputs: list[Result]) -> Any:
-        """The answer for one document."""
+        """Returns the answer for one document."""
         raise NotImplementedError
 
     def entry(self, answer: Any) -> dict[str, Any]:
-        """What a line of a file says of a document beside its id."""
+        """Returns the fields of a document's line in a file, beside its id."""
         return {"answer": answer}
 
     def alone(self, item: Any, answer: Any) -> Any:
-        """The answer of a document that was given by itself, not in a list."""
+        """Returns the answer for a document that was passed on its own, not in a list."""
         return answer
 
 
 class _MaskLogits(NamedTuple):
-    """The logits [B, U, V] at the first `places` mask tokens, instead of all [B, T, V]."""
+    """Selects the logits [B, U, V] at the first `places` mask tokens, instead of all [B, T, V]."""
 
     mask_token_id: int
     places: int
@@ -149,8 +151,8 @@ class _MaskLogits(NamedTuple):
 
 @dataclass(frozen=True)
 class FillMask(PipelineTask):
-    """Words for mask tokens: per text a list of {"score", "token", "token_str", "sequence"}, for
-    several masks a list of such lists.
+    """Predicts words for mask tokens: per text a list of {"score", "token", "token_str",
+    "sequence"}; for several masks a list of such lists.
 
     Attributes:
         top_k: words per mask.
@@ -187,7 +189,7 @@ class FillMask(PipelineTask):
         candidates = self._candidates(reader)
         answers = []
         masked = np.flatnonzero(ids == reader.tokenizer.mask_token_id)
-        for place, scores in zip(masked, softmax(outputs[0]["mask_logits"]), strict=False):
+        for place, scores in zip(masked, softmax(outputs[0]["mask_logits"], axis=-1), strict=False):
             best = candidates[np.argsort(-scores[candidates], kind="stable")[: self.top_k]]
             words = [
                 self._word(reader.tokenizer, ids, place, token, len(masked) == 1) for token in best
@@ -230,13 +232,14 @@ class FillMask(PipelineTask):
 
 @dataclass(frozen=True)
 class TextClassification(PipelineTask):
-    """Labels of texts or {"text", "text_pair"}: {"label", "score"}.
+    """Labels texts, or pairs {"text", "text_pair"}: {"label", "score"}.
 
     Attributes:
-        top_k: how many labels, best first (None: all), as a list; "best" is the best one by itself.
-        function_to_apply: from logits to scores. By default that of the config's problem_type:
-            none for regression, sigmoid for several labels per text or where there is only one
-            label, else softmax.
+        top_k: number of labels in a list, best first (None for all); "best" for the best label
+            without a list.
+        function_to_apply: function from logits to scores. By default that of the config's
+            problem_type: none for regression, sigmoid for several labels per text or if there is
+            only one label, else softmax.
     """
 
     heads: ClassVar = {"sequence_classification": ("logits",)}
@@ -273,14 +276,14 @@ class TextClassification(PipelineTask):
             function = "sigmoid" if several else "softmax"
             function = "none" if config.problem_type == "regression" else function
         if function == "softmax":
-            return softmax(logits)
+            return softmax(logits, axis=-1)
         return 1 / (1 + np.exp(-logits)) if function == "sigmoid" else logits
 
 
 @dataclass(frozen=True)
 class FeatureExtraction(PipelineTask):
-    """The states [T, D] of a text's tokens, special ones included and padding not, as a numpy array
-    (transformers gives nested lists with an axis of 1 in front)."""
+    """Returns the states [T, D] of a text's tokens, with special tokens and without padding, as a
+    numpy array (transformers returns nested lists with a leading axis of 1)."""
 
     heads: ClassVar = {"base": ("last_hidden_state",)}
 
@@ -289,7 +292,7 @@ class FeatureExtraction(PipelineTask):
 
 
 def in_float32(result: Result) -> Result:
-    """An output's numbers, of half precision maybe, for NumPy and JSON; token ids as they are."""
+    """Converts outputs to float32, for NumPy and JSON; integers such as token ids are unchanged."""
     return {
         name: values if np.issubdtype(values.dtype, np.integer) else values.astype(np.float32)
         for name, values in result.items()
@@ -297,26 +300,20 @@ def in_float32(result: Result) -> Result:
 
 
 def a_text(item: object) -> str:
-    """The text, or a ValueError that says what was given."""
+    """Returns the text; raises ValueError, with what was given, if it is not one."""
     if not isinstance(item, str):
         raise ValueError(f"a document must be a text, got {type(item).__name__}: {item!r:.60}.")
     return valid_text(item)
 
 
 def check_positive(**numbers: object) -> None:
-    """Raises ValueError for anything but a whole number from 1."""
+    """Raises ValueError unless all numbers are integers of at least 1."""
     for name, number in numbers.items():
         if type(number) is not int or number < 1:
             raise ValueError(f"{name}={number!r} must be a whole number of at least 1.")
 
 
 def check_choice(name: str, value: object, allowed: Iterable) -> None:
-    """Raises ValueError for a value that is not allowed."""
+    """Raises ValueError if a value is not allowed."""
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {list(allowed)}.")
-
-
-def softmax(logits: Float[np.ndarray, "*N Y"]) -> Float[np.ndarray, "*N Y"]:
-    """Over the last axis."""
-    exponents = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return exponents / exponents.sum(axis=-1, keepdims=True)

@@ -1,6 +1,8 @@
-"""The plan of a run on TPUs or GPUs that are not there."""
+"""Plans of runs on TPUs or GPUs, made without these devices."""
 
 from lsg_flax.planning.plan import plan as plan
+from lsg_flax.planning.roofline import check_roofline as check_roofline
+from lsg_flax.planning.roofline import draw_roofline as draw_roofline
 from lsg_flax.planning.search import largest_batch as largest_batch
 from lsg_flax.planning.search import nearest_that_fits as nearest_that_fits
 from lsg_flax.planning.settings import TARGET_LENGTH as TARGET_LENGTH

@@ -1,4 +1,4 @@
-"""The process of its own that `plan` compiles in: `python -m lsg_flax.planning`."""
+"""The separate process in which `plan` compiles: `python -m lsg_flax.planning`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""A plan made in this process: the program is compiled, and what the compiler said is read."""
+"""Makes a plan in this process: compiles the program and reads the compiler's output."""
 
 import dataclasses
 import re
@@ -16,7 +16,7 @@ from lsg_flax.topologies import capacity_of, devices_of, memory_share
 
 
 def compile_plan(settings: PlanSettings) -> Plan:
-    """Compiles in this process, whose environment must be that of `topologies.environment_for`.
+    """Makes a plan in this process, whose environment must be that of `topologies.environment_for`.
 
     Raises:
         ValueError, FileNotFoundError, ImportError: as `plan`.
@@ -38,12 +38,12 @@ def compile_plan(settings: PlanSettings) -> Plan:
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         said, seconds = str(error), time.perf_counter() - start
-        needed, capacity = out_of_memory(said)  # raises for any other error
+        needed, capacity = out_of_memory(said)  # raises if it is another error
         return Plan(settings, notes, memory, capacity, needed, False, said, None, seconds, {})
     seconds = time.perf_counter() - start
     memory = _measured(memory, compiled.memory_analysis(), topology)
     room = capacity_of(topology)
-    fits = room is None or memory.total <= room  # XLA refuses for a TPU, and takes all for a GPU
+    fits = room is None or memory.total <= room  # for GPUs XLA accepts programs of any size
     if topology.chip and isinstance(topology.chip.compiler, Gpu):
         notes += (
             f"JAX takes {memory_share():.0%} of a GPU's memory, unless XLA_CLIENT_MEM_FRACTION "
@@ -64,10 +64,9 @@ def compile_plan(settings: PlanSettings) -> Plan:
 def _measured(memory: ChipMemory, stats: Any, topology: Topology) -> ChipMemory:
     known = memory.parameters + memory.optimizer + memory.batch
     outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    # Of a TPU that at the program's peak: XLA accepts or refuses by this number, and the sum of
-    # all temporaries counts places that are used one after the other. The temporaries of a CPU
-    # and of a GPU are one piece of memory, in which such places are shared already; a CPU's peak
-    # leaves them out.
+    # For a TPU the temporaries at the program's peak: XLA accepts or refuses by this number, and
+    # the sum of all temporaries would count memory that is reused. The temporaries of a CPU or a
+    # GPU are one allocation, which includes reuse; a CPU's peak leaves them out.
     peak = stats.peak_memory_in_bytes - stats.argument_size_in_bytes - outputs
     on_tpu = topology.chip and isinstance(topology.chip.compiler, Tpu)
     return dataclasses.replace(
@@ -80,10 +79,10 @@ def _measured(memory: ChipMemory, stats: Any, topology: Topology) -> ChipMemory:
 
 
 def out_of_memory(message: str) -> tuple[int, int]:
-    """Bytes needed and available, from XLA's refusal of a program.
+    """Reads the bytes needed and available from XLA's refusal of a program.
 
     Raises:
-        RuntimeError: if the message says something else.
+        RuntimeError: if the message is another error.
     """
     number = r"([\d.]+)([KMGT]?)"
     found = re.search(rf"\({number}\) exceeds available HBM \({number}\)", message) or re.search(

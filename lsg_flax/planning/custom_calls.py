@@ -1,9 +1,9 @@
-"""The work of kernels that XLA sees from outside: products of NVIDIA's libraries, and kernels of
-one's own (Pallas).
+"""The work of kernels that XLA cannot look into: matrix products of NVIDIA's libraries, and custom
+(Pallas) kernels.
 
-A kernel's FLOPs and bytes come from its formula in `FORMULAS`, else from what it declared when it
-was called: `pallas_call(cost_estimate=...)` reaches a TPU's program, not a GPU's, and
-`pallas_call(metadata=...)`, with the same names, a GPU's.
+A kernel's FLOPs and bytes come from its formula in `FORMULAS`, or else from what it declared:
+`pallas_call(cost_estimate=...)` is in the program of a TPU, but not of a GPU;
+`pallas_call(metadata=...)`, with the same names, is in the program of a GPU.
 """
 
 import math
@@ -14,18 +14,18 @@ from typing import NamedTuple
 
 from lsg_flax.planning.hlo_text import Array, Instruction, arrays_of
 
-# What the targets of kernels begin with; other custom calls allocate, place and sort.
+# Prefixes of the targets of kernels; other custom calls allocate, place and sort.
 _PALLAS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu")
 _LIBRARIES = ("__cublas$", "__cudnn$")
-_QUOTE = r'(?:"|\\22)'  # or as it is printed within a string
+_QUOTE = r'(?:"|\\22)'  # the second form is printed inside strings
 
 
 class KernelCall(NamedTuple):
-    """One kernel's call.
+    """One call of a kernel.
 
     Attributes:
-        operands, results: the arrays as the program has them.
-        attributes: as they are printed.
+        operands, results: its arrays.
+        attributes: the printed attributes of the instruction.
     """
 
     operands: tuple[Array, ...]
@@ -34,7 +34,7 @@ class KernelCall(NamedTuple):
 
 
 class KernelWork(NamedTuple):
-    """Of one call: matrix FLOPs, and bytes of main memory that it reads and writes."""
+    """The work of one call: matrix FLOPs, and bytes of main memory that it reads and writes."""
 
     flops: float
     bytes: int
@@ -44,32 +44,33 @@ Formula = Callable[[KernelCall], KernelWork]
 
 
 def target_of(instruction: Instruction) -> str:
-    """What a custom call runs; empty for other instructions."""
+    """Returns the target of a custom call; empty for other instructions."""
     found = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
     return found[1] if found else ""
 
 
 def is_kernel(instruction: Instruction) -> bool:
-    """Whether it is a kernel of one's own, or one of a library."""
+    """Whether an instruction is a kernel: a custom one, or one of a library."""
     return target_of(instruction).startswith(_PALLAS + _LIBRARIES)
 
 
 def is_own_kernel(instruction: Instruction) -> bool:
-    """Whether it is a kernel of one's own."""
+    """Whether an instruction is a custom kernel."""
     return target_of(instruction).startswith(_PALLAS)
 
 
 def name_of(instruction: Instruction) -> str:
-    """The name that a kernel was given (`pallas_call(name=...)`), within the names of derivatives
-    such as `transpose(jvp(...))`, or that of the library's."""
+    """Returns the name of a kernel (`pallas_call(name=...)`), without those of derivatives such as
+    `transpose(jvp(...))`, or the name of a library's kernel."""
     given = re.search(r'op_name="(?:[^"]*[/(])?([^"/()]+)\)*/pallas_call', instruction.attributes)
     return given[1] if given else target_of(instruction)
 
 
 def work_of(instruction: Instruction, operands: tuple[Array, ...]) -> KernelWork | None:
-    """The work of one call of a kernel; None where nobody says it.
+    """Returns the work of one call of a kernel; None if it is unknown.
 
     Args:
+        instruction: the call.
         operands: its arrays.
     """
     call = KernelCall(operands, tuple(arrays_of(instruction.shape)), instruction.attributes)
@@ -86,7 +87,8 @@ def work_of(instruction: Instruction, operands: tuple[Array, ...]) -> KernelWork
 
 
 def _product(call: KernelCall) -> KernelWork:
-    """cuBLAS: the last of several results is its workspace, of which nothing comes or stays."""
+    """The work of a product by cuBLAS. The last of several results is its workspace, which does not
+    count."""
     axes = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', call.attributes)
     contracted = [int(axis) for axis in re.findall(r"\d+", axes[1])] if axes else []
     left, results = call.operands[0], call.results[:-1] or call.results
@@ -95,10 +97,11 @@ def _product(call: KernelCall) -> KernelWork:
 
 
 def _lsg(products: int, call: KernelCall) -> KernelWork:
-    """The fused kernels of `kernels/tpu.py`: so many products over all scores, of queries [B, T, D]
-    with the keys that a block of them sees, [B, #N, blocks, W], in as many heads and blocks of as
-    many tokens as log-normalisers have, [B, N, _, Q]; queries behind these blocks see all. What
-    they are told of their work would move XLA to keep less on the chip."""
+    """The work of the fused kernels of `kernels/tpu.py`: `products` matrix products over all
+    scores. The scores are of queries [B, T, D] and the keys that each block of them sees,
+    [B, #N, blocks, W]; heads and block size are those of the log-normalisers, [B, N, _, Q]. Queries
+    after these blocks see all keys. The kernels do not declare their work, because XLA would then
+    keep less in on-chip memory."""
     by_rank = [[a for a in arrays if len(a.dims) == 4] for arrays in (call.operands, call.results)]
     seen, normalisers = by_rank[0][0], (by_rank[0] + by_rank[1])[-1]
     query = next(a for a in call.operands if len(a.dims) == 3)
@@ -111,10 +114,11 @@ def _lsg(products: int, call: KernelCall) -> KernelWork:
 
 
 def _splash(products: int, by_keys: bool, call: KernelCall) -> KernelWork:
-    """JAX's full attention: so many products over the blocks of scores. The first operand has their
-    numbers, [_, of queries, of keys]; the third and fourth are queries [*B, N, H, T] and keys; a
-    causal call has one operand more. Blocks of queries read all keys and values, or those of keys
-    all queries and gradients."""
+    """The work of JAX's full attention: `products` matrix products over the blocks of scores. The
+    shape of the first operand has the numbers of blocks, [_, of queries, of keys]; the third and
+    fourth operands are queries [*B, N, H, T] and keys; a causal call has one operand more. Each
+    block of queries reads all keys and values, or (`by_keys`) each block of keys all queries and
+    gradients."""
     (_, *blocks), query, key = call.operands[0].dims, *call.operands[2:4]
     causal = len(call.operands) > (7 if products == 2 else 10)
     share = (blocks[0] + 1) / (2 * blocks[0]) if causal else 1.0
@@ -124,7 +128,7 @@ def _splash(products: int, by_keys: bool, call: KernelCall) -> KernelWork:
     return KernelWork(flops, moved + round(2 * again.bytes * max(0.0, count * share - 1)))
 
 
-# By a kernel's name; of Pallas kernels, those that declare nothing, as on GPUs.
+# By a kernel's name; Pallas kernels are here if they declare no work, as on GPUs.
 FORMULAS: dict[str, Formula] = {
     "lsg_forward": partial(_lsg, 2),
     "lsg_backward": partial(_lsg, 5),

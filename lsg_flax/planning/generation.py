@@ -1,4 +1,4 @@
-"""The program of generation as a plan compiles it, and the bytes that its step cannot do without.
+"""The program of generation for a plan, and the bytes that each of its steps must read.
 
 Axes: L layers, B batch, N heads, H head width, S keys.
 """
@@ -18,14 +18,14 @@ from lsg_flax.planning.settings import PlanSettings, StepReads
 from lsg_flax.sharding import batch_shardings
 
 _LOOKED_UP = r"(position|token_type)_embeddings/"
-_OF_STATES = r"cross_attention/(key|value)/"  # the cache has what they make of the encoder's states
+_OF_STATES = r"cross_attention/(key|value)/"  # used once: the cache has their results
 
 
 def generate_call(model: Model, settings: PlanSettings) -> Ready:
-    """What `generate` gives its loop for documents that fill their rows.
+    """Returns the inputs of the generation loop, for documents without padding.
 
     Raises:
-        ValueError: for a task that writes nothing, and as `generate`.
+        ValueError: if the prompt has no room, and as `generate`.
     """
     rows, length, new = settings.batch_size, settings.max_length, settings.max_new_tokens
     assert length is not None and new is not None
@@ -33,9 +33,9 @@ def generate_call(model: Model, settings: PlanSettings) -> Ready:
         length -= new
         if length < 1:
             raise ValueError(
-                f"max_new_tokens={new} leaves no place for a prompt in max_length="
+                f"max_new_tokens={new} leaves no room for a prompt in max_length="
                 f"{settings.max_length}, the tokens of prompt and continuation together: give "
-                "fewer new ones, or a larger max_length."
+                "fewer new tokens, or a larger max_length."
             )
     ids = np.zeros((rows, length), np.int32)
     call: GenerateCall = {"max_new_tokens": new, "key": jax.random.key(0)}
@@ -45,8 +45,8 @@ def generate_call(model: Model, settings: PlanSettings) -> Ready:
 
 
 def generate_arguments(ready: Ready, mesh: Mesh) -> tuple[Prompt, Any, Any]:
-    """The prompt, text and key of the loop as abstract arrays on the mesh, as `generate` lays them
-    out."""
+    """Returns the prompt, text and key of the loop as abstract arrays, sharded over the mesh as
+    `generate` does."""
     whole = NamedSharding(mesh, PartitionSpec())
 
     def shaped(array: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -65,12 +65,13 @@ def generate_arguments(ready: Ready, mesh: Mesh) -> tuple[Prompt, Any, Any]:
 
 
 def jitted_generate(ready: Ready) -> jax.stages.Wrapped:
-    """The loop, of a decoder and `generate_arguments`."""
+    """Returns the jitted loop, a function of a decoder and `generate_arguments`."""
     return jax.jit(lambda *arguments: decode(*arguments, how=ready.how))
 
 
 def step_reads(model: Model, params: Params, ready: Ready, mesh: Mesh) -> StepReads:
-    """The bytes of one chip; `params` are abstract arrays with shardings."""
+    """Returns the bytes that one chip must read per step; `params` are abstract arrays with
+    shardings."""
     inputs = (ready.prompt, ready.text, jax.random.key(0))
     state = jax.eval_shape(
         lambda params: begin(ModelDecoder(params, model), *inputs, how=ready.how).state, params
@@ -83,7 +84,7 @@ def step_reads(model: Model, params: Params, ready: Ready, mesh: Mesh) -> StepRe
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
         if not any(re.search(rf"(^|/){rule}", path) for rule in unread):
-            # What is cut over other axes is gathered: a product reads all of it.
+            # Parameters sharded over other axes are gathered: a product reads all of them.
             cut = "tensor" in jax.tree.leaves(tuple(leaf.sharding.spec))
             size = leaf.size // (mesh.shape["tensor"] if cut else 1)
             weights += size * min(leaf.dtype.itemsize, jnp.dtype(model.dtype).itemsize)
@@ -96,8 +97,8 @@ def step_reads(model: Model, params: Params, ready: Ready, mesh: Mesh) -> StepRe
 
 
 def _of_rows(kept: jax.ShapeDtypeStruct, heads: int, keys: int) -> int:
-    """Bytes of keys or values [L, B, N, H, S], masks [L, B, 1, S] or queries [L, B, N, H], whose
-    heads and keys lie over so many chips."""
+    """Bytes per chip of keys or values [L, B, N, H, S], masks [L, B, 1, S] or queries [L, B, N, H],
+    whose heads and keys are sharded over so many chips."""
     cut = heads if kept.ndim == 5 else 1
     length = kept.shape[-1]
     return math.prod(kept.shape[:-1]) // cut * -(-length // keys) * kept.dtype.itemsize

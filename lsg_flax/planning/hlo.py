@@ -1,9 +1,9 @@
-"""What a compiled program does per step, read from its text: matrix FLOPs, bytes to and from main
-memory, collectives, the compiler's own cycle estimates.
+"""Reads the work of a compiled program from its text: matrix FLOPs, bytes to and from main memory,
+collectives, and the compiler's own cycle estimates.
 
-XLA's `cost_analysis` counts the body of a loop once, however often it runs, and the layers of our
-models are a loop with another one, over blocks, inside. Here every instruction counts as often as
-the loops around it run. All numbers are those of one chip.
+XLA's `cost_analysis` counts the body of a loop only once, but the layers of our models are a loop,
+with a loop over blocks inside. Here every instruction counts as often as the loops around it run.
+All numbers are those of one chip.
 """
 
 import collections
@@ -54,9 +54,9 @@ class Collective(NamedTuple):
 
     Attributes:
         kind: one of `COLLECTIVES`.
-        runs: how often in a step.
-        bytes: payload of one, on one chip: the larger of what it is given and what it gives.
-        group: chips that take part.
+        runs: how often it runs in a step.
+        bytes: payload of one run on one chip: the size of its input or output, whichever is larger.
+        group: number of chips that take part.
     """
 
     kind: str
@@ -66,7 +66,7 @@ class Collective(NamedTuple):
 
     @property
     def wire_bytes(self) -> float:
-        """What one chip sends in a step, by a ring."""
+        """The bytes that one chip sends in a step, with a ring algorithm."""
         share = (self.group - 1) / self.group if self.group > 1 else 0.0
         factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
         return self.runs * self.bytes * factor
@@ -76,16 +76,19 @@ class ProgramReport(NamedTuple):
     """The work of one chip in one step.
 
     Attributes:
-        flops: of matrix products and convolutions, a multiplication and an addition counted as two.
-        bytes: read from and written to the chip's main memory; what stays in on-chip memory or
-            inside a fusion does not count.
-        collectives: the largest total first.
-        cycles: sum of the compiler's estimates (TPU), 0 where it gives none.
-        kernels: how often kernels of one's own (Pallas) run.
-        unknown_kernels: how often kernels run, a library's too, whose work nobody says: they count
-            no FLOPs, and their arrays as read and written once.
-        unknown_loops: loops whose number of rounds is not known; they count as one round.
-        sorts, gathers, scatters: how often they run. A compiler's cycles count none of them.
+        flops: FLOPs of matrix products and convolutions; a multiplication and an addition count as
+            two.
+        bytes: bytes read from and written to the chip's main memory, without those that stay in
+            on-chip memory or inside a fusion.
+        collectives: the collectives, the largest total first.
+        cycles: sum of the compiler's estimates (TPU); 0 if it gives none.
+        kernels: how often custom (Pallas) kernels run.
+        unknown_kernels: how often kernels of unknown work run, those of libraries included: they
+            count no FLOPs, and their arrays as read and written once.
+        unknown_loops: number of loops with an unknown number of rounds; they count as one round.
+        sorts, gathers, scatters: how often these run. A compiler's cycles do not include them.
+        kernel_flops, kernel_bytes: the custom kernels' share of `flops` and `bytes`; 0 in reports
+            of earlier versions.
     """
 
     flops: float
@@ -98,21 +101,23 @@ class ProgramReport(NamedTuple):
     sorts: int
     gathers: int
     scatters: int
+    kernel_flops: float = 0.0
+    kernel_bytes: float = 0.0
 
 
 class _Run(NamedTuple):
-    """An instruction and how often it runs; `fused` ones touch no memory of their own."""
+    """An instruction and how often it runs; `fused` ones do not access memory themselves."""
 
     instruction: Instruction
     computation: Computation
     times: int
     fused: bool
     within: str  # the name of the fusion
-    unbounded: bool  # inside of a loop whose number of rounds is not known, or such a loop
+    unbounded: bool  # whether it is, or is inside, a loop with an unknown number of rounds
 
 
 def read_program(text: str) -> ProgramReport:
-    """Reads `compiled.as_text()`.
+    """Reads a program's text, `compiled.as_text()`.
 
     Raises:
         ValueError: if the text is not that of a compiled program.
@@ -122,8 +127,8 @@ def read_program(text: str) -> ProgramReport:
 
 
 def read_loop(text: str) -> tuple[ProgramReport, ProgramReport]:
-    """Reads a program around a loop whose number of rounds is not known, as that of generation is:
-    what runs once, and one round.
+    """Reads a program around a loop with an unknown number of rounds, such as generation; returns
+    the work outside the loop, and that of one round.
 
     Raises:
         ValueError: if the text is not that of a compiled program, or has no such loop.
@@ -132,7 +137,7 @@ def read_loop(text: str) -> tuple[ProgramReport, ProgramReport]:
     runs = list(_walk(computations, entry))
     once, inside = ([r for r in runs if r.unbounded is within] for within in (False, True))
     if not inside:
-        raise ValueError("this program has no loop whose number of rounds is not known.")
+        raise ValueError("this program has no loop with an unknown number of rounds.")
     a_round = _report(inside, computations)
     return _report(once, computations), a_round._replace(unknown_loops=a_round.unknown_loops - 1)
 
@@ -145,18 +150,22 @@ def _report(runs: list[_Run], computations: dict[str, Computation]) -> ProgramRe
             counts[kind, size, group] += run.times
     found = (Collective(kind, n, size, group) for (kind, size, group), n in counts.items())
     kernels = [r for r in runs if is_kernel(r.instruction)]
+    own = [r for r in kernels if is_own_kernel(r.instruction)]
+    works = [(r.times, work) for r in own if (work := _work(r))]
     loops = [r.instruction for r in runs if r.instruction.opcode == "while"]
     return ProgramReport(
         flops=float(sum(r.times * _flops(r) for r in runs)),
         bytes=float(sum(r.times * _moved(r, computations) for r in runs if not r.fused)),
         collectives=tuple(sorted(found, key=lambda c: -c.runs * c.bytes)),
         cycles=float(sum(r.times * _cycles(r.instruction) for r in runs if not r.fused)),
-        kernels=sum(r.times for r in kernels if is_own_kernel(r.instruction)),
+        kernels=sum(r.times for r in own),
         unknown_kernels=sum(r.times for r in kernels if _work(r) is None),
         unknown_loops=sum(rounds_of(loop, computations) is None for loop in loops),
         sorts=sum(r.times for r in runs if _sorts(r.instruction)),
         gathers=sum(r.times for r in runs if r.instruction.opcode == "gather"),
         scatters=sum(r.times for r in runs if r.instruction.opcode == "scatter"),
+        kernel_flops=float(sum(times * work.flops for times, work in works)),
+        kernel_bytes=float(sum(times * work.bytes for times, work in works)),
     )
 
 
@@ -169,16 +178,16 @@ def _walk(
     within: str = "",
     unbounded: bool = False,
 ) -> Iterator[_Run]:
-    """Every instruction that runs, with the product of the rounds of the loops around it."""
+    """Yields every instruction that runs, with the product of the rounds of the loops around it."""
     for instruction in computations[name].values():
         loop = instruction.opcode == "while"
         rounds = rounds_of(instruction, computations) if loop else 1
         without_end = unbounded or rounds is None
         yield _Run(instruction, computations[name], times, fused, within, without_end)
         if instruction.opcode not in ("while", "fusion", "call", "conditional", "async-start"):
-            continue  # others call scalar functions, as a reduction does
+            continue  # others only call scalar functions, such as a reduction's
         turns = times * (rounds or 1)
-        if loop:  # its scalars are no traffic, but devices may have to agree on them
+        if loop:  # a condition has no memory traffic, but maybe collectives
             for condition in conditions_of(instruction):
                 yield from _walk(computations, condition, turns, fused=True, unbounded=without_end)
         inside = fused or instruction.opcode == "fusion"
@@ -216,7 +225,7 @@ def _flops(run: _Run) -> float:
 
 
 def _work(run: _Run) -> KernelWork | None:
-    """Of a kernel."""
+    """The work of a kernel."""
     shapes = (run.computation[o].shape for o in run.instruction.operands)
     return work_of(run.instruction, tuple(a for shape in shapes for a in arrays_of(shape)))
 
@@ -238,8 +247,8 @@ def _dot_flops(run: _Run) -> float:
 
 
 def _convolution_flops(run: _Run) -> float:
-    """On TPU every product is a convolution, a batch of them one over a dilated axis: what counts
-    are the pairs of output and kernel places that meet a real element."""
+    """The FLOPs of a convolution. On TPU every product is one, and a batch of products is one over
+    a dilated axis: only pairs of output and kernel positions that meet a real element count."""
     attributes, (left, right) = run.instruction.attributes, _operand_dims(run)[:2]
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
     assert labels is not None, run.instruction
@@ -268,7 +277,7 @@ def _convolution_flops(run: _Run) -> float:
 
 @functools.lru_cache
 def _meeting(size: int, kernel: int, out: int, window: tuple[int, int, int, int]) -> int:
-    """How many (output, kernel) places of one axis fall on an element, not on padding or a gap."""
+    """How many (output, kernel) positions of one axis meet an element, not padding or a gap."""
     low, stride, base, dilation = window
     starts = np.arange(out) * stride - low
     count = 0
@@ -292,12 +301,12 @@ def _braces(text: str, name: str) -> str:
 
 
 def _moved(run: _Run, computations: dict[str, Computation]) -> int:
-    """Bytes that an instruction reads from and writes to main memory."""
+    """The bytes that an instruction reads from and writes to main memory."""
     instruction, own = run.instruction, run.computation
     allocates = "AllocateBuffer" in instruction.attributes
     if allocates or instruction.opcode in _FREE or instruction.opcode.endswith("-start"):
         return 0
-    if instruction.opcode.endswith("-done"):  # of a copy, a slice: its start counts nothing
+    if instruction.opcode.endswith("-done"):  # a copy or slice is counted here, not at its start
         return _size(instruction.shape, everywhere=True)
     if instruction.opcode in _PARTIAL:
         return 2 * _size(instruction.shape)
@@ -311,7 +320,7 @@ def _moved(run: _Run, computations: dict[str, Computation]) -> int:
 
 
 def _fusion_bytes(run: _Run, computations: dict[str, Computation]) -> int:
-    """What a fusion takes of its operands, often a slice, and writes, often in place."""
+    """The bytes that a fusion reads of its operands (often a slice) and writes (often in place)."""
     inner = called_by(run.instruction)[0]
     read = sum(
         _used(computations, inner, place, _size(run.computation[operand].shape))
@@ -320,7 +329,7 @@ def _fusion_bytes(run: _Run, computations: dict[str, Computation]) -> int:
     body = computations[inner]
     root = next(i for i in body.values() if i.is_root)
     arrays = arrays_of(run.instruction.shape)
-    # A root that is no tuple may make several arrays itself, as a reduction of pairs does.
+    # A root that is not a tuple may still have several arrays, as a reduction of pairs.
     tuples = root.opcode == "tuple"
     roots = [body[o] for o in root.operands] if tuples else [root] * len(arrays)
     written = 0
@@ -334,7 +343,7 @@ def _fusion_bytes(run: _Run, computations: dict[str, Computation]) -> int:
 
 
 def _used(computations, name: str, place: int, whole: int) -> int:
-    """How many of its `whole` bytes a computation reads of its parameter number `place`."""
+    """How many of the `whole` bytes of its parameter number `place` a computation reads."""
     if not whole:
         return 0
     body = computations[name]
@@ -377,7 +386,7 @@ def _payload(run: _Run) -> int:
 
 
 def _group_size(attributes: str) -> int:
-    """Chips per group, in the ways XLA writes groups; all chips of a permute send at once."""
+    """The chips per group, for all forms in which XLA writes groups; 2 for a permute."""
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
         return len(listed[1].split(","))
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attributes):

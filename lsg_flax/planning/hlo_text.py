@@ -1,5 +1,5 @@
-"""The text of a compiled program as computations of instructions, and what it says of its arrays
-and its loops."""
+"""Parses the text of a compiled program into computations of instructions, with their arrays and
+loops."""
 
 import math
 import re
@@ -17,7 +17,7 @@ _CALLED = re.compile(
 
 
 class Instruction(NamedTuple):
-    """One line of the program; shape, arguments and attributes as they are printed."""
+    """One instruction; shape, arguments and attributes are as printed."""
 
     name: str
     shape: str
@@ -28,7 +28,7 @@ class Instruction(NamedTuple):
 
     @property
     def operands(self) -> list[str]:
-        """Names of the instructions that it reads."""
+        """The names of the instructions that it reads."""
         return re.findall(r"%([\w.\-]+)", self.arguments)
 
 
@@ -36,7 +36,7 @@ Computation = dict[str, Instruction]
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """All computations by their names, and the name of the one that runs.
+    """Returns all computations by their names, and the name of the entry computation.
 
     Raises:
         ValueError: if the text is not that of a compiled program.
@@ -56,7 +56,8 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 
 
 def _lines(text: str) -> list[str]:
-    """One for each instruction, whose attributes (a kernel's metadata) may hold line breaks."""
+    """Returns a line for each instruction, whose attributes (a kernel's metadata) may have line
+    breaks."""
     lines: list[str] = []
     for line in text.splitlines():
         begins = not line or line == "}" or line.startswith(" ")
@@ -77,7 +78,7 @@ def _instruction(is_root: bool, name: str, rest: str) -> Instruction:
 
 
 def _closing(text: str, opening: int) -> int:
-    """The place of the bracket that closes the one at `opening`."""
+    """The position of the bracket that closes the one at `opening`."""
     depth = 0
     for place in range(opening, len(text)):
         depth += (text[place] == "(") - (text[place] == ")")
@@ -90,7 +91,7 @@ class Array(NamedTuple):
     """One array of a shape.
 
     Attributes:
-        in_memory: in the chip's main memory, not in its on-chip ones: layouts say S(1) for those.
+        in_memory: whether it is in the chip's main memory; layouts have S(1) for on-chip memory.
     """
 
     dims: tuple[int, ...]
@@ -99,7 +100,7 @@ class Array(NamedTuple):
 
 
 def arrays_of(shape: str) -> list[Array]:
-    """The arrays of a shape, more than one for a tuple."""
+    """Returns the arrays of a shape; several for a tuple."""
     found = []
     for dtype, dims, layout in _ARRAY.findall(shape):
         sizes = tuple(int(d.lstrip("<=")) for d in dims.split(",") if d)
@@ -112,7 +113,7 @@ def arrays_of(shape: str) -> list[Array]:
 
 
 def called_by(instruction: Instruction) -> list[str]:
-    """Names of the computations that an instruction runs."""
+    """Returns the names of the computations that an instruction runs."""
     names = []
     for one, several in _CALLED.findall(instruction.attributes):
         names += [one] if one else re.findall(r"%?([\w.\-]+)", several)
@@ -120,13 +121,13 @@ def called_by(instruction: Instruction) -> list[str]:
 
 
 def conditions_of(loop: Instruction) -> list[str]:
-    """The name of the computation that says whether a loop goes on."""
+    """Returns the name of the computation that decides whether a loop continues."""
     return re.findall(r"condition=%?([\w.\-]+)", loop.attributes)
 
 
 def rounds_of(loop: Instruction, computations: dict[str, Computation]) -> int | None:
-    """How often a loop runs, as XLA says or from the only `counter < constant` of its condition
-    (counters start at 0); None where neither says it."""
+    """Returns how often a loop runs, as XLA states it or from the only `counter < constant` of its
+    condition (counters start at 0); None if it is unknown."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
     inside = [i for name in conditions_of(loop) for i in _with_fusions(computations, name)]

@@ -1,9 +1,9 @@
-"""A plan before the machine is rented: the real training step or inference program, compiled for a
-described topology, and what it needs of memory, arithmetic and communication.
+"""Plans a run before the machine is rented: compiles the real training step or inference program
+for a described topology, and reports the memory, arithmetic and communication that it needs.
 
-No weights are read and nothing runs. The settings of a compiler must stand in the environment
-before jax is imported, so `plan` compiles in a process of its own (`python -m lsg_flax.planning`),
-which also keeps a crash of the compiler apart; `compile_plan` does it in this one.
+No weights are read and nothing runs. A compiler's settings must be in the environment before jax is
+imported, so `plan` compiles in a separate process (`python -m lsg_flax.planning`), which also
+isolates crashes of the compiler; `compile_plan` compiles in this process.
 """
 
 import dataclasses
@@ -20,13 +20,17 @@ from lsg_flax.topologies import check_compiler, environment_for
 
 
 def plan(settings: PlanSettings) -> Plan:
-    """Compiles in a process of its own.
+    """Compiles the program of a run for a topology, in a separate process, and returns what it
+    needs.
+
+    Args:
+        settings: the run and the topology.
 
     Raises:
         ValueError: for settings that do not fit the model, the mesh or the topology.
         FileNotFoundError: if there is no checkpoint.
         ImportError: if the compiler that the topology needs is missing.
-        RuntimeError: if the compiler crashed; its last words are given.
+        RuntimeError: if the compiler crashed; the message has the end of its output.
     """
     topology = parse_topology(settings.topology)
     check_compiler(topology)
@@ -57,8 +61,8 @@ def plan(settings: PlanSettings) -> Plan:
 
 
 def main() -> int:
-    """The process of its own: settings as JSON on stdin, the plan or the error as the last line of
-    stdout."""
+    """Runs in the separate process: reads settings as JSON from stdin, and prints the plan or the
+    error as the last line of stdout."""
     try:
         print(compile_plan(PlanSettings(**json.load(sys.stdin))).to_json())
     except (ValueError, FileNotFoundError, ImportError) as error:

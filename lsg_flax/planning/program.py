@@ -1,4 +1,4 @@
-"""The program of a plan: the model that would run, its step, and the abstract arrays it takes.
+"""The program of a plan: the model that would run, its step, and the step's abstract arguments.
 
 Axes: B batch, C choices, T tokens, M microbatches.
 """
@@ -23,15 +23,16 @@ from lsg_flax.planning.generation import (
 )
 from lsg_flax.planning.settings import TARGET_LENGTH, ChipMemory, PlanSettings, StepReads
 
-DEFAULT_LENGTH = 4096  # of a checkpoint with full attention, as `convert` makes it
-_CHOICES = 4  # of a multiple choice
+DEFAULT_LENGTH = 4096  # for a checkpoint with full attention, the default of `convert`
+_CHOICES = 4  # for multiple choice
 
 
 def planned_model(settings: PlanSettings) -> tuple[Model, PlanSettings, tuple[str, ...]]:
-    """The model that would run, the settings with task and length filled in, and notes on both.
+    """Returns the model that would run, the settings with task and length filled in, and notes on
+    both.
 
     Raises:
-        ValueError, FileNotFoundError: for a source or settings that cannot be.
+        ValueError, FileNotFoundError: for an invalid source or settings.
     """
     checkpoint = hub.open_checkpoint(settings.source, hub.CONFIG_FILES)
     task = settings.task or checkpoint.task
@@ -48,7 +49,10 @@ def planned_model(settings: PlanSettings) -> tuple[Model, PlanSettings, tuple[st
         settings = _as_it_is(settings, config, length, reads)
     elif settings.attention in ("local", "lsh"):
         own = settings.attention
-        raise ValueError(f"attention={own!r}: a {config.model_type} has none; give lsg or full.")
+        raise ValueError(
+            f"attention={own!r}: a {config.model_type} model has no such attention; give lsg or "
+            "full."
+        )
     elif settings.attention == "full":
         config = dataclasses.replace(config, lsg=None)
     else:
@@ -74,30 +78,30 @@ def planned_model(settings: PlanSettings) -> tuple[Model, PlanSettings, tuple[st
 
 
 def _as_it_is(settings: PlanSettings, config: ModelConfig, length: int, reads: int) -> PlanSettings:
-    """With the attention of a family that cannot become LSG, whose checkpoints are planned as they
-    are; raises ValueError for settings that ask for more."""
+    """Returns the settings with the attention of a family that cannot become LSG, whose checkpoints
+    are planned unchanged; raises ValueError for settings that ask for something else."""
     own = config.attention
     if settings.lsg or settings.attention == "full" or length > reads:
         asked = [*settings.lsg, *([] if length <= reads else [f"max_length={length}"])]
         asked += [] if settings.attention != "full" else ["attention='full'"]
         raise ValueError(
-            f"a {config.model_type} has {own} attention and {reads} positions, and lsg_flax makes "
-            f"no other of it: leave {', '.join(asked)} out, or plan a config.json with other sizes."
+            f"a {config.model_type} has {own} attention and {reads} positions, which lsg_flax "
+            f"cannot change: leave {', '.join(asked)} out, or plan a config.json with other sizes."
         )
     return dataclasses.replace(settings, attention=own)
 
 
 def _written(model: Model, settings: PlanSettings) -> dict[str, int]:
-    """How many tokens are written, as far as the model and the mode write any.
+    """Returns the settings for the number of generated or target tokens; empty if there are none.
 
     Raises:
-        ValueError: for a task that writes none where some are asked for.
+        ValueError: if generated or target tokens are asked for and the task has none.
     """
     writes, given = model.task_record.generates, settings.max_target_length
     if settings.mode == "generate":
         if not writes:
             raise ValueError(
-                f"mode='generate' writes texts, and task={model.task!r} does not: choose "
+                f"mode='generate' generates texts, but task={model.task!r} does not: choose "
                 "conditional_generation or causal_lm."
             )
         return {"max_new_tokens": settings.max_new_tokens or TARGET_LENGTH}
@@ -112,13 +116,13 @@ def _written(model: Model, settings: PlanSettings) -> dict[str, int]:
 
 
 class PlannedProgram(NamedTuple):
-    """What is compiled.
+    """A program to compile.
 
     Attributes:
-        function, arguments: jitted, and abstract arrays with their shardings.
-        memory: what the arguments weigh.
-        settings: filled in.
-        reads: of generation.
+        function, arguments: the jitted function, and abstract arrays with their shardings.
+        memory: bytes of the arguments.
+        settings: the settings with defaults filled in.
+        reads: bytes that a step of generation must read; None for other modes.
     """
 
     function: jax.stages.Wrapped
@@ -129,7 +133,7 @@ class PlannedProgram(NamedTuple):
 
 
 def sharded_program(model: Model, settings: PlanSettings, mesh: Mesh) -> PlannedProgram:
-    """The program of the settings' mode.
+    """Makes the program for the settings' mode.
 
     Raises:
         ValueError: for settings that do not fit the model or the mesh.
@@ -183,7 +187,7 @@ def _placed_params(model: Model, mesh: Mesh) -> Any:
 
 
 def abstract_batch(model: Model, settings: PlanSettings) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a batch: [B, T], [B, C, T] for choices, [M, B, ...] with accumulation.
+    """Returns the shapes of a batch: [B, T], [B, C, T] for choices, [M, B, ...] with accumulation.
 
     Raises:
         ValueError: in training, for a task without a loss.
@@ -214,7 +218,7 @@ def _placed(tree: Any, shardings: Any) -> Any:
 
 
 def _bytes_per_chip(tree: Any) -> int:
-    """Of abstract arrays with shardings; random keys weigh nothing worth naming."""
+    """The bytes per chip of abstract arrays with shardings; random keys are not counted."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):

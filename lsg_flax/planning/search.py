@@ -1,4 +1,5 @@
-"""Which setting fits: the nearest one to a plan that does not, and the largest batch."""
+"""Searches for settings that fit: the nearest ones to a plan that does not, and the largest
+batch."""
 
 import dataclasses
 import math
@@ -11,26 +12,27 @@ Planner = Callable[[PlanSettings], Plan]
 
 
 def batch_shards(settings: PlanSettings) -> int:
-    """Chips that hold different rows, of settings whose mesh is filled in."""
+    """Returns the number of chips with different rows; the mesh of the settings must be
+    complete."""
     return settings.mesh["data"] * settings.mesh["fsdp"]
 
 
 def nearest_that_fits(
     refused: Plan, planner: Planner, *, max_compiles: int = 8
 ) -> tuple[Plan | None, list[Plan]]:
-    """The first of a chain of ever farther settings that the compiler accepts.
+    """Changes the settings of a plan step by step until one fits.
 
-    The order: recompute more (remat dots, then full), shard the parameters (data becomes fsdp),
-    fewer rows at once (more microbatches of the same batch, in inference a smaller batch), more
-    chips along the sequence.
+    The steps, in this order: recompute more (remat dots, then full); shard the parameters (data
+    becomes fsdp); fewer rows at once (more microbatches of the same batch, in inference a smaller
+    batch); more chips along the sequence.
 
     Args:
         refused: a plan with `fits=False`.
-        planner: compiles settings, `plan.plan` for example.
-        max_compiles: after how many tries it gives up.
+        planner: makes a plan of settings, for example `plan.plan`.
+        max_compiles: the largest number of plans to make.
 
     Returns:
-        The plan that fits, or None; and all that were tried, in order.
+        The plan that fits, or None; and all plans that were made, in order.
     """
     tried: list[Plan] = []
     last = refused
@@ -55,8 +57,8 @@ def _one_farther(refused: Plan) -> PlanSettings | None:
 
 
 def _fewer_rows(refused: Plan) -> PlanSettings | None:
-    """Fewer rows at once by a power of two: by as much as the refusal says is needed, as far as
-    rows divide. None where a chip has a single one."""
+    """Reduces the rows at once by a power of two: by as much as the refusal says is needed, if the
+    rows divide. None if a chip has a single row."""
     settings = refused.settings
     rows = settings.batch_size // settings.accumulate // batch_shards(settings)
     fixed = refused.memory.parameters + refused.memory.optimizer
@@ -71,7 +73,7 @@ def _fewer_rows(refused: Plan) -> PlanSettings | None:
 
 
 def _longer_sequence(settings: PlanSettings) -> PlanSettings | None:
-    """Twice as many chips along the sequence, taken from those along the batch."""
+    """Doubles the chips along the sequence, and halves those along the batch."""
     mesh = settings.mesh
     axis = next((a for a in ("data", "fsdp") if mesh[a] % 2 == 0), None)
     if axis is None:
@@ -83,22 +85,29 @@ def _longer_sequence(settings: PlanSettings) -> PlanSettings | None:
 def largest_batch(
     first: Plan, planner: Planner, *, max_compiles: int = 8
 ) -> tuple[Plan | None, list[Plan]]:
-    """The largest number of rows per chip that fits, between what fits and what does not.
+    """Finds the largest number of rows per chip that fits.
 
-    From a first plan it looks for one that fits and one that does not, and closes in on the border
-    along the straight line between their needs. Needs grow with the batch but for the compiler's
-    own choices, so the border is that of this compiler.
+    Starting from a first plan, it finds a batch that fits and one that does not, and narrows the
+    interval by linear interpolation of the memory that they need. That memory grows with the batch,
+    except for choices of the compiler, so the limit holds for this compiler.
+
+    Args:
+        first: a plan of the settings.
+        planner: makes a plan of settings, for example `plan.plan`.
+        max_compiles: the largest number of plans to make.
 
     Returns:
-        The plan of the largest batch that fits, None if none did; and all that were tried, in
+        The plan of the largest batch that fits, None if none did; and all plans that were made, in
         order.
 
     Raises:
-        ValueError: for a topology without a known memory.
+        ValueError: for a topology of unknown memory.
     """
     settings = first.settings
     if first.capacity is None:
-        raise ValueError(f"{settings.topology} has no known memory to fill; give a TPU's or GPU's.")
+        raise ValueError(
+            f"the memory of {settings.topology} is unknown; give a topology of TPUs or GPUs."
+        )
     tried: list[Plan] = []
     unit = batch_shards(settings) * settings.accumulate
 
@@ -119,7 +128,7 @@ def largest_batch(
 
 
 def _guess(low_rows: int, low: Plan | None, high_rows: int, high: Plan | None) -> int:
-    """Where a straight line through two measured needs, or from the fixed part through one, meets
+    """The rows at which a line through two measured needs, or through one and the fixed part, meets
     the capacity."""
     known: Any = low or high
     fixed = known.memory.parameters + known.memory.optimizer

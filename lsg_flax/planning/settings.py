@@ -1,4 +1,4 @@
-"""What is planned, and the plan: two records that also travel as JSON."""
+"""The records of a plan's settings and of the plan, which can be written as JSON."""
 
 import dataclasses
 import json
@@ -11,8 +11,8 @@ from lsg_flax.training import Precision
 
 RunKind = Literal["train", "inference", "generate"]
 AttentionKind = Literal["lsg", "full", "local", "lsh"]
-TARGET_LENGTH = 128  # tokens that are written, where nothing says how many
-# What belongs to some modes alone, with the value that it has in the others.
+TARGET_LENGTH = 128  # default number of generated or target tokens
+# Settings of some modes only, with the value that they have in the others.
 _BELONGS: dict[str, tuple[Any, tuple[RunKind, ...]]] = {
     "remat": ("none", ("train",)),
     "accumulate": (1, ("train",)),
@@ -27,29 +27,34 @@ _BELONGS: dict[str, tuple[Any, tuple[RunKind, ...]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class PlanSettings:
-    """What would be run, and where.
+    """The run to plan, and the topology to plan it for.
 
     Attributes:
         source: a checkpoint's folder or hub id, or a config.json; weights are not read.
-        topology: such as "v5e:2x4", "h100:8", or "cpu:8".
-        task: which head; None takes that of the checkpoint.
-        mode: a training step (forward, backward, AdamW), batched inference, or `generate`.
-        max_length: tokens per row, of an encoder-decoder those of the encoder; None is what an LSG
-            checkpoint reads, else 4,096. New tokens of a decoder alone are among them.
-        max_target_length: the decoder's tokens per row, of an encoder-decoder that is trained to
-            write, or runs once; None is 128.
-        max_new_tokens, num_beams: of `generate`; None is 128, and what the checkpoint says, else 1.
-        batch_size: rows per step over all chips, all microbatches together.
-        mesh: devices along "data", "fsdp", "tensor", "sequence"; one may be -1, and "data" takes
-            what is left.
-        attention: "lsg" plans the checkpoint as `lsg-flax convert` makes it, "full" the dense one;
-            of a family that has its own alone a plan says that, "local" or "lsh".
+        topology: chips and their arrangement, such as "v5e:2x4", "h100:8" or "cpu:8".
+        task: the head; by default that of the checkpoint.
+        mode: "train" (a training step: forward, backward, AdamW), "inference" (a batch), or
+            "generate" (text generation).
+        max_length: tokens per row; for an encoder-decoder those of the encoder. By default what an
+            LSG checkpoint reads, else 4,096. For a causal model new tokens are included.
+        max_target_length: tokens per row of the decoder, for an encoder-decoder with mode="train"
+            or "inference"; by default 128.
+        max_new_tokens: with mode="generate", number of new tokens; by default 128.
+        num_beams: with mode="generate", number of beams; by default the checkpoint's, else 1.
+        batch_size: rows per step over all chips and microbatches.
+        mesh: number of devices along "data", "fsdp", "tensor", "sequence"; one may be -1, and
+            "data" takes what is left.
+        attention: "lsg" plans the checkpoint as `lsg-flax convert` would make it, "full" with dense
+            attention. Families with only their own attention have "local" or "lsh" in their plan.
         lsg: fields of `LSGConfig` to change.
-        remat: what the backward pass recomputes.
-        accumulate: microbatches per step.
+        remat: what the backward pass recomputes: "none", "dots" or "full".
+        accumulate: number of microbatches per step.
         dtype, param_dtype: of the computation, and of parameters and optimizer state.
-        lora_r, lora_target_modules, ema_decay: as in `training.Settings`: adapters that learn with
-            the head in place of the whole, and an average of what learns.
+        lora_r, lora_target_modules: as in `training.Settings`: train only adapters and the head.
+        ema_decay: as in `training.Settings`: also keep an average of the trainable parameters.
+
+    Raises:
+        ValueError: for invalid settings.
     """
 
     source: str
@@ -98,36 +103,38 @@ class PlanSettings:
             if (number := getattr(self, name)) is not None and number < 1:
                 raise ValueError(f"{name}={number} must be at least 1.")
         if self.attention == "full" and self.lsg:
-            raise ValueError(f"{sorted(self.lsg)} are LSG settings, and attention='full'.")
+            raise ValueError(
+                f"{sorted(self.lsg)} are LSG settings, but attention='full'; leave them out."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class ChipMemory:
-    """Bytes per chip. A donated argument and the output in its place count once."""
+    """Bytes per chip. A donated argument and the output that reuses its memory count once."""
 
     parameters: int
     optimizer: int
     batch: int
-    outputs: int = 0  # that no argument makes room for
+    outputs: int = 0  # those that do not reuse an argument's memory
     temporaries: int = 0  # at the peak
     code: int = 0
-    padding: int = 0  # of arguments, by the chip's memory layout
+    padding: int = 0  # of arguments, due to the chip's memory layout
 
     @property
     def total(self) -> int:
-        """All kinds together."""
+        """The sum of all."""
         return sum(dataclasses.astuple(self))
 
 
 @dataclasses.dataclass(frozen=True)
 class StepReads:
-    """Bytes that a step of generation cannot do without, on one chip: all that the next token
-    depends on. (A decoder with LSG attention reads a part of its cache alone.)
+    """Bytes that a step of generation must read on one chip: everything that the next token depends
+    on. (A decoder with LSG attention reads only a part of its cache.)
 
     Attributes:
-        weights: parameters of the decoder and the head, in the precision of the computation;
-            not tables of which it looks up rows.
-        self_cache: what is kept of written tokens, and of a decoder's prompt, for every beam.
+        weights: parameters of the decoder and the head, in the precision of the computation,
+            without tables in which it only looks up rows.
+        self_cache: the cache of generated tokens, and of a decoder's prompt, for every beam.
         cross_cache: keys and values of the encoder's states, once per row.
     """
 
@@ -137,16 +144,16 @@ class StepReads:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum of all three."""
         return self.weights + self.self_cache + self.cross_cache
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerationPlan:
-    """What generation needs beside what a `Plan` says of its step.
+    """What a plan of generation has beside the work of a step.
 
     Attributes:
-        reads: what the step's memory traffic is compared with.
+        reads: the bytes that a step must read, to compare its memory traffic with.
         prefill: the work of one chip before the first step: encoder, prompt and first token.
         prefill_times: see `Plan.times`.
     """
@@ -158,24 +165,24 @@ class GenerationPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What the compiler said.
+    """The result of planning.
 
     Attributes:
-        settings: what was planned, with task, length and mesh as they came out.
-        notes: what a reader must know about them.
-        memory: per chip; only of the arguments where the program was refused.
-        capacity: bytes a program can use on a chip, None for a CPU.
-        needed: bytes per chip, by the compiler's own refusal where it refused.
-        fits: whether the compiler accepted it, for a GPU whether `needed` is no more than
+        settings: the settings, with task, length and mesh filled in.
+        notes: remarks that a reader of the plan needs.
+        memory: bytes per chip; only of the arguments if the compiler refused the program.
+        capacity: bytes that a program can use on a chip; None for a CPU.
+        needed: bytes per chip that the program needs; if it was refused, as the compiler says.
+        fits: whether the compiler accepted the program; for a GPU whether `needed` is at most
             `capacity`.
-        refusal: the compiler's words, where it refused.
-        program: the work of one chip in a step, of generation that for one more token of each text;
-            None where the program was refused.
-        compile_seconds: on this machine.
-        times: seconds of a step at the chip's peak, by "compute", "memory", "communication"; the
-            largest is the least that a step can take. "compiler" is the sum of XLA's own cycle
+        refusal: the compiler's message if it refused the program.
+        program: the work of one chip in a step, for generation that of one more token per text;
+            None if the program was refused.
+        compile_seconds: seconds that compilation took on this machine.
+        times: seconds of a step at the chip's peak for "compute", "memory" and "communication"; a
+            step takes at least the largest of these. "compiler" is the sum of XLA's own cycle
             estimates, one kernel after the other.
-        generation: what there is besides, with mode="generate".
+        generation: further results with mode="generate", else None.
     """
 
     settings: PlanSettings
@@ -192,11 +199,11 @@ class Plan:
 
     @property
     def roofline(self) -> float | None:
-        """The least seconds that a step can take, None where the chip is not known."""
+        """A lower bound of the seconds per step; None if the chip's peaks are unknown."""
         return least_time(self.times)
 
     def to_json(self) -> str:
-        """All of it as JSON, for `from_json`."""
+        """Returns the plan as JSON, for `from_json`."""
         values = dataclasses.asdict(self)
         if self.program:
             values["program"] = _values_of(self.program)
@@ -206,7 +213,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
-        """The inverse of `to_json`."""
+        """Reads a plan that `to_json` wrote."""
         values = json.loads(text)
         program, generation = values.pop("program"), values.pop("generation")
         if generation:
@@ -225,7 +232,7 @@ class Plan:
 
 
 def least_time(times: dict[str, float]) -> float | None:
-    """The least seconds that work with these `Plan.times` can take."""
+    """Returns a lower bound of the seconds for these `Plan.times`; None if they are empty."""
     bounds = [times[k] for k in ("compute", "memory", "communication") if k in times]
     return max(bounds, default=None)
 

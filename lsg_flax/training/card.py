@@ -1,4 +1,4 @@
-"""The model cards of a run: what was learned, by which settings, and how well."""
+"""Model cards of a run: the training data, the settings and the scores of a model."""
 
 import dataclasses
 import pathlib
@@ -21,7 +21,7 @@ from lsg_flax.training.log import SCORED, read_log
 from lsg_flax.training.settings import Settings, Words
 from lsg_flax.training.source import SourceModel
 
-# Fields that say where things lie, not what was done.
+# Fields that say where files are or what is shown; they do not change the model.
 _PLACES = (
     *("output", "cache", "push_to_hub", "tensorboard", "picture", "log_every", "keep"),
     *("report_to", "run_name"),
@@ -29,7 +29,7 @@ _PLACES = (
 
 
 def check_publishing(settings: Settings) -> None:
-    """Raises, before anything is trained, for what the hub would not take; see `hub.check_push`."""
+    """Raises before training if the hub would refuse the model; see `hub.check_push`."""
     if settings.push_to_hub is not None and jax.process_index() == 0:
         check_push(settings.push_to_hub)
 
@@ -37,18 +37,21 @@ def check_publishing(settings: Settings) -> None:
 def publish(
     settings: Settings, source: SourceModel, train: TokenizedDataset, step: int, best: int | None
 ) -> str | None:
-    """Writes the cards of a run's models, where nobody has written another, and sends the best
-    model, or the only one, to the hub if that is asked for; the first process does both.
+    """Writes the model cards of a run and pushes the model to the hub if `push_to_hub` is set.
+
+    A card that somebody else has written is kept. The best model is pushed, or the last one if
+    there is no best. Only the first process writes and pushes.
 
     Args:
-        train: what was learned from.
-        step, best: those of the models in OUTPUT and OUTPUT/best, if there is one.
+        train: the training data.
+        step: the step of the model in OUTPUT.
+        best: the step of the model in OUTPUT/best; None if there is none.
 
     Returns:
-        The address of what was sent; None if nothing was.
+        The address of the pushed model; None if nothing was pushed.
 
     Raises:
-        hub.PushError: if it could not be sent.
+        hub.PushError: if the model could not be pushed.
     """
     if jax.process_index() > 0:
         return None
@@ -62,14 +65,14 @@ def publish(
 
 
 def _card(settings: Settings, train: TokenizedDataset, step: int) -> Card:
-    """What is said of the model of a step."""
+    """Returns the card of the model of a step."""
     scores = _scores_at(pathlib.Path(settings.output) / "log", step)
     learned, held_out = (_shown(data) for data in (settings.train_data, settings.eval_data))
     rows: dict[str, object] = {
         "data": learned,
         "rows": f"{len(train):,}",
         "tokens of a row": ", ".join(f"{name} {n:,}" for name, n in train.spread.items()),
-        "cut": train.cut.words(train.options["max_length"]) or "nothing",
+        "truncated": train.cut.words(train.options["max_length"]) or "nothing",
     }
     sections = {"Training data": table(rows)}
     if scores:
@@ -84,12 +87,12 @@ def _card(settings: Settings, train: TokenizedDataset, step: int) -> Card:
 
 
 def _shown(value: Words | None) -> str:
-    """Names of data; of files without the folders that they lie in, since a card is for others."""
+    """Returns the names of data; of files only the last part, since a card is for other people."""
     return ", ".join(_name(part) for part in ([value] if isinstance(value, str) else value or ()))
 
 
 def _name(value: Any) -> Any:
-    """A value; of a text that is a place on this machine its last part."""
+    """Returns a value; of a text that is a path on this machine only its last part."""
     if not isinstance(value, str):
         return value
     place = pathlib.Path(value)
@@ -97,14 +100,14 @@ def _name(value: Any) -> Any:
 
 
 def _scores_at(log: pathlib.Path, step: int) -> dict[str, float]:
-    """Those of an evaluated step; none where there is no such evaluation."""
+    """Returns the scores of a step; empty if that step was not evaluated."""
     records = [record for record in read_log(log) if record["step"] == step]
     record = records[-1] if records else {}
     return {n.removeprefix(SCORED): v for n, v in record.items() if n.startswith(SCORED)}
 
 
 def _given(settings: Settings) -> str:
-    """What differs from the defaults, as a file of settings."""
+    """Returns the settings that differ from their defaults, as the YAML of a settings file."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)

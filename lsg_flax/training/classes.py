@@ -1,4 +1,4 @@
-"""Scores of each class by itself, and which classes are taken for which.
+"""Scores of each class on its own, and the confusion matrix of the classes.
 
 Axes: O rows of all batches, Y labels.
 """
@@ -13,7 +13,7 @@ from lsg_flax.training.metrics import Judged, named_tags
 
 
 class ClassScores(NamedTuple):
-    """How well one class is found; `support` is how often it is right."""
+    """Scores of one class; `support` is how often the labels have it."""
 
     name: str
     precision: float
@@ -23,8 +23,10 @@ class ClassScores(NamedTuple):
 
 
 class ByClass(NamedTuple):
-    """The scores of the classes and, where each answer is one of them, how often the class of the
-    row was answered by that of the column, in the order of `names`."""
+    """Scores of all classes and, where each answer is one class, the confusion matrix.
+
+    `confusion[i, j]` counts how often the label was `names[i]` and the prediction `names[j]`.
+    """
 
     classes: tuple[ClassScores, ...]
     names: tuple[str, ...] = ()
@@ -32,8 +34,12 @@ class ByClass(NamedTuple):
 
 
 def by_class(model: Model, judged: Judged) -> ByClass:
-    """Of a model whose labels have names: of single labels and several ones each label, of tags the
-    entities (as seqeval) with the confusion of the tags; nothing of others."""
+    """Returns the scores of each class of a model whose labels have names.
+
+    With one or several labels per text a class is a label. With a label per token a class is a kind
+    of entity, as seqeval counts them, and the confusion matrix is that of the tags. For other tasks
+    the result is empty.
+    """
     scorer, names = _scorer(model), model.config.labels
     if scorer == "several_labels":
         predicted, labels = (np.concatenate(part) for part in judged[1:])
@@ -70,7 +76,7 @@ def _of_flags(
 
 
 def _of_entities(judged: Judged, names: tuple[str, ...]) -> tuple[ClassScores, ...]:
-    import seqeval.metrics  # there, or judging had failed
+    import seqeval.metrics  # installed, or `judge` would have failed before
 
     predicted, truth = named_tags(*judged[1:], names)
     metrics: Any = seqeval.metrics

@@ -1,4 +1,4 @@
-"""Values as annotations want them: what YAML and flags give becomes fields of `Settings`."""
+"""Turns values from YAML files and flags into the types that the fields of `Settings` have."""
 
 import difflib
 import math
@@ -13,12 +13,12 @@ from typing import Any, Literal
 from lsg_flax.checks import short
 from lsg_flax.files import valid_text
 
-# Numbers of YAML 1.1 alone, mostly meant otherwise: 1:30 would be 90, 010 would be 8.
+# YAML 1.1 reads these as numbers, which is rarely meant: 1:30 would be 90, 010 would be 8.
 _OLD_NUMBER = re.compile(r".*:.*|[-+]?0[0-7_]+")
 
 
 def check_names(where: str, names: Iterable[str], known: Sequence[str]) -> None:
-    """Raises ValueError for an unknown name, with the known one that is nearest."""
+    """Raises ValueError for an unknown name; the error suggests the most similar known name."""
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
@@ -27,16 +27,17 @@ def check_names(where: str, names: Iterable[str], known: Sequence[str]) -> None:
 
 
 def read_yaml(file: pathlib.Path) -> dict[str, Any]:
-    """The mapping in a file.
+    """Returns the mapping in a YAML file.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no YAML, says a name twice, or holds something else; with the line.
+        ValueError: if the file is not valid YAML, has a name twice, or is not a mapping; with the
+            line where it is known.
     """
     import yaml
 
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is no file; give a YAML file with settings.")
+        raise FileNotFoundError(f"{file} is not a file; give a YAML file with settings.")
     try:
         loader = _strict_loader(file)(file.read_text(encoding="utf-8-sig"))
         try:
@@ -52,15 +53,18 @@ def read_yaml(file: pathlib.Path) -> dict[str, Any]:
         raise ValueError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(
-            f"{file} must hold lines such as 'model: ./bert-4096', but holds a "
+            f"{file} must have lines such as 'model: ./bert-4096', but its content is a "
             f"{type(values).__name__}."
         )
     return values
 
 
 def _strict_loader(file: pathlib.Path) -> Any:
-    """A loader that takes only names as keys, and each once; YAML would take the last one. Dates
-    and other old forms are texts."""
+    """Returns a loader that accepts only texts as keys, and each key once.
+
+    PyYAML's own loader would silently keep the last of equal keys. Dates and the number forms of
+    `_OLD_NUMBER` stay texts.
+    """
     import yaml
 
     class Strict(yaml.SafeLoader):
@@ -69,13 +73,15 @@ def _strict_loader(file: pathlib.Path) -> Any:
             for key, _ in node.value:
                 line = key.start_mark.line + 1
                 if key.tag.endswith(":merge"):
-                    raise ValueError(f"{file}:{line}: '<<' is not read here; write the names out.")
+                    raise ValueError(
+                        f"{file}:{line}: '<<' is not supported; write the settings out."
+                    )
                 name = self.construct_object(key, deep=True)
                 if not isinstance(name, str):
-                    raise ValueError(f"{file}:{line}: the name {name!r} is no text; quote it.")
+                    raise ValueError(f"{file}:{line}: the name {name!r} is not text; quote it.")
                 if name in lines:
                     raise ValueError(
-                        f"{file}:{line}: {name!r} is in line {lines[name]} already; leave one."
+                        f"{file}:{line}: {name!r} is already in line {lines[name]}; remove one."
                     )
                 lines[name] = line
             return super().construct_mapping(node, deep)
@@ -100,14 +106,18 @@ def _strict_loader(file: pathlib.Path) -> Any:
 
 
 def coerced(name: str, value: Any, hint: Any) -> Any:
-    """The value as its annotation wants it, or a ValueError that says what it should be."""
+    """Returns the value in the type of its annotation `hint`.
+
+    Raises:
+        ValueError: if that is not possible; the error says what the value should be.
+    """
     kind: Any
     kind, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
     if kind in (types.UnionType, typing.Union):
         if value is None and types.NoneType in parts:
             return None
         rest = [part for part in parts if part is not types.NoneType]
-        if len(rest) > 1:  # a text, or several
+        if len(rest) > 1:  # one text, or a list of texts
             rest = [str] if isinstance(value, str | os.PathLike) else rest[1:]
         return coerced(name, value, rest[0])
     if kind is Literal:
@@ -120,16 +130,18 @@ def coerced(name: str, value: Any, hint: Any) -> Any:
         return {str(key): coerced(f"{name}.{key}", v, parts[1]) for key, v in value.items()}
     if kind is str and isinstance(value, str | os.PathLike):
         if not os.fspath(value).strip():
-            raise ValueError(f"{name}={short(value)} is empty; give a value, or leave it out.")
+            raise ValueError(f"{name}={short(value)} is empty; give a value or leave it out.")
         if "\0" in os.fspath(value):
-            raise ValueError(f"{name}={short(value)} has a character of 0, which no name can have.")
+            raise ValueError(
+                f"{name}={short(value)} has a NUL character, which no name can have; remove it."
+            )
         try:
             return valid_text(os.fspath(value))
         except ValueError as error:
             raise ValueError(f"{name}={short(value)} has {error}.") from error
     if kind is float and not isinstance(value, bool | list | dict):
         try:
-            number = float(str(value))  # YAML takes 1e-4, without a dot, for a text
+            number = float(str(value))  # YAML reads 1e-4, without a dot, as text
         except ValueError:
             number = math.nan
         if math.isfinite(number):
@@ -137,7 +149,7 @@ def coerced(name: str, value: Any, hint: Any) -> Any:
     if kind is Any or (kind in (int, bool) and type(value) is kind):
         return value
     wanted = {
-        tuple: "a list of at least one",
+        tuple: "a list of at least one value",
         dict: "a mapping of names to values",
         str: "a text",
         float: "a number",

@@ -1,5 +1,5 @@
-"""Embeddings by contrast: each text's own positive is to be found among those of all rows, with the
-gradient of a large batch computed in parts of it. (GradCache, arXiv 2101.06983, section 3)
+"""Contrastive training of embeddings: each text must find its own positive among those of all rows.
+The gradient of a large batch is computed in microbatches. (GradCache, arXiv 2101.06983, section 3)
 
 Axes: B batch (of anchors), O rows (of candidates), T tokens, D model width, M microbatches.
 """
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 from lsg_flax.models import IGNORED, Batch, Params, unit
 from lsg_flax.training.losses import cross_entropy_sum
 
-# From parameters, a (micro)batch and a dropout key to a tree of arrays with a row for each of its.
+# Returns, of parameters, a (micro)batch and a dropout key, arrays with one row per text.
 Vectors = dict[str, Array]
 EmbedBatch = Callable[[Params, Batch, PRNGKeyArray | None], Vectors]
 
@@ -27,15 +27,16 @@ def ranking_loss(
     *,
     scale: float,
 ) -> Float[Array, ""]:
-    """The mean over the anchors of -log softmax(scale * cosine)[own], in float32: that of
-    sentence-transformers' MultipleNegativesRankingLoss, where all other candidates are negatives.
+    """Returns the mean over the anchors of -log softmax(scale * cosine)[own], in float32.
 
-    Under a mesh the batch is that of all devices: XLA gathers the candidates.
+    It is the loss of sentence-transformers' MultipleNegativesRankingLoss, where all other
+    candidates are negatives. Under a mesh the batch is that of all devices: XLA gathers the
+    candidates.
 
     Args:
-        anchors: texts; the candidate of the same place is the own one.
-        candidates: what belongs to the anchors, and behind it negatives of any anchor.
-        others: the candidates that are negatives of each anchor. An anchor without any does not
+        anchors: embeddings of texts; the positive of an anchor is the candidate of the same index.
+        candidates: embeddings of the positives, followed by those of negatives of any anchor.
+        others: which candidates are negatives of each anchor. An anchor without negatives does not
             count.
     """
     rows = len(anchors)
@@ -53,9 +54,11 @@ def other_texts(
     positives: Int[Array, "B S"],
     negatives: Int[Array, "K U"] | None,
 ) -> Bool[Array, "B O"]:
-    """Which candidates, positives and behind them negatives, are no texts of each anchor, by ids
-    padded with 0 where nothing is real: not its own positive, however often that is there, nor one
-    of the same anchor in another row. Rows of padding alone are nobody's, and have none.
+    """Returns which candidates (positives, then negatives) are negatives of each anchor.
+
+    A candidate is no negative of an anchor if its text equals the anchor's own positive, or the
+    positive of the same anchor text in another row. Rows that are only padding are no candidates
+    and have no negatives. Ids must be 0 at padding.
     """
     asked, own = (_fingerprints(ids) for ids in (anchors, positives))
     same = _equal(own, own) | _equal(asked, asked)
@@ -68,9 +71,9 @@ def other_texts(
 
 
 def _fingerprints(ids: Int[Array, "O T"]) -> UInt32[Array, "O 2"]:
-    """Two random sums of a text's ids, which two texts in 2**60 have in common."""
+    """Returns two random sums of each text's ids; two texts share both with odds of 1 in 2**60."""
     weights = np.random.default_rng(0).integers(2**31, size=(ids.shape[1], 2), dtype=np.uint32)
-    weights = jnp.asarray(2 * weights.T + 1)  # the same for a place, whatever the width
+    weights = jnp.asarray(2 * weights.T + 1)  # a position's weight is the same for any width
     return (ids.astype(jnp.uint32)[:, None] * weights[None]).sum(axis=2, dtype=jnp.uint32)
 
 
@@ -85,11 +88,15 @@ def cached_gradients(
     batch: Batch,
     key: PRNGKeyArray,
 ) -> tuple[Float[Array, ""], Params]:
-    """The loss of the vectors of M microbatches together, [M, B, ...] each, and its gradient in
-    float32, in the memory that one of them needs: all are embedded, then one after the other again,
-    with what the loss asks of its vectors.
+    """Returns the loss of all M microbatches as one batch, and its gradient in float32.
 
-    Dropout masks of the second time are those of the first.
+    It needs the memory of one microbatch. The first pass embeds all microbatches and computes the
+    gradient of the loss with respect to the embeddings; the second pass embeds one microbatch after
+    the other again and backpropagates its part of that gradient. Both passes have the same dropout
+    masks.
+
+    Args:
+        batch: arrays [M, B, ...].
     """
     numbers = jnp.arange(len(jax.tree.leaves(batch)[0]))
 

@@ -1,5 +1,5 @@
-"""Embeddings by a teacher: what a dense model makes of short parts, a student is to make of them in
-the midst of a long text, and their average of the whole.
+"""Distillation of embeddings: a student that reads a long text at once learns the vectors that a
+dense teacher gives to short parts of it, and for the whole text their average.
 
 Axes: B batch, T tokens, X spans (the parts of a text), D model width.
 """
@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lsg_flax.hub import SentenceSettings, Tokenizer
 from lsg_flax.models import ModelConfig, pool, unit
 
-# Vectors of the parts of each text, that of the whole last, and which there are.
+# Vectors of the parts of each text, the whole text's last, and which of them are real.
 PartVectors = tuple[Float[Array, "B _ D"], Bool[Array, "B _"]]
 
 
@@ -27,7 +27,7 @@ class Frame:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "Frame":
-        """That of a tokenizer for one text."""
+        """Returns the special tokens that a tokenizer puts around one text."""
         plain, framed = (
             tokenizer("a", add_special_tokens=special, verbose=False)["input_ids"]
             for special in (False, True)
@@ -37,23 +37,23 @@ class Frame:
 
     @property
     def size(self) -> int:
-        """How many they are."""
+        """The number of special tokens."""
         return len(self.before) + len(self.after)
 
 
 def split_parts(
     ids: Int[Array, "B T"], mask: Int[Array, "B T"], frame: Frame, length: int
 ) -> tuple[Int[Array, "B X _"], Int[Array, "B X _"], Int[Array, "B T"]]:
-    """Each text cut into consecutive parts that fill `length` tokens with a frame each, the last
-    one less.
+    """Splits each text into consecutive parts of `length` tokens, each with its own frame; the last
+    part may be shorter.
 
     Args:
         ids, mask: framed texts, padded on the right.
-        length: of a part; the whole text where that is shorter.
+        length: tokens of a part, frame included; at most T are used.
 
     Returns:
-        The parts' ids and masks, and the part of each token of the text; the frame of the whole
-        counts to the first and the last.
+        Ids and masks of the parts, and the number of the part that each token of the text is in;
+        the frame of the whole text counts as part of the first and the last one.
     """
     width = min(length, ids.shape[1])
     room, start, end = width - frame.size, len(frame.before), len(frame.after)
@@ -61,7 +61,7 @@ def split_parts(
     content = mask.sum(axis=1) - frame.size  # [B]
     sizes = jnp.clip(content[:, None] - room * jnp.arange(count)[None], 0, room)  # [B, X]
     there = (sizes > 0) | (jnp.arange(count) == 0)[None]
-    place = jnp.arange(width)[None, None]  # in a part
+    place = jnp.arange(width)[None, None]  # position in a part
     source = start + room * jnp.arange(count)[:, None] + (jnp.arange(width) - start)[None]
     taken = ids[:, jnp.clip(source, 0, ids.shape[1] - 1)]  # [B, X, T]
     behind = place - start - sizes[..., None]
@@ -76,11 +76,12 @@ def split_parts(
 def teacher_vectors(
     states: Float[Array, "_ T D"], mask: Int[Array, "B X T"], how: SentenceSettings
 ) -> PartVectors:
-    """Of each part, and behind them of the whole: their average by tokens.
+    """Returns the teacher's vectors of each part and, last, of the whole text: the average of the
+    parts, weighted by their numbers of tokens.
 
     Args:
-        states: of the teacher, of all parts of all texts.
-        mask: of the parts.
+        states: the teacher's hidden states of all parts of all texts.
+        mask: the masks of the parts.
     """
     batch, count, length = mask.shape
     flat = pool(states, mask.reshape(-1, length), how.pooling, normalize=how.normalize)
@@ -100,8 +101,10 @@ def student_vectors(
     parts: int,
     how: SentenceSettings,
 ) -> Float[Array, "B _ D"]:
-    """Of the tokens of each part within the whole text, and behind them of the whole. Only means
-    have parts: with another pooling it is the whole alone."""
+    """Returns the student's vectors of each part, read within the whole text, then of the whole.
+
+    Only mean pooling has vectors of parts; with another pooling there is only that of the whole.
+    """
     whole = pool(states, mask, how.pooling, normalize=how.normalize)[:, None]
     if how.pooling != "mean":
         return whole
@@ -114,8 +117,8 @@ def student_vectors(
 def distance_sums(
     student: Float[Array, "B _ D"], teacher: PartVectors
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, "B"]]:
-    """Over the texts that are there the sum of squared distances, of each a mean over its vectors;
-    how many texts these are; and of each the cosine of the whole vectors."""
+    """Returns the sum over real texts of the mean squared distance of their vectors, the number of
+    these texts, and for each text the cosine of student and teacher of the whole."""
     wanted, real = (side[:, -student.shape[1] :] for side in teacher)
     squares = ((student - wanted) ** 2).sum(axis=2)  # [B, X]
     means = jnp.where(real, squares, 0).sum(axis=1) / jnp.maximum(real.sum(axis=1), 1)
@@ -126,41 +129,44 @@ def distance_sums(
 def check_teacher(
     teacher: tuple[str, ModelConfig, Tokenizer], student: tuple[str, ModelConfig, Tokenizer]
 ) -> None:
-    """Raises ValueError for a teacher, by name, config and tokenizer, whose vectors are of another
-    width or whose tokens are others than those of the student."""
+    """Raises ValueError if the teacher's vectors or tokenizer do not fit the student's.
+
+    Args:
+        teacher, student: name, config and tokenizer of each.
+    """
     (name, config, tokens), (own, own_config, own_tokens) = teacher, student
     if config.hidden_size != own_config.hidden_size:
         raise ValueError(
-            f"teacher={name} has vectors of {config.hidden_size} numbers, and {own} of "
+            f"teacher={name} has vectors of {config.hidden_size} numbers, but {own} has "
             f"{own_config.hidden_size}; give a teacher of the same width, such as the checkpoint "
             f"that {own} was converted from."
         )
     difference = _difference(tokens, own_tokens)
     if difference:
         raise ValueError(
-            f"teacher={name} has another tokenizer than {own} ({difference}), and is shown the "
-            f"student's tokens; give a teacher with the same one, such as the checkpoint that "
-            f"{own} was converted from."
+            f"teacher={name} has another tokenizer than {own} ({difference}), but it reads the "
+            f"student's tokens; give a teacher with the same tokenizer, such as the checkpoint "
+            f"that {own} was converted from."
         )
 
 
 def check_part(name: str, length: int | None, reads: int, frame: Frame) -> None:
-    """Raises ValueError for parts that the teacher called `name` cannot read."""
+    """Raises ValueError for a length of parts that the teacher called `name` cannot read."""
     if length is None or not frame.size < length <= reads:
         raise ValueError(
             f"teacher_length={length} must lie in {frame.size + 1}..{reads}: {name} reads at most "
-            f"{reads} tokens, of which {frame.size} are special ones."
+            f"{reads} tokens, {frame.size} special ones included."
         )
 
 
 def _difference(one: Any, other: Any) -> str:
-    """What tells two tokenizers apart, in words; nothing if nothing does."""
+    """Returns how two tokenizers differ, in words; an empty text if they do not."""
     first, second = one.get_vocab(), other.get_vocab()
     if first != second:
         ours = sorted(token for token, number in first.items() if second.get(token) != number)
         theirs = sorted(token for token, number in second.items() if first.get(token) != number)
         shown = ", ".join(map(repr, (ours or theirs)[:3]))
-        return f"{len(first)} and {len(second)} tokens; {shown} have no or another number"
+        return f"{len(first)} and {len(second)} tokens; {shown} are missing or have other ids"
     if getattr(one, "is_fast", False) and getattr(other, "is_fast", False):
         parts = [json.loads(each.backend_tokenizer.to_str()) for each in (one, other)]
         for part in ("normalizer", "pre_tokenizer", "model", "post_processor"):

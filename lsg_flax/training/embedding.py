@@ -1,4 +1,4 @@
-"""Training embeddings: what a run for the task "embedding" does otherwise than others.
+"""Training steps of the task "embedding": with a contrastive loss, or with a teacher.
 
 Axes: M microbatches, B batch, C choices (negatives of a row), T tokens, D model width.
 """
@@ -34,11 +34,11 @@ from lsg_flax.training.step import TrainStep, accumulate_gradients, check_microb
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EmbeddingRun:
-    """How a run learns vectors: from a teacher, with its model and parameters, or else from pairs.
+    """How a run learns embeddings: from a teacher if there is one, otherwise from pairs.
 
     Attributes:
-        how: how states become a vector.
-        scale: of cosines.
+        how: how hidden states become a vector (pooling, normalization).
+        scale: factor of the cosines in the contrastive loss.
     """
 
     model: Model
@@ -50,14 +50,14 @@ class EmbeddingRun:
 
     @property
     def given(self) -> tuple[Params, ...]:
-        """What a step is given beside state and batch."""
+        """Arguments of a step beside state and batch."""
         return () if self.teacher_params is None else (self.teacher_params,)
 
 
 def make_run(
     settings: Settings, source: SourceModel, model: Model, mesh: Mesh | None
 ) -> EmbeddingRun:
-    """The run's objective, the teacher's weights read."""
+    """Returns how the run learns; reads the teacher's weights if there is a teacher."""
     assert source.sentences is not None
     run = EmbeddingRun(model, source.sentences, settings.similarity_scale or SCALE)
     opened = open_teacher(settings)
@@ -71,8 +71,8 @@ def make_run(
 def embed_batch(
     run: EmbeddingRun, params: Params, batch: Batch, key: PRNGKeyArray | None
 ) -> Vectors:
-    """By what the names of arrays begin with the vectors [B, D] of each text, [B * C, D] of
-    negatives; trains with the dropout of `key`."""
+    """Returns the vectors of each stream of texts, by the prefix of its arrays' names: [B, D], of
+    negatives [B * C, D]. Dropout is on if `key` is given."""
     vectors = {}
     for number, prefix in enumerate(prefixes_of(batch)):
         own = None if key is None else jax.random.fold_in(key, number)
@@ -82,12 +82,12 @@ def embed_batch(
 
 
 def prefixes_of(batch: Batch) -> list[str]:
-    """What the names of arrays begin with, of each stream of texts."""
+    """Returns the prefix of the arrays' names of each stream of texts in a batch."""
     return [prefix for prefix in READ.values() if f"{prefix}input_ids" in batch]
 
 
 def _texts(batch: Batch, prefix: str) -> tuple[Array, Array]:
-    """Ids and mask of a stream, its leading axes and that of negatives as one."""
+    """Returns ids and mask of a stream; all axes before the tokens are merged into one."""
     ids, mask = (jnp.asarray(batch[f"{prefix}{name}"]) for name in ("input_ids", "attention_mask"))
     return ids.reshape(-1, ids.shape[-1]), mask.reshape(-1, ids.shape[-1])
 
@@ -101,7 +101,7 @@ def _states(
 
 
 def contrast(run: EmbeddingRun, batch: Batch, vectors: Vectors) -> Array:
-    """The loss of the vectors of all microbatches."""
+    """Returns the contrastive loss of the vectors of all microbatches together."""
     ids = {prefix: jnp.prod(jnp.stack(_texts(batch, prefix)), axis=0) for prefix in vectors}
     # JAX sorts the names of a dict: the order of streams is that of READ.
     flat = [vectors[n].reshape(-1, vectors[n].shape[-1]) for n in READ.values() if n in vectors]
@@ -113,9 +113,12 @@ def contrast(run: EmbeddingRun, batch: Batch, vectors: Vectors) -> Array:
 def distances(
     run: EmbeddingRun, params: Params, batch: Batch, teacher_params: Params
 ) -> dict[str, tuple[Array, Array, Array, Array]]:
-    """By what the names of arrays begin with: the sum of squared distances to the teacher, the
-    number of texts, their cosines, and the student's vectors. There is no dropout: what is learned
-    is a function, and not known from few examples."""
+    """Returns for each stream of texts, by the prefix of its arrays' names: the sum of squared
+    distances to the teacher, the number of texts, their cosines, and the student's vectors.
+
+    There is no dropout: the student learns a function that the teacher gives for any text, so
+    overfitting to few examples is no concern.
+    """
     teacher, model = run.teacher, run.teacher_model
     assert teacher is not None and model is not None
     found = {}
@@ -135,8 +138,11 @@ def distances(
 def make_embedding_step(
     run: EmbeddingRun, optimizer: optax.GradientTransformation, accumulate_steps: int = 1
 ) -> TrainStep:
-    """A step as `make_train_step` gives it. Microbatches, [M, B, ...], are one batch of pairs, each
-    the negatives of all others, in the memory that one of them needs."""
+    """Returns a train step as `make_train_step` does.
+
+    Microbatches [M, B, ...] count as one batch of pairs, in which each is a negative of all others,
+    but need only the memory of one microbatch.
+    """
     compute = _by_contrast if run.teacher is None else _by_teacher
 
     def checked(params: Params, batch: Batch, key: PRNGKeyArray, *given: Params):

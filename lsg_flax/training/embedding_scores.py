@@ -1,4 +1,4 @@
-"""How good vectors are on held-out rows: near the teacher's, and by what they find.
+"""Scores of embeddings on held-out rows: how near they are to the teacher's, and retrieval scores.
 
 Axes: B batch (of queries), O rows of all batches, C choices, D model width.
 """
@@ -23,7 +23,7 @@ from lsg_flax.training.scores import Scores
 
 
 class EmbeddingScorer:
-    """Scores of a run's vectors on rows of data; its program is compiled once."""
+    """Computes the scores of a run's embeddings on rows of data; its program is compiled once."""
 
     def __init__(self, run: EmbeddingRun, data: TokenizedDataset, mesh: Mesh | None):
         self._run, self._mesh = run, mesh
@@ -47,9 +47,12 @@ class EmbeddingScorer:
         self._program = jax.jit(embed, out_shardings=everywhere)
 
     def __call__(self, params: Params, batches: Iterable[EvalBatch]) -> Scores:
-        """`retrieval_scores` of texts with a positive, among the positives and negatives of all
-        rows, and with a teacher "cosine", the mean of each text's with its own; the loss is then
-        the distance to it. Each has "eval_" before its name."""
+        """Returns the scores; each name begins with "eval_".
+
+        They are the `retrieval_scores` of texts with a positive, searched among the positives and
+        negatives of all rows. With a teacher there are also "cosine", the mean cosine of each
+        text's vector with the teacher's, and "loss", the distance to the teacher.
+        """
         width, sums = self._run.model.config.hidden_size, np.zeros(3)
         both = self._queries, self._documents
         kinds = [(texts, np.zeros((texts.size, width), np.float32)) for texts in both]
@@ -87,7 +90,8 @@ class EmbeddingScorer:
 
 
 class _TextNumbers(NamedTuple):
-    """The different texts of some streams: how many (size), and by stream which each row has."""
+    """Numbers of the distinct texts of some streams: how many there are (size), and for each stream
+    the number of each row's text."""
 
     size: int
     numbers: dict[str, Int[np.ndarray, "O *C"]]

@@ -1,4 +1,4 @@
-"""What a run is told that trains embeddings: fields of `Settings` for this task alone."""
+"""Settings of runs that train embeddings: fields of `Settings` for this task only."""
 
 import dataclasses
 from typing import Annotated
@@ -13,22 +13,22 @@ COSINE = "cosine"  # the score of a student beside its teacher
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EmbeddingSettings:
-    """Texts as vectors: pairs by contrast, or a teacher's vectors where there is one."""
+    """Settings of the task "embedding": pairs with a contrastive loss, or a teacher's vectors."""
 
     pooling: Annotated[
         Pooling | None,
-        Help("model", "embedding: how states become a vector", "as the model's folder says"),
+        Help("model", "embedding: how hidden states become a vector", "as in the model's folder"),
     ] = None
     teacher: Annotated[
         str | None,
-        Help("training", "embedding: model whose vectors are learned", "none, learn from pairs"),
+        Help("training", "embedding: model to learn the vectors of", "none, learn from pairs"),
     ] = None
     teacher_length: Annotated[
         int | None,
-        Help("training", "tokens of the parts that the teacher reads", "as its folder says"),
+        Help("training", "tokens of the parts that the teacher reads", "as in its folder"),
     ] = None
     similarity_scale: Annotated[
-        float | None, Help("training", "embedding: times cosines, for pairs", f"{SCALE:g}")
+        float | None, Help("training", "embedding: factor of cosines of pairs", f"{SCALE:g}")
     ] = None
 
     def _check_embedding(self) -> None:
@@ -46,15 +46,15 @@ class EmbeddingSettings:
             raise ValueError(f"teacher_length={self.teacher_length} needs a teacher.")
         if self.teacher is not None and self.similarity_scale is not None:
             raise ValueError(
-                f"similarity_scale={self.similarity_scale} is for pairs, whose cosines are ranked; "
-                "with a teacher leave it out."
+                f"similarity_scale={self.similarity_scale} is for learning from pairs; with a "
+                "teacher leave it out."
             )
         if self.similarity_scale is not None and self.similarity_scale <= 0:
             raise ValueError(f"similarity_scale={self.similarity_scale} must be above 0.")
         if self.train_only == "head":  # type: ignore[attr-defined]
             raise ValueError(
-                "train_only='head': embeddings have no head, so nothing would learn; choose 'all' "
-                "or 'global_tokens_and_head', or name what stays by frozen."
+                "train_only='head': embeddings have no head, so nothing would be trained; choose "
+                "'all' or 'global_tokens_and_head', or set frozen to what shall not be trained."
             )
 
 

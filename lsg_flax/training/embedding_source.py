@@ -1,5 +1,5 @@
-"""What an embedding run learns from, checked before any weights are read: the model to train, its
-teacher, its rows."""
+"""Opens and checks what an embedding run needs, before any weights are read: the model to train,
+its teacher and its rows."""
 
 import contextlib
 import dataclasses
@@ -24,19 +24,19 @@ from lsg_flax.training.distillation import Frame, check_part, check_teacher
 from lsg_flax.training.settings import Settings
 from lsg_flax.training.source import SourceModel
 
-_SHORT_BUCKETS = (32, 128)  # of texts alone; pairs have one length, and one program
+_SHORT_BUCKETS = (32, 128)  # without pairs; pairs have one length, and one program
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Teacher:
-    """A model whose vectors are learned.
+    """A model whose vectors the student learns.
 
     Attributes:
-        name: what the user calls it.
-        checkpoint: of its weights.
-        how: how its states become a vector.
-        length: tokens of the parts that it reads, their special ones included.
-        frame: the special tokens.
+        name: the user's name for it.
+        checkpoint: its opened checkpoint.
+        how: how its hidden states become a vector.
+        length: tokens of the parts that it reads, special tokens included.
+        frame: the special tokens around a text.
     """
 
     name: str
@@ -46,25 +46,26 @@ class Teacher:
     frame: Frame
 
     def load(self, dtype: DTypeLike, mesh: Mesh | None) -> tuple[Model, Params]:
-        """The model and its parameters, where the run has its own."""
+        """Returns the model and its parameters, sharded over `mesh` if there is one."""
         with no_pooler_needed():
             return self.checkpoint.load("base", dtype=dtype, mesh=mesh)
 
 
 @contextlib.contextmanager
 def no_pooler_needed() -> Iterator[None]:
-    """Loads a base model without a warning that its pooler is not there: it is not used."""
+    """Suppresses the warning that a base model's pooler is missing: embeddings do not use it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "weights for task='base' not in the checkpoint")
         yield
 
 
 def open_teacher(settings: Settings) -> tuple[Teacher, ModelConfig, Tokenizer] | None:
-    """The teacher with its config and tokenizer, its weights not read yet; None without one.
+    """Returns the teacher, its config and its tokenizer, without reading weights; None without one.
 
     Raises:
-        FileNotFoundError: if it, or its tokenizer, is not there.
-        ValueError: if it does not say how states become vectors, or cannot read such parts.
+        FileNotFoundError: if the teacher or its tokenizer is missing.
+        ValueError: if its folder does not say how hidden states become vectors, or it cannot read
+            parts of `teacher_length`.
     """
     if settings.teacher is None:
         return None
@@ -84,18 +85,18 @@ def open_teacher(settings: Settings) -> tuple[Teacher, ModelConfig, Tokenizer] |
 
 
 def with_sentences(settings: Settings, source: SourceModel) -> SourceModel:
-    """The checkpoint with how its states become vectors: as its folder says, or else the settings,
-    or else the teacher.
+    """Returns the model to train with the way in which its hidden states become vectors: that of
+    its folder, otherwise of the settings, otherwise of the teacher.
 
     Raises:
-        FileNotFoundError, ValueError: for what does not say so, cannot be embedded, or does not fit
-            the teacher.
+        FileNotFoundError, ValueError: if none of them says so, or the model cannot make embeddings
+            or does not fit the teacher.
     """
     config, checkpoint = source.config, source.checkpoint
     if isinstance(config, EncoderDecoderConfig):
         raise ValueError(
-            f"{source.name} is an encoder-decoder ({config.model_type}), whose states are those of "
-            "a text to write; embeddings need an encoder, such as BERT or RoBERTa."
+            f"{source.name} is an encoder-decoder ({config.model_type}), which is made to write "
+            "texts; embeddings need an encoder, such as BERT or RoBERTa."
         )
     opened, pooling = open_teacher(settings), settings.pooling
     if opened is not None and not checkpoint.modules:
@@ -110,9 +111,9 @@ def with_sentences(settings: Settings, source: SourceModel) -> SourceModel:
         check_teacher((teacher.name, its_config, its_tokenizer), own)
         if teacher.how.normalize != how.normalize:
             raise ValueError(
-                f"teacher={teacher.name} has normalize={teacher.how.normalize}, and {source.name} "
-                f"normalize={how.normalize} (a Normalize module in modules.json): lengths could "
-                "not be learned; give both the same modules."
+                f"teacher={teacher.name} has normalize={teacher.how.normalize}, but {source.name} "
+                f"has normalize={how.normalize} (a Normalize module in modules.json), so their "
+                "vectors differ in length; give both the same modules."
             )
     length = source.length
     if settings.max_length is None and not source.converts:
@@ -124,12 +125,15 @@ def with_sentences(settings: Settings, source: SourceModel) -> SourceModel:
 def embedding_ladders(
     settings: Settings, source: SourceModel, data: TokenizedDataset, mesh: Mesh | None
 ) -> dict[str, tuple[int, ...]]:
-    """The lengths that each stream is padded to: those of the settings; else for texts alone 32,
-    128 and powers of two from 512, and for pairs the one that holds the longest, so that a batch
-    has texts of all lengths and there is one program. Devices that cut texts have the longest.
+    """Returns the lengths that each stream is padded to.
+
+    They are `settings.buckets` if given. By default single texts have 32, 128 and powers of two
+    from 512. Pairs have the one length that fits the longest, so that a batch mixes texts of all
+    lengths and there is one program. Where the mesh splits texts, the only length is the longest.
 
     Raises:
-        ValueError: for lengths that the model, and rows and lengths that the mesh cannot have.
+        ValueError: for lengths that the model cannot read, and rows or lengths that the mesh cannot
+            split evenly.
     """
     config, limit = source.config, source.length
     shards = settings.mesh.get(SEQUENCE, 1) if mesh is None else mesh.shape[SEQUENCE]
@@ -153,7 +157,7 @@ def embedding_ladders(
 def check_negatives(
     settings: Settings, data: TokenizedDataset, ladders: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Raises ValueError for pairs that make a batch without negatives."""
+    """Raises ValueError if some batch of pairs would have no negatives."""
     if settings.teacher is not None or NEGATIVE in data.streams:
         return
     size, remedy = settings.batch_size, "give a column of negatives, or another batch_size"
@@ -176,13 +180,13 @@ def check_negatives(
 
 
 def check_queries(settings: Settings, data: TokenizedDataset | None) -> None:
-    """Raises ValueError for a run whose best model is to be told by what no row has."""
+    """Raises ValueError if `best` is a retrieval score, but `eval_data` has no queries."""
     retrieves = (settings.best or "").removeprefix("eval_").startswith(("recall", "mrr", "ndcg"))
     if retrieves and data is not None and POSITIVE not in data.streams:
         raise ValueError(
-            f"best={settings.best!r} is of retrieval, but eval_data has no queries: no row has a "
-            f"{settings.data_options(1, None, token_type_ids=False).columns.positive!r} to be "
-            "found; add the column, or choose 'eval_loss' or 'eval_cosine'."
+            f"best={settings.best!r} is a retrieval score, but eval_data has no queries: no row "
+            f"has a {settings.data_options(1, None, token_type_ids=False).columns.positive!r} "
+            "column; add it, or choose 'eval_loss' or 'eval_cosine'."
         )
 
 

@@ -1,4 +1,4 @@
-"""How good a checkpoint is on files of data, as `lsg-flax evaluate` tells it."""
+"""Evaluates a checkpoint on data files, as `lsg-flax evaluate` does."""
 
 import dataclasses
 import pathlib
@@ -23,6 +23,7 @@ from lsg_flax.files import write_json
 from lsg_flax.hub import open_checkpoint
 from lsg_flax.models import TASKS
 from lsg_flax.progress import Bar
+from lsg_flax.training.answers import text_scorer
 from lsg_flax.training.classes import ByClass, by_class
 from lsg_flax.training.embedding import make_run
 from lsg_flax.training.embedding_scores import EmbeddingScorer
@@ -32,7 +33,7 @@ from lsg_flax.training.learning import writing_of
 from lsg_flax.training.log import SCORED
 from lsg_flax.training.metrics import judge
 from lsg_flax.training.pictures import draw_confusion
-from lsg_flax.training.preparation import buckets_for, mesh_of, options_for, source_for
+from lsg_flax.training.preparation import buckets_for, mesh_of, options_for, shapes_for, source_for
 from lsg_flax.training.scores import Scores, make_rouge_scorer
 from lsg_flax.training.settings import Settings
 from lsg_flax.training.source import SourceModel, open_source
@@ -42,14 +43,15 @@ REPORT, CONFUSION = "evaluation.json", "confusion.png"
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationReport:
-    """What is known of a checkpoint on some data.
+    """Scores of a checkpoint on some data.
 
     Attributes:
-        rows: how many were scored; windows of questions and pieces of joined texts count each.
-        max_length: tokens of a row at most.
-        cut: what was lost of longer texts.
+        rows: number of scored rows; each window of a question and each piece of joined texts
+            counts as one.
+        max_length: most tokens of a row.
+        cut: what was truncated of longer texts.
         scores: the loss and the task's scores, as `training.evaluate` describes them.
-        by_class: those of each class, where they have names.
+        by_class: scores of each class, if classes have names.
     """
 
     model: str
@@ -61,7 +63,7 @@ class EvaluationReport:
     by_class: ByClass
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON holds it."""
+        """Returns the whole report in types that JSON can represent."""
         fields = dataclasses.asdict(dataclasses.replace(self, by_class=ByClass(())))
         classes, names, confusion = self.by_class
         fields |= {"cut": self.cut._asdict(), "by_class": [row._asdict() for row in classes]}
@@ -70,7 +72,7 @@ class EvaluationReport:
         return fields
 
     def save(self, folder: pathlib.Path) -> list[pathlib.Path]:
-        """Writes evaluation.json and, of classes, confusion.png; returns what was written."""
+        """Writes evaluation.json and, for classes, confusion.png; returns the written files."""
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder, {REPORT: self.to_dict()})
         written, (_, names, confusion) = [folder / REPORT], self.by_class
@@ -80,20 +82,21 @@ class EvaluationReport:
 
 
 def evaluate_files(settings: Settings, *, progress: bool = True) -> EvaluationReport:
-    """Scores `settings.model` for `settings.task` on `settings.eval_data`, which is read as in
-    training; what is for training alone does nothing.
+    """Scores `settings.model` for `settings.task` on `settings.eval_data`.
+
+    The data is read as in training; settings that are only for training have no effect.
 
     Raises:
-        FileNotFoundError: for a model or data that are not there.
-        ValueError: for a model without the task's head, labels that it does not know, and settings
-            that do not fit the model, the data or the devices.
-        ImportError: without what the scores need.
+        FileNotFoundError: if the model or the data is missing.
+        ValueError: if the model lacks the task's head, the data has labels that the model does not
+            know, or settings do not fit the model, the data or the devices.
+        ImportError: if a package that the scores need is not installed.
     """
     assert settings.eval_data is not None
     if settings.task == EMBEDDING:
         return _evaluate_vectors(settings, progress)
     if settings.predict_with_generate:
-        make_rouge_scorer()  # raises before the work
+        make_rouge_scorer()  # fails before the long work if its package is missing
     source = _source(settings)
     options = _options(settings, source)
     part = {"subset": settings.subset, "split": settings.eval_split}
@@ -111,12 +114,14 @@ def evaluate_files(settings: Settings, *, progress: bool = True) -> EvaluationRe
         head["problem_type"] = options.problem_type
     model, params = source.load(head, {}, jnp.dtype(settings.dtype).type, mesh)
     rows = (settings.batch_size, None)
-    lengths = buckets_for(settings.buckets, source.length, model, rows, mesh)
-    ladders = {INPUT: lengths, TARGET: settings.target_buckets}
-    sizes: dict[str, Any] = {"batch_size": settings.batch_size, "seed": settings.seed}
-    sizes["buckets"] = {name: given for name, given in ladders.items() if given is not None}
+    lengths = buckets_for(settings.ladder, source.length, model, rows, mesh)
+    given = {INPUT: lengths, TARGET: settings.target_buckets}
+    ladders = {name: ladder for name, ladder in given.items() if ladder is not None}
+    sizes: dict[str, Any] = {"batch_size": settings.batch_size}
+    sizes |= shapes_for(settings, source, model.config.lsg, ladders)
     writing = writing_of(settings, model, data, sizes, tokenizer, mesh)
-    judged = judge(model, params, _counted(eval_batches(data, **sizes), progress), mesh=mesh)
+    how: Any = {"mesh": mesh, "scorer": text_scorer(model, data, tokenizer)}
+    judged = judge(model, params, _counted(eval_batches(data, **sizes), progress), **how)
     found = judged.scores | writing(params)
     scores = {name.removeprefix(SCORED): value for name, value in found.items()}
     about = (settings.model, settings.task, len(data), source.length, data.cut)
@@ -124,7 +129,7 @@ def evaluate_files(settings: Settings, *, progress: bool = True) -> EvaluationRe
 
 
 def _evaluate_vectors(settings: Settings, progress: bool) -> EvaluationReport:
-    """How well texts find their positives, and how near they are to a teacher's vectors."""
+    """Scores embeddings: how well texts find their positives, how near a teacher's vectors are."""
     source = source_for(settings)
     options, mesh = options_for(settings, source), mesh_of(settings.devices, settings.mesh)
     data = load_examples(
@@ -150,19 +155,19 @@ def _evaluate_vectors(settings: Settings, progress: bool) -> EvaluationReport:
 
 
 def _source(settings: Settings) -> SourceModel:
-    """The checkpoint, if it can do the task as it is."""
+    """Opens the checkpoint; raises ValueError if it has no head for the task."""
     checkpoint = open_checkpoint(settings.model)
     if checkpoint.head != settings.task:
         names = ", ".join(checkpoint.architectures) or "a model without a head"
         raise ValueError(
-            f"{settings.model} is {names}, so there is nothing to evaluate for {settings.task}: "
-            "train that head first (lsg-flax train), or give the task that the model has."
+            f"{settings.model} is {names} and has no head for {settings.task}; train that head "
+            "first (lsg-flax train), or give the task that the model was trained for."
         )
     return open_source(settings.model, settings.task, settings.max_length, convert=False)
 
 
 def _options(settings: Settings, source: SourceModel) -> DataOptions:
-    """How rows are read, by the labels of the head."""
+    """Returns how rows are read, with the labels of the model's head."""
     config, task = source.config, TASKS[settings.task]
     if any(target.loss == "problem_type" for target in task.targets):
         problem = config.problem_type or settings.problem_type
@@ -176,8 +181,8 @@ def _options(settings: Settings, source: SourceModel) -> DataOptions:
     if len(labels) != len(config.labels):
         raise ValueError(
             f"labels={labels} are {len(labels)} names, but {settings.model} has "
-            f"{len(config.labels)} labels: {', '.join(config.labels)}; name each of them, in this "
-            "order."
+            f"{len(config.labels)} labels: {', '.join(config.labels)}; give one name for each, in "
+            "this order."
         )
     return dataclasses.replace(options, labels=labels)
 
@@ -193,8 +198,8 @@ def _check_labels(
         raise ValueError(
             f"the data has labels that {source.name} does not know: {shown}. It knows "
             f"{', '.join(known[:8])}{', ...' if len(known) > 8 else ''}. Rename them in the data, "
-            "leave such rows out (on_error='skip'), or, if the model's are called otherwise there, "
-            "give labels=, the data's names in the order of the model's labels."
+            "skip such rows (on_error='skip'), or, if the data only uses other names, give "
+            "labels=, the data's names in the order of the model's labels."
         )
 
 

@@ -1,9 +1,9 @@
-"""Fine-tuning from files to a checkpoint, as one function: `finetune(Settings(...))`.
+"""Fine-tuning from data files to a checkpoint, as one function: `finetune(Settings(...))`.
 
-It is what `lsg-flax train` runs, and a script to start one's own from: every step is a call of the
+`lsg-flax train` runs it. It is also a start for a script of your own: every step is a call of the
 library. OUTPUT gets config.json, model.safetensors and the tokenizer, as `from_pretrained` and
 `pipeline` read them; OUTPUT/best the best model; OUTPUT/checkpoints and OUTPUT/log what
-training.fit writes. The same settings again continue a run that was interrupted.
+training.fit writes. Calling it again with the same settings resumes an interrupted run.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from lsg_flax import hub
-from lsg_flax.data import DataOptions, TokenizedDataset
+from lsg_flax.data import DataOptions, TokenizedDataset, train_batches
 from lsg_flax.models import Model, Params
 from lsg_flax.progress import say
 from lsg_flax.training.card import check_publishing, publish
@@ -34,12 +34,12 @@ from lsg_flax.training.pictures import draw_run
 from lsg_flax.training.places import check_cache_folder, check_run_folder
 from lsg_flax.training.preparation import (
     Parts,
-    batches_for,
     check_packages,
     head_for,
     load_data,
     mesh_of,
     options_for,
+    shapes_for,
     source_for,
     train_ladders,
 )
@@ -58,16 +58,16 @@ from lsg_flax.training.step import TrainState, init_state, trained_params
 
 @dataclasses.dataclass(frozen=True)
 class Finetuned:
-    """What a run gives.
+    """Result of a run.
 
     Attributes:
-        output: the folder with the last model.
-        model, params: the last model; the parameters lie on the run's mesh.
-        step: how many steps it was trained.
-        scores: of the last model on `eval_data`; empty without.
+        output: folder with the last model.
+        model, params: the last model; the parameters are sharded over the run's mesh.
+        step: number of steps that the last model was trained.
+        scores: scores of the last model on `eval_data`; empty without `eval_data`.
         best: the step of the model in OUTPUT/best; None without `eval_data`.
         history: one dict per step that this call ran, see `training.fit`.
-        pushed: the address on the hub of what was sent there.
+        pushed: address of the pushed model on the hub; None if nothing was pushed.
     """
 
     output: pathlib.Path
@@ -83,34 +83,34 @@ class Finetuned:
 def finetune(
     settings: Settings, *, progress: bool = True, begins: Callable[[], None] = lambda: None
 ) -> Finetuned:
-    """Fine-tunes a checkpoint on files, or continues to.
+    """Fine-tunes a checkpoint on data files, or resumes an interrupted run.
 
     With several processes (after `jax.distributed.initialize()`) all of them call it, with the same
     settings and one OUTPUT that all can write to.
 
     Args:
-        settings: the run.
-        progress: show bars.
-        begins: called once, when all is checked and loaded and the first step is next.
+        settings: settings of the run.
+        progress: show progress bars.
+        begins: called once, when everything is checked and loaded, right before the first step.
 
     Returns:
-        The model, and how it did.
+        The trained model and its scores.
 
     Raises:
-        FileNotFoundError: for a model or data that are not there.
-        ValueError: for settings that do not fit the model, the data, the devices, or the run in
-            OUTPUT that would be continued.
+        FileNotFoundError: if the model or the data is missing.
+        ValueError: if settings do not fit the model, the data, the devices, or the run in OUTPUT
+            that would be resumed.
         OSError: if another run writes to OUTPUT.
-        ImportError: without what the settings need.
-        hub.PushError: if the model, which lies in OUTPUT by then, was not sent to the hub.
+        ImportError: if a package that the settings need is not installed.
+        hub.PushError: if the model could not be pushed to the hub; it is in OUTPUT by then.
         FloatingPointError, training.Preempted, training.SaveError: as `training.fit`.
     """
     check_packages(settings)
     output, mesh = pathlib.Path(settings.output), mesh_of(settings.devices, settings.mesh)
     if settings.predict_with_generate and jax.process_count() > 1:
         raise ValueError(
-            f"predict_with_generate=True writes in one process, not {jax.process_count()}; "
-            "leave it out, and write with the finished model (lsg-flax summarize)."
+            f"predict_with_generate=True works with one process, not {jax.process_count()}; leave "
+            "it out and generate with the finished model (lsg-flax summarize)."
         )
     source = source_for(settings)
     check_run_folder(output, source.checkpoint, (settings.train_data, settings.eval_data))
@@ -129,13 +129,13 @@ def _run(
     progress: bool,
     begins: Callable[[], None],
 ) -> Finetuned:
-    """The run, in a folder that is its own."""
+    """Runs the training, in a folder that is locked for this run."""
     output = pathlib.Path(settings.output)
     (train, held_out), tokenizer, model, params = _load(settings, source, mesh, progress)
     size = settings.microbatch_size
     ladders = train_ladders(settings, source, model, (train, held_out), mesh)
-    same: dict[str, Any] = {"buckets": ladders, "seed": settings.seed}
-    batches = batches_for(settings, source, model, train, same)
+    same = shapes_for(settings, source, model.config.lsg, ladders)
+    batches = train_batches(train, batch_size=size, microbatches=settings.accumulate, **same)
     steps, every = settings.steps_of(batches.steps), settings.evaluate_every or batches.steps(1)
     unused = "^pooler/" if source.sentences and "pooler" in params else None
     optimizer, key = settings.optimizer(steps, unused), jax.random.key(settings.seed)
@@ -156,14 +156,14 @@ def _run(
     run = {"steps": steps, "mesh": mesh, "microbatches": settings.accumulate > 1}
     run |= {"evaluation": evaluation, "saving": saving, "logging": log}
     if saved_steps(saving.folder):
-        check_settings(saving.folder, identity)  # `fit` does too, but then the run has begun
+        check_settings(saving.folder, identity)  # `fit` checks too, but only after `begins()`
     begins()
     state, history = fit(step, state, batches, **run)
     batches.close()
     if settings.picture and jax.process_index() == 0:
         draw_run(output / "log", train.lengths, batches.buckets)
     last = history[-1] if history else {}
-    if evaluation is not None and not history:  # the run had ended before
+    if evaluation is not None and not history:  # the run was finished before this call
         last = evaluation.function(state)
     result = _result(output, source, saving, model, state, last, history)
     pushed = publish(settings, source, train, result.step, result.best)
@@ -173,7 +173,7 @@ def _run(
 def _load(
     settings: Settings, source: SourceModel, mesh: Mesh | None, progress: bool
 ) -> tuple[Parts, hub.Tokenizer, Model, Params]:
-    """What there is to work with: the data, the tokenizer of its targets, and the model."""
+    """Loads the data, the tokenizer (with the languages of targets set), and the model."""
     options, tokenizer = options_for(settings, source), source.tokenizer
     if settings.writes_targets:
         tokenizer = source.reader(settings.src_lang, settings.tgt_lang)
@@ -202,7 +202,7 @@ def _result(
     last: Mapping[str, Any],
     history: list[dict[str, Any]],
 ) -> Finetuned:
-    """What was trained, saved; `last` are the values of the last step."""
+    """Saves the trained models and returns the result; `last` are the values of the last step."""
     best, params = _save_best(output / "best", saving, model, state, source), trained_params(state)
     _save(output, model, params, source)
     scores = {name: value for name, value in last.items() if name.startswith(SCORED)}
@@ -212,7 +212,7 @@ def _result(
 def _contents(
     model: Model, steps: int, train: TokenizedDataset, held_out: TokenizedDataset | None
 ) -> dict[str, Any]:
-    """What belongs to the identity of a run beside its settings."""
+    """Returns what, beside the settings, must be the same to resume a run."""
     return {
         "steps": steps,
         "config": model.config.to_dict(),
@@ -224,7 +224,7 @@ def _contents(
 def _save_best(
     folder: pathlib.Path, saving: Saving, model: Model, state: TrainState, source: SourceModel
 ) -> int | None:
-    """Writes the best model; the step that it is of, None where nothing judges."""
+    """Saves the best model and returns its step; None if no score decides which is best."""
     if saving.best is None:
         return None
     step = best_step(saving.folder, saving.best, mode=saving.mode)
@@ -234,9 +234,9 @@ def _save_best(
 
 
 def _save(folder: pathlib.Path, model: Model, params: Params, source: SourceModel) -> None:
-    """Writes a checkpoint, by the first process; all of them give their shards."""
+    """Saves a checkpoint: all processes contribute their shards, the first one writes."""
     first = jax.process_index() == 0
-    if jax.process_count() > 1:  # one after the other, and the others keep nothing
+    if jax.process_count() > 1:  # leaf by leaf; the other processes keep nothing
         params = jax.tree.map(functools.partial(_gathered, kept=first), params)
     if first:
         parts, origin = (model, params, source.tokenizer), {"source": source.checkpoint}

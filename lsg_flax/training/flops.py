@@ -1,4 +1,4 @@
-"""Model FLOPs of a training step, and the peak of the chips that their utilisation is a share of.
+"""Model FLOPs of a training step, and the chips' peak FLOP/s, for the model FLOPs utilisation.
 
 Axes: M microbatches, B batch, T tokens.
 """
@@ -15,33 +15,34 @@ from lsg_flax.chips import CHIPS
 from lsg_flax.models import IGNORED, Batch, EncoderConfig, Model, ReformerConfig
 from lsg_flax.patterns import Local
 
-# Peak dense bfloat16 FLOP/s of one chip by words of its `device_kind`. A device of JAX is one chip
-# (two cores of v4 and v5p together).
+# Peak dense bfloat16 FLOP/s of one chip, by part of its `device_kind`. A JAX device is one chip
+# (of v4 and v5p both cores together).
 PEAK_FLOPS = {kind: chip.flops for chip in CHIPS.values() for kind in chip.kinds}
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Peak bfloat16 FLOP/s of a device by JAX's name for it; None for one that is not known."""
+    """Returns the peak bfloat16 FLOP/s of a device by JAX's name for it; None if unknown."""
     matching = [k for k in PEAK_FLOPS if re.search(rf"\b{k}\b", device_kind, re.IGNORECASE)]
     return PEAK_FLOPS[max(matching, key=len)] if matching else None
 
 
 def train_flops(model: Model, batch: Batch) -> float:
-    """Model FLOPs of a training step on a batch: what the mathematics asks for on real tokens.
+    """Returns the model FLOPs of a training step on a batch: those that the formulas need on real
+    tokens.
 
-    Per real token 6 P + 12 L D S: two FLOPs for each of the P parameters in matrix products (the
-    encoder's kernels, as often as they are used, and those of heads that answer per token, the
-    vocabulary's included) and 4 D for each of S keys seen (scores and values, L layers, width D),
-    three times for forward and backward. S is T with full attention; with LSG attention
-    the globals, three local blocks and two sparse ones, and g more for the g rows that see all;
-    with local attention its windows; of a Reformer the chunks of each layer, in every round of
+    They are 6 P + 12 L D S per real token: two FLOPs for each of the P parameters in matrix
+    products (the encoder's kernels, as often as they are used, and those of heads that answer per
+    token, the vocabulary's included) and 4 D for each of S keys seen (scores and values, L layers,
+    width D), three times for forward and backward. S is T with full attention; with LSG attention
+    the global tokens, three local blocks and two sparse ones, and g more for the g rows that see
+    all; with local attention its windows; of a Reformer the chunks of each layer, in every round of
     hashing; never more than T. A decoder's tokens, as many as labels, see each other and the
     encoder's, which the keys and values of cross-attention are made of. Padding, recomputation
-    (remat), dropout and gradients that freezing spares are left out, so the utilisation computed
-    from it compares like with like.
+    (remat), dropout and gradients that frozen parameters save are left out, so that utilisations
+    of different settings can be compared.
 
     Args:
-        batch: [B, T] or [M, B, T] by Hugging Face's names.
+        batch: arrays [B, T] or [M, B, T] by Hugging Face's names.
     """
     ids = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"][..., 0]
     mask, total, seen = batch.get("attention_mask"), 0.0, 0
@@ -62,7 +63,7 @@ def train_flops(model: Model, batch: Batch) -> float:
 
 
 def _keys_of_texts(config: EncoderConfig, segment_ids: Any) -> float:
-    """The keys that a token sees on average where rows have several texts."""
+    """Returns how many keys a token sees on average if rows hold several texts."""
     rows = np.asarray(segment_ids).reshape(-1, np.shape(segment_ids)[-1])
     lengths = np.concatenate([np.bincount(row)[1:] for row in rows])
     return float(np.average([_keys_seen(config, n) for n in lengths.tolist()], weights=lengths))
@@ -82,7 +83,7 @@ def _keys_seen(config: EncoderConfig, length: int) -> int | float:
 
 
 def _count_matmul_parameters(model: Model, part: str) -> int:
-    """Parameters that each token of a stack is multiplied with."""
+    """Returns the number of parameters that each token of a stack is multiplied with."""
     leaves: dict[str, Any] = flax.traverse_util.flatten_dict(model.abstract_params(), sep="/")
     config = model.config.stacks[part]
     uses = config.num_hidden_layers // (config.num_hidden_groups or config.num_hidden_layers)
@@ -95,17 +96,17 @@ def _count_matmul_parameters(model: Model, part: str) -> int:
     head = {path: leaf.shape for path, leaf in leaves.items() if path.startswith("head/")}
     own = any(config.vocab_size in shape for path, shape in head.items() if "kernel" in path)
     scores = model.task_record.generates or (config.vocab_size,) in head.values()
-    if scores and not own:  # by the tied table
+    if scores and not own:  # the logits come from the tied embedding table
         count += config.vocab_size * config.embedding_width
     return count
 
 
 def _reader(path: str, model: Model) -> str:
-    """The stack whose tokens are multiplied with a parameter."""
+    """Returns the stack whose tokens are multiplied with a parameter."""
     if model.has_two_stacks and re.search("/cross_attention/(key|value)/", path):
         return "encoder"
     return path.split("/")[0]
 
 
-# Any, since type checkers take Linen modules for unhashable.
+# Any, because type checkers think that Linen modules are unhashable.
 _matmul_parameters: Any = functools.lru_cache(maxsize=8)(_count_matmul_parameters)

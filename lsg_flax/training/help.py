@@ -1,4 +1,4 @@
-"""What is said of a setting where it stands: its group in `lsg-flax train --help`, and its text."""
+"""Help of a setting, kept beside its field: its group in `lsg-flax train --help` and its text."""
 
 import functools
 from collections.abc import Callable
@@ -8,12 +8,12 @@ Group = Literal["data", "model", "training", "refinements", "devices", "run"]
 
 
 class Help(NamedTuple):
-    """What a setting is, and what is done where it is not given."""
+    """What a setting means (about), and what happens if it is not given (unset)."""
 
     group: Group
     about: str
     unset: str = "none"
-    choices: Callable[[], tuple[str, ...]] | None = None  # of a text that is one of several
+    choices: Callable[[], tuple[str, ...]] | None = None  # the allowed texts
 
 
 of_data, of_model, of_training, of_refinements, of_devices, of_run = (

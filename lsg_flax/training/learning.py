@@ -1,4 +1,4 @@
-"""What a run learns by, and is scored by, for each kind of task."""
+"""The train step and the scores of a run, for each kind of task."""
 
 import functools
 from collections.abc import Callable
@@ -10,10 +10,11 @@ from jax.sharding import Mesh
 from lsg_flax.data import TokenizedDataset, eval_batches
 from lsg_flax.hub import Tokenizer
 from lsg_flax.models import Model, Params
+from lsg_flax.training.answers import text_scorer
 from lsg_flax.training.embedding import make_embedding_step, make_run
 from lsg_flax.training.embedding_scores import EmbeddingScorer
 from lsg_flax.training.embedding_source import embedding_ladders
-from lsg_flax.training.metrics import evaluate
+from lsg_flax.training.metrics import judge
 from lsg_flax.training.scores import Scores
 from lsg_flax.training.settings import Settings
 from lsg_flax.training.source import SourceModel
@@ -33,8 +34,13 @@ def learns_answers(
     tokenizer: Tokenizer,
     mesh: Mesh | None,
 ) -> tuple[MakeStep, Score | None]:
-    """The step of an optimizer, and the scores of parameters on held-out data in batches of
-    `sizes`, with those of what they write; None without data."""
+    """Returns two functions for a task with labels or texts to write: one makes the train step of
+    an optimizer; one scores parameters on held-out data, including the texts that they generate if
+    that is set, or is None without data.
+
+    Args:
+        sizes: arguments of `eval_batches`, such as the batch size.
+    """
     labels: dict[str, Any] = {"label_smoothing": settings.label_smoothing}
     labels["class_weights"] = settings.weights_of(model.config.labels)
     step = functools.partial(make_train_step, model, accumulate_steps=settings.accumulate, **labels)
@@ -42,7 +48,8 @@ def learns_answers(
         return step, None
     batches = eval_batches(data, **sizes)
     writing = writing_of(settings, model, data, sizes, tokenizer, mesh)
-    return step, lambda params: evaluate(model, params, batches, mesh=mesh) | writing(params)
+    how: Any = {"mesh": mesh, "scorer": text_scorer(model, data, tokenizer)}
+    return step, lambda params: judge(model, params, batches, **how).scores | writing(params)
 
 
 def learns_vectors(
@@ -54,7 +61,7 @@ def learns_vectors(
     tokenizer: Tokenizer,
     mesh: Mesh | None,
 ) -> tuple[MakeStep, Score | None]:
-    """As `learns_answers`, of embeddings."""
+    """Returns the same two functions as `learns_answers`, for embeddings."""
     run = make_run(settings, source, model, mesh)
     step = functools.partial(make_embedding_step, run, accumulate_steps=settings.accumulate)
     if data is None:
@@ -72,7 +79,8 @@ def writing_of(
     tokenizer: Tokenizer,
     mesh: Mesh | None,
 ) -> Score:
-    """What is scored of the texts that the model writes, checked; nothing where none are asked."""
+    """Returns a function that scores the texts that the model writes; it returns no scores unless
+    `predict_with_generate` is set. Options of generation are checked here."""
     if not settings.predict_with_generate:
         return lambda params: {}
     given, longest = settings.generation, settings.max_target_length

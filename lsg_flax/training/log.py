@@ -1,5 +1,5 @@
-"""What a run tells of itself: a bar, metrics as JSON lines and for TensorBoard, how often the step
-was compiled, and how much of the chip's peak is used."""
+"""Progress bar and metric logs of a run (JSON lines, TensorBoard and others), with compilation
+counts and the share of the chip's peak FLOP/s that is used."""
 
 import collections
 import dataclasses
@@ -23,7 +23,7 @@ from lsg_flax.training.flops import peak_flops
 from lsg_flax.training.losses import Metrics
 from lsg_flax.training.reports import Report, Reporting, open_reports
 
-_SHOWN = {  # by the bar
+_SHOWN = {  # in the progress bar
     "loss": "loss {:.4f}",
     "tokens_per_second": "{:,.0f} tokens/s",
     "learning_rate": "learning rate {:.3g}",
@@ -33,12 +33,12 @@ _SHOWN = {  # by the bar
 }
 _GIB = 2**30
 METRICS = "metrics.jsonl"
-SCORED = "eval_"  # begins the names of an evaluation's scores
+SCORED = "eval_"  # prefix of the names of an evaluation's scores
 
 
 class CompilationCounter:
-    """Counts how often XLA compiles a jitted function, inside a `with`. A program that comes from
-    JAX's persistent cache instead counts as well.
+    """Counts how often XLA compiles a jitted function, inside a `with`. A program that JAX loads
+    from its persistent cache counts too.
 
     Attributes:
         count: compilations so far.
@@ -62,22 +62,24 @@ class CompilationCounter:
 
 @dataclasses.dataclass(frozen=True)
 class Logging:
-    """What a run tells of itself.
+    """What a run shows and logs.
 
     Attributes:
-        folder: gets metrics.jsonl, one line per step; None writes nothing.
+        folder: folder of metrics.jsonl, which gets one line per step; None writes nothing.
         tensorboard: write event files there too, with the package tensorboardX.
-        flops: model FLOPs of a batch, such as `partial(train_flops, model)`: gives the utilisation
-            `mfu` on chips that `PEAK_FLOPS` knows.
-        progress: show a bar and, where stderr is no terminal, lines.
+        flops: function that returns the model FLOPs of a batch, such as
+            `partial(train_flops, model)`; it gives the utilisation `mfu` on chips that `PEAK_FLOPS`
+            knows.
+        progress: show a progress bar, or lines if stderr is not a terminal.
         every: steps between two lines; by default there is one every ten seconds. Evaluated steps
-            and the last one have a line in any case.
-        learning_rate: of each step, from 0, to be told and written too.
-        reporting: where the numbers of the log go too.
+            and the last one always have a line.
+        learning_rate: function that returns the learning rate of a step (from 0), which is shown
+            and logged too.
+        reporting: other services that get the numbers of the log.
 
     Raises:
-        ValueError: for a folder that is a file, and for tensorboard without a folder.
-        ImportError: for tensorboard without its package.
+        ValueError: if the folder is a file, or for tensorboard without a folder.
+        ImportError: if a package that reporting needs is not installed.
     """
 
     folder: str | os.PathLike | None = None
@@ -95,19 +97,19 @@ class Logging:
             more = dataclasses.replace(self.reporting, to=(*self.reporting.to, "tensorboard"))
             object.__setattr__(self, "reporting", more)
         if "tensorboard" in self.reporting.to and self.folder is None:
-            raise ValueError("tensorboard=True needs a folder to write to: give folder=FOLDER too.")
+            raise ValueError("tensorboard=True needs a folder to write to; give folder=FOLDER too.")
 
 
 class RunLog:
-    """The bar, and the files in a folder, inside a `with`; only process 0 shows and writes."""
+    """Progress bar and log files of a run, inside a `with`; only process 0 shows and writes."""
 
     def __init__(self, logging: Logging, *, first: int = 0, steps: int):
         """Opens the files.
 
         Args:
-            first: the step that the run starts behind; what the files hold of later ones, from a
-                run that was killed before it saved them, is dropped.
-            steps: where the run ends.
+            first: number of steps that are done already. Lines of later steps, which a killed run
+                has logged but not saved, are deleted.
+            steps: number of the last step.
         """
         speaks = jax.process_index() == 0
         self._logging, self._steps = logging, steps
@@ -124,7 +126,7 @@ class RunLog:
         self._bar = Bar("steps", total=steps, initial=first, shown=bar_shown)
 
     def write(self, record: Metrics) -> None:
-        """Tells of a step: `step`, `loss`, and whatever else the record has."""
+        """Logs and shows the record of a step: `step`, `loss`, and whatever else it has."""
         number, every = record["step"], self._logging.every
         if self._lines is not None:
             self._lines.write(json.dumps(record) + "\n")
@@ -153,8 +155,8 @@ def _summary(record: Metrics) -> str:
 
 
 def _peak_memory() -> float | None:
-    """The most GiB in use so far, of the fullest device of this process; where the devices do not
-    count them, as the CPU, those of the process. None where nothing says it."""
+    """Returns the peak memory so far in GiB: of the fullest device of this process or, if devices
+    do not count it (CPU), of the process. None if it is unknown."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     peaks = [
         found["peak_bytes_in_use"] for found in stats if found and "peak_bytes_in_use" in found
@@ -170,13 +172,13 @@ def _peak_memory() -> float | None:
 
 
 def read_log(folder: pathlib.Path) -> list[Metrics]:
-    """What a run has written of its steps to a folder; nothing where there is no log."""
+    """Returns the records of a run's steps in a folder; empty if there is no log."""
     file = folder / METRICS
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def _drop_after(file: pathlib.Path, last: int) -> None:
-    """Keeps the lines of steps up to `last`; a line cut off by a kill goes too."""
+    """Deletes the lines of steps after `last`, and an incomplete last line of a killed run."""
     if not file.exists():
         return
     text = file.read_text()
@@ -188,8 +190,8 @@ def _drop_after(file: pathlib.Path, last: int) -> None:
             if number == len(whole):
                 break
             raise ValueError(
-                f"line {number} of {file} is no record of a step: {line[:80]!r}; mend or move the "
-                "file, or log to another folder."
+                f"line {number} of {file} is not the record of a step: {line[:80]!r}; repair or "
+                "move the file, or log to another folder."
             ) from error
         if step <= last and line.endswith("\n"):
             kept.append(line)
@@ -198,8 +200,8 @@ def _drop_after(file: pathlib.Path, last: int) -> None:
 
 
 class StepRecorder:
-    """Metrics on their way from the device to the log, read one step late, so that the device never
-    waits for the host."""
+    """Passes metrics from the device to the log. It reads them one step late, so that the device
+    never waits for the host."""
 
     def __init__(
         self,
@@ -212,21 +214,22 @@ class StepRecorder:
         self._out, self._compilations = out, compilations
         self._start = self._last = time.perf_counter()
         self._waiting: tuple[int, Metrics, float | None, int] | None = None
-        # A step alone tells no rate: the next one runs while it is read, and may be done by then.
+        # The time of a single step gives no rate: the next step runs while its metrics are read,
+        # and may be done by then.
         self._recent: collections.deque[np.ndarray] = collections.deque()
-        self._sums = np.zeros(3)  # of these: seconds, tokens, FLOPs
+        self._sums = np.zeros(3)  # sums of the recent seconds, tokens, FLOPs
         peak = peak_flops(jax.local_devices()[0].device_kind)
         self._peak = peak and peak * jax.local_device_count()
 
     def add(self, number: int, metrics: Metrics, work: float | None) -> None:
-        """Takes a step's metrics, and tells those of the step before."""
+        """Takes a step's metrics, and logs those of the step before."""
         if self._waiting is not None:
             self.read()
             self.finish({})
         self._waiting = number, metrics, work, self._compilations.count
 
     def read(self) -> None:
-        """Waits for the step that was added last."""
+        """Waits for the metrics of the step that was added last."""
         assert self._waiting is not None
         number, metrics, work, compilations = self._waiting
         self._waiting = None
@@ -246,8 +249,8 @@ class StepRecorder:
         self.history.append(record)
 
     def _of_interval(self, *step: float) -> list[float]:
-        """Seconds, tokens and FLOPs of this step and as many before it as fill the seconds from one
-        line of the log to the next."""
+        """Returns the sums of seconds, tokens and FLOPs over this step and those before it, back to
+        about INTERVAL seconds."""
         self._recent.append(np.array(step))
         self._sums += self._recent[-1]
         while self._sums[0] - self._recent[0][0] >= INTERVAL:
@@ -255,10 +258,13 @@ class StepRecorder:
         return self._sums.tolist()
 
     def finish(self, scores: Metrics) -> None:
-        """Tells the step that was read last, with the scores of its evaluation."""
+        """Logs the step that was read last, with the scores of its evaluation."""
         taken = sorted(scores.keys() & self.history[-1].keys())
         if taken:
-            raise ValueError(f"the evaluation gives {taken}, names that a step has; use others.")
+            raise ValueError(
+                f"the evaluation returns {taken}, which are names of a step's own metrics; use "
+                "other names."
+            )
         self.history[-1] |= {name: float(value) for name, value in scores.items()}
         self._out.write(self.history[-1])
         self._last = time.perf_counter() if scores else self._last

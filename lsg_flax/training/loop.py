@@ -1,5 +1,5 @@
-"""The loop around a train step: batches in, a trained state and its history out, with records for
-evaluation, saving (states.py) and logging (log.py)."""
+"""The training loop: runs a train step over batches, with evaluation, saving (states.py) and
+logging (log.py)."""
 
 import contextlib
 import dataclasses
@@ -27,10 +27,10 @@ from lsg_flax.training.stopping import EarlyStopping, Stop, Waiting
 
 
 class BatchesAt:
-    """Batches from a pure function of the step (from 0); an iterator whose place can be saved."""
+    """Batches from a pure function of the step (from 0); as an iterator with a position to save."""
 
     def __init__(self, function: Callable[[int], Batch], *, step: int = 0):
-        """Begins with `function(step)`."""
+        """Starts with the batch `function(step)`."""
         self._function, self._step = function, step
 
     def __iter__(self) -> "BatchesAt":
@@ -41,11 +41,11 @@ class BatchesAt:
         return self._function(self._step - 1)
 
     def get_state(self) -> dict[str, int]:
-        """The place: the step of the next batch."""
+        """Returns the position: the step of the next batch."""
         return {"step": self._step}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Goes to a place."""
+        """Moves to a position."""
         self._step = state["step"]
 
 
@@ -54,9 +54,9 @@ class Evaluation:
     """How a run is evaluated.
 
     Attributes:
-        function: metrics of a state.
-        every: steps between two calls; the last step is evaluated in any case.
-        stopping: ends the run where its metrics get no better; it is saved then.
+        function: returns the metrics of a state.
+        every: steps between two calls; the last step is always evaluated.
+        stopping: ends the run early, and saves it, once its metrics stop improving.
     """
 
     function: Callable[[TrainState], Metrics]
@@ -81,38 +81,38 @@ def fit(
 ) -> tuple[TrainState, list[Metrics]]:
     """Runs a train step until `state.step == steps`, or `evaluation.stopping` ends the run.
 
-    With `saving`, a run that was killed and is started again with the same arguments goes on from
-    the last checkpoint with the batches it would have seen, and its losses are the same, on CPU bit
-    for bit. SIGTERM and Ctrl-C then let the step finish, save, and raise `Preempted`; a second
-    Ctrl-C interrupts at once.
+    With `saving`, a killed run that is started again with the same arguments resumes from the last
+    checkpoint with the batches that it would have seen, and its losses are the same, on CPU bit for
+    bit. With `saving`, SIGTERM and Ctrl-C let the step finish, save, and raise `Preempted`; a
+    second Ctrl-C interrupts at once.
 
     Args:
-        step: from `make_train_step`.
-        state: where to start. It is donated; if `saving.folder` holds a later one, that is used.
+        step: train step from `make_train_step`.
+        state: the state to start from. It is donated. If `saving.folder` has a later state, that
+            one is used.
         batches: dicts of arrays, at least as many as steps. With `saving` their iterator has
             `get_state()` (JSON) and `set_state(state)`, as Grain's and `BatchesAt(function)` do.
-        mesh: from `sharding.make_mesh`. State and batches are placed on it; with several processes
-            each gives its own rows of every batch.
-        microbatches: batches are [M, B, ...], for a step with `accumulate_steps`; only a mesh
-            needs to know.
-        evaluation: what is measured of the state, and when.
-        saving: checkpoints, written in the background.
-        logging: the bar and the log; by default a bar alone.
+        mesh: from `sharding.make_mesh`. State and batches are sharded over it; with several
+            processes each passes its own rows of every batch.
+        microbatches: batches are [M, B, ...], for a step with `accumulate_steps`; only needed with
+            a mesh.
+        evaluation: which metrics of the state are computed, and when.
+        saving: when checkpoints are written (in the background), and where.
+        logging: what is shown and logged; by default only a progress bar.
 
     Returns:
         The last state, and one dict per step run here: `step` (from 1), `seconds` since the start,
-        `tokens_per_second` of the last ten seconds, `memory_gib` (the most in use so far),
-        `compilations` of the step so far, the step's metrics and, where it was evaluated, those of
-        `evaluation`.
+        `tokens_per_second` of the last ten seconds, `memory_gib` (peak so far), `compilations` of
+        the step so far, the step's metrics and, if it was evaluated, those of `evaluation`.
 
     Raises:
-        FloatingPointError: at a loss that is not finite; the step is named, and no checkpoint is
-            written of it.
+        FloatingPointError: at a loss that is not finite; the error says at which step, and no
+            checkpoint of it is written.
         Preempted: see above.
         SaveError: if a checkpoint cannot be written.
         OSError: if another run has the folder of checkpoints open.
-        ValueError: for options without their use, for other settings than those of the run to be
-            continued, and if the batches end too early.
+        ValueError: if options need others that are missing, if the settings differ from those of
+            the run to be resumed, or if the batches end too early.
     """
     _check_options(evaluation, saving, mesh)
     iterator, logging, compiled = iter(batches), logging or Logging(), Compiled()
@@ -122,7 +122,7 @@ def fit(
             stack.enter_context(jax.set_mesh(mesh))
         saver = None
         if saving is not None:
-            saver = stack.enter_context(Checkpoints(saving))  # first: no other run is there
+            saver = stack.enter_context(Checkpoints(saving))  # first: it locks out other runs
             state = _resumed(state, iterator, saving)
         first, patience = int(state.step), _Patience(evaluation)
         if saving is not None:
@@ -146,7 +146,7 @@ def fit(
             evaluates = evaluation and not stops and (last or _due(number, evaluation.every))
             saves = stops or last or (saving and _due(number, saving.every))
             if evaluates or saves:
-                told.read()  # raises at a loss that is not finite: nothing is saved of it
+                told.read()  # raises if the loss is not finite, before that state is saved
                 scores = patience.see(_evaluated(evaluation, state)) if evaluates else {}
                 told.finish(scores)
                 if saver is not None and (saves or patience.ended):
@@ -162,7 +162,9 @@ def _check_options(
     evaluation: Evaluation | None, saving: Saving | None, mesh: jax.sharding.Mesh | None
 ) -> None:
     if saving and saving.best is not None and not evaluation:
-        raise ValueError(f"best={saving.best!r} needs evaluation, which gives it.")
+        raise ValueError(
+            f"best={saving.best!r} needs evaluation, which computes it; give evaluation too."
+        )
     if mesh is None and jax.process_count() > 1:
         raise ValueError(
             f"{jax.process_count()} processes share this run, so it needs a mesh over all their "
@@ -171,12 +173,12 @@ def _check_options(
 
 
 def _resumed(state: TrainState, iterator: Iterator[Batch], saving: Saving) -> TrainState:
-    """The state to begin with; `iterator` goes to its place in the data."""
+    """Returns the state to start from, and moves `iterator` to its position in the data."""
     if not (hasattr(iterator, "get_state") and hasattr(iterator, "set_state")):
         raise ValueError(
-            f"checkpoints keep the place in the data, but batches ({type(iterator).__name__}) have "
-            "no get_state() and set_state(); give Grain's iterator, data.train_batches, or "
-            "BatchesAt(function of the step)."
+            "checkpoints keep the position in the data, but batches "
+            f"({type(iterator).__name__}) have no get_state() and set_state(); give Grain's "
+            "iterator, data.train_batches, or BatchesAt(function of the step)."
         )
     folder = saving.folder
     if saving.settings is not None:
@@ -189,21 +191,21 @@ def _resumed(state: TrainState, iterator: Iterator[Batch], saving: Saving) -> Tr
         iterator.set_state(place)  # pyright: ignore[reportAttributeAccessIssue]
     elif saved[-1] > begun:
         raise ValueError(
-            f"the checkpoint of step {saved[-1]} in {folder} has no place in the data; restore it "
-            "with restore_state, and give fit that state and batches that begin there."
+            f"the checkpoint of step {saved[-1]} in {folder} has no position in the data; restore "
+            "it with restore_state, and give fit that state and batches that begin there."
         )
     return state
 
 
 class _Patience:
-    """How long a run has waited for better scores, where that ends it."""
+    """Counts how long a run has waited for better scores, for early stopping."""
 
     def __init__(self, evaluation: Evaluation | None):
         self._rule = evaluation.stopping if evaluation else None
         self.waiting: Waiting | None = None
 
     def go_on(self, saved: Any) -> None:
-        """Goes on from what a checkpoint has."""
+        """Continues from the count in a checkpoint."""
         self.waiting = self._rule and saved and Waiting(*saved)
 
     def see(self, scores: Metrics) -> Metrics:
@@ -217,11 +219,11 @@ class _Patience:
         return self._rule is not None and self._rule.ends(self.waiting)
 
     def say(self, number: int, steps: int) -> None:
-        """Says why the run ends."""
+        """Prints why the run ends."""
         if self._rule is not None and self.waiting is not None and jax.process_index() == 0:
             say(
-                f"stops early, behind {number:,} of {steps:,} steps: {self._rule.metric} was no "
-                f"better in {self.waiting.evaluations} evaluations; the best was "
+                f"stopping early, after {number:,} of {steps:,} steps: {self._rule.metric} did not "
+                f"improve in {self.waiting.evaluations} evaluations; the best was "
                 f"{self.waiting.best:.4f}"
             )
 

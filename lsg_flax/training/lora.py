@@ -1,9 +1,9 @@
-"""LoRA (arXiv 2106.09685): projections stay as they are, and learn by two thin matrices each.
+"""LoRA (arXiv 2106.09685): projections are frozen, and two thin matrices per projection learn.
 
 The adapters of ".../query/kernel" are ".../query/kernel_lora_a" and "..._lora_b" in the same tree,
 so that optimizer, meshes and checkpoints treat them as any parameter. Losses and scores read such
-trees; whoever calls `model.apply` merges them before. (Qwix, which adds adapters to Linen's models,
-cannot look into projections whose backward pass is written by hand.)
+trees; call `merge_lora` before you call `model.apply` yourself. (Qwix, which adds adapters to
+Linen's models, cannot handle projections whose backward pass is written by hand.)
 
 Axes: L layers, D model width, F features of a projection.
 """
@@ -24,17 +24,17 @@ from lsg_flax.sharding import sharded_init
 _A, _B, _SCALING = "_lora_a", "_lora_b", "lora_scaling/buffer"
 _KERNELS = ("kernel", "kernels")  # one product, or one for each group
 _STACKS = ("shared", "encoder", "decoder")
-# What learns beside the adapters is what a pattern of frozen parameters leaves: `frozen_beside`.
+# Beside the adapters, the parameters learn that a pattern of frozen ones leaves: `frozen_beside`.
 _FROZEN = rf"^{_SCALING}$|^(?!.*({_A}|{_B})$)(?=.*?(?:{{}}))"
 
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:
-    """Which projections get adapters, by the names that PEFT has for it.
+    """Which projections get adapters; the fields have PEFT's names.
 
     Attributes:
         r: rank, the width between the two matrices.
-        alpha: the adapters' product counts `alpha / r` times.
+        alpha: the adapters' product is scaled by `alpha / r`.
         target_modules: ends of paths in the stacks of layers, such as "query", "mlp_up" or
             "decoder/layers/attention/value".
     """
@@ -44,10 +44,10 @@ class LoRA:
     target_modules: tuple[str, ...] = ("query", "value")
 
     def kernels(self, params: Params) -> list[str]:
-        """The paths of the kernels that are meant.
+        """Returns the paths of the kernels that get adapters.
 
         Raises:
-            ValueError: for a name that is none of a projection in the stacks.
+            ValueError: if a name matches no projection of the model.
         """
         paths = flax.traverse_util.flatten_dict(params, sep="/")
         modules = {
@@ -69,11 +69,11 @@ class LoRA:
 
 
 def add_lora(params: Params, lora: LoRA, key: PRNGKeyArray, *, mesh: Mesh | None = None) -> Params:
-    """The parameters with adapters that change nothing yet: "_lora_a" [L, D, r] is drawn evenly up
-    to 1 / sqrt(D), as in PEFT, and "_lora_b" [L, r, F] is zero.
+    """Returns the parameters with adapters that change nothing yet: "_lora_a" [L, D, r] is drawn
+    uniformly from +-1 / sqrt(D), as in PEFT, and "_lora_b" [L, r, F] is zero.
 
     Args:
-        mesh: where the parameters lie; the adapters of a kernel lie as it does.
+        mesh: the mesh that the parameters are sharded over; adapters are sharded as their kernel.
 
     Raises:
         ValueError: as `LoRA.kernels`.
@@ -97,8 +97,8 @@ def add_lora(params: Params, lora: LoRA, key: PRNGKeyArray, *, mesh: Mesh | None
 
 
 def merge_lora(params: Params) -> Params:
-    """The parameters as the model has them, with the adapters' products in their kernels; those
-    without adapters are returned as they are."""
+    """Returns the parameters as the model has them, with the adapters' products added to their
+    kernels; a tree without adapters is returned unchanged."""
     flat: dict[str, Any] = flax.traverse_util.flatten_dict(params, sep="/")
     if _SCALING not in flat:
         return params
@@ -110,6 +110,5 @@ def merge_lora(params: Params) -> Params:
 
 
 def frozen_beside(frozen: str) -> str:
-    """The pattern of what stays as it is where adapters learn: what matches `frozen`, but for
-    them."""
+    """Returns the pattern of frozen parameters with LoRA: matches of `frozen`, except adapters."""
     return _FROZEN.format(frozen)

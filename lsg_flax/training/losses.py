@@ -1,8 +1,9 @@
 """Losses of the tasks, equal to those of Hugging Face's classes, in float32.
 
 A batch is a dict of arrays by Hugging Face's names: arguments of the model and, beside them, the
-targets (the record of the task says which). A loss is a weighted sum of terms, each a sum over the
-labels that count divided by their number; step.py keeps the two apart to accumulate microbatches.
+targets (the task's record says which). A loss is a weighted sum of terms; a term is a sum over the
+labels that count, divided by their number. step.py keeps sum and number apart to accumulate
+microbatches.
 
 Axes: M microbatches, B batch, T tokens, Y labels or vocabulary.
 """
@@ -37,45 +38,43 @@ INPUTS = (
     *("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds"),
     *("encoder_hidden_states", "encoder_attention_mask", "segment_ids"),
 )
-SEGMENT_ROWS = (
-    "segment_rows"  # [B, texts] of a batch of packed rows: which text of the data each is
-)
+SEGMENT_ROWS = "segment_rows"  # [B, texts] of packed rows: the number of each text in the data
 
-OWN: tuple[Loss, ...] = ("own_of_tokens", "own_of_rows")  # that the model computes
+OWN: tuple[Loss, ...] = ("own_of_tokens", "own_of_rows")  # the model computes these itself
 
 Metrics = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class LabelOptions:
-    """How labels count in training; `check` raises ValueError where they cannot.
+    """How labels count in training; `check` raises ValueError if a task does not allow it.
 
     Attributes:
-        label_smoothing: this share of each label goes to all classes evenly, its own too.
-        class_weights: one for each class, None for all alike. A label counts by the weight of its
-            class, in the loss and in the number that it is divided by, and what is smoothed by the
-            weights of the classes that it goes to.
+        label_smoothing: share of each label that is spread evenly over all classes, its own
+            included.
+        class_weights: one weight for each class; None weighs all the same. A label counts with the
+            weight of its class, in the loss and in the number that it is divided by; its smoothed
+            share counts with the weights of the classes that get it.
     """
 
     label_smoothing: float = 0.0
     class_weights: tuple[float, ...] | None = None
 
     def check(self, model: Model, target: Target, problem: ProblemType) -> None:
-        """Raises ValueError for labels of another kind, and weights of another number."""
+        """Raises ValueError if the labels are of another kind or the number of weights is wrong."""
         task, share, weights = model.task, self.label_smoothing, self.class_weights
         classes = smooths(target, problem)
         if not 0 <= share < 1 or (share and not classes):
             raise ValueError(
-                f"label_smoothing={share} must be from 0 to below 1, and 0 for labels that are no "
-                f"classes, as those of task={task!r} with problem_type={problem!r} may be."
+                f"label_smoothing={share} must be at least 0 and below 1, and 0 for labels that "
+                f"are not classes, as with task={task!r}, problem_type={problem!r}."
             )
         if weights is None:
             return
         if not (classes and model.task_record.named_labels):
             raise ValueError(
-                f"class_weights={list(weights)} are for labels with names, of which each text or "
-                f"word has one, not for task={task!r} with problem_type={problem!r}; leave them "
-                "out."
+                f"class_weights={list(weights)} need labels with names and one label per text or "
+                f"word, not task={task!r} with problem_type={problem!r}; leave them out."
             )
         names = model.config.labels
         if len(weights) != len(names) or not all(0 <= w < math.inf for w in weights):
@@ -97,21 +96,22 @@ def loss_fn(
     label_smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The loss of a batch, equal to that of Hugging Face's class for the task, in float32.
+    """Returns the loss of a batch, equal to that of Hugging Face's class for the task, in float32.
 
-    Labels of -100 do not count; where none counts the loss is 0 (PyTorch's is NaN). A label that
-    is neither -100 nor a class gives NaN. `sequence_classification` is what `problem_type` says.
-    Answer positions at or beyond the end do not count, negative ones are position 0.
+    Labels of -100 do not count; if none counts the loss is 0 (PyTorch's is NaN). A label that is
+    neither -100 nor a class gives NaN. The loss of `sequence_classification` depends on
+    `problem_type`. Answer positions at or beyond the end do not count; negative ones are taken as
+    position 0.
 
     Args:
         batch: inputs and targets by Hugging Face's names.
         dropout_key: trains with dropout and new LSH rotations; None evaluates.
-        label_smoothing, class_weights: as in PyTorch's CrossEntropyLoss, whose `weight` is one
-            number for each class: labels count by it in the mean, too; see `LabelOptions`.
+        label_smoothing, class_weights: as in PyTorch's CrossEntropyLoss, where the weights (one
+            for each class) also count in the mean; see `LabelOptions`.
 
     Returns:
-        The loss, and metrics: `loss`, `targets` (how many labels counted), `tokens` (how many real
-        ones were read).
+        The loss, and metrics: `loss`, `targets` (number of labels that counted), `tokens` (number
+        of real tokens).
 
     Raises:
         ValueError: for a task without a loss, or a batch whose names, shapes or dtypes do not fit.
@@ -123,13 +123,13 @@ def loss_fn(
 
 
 def label_options(label_smoothing: float, class_weights: Sequence[float] | None) -> LabelOptions:
-    """The record of two arguments."""
+    """Returns the two arguments as a record."""
     weights = None if class_weights is None else tuple(float(weight) for weight in class_weights)
     return LabelOptions(label_smoothing, weights)
 
 
 def smooths(target: Target, problem: ProblemType) -> bool:
-    """Whether labels can be smoothed; `problem` is that of `sequence_classification`."""
+    """Returns whether labels can be smoothed; `problem` matters to `sequence_classification`."""
     if target.loss == "problem_type":
         return problem == "single_label_classification"
     return target.loss in ("class", "next_token")
@@ -138,8 +138,8 @@ def smooths(target: Target, problem: ProblemType) -> bool:
 def cross_entropy_sum(
     logits: Float[Array, "*N Y"], labels: Int[Array, "*N"], options: LabelOptions = ALIKE
 ) -> Float[Array, ""]:
-    """Sum of -log softmax(logits)[label] in float32 over the labels other than -100; NaN if one of
-    them is no class."""
+    """Returns the sum of -log softmax(logits)[label] in float32 over the labels other than -100;
+    NaN if one of them is not a class."""
     share = options.label_smoothing
     if options.class_weights is None:
         return -jnp.sum(label_log_probs(logits, labels, share))
@@ -152,7 +152,7 @@ def cross_entropy_sum(
 
 
 def _weights_of(labels: Int[Array, "*N"], options: LabelOptions) -> Float[Array, "*N"]:
-    """How much each label counts; 0 for one of -100."""
+    """Returns how much each label counts; 0 for labels of -100."""
     counted = labels != IGNORED
     if options.class_weights is None:
         return counted.astype(jnp.float32)
@@ -161,9 +161,12 @@ def _weights_of(labels: Int[Array, "*N"], options: LabelOptions) -> Float[Array,
 
 
 def problem_type(config: ModelConfig, dtype: DTypeLike) -> ProblemType:
-    """What `sequence_classification` is trained on: the config's `problem_type`; where that is
-    None, as Hugging Face infers it: "regression" for one label, else
-    "single_label_classification" for integer labels and "multi_label_classification" for floats."""
+    """Returns the `problem_type` of `sequence_classification`.
+
+    It is that of the config or, if None, the one that Hugging Face infers: "regression" for one
+    label, otherwise "single_label_classification" for integer labels and
+    "multi_label_classification" for floats.
+    """
     if config.problem_type is not None:
         return config.problem_type
     if config.num_labels == 1:
@@ -175,19 +178,20 @@ def problem_type(config: ModelConfig, dtype: DTypeLike) -> ProblemType:
 def label_shape(
     model: Model, target: Target, tokens: tuple[int, ...], dtype: DTypeLike = jnp.int32
 ) -> jax.ShapeDtypeStruct:
-    """What the labels of a target are.
+    """Returns the shape and dtype of a target's labels.
 
     Args:
-        tokens: the shape of the model's `input_ids`, maybe behind an axis of microbatches.
-        dtype: of the labels, where it says what `sequence_classification` is trained on.
+        tokens: the shape of the model's `input_ids`, optionally with a leading axis of
+            microbatches.
+        dtype: dtype of the labels; decides the `problem_type` if the config has none.
 
     Raises:
-        ValueError: where other arrays than `input_ids` decide.
+        ValueError: if the shape depends on other arrays than `input_ids`.
     """
     task, config = model.task_record, model.config
     if target.loss in OWN:
         raise ValueError(
-            f"task={model.task!r} computes its loss itself, from {', '.join(task.arrays)}: their "
+            f"task={model.task!r} computes its own loss from {', '.join(task.arrays)}, whose "
             "shapes do not follow from input_ids; give a whole batch."
         )
     rows = tokens[: 1 - task.input_rank]
@@ -200,7 +204,7 @@ def label_shape(
 
 
 def targets_of(model: Model) -> tuple[Target, ...]:
-    """The terms of the task's loss; raises ValueError for a task without one."""
+    """Returns the terms of the task's loss; raises ValueError for a task without a loss."""
     targets = model.task_record.targets
     if not targets:
         family = family_of(model.config.model_type)
@@ -215,14 +219,17 @@ def targets_of(model: Model) -> tuple[Target, ...]:
 def loss_sums(
     model: Model, params: Params, batch: Batch, key, options: LabelOptions = ALIKE
 ) -> list[Float[Array, ""]]:
-    """Per target, the sum of the losses of the labels that count."""
+    """Returns, per target, the sum of the losses of the labels that count."""
     return target_sums(model, apply_model(model, params, batch, key), batch, options)
 
 
 def apply_model(model: Model, params: Params, batch: Batch, key) -> Any:
-    """The model's output for the inputs of a batch, which may hold targets beside them; trains
-    with the dropout and LSH rotations of `key`, None evaluates. A decoder that generates gets its
-    inputs from the labels, where there are no others. Adapters among the parameters count."""
+    """Returns the model's output for the inputs of a batch, which may also hold targets.
+
+    It trains with the dropout and LSH rotations of `key`; None evaluates. A decoder that generates
+    gets its inputs from the labels if the batch has no others. LoRA adapters in `params` are
+    applied.
+    """
     rngs: Any = None
     if key is not None:
         rngs = dict(zip(("dropout", "lsh"), jax.random.split(key), strict=True))
@@ -238,29 +245,28 @@ def apply_model(model: Model, params: Params, batch: Batch, key) -> Any:
 
 
 def segments_of(model: Model, batch: Batch) -> dict[str, int]:
-    """How many texts packed rows have at most, as the model takes it: by the shape of
-    "segment_rows", or of labels that each text has one of. Raises ValueError for a task whose
-    labels cannot be packed."""
+    """Returns the model's keyword for the most texts in a packed row; empty if it needs none.
+
+    The number comes from the shape of the labels if each text has one, otherwise from that of
+    "segment_rows". Raises ValueError for a task whose labels cannot be packed.
+    """
     if "segment_ids" not in batch:
         return {}
     target, task = targets_of(model)[0], model.task_record
-    problem = problem_type(model.config, jnp.asarray(batch[target.labels]).dtype)
-    if target.loss == "position" or (
-        target.loss == "problem_type" and problem != "single_label_classification"
-    ):
+    if target.loss == "position":
         raise ValueError(
-            f"segment_ids in a batch for task={model.task!r}, problem_type={problem!r}: no loss is "
-            "defined over several texts in one row; give each text its own row."
+            f"segment_ids in a batch for task={model.task!r}: no loss is defined over several "
+            "texts in one row; give each text its own row."
         )
     per_text = batch[target.labels] if target.output not in task.per_token else None
     counted = batch.get(SEGMENT_ROWS) if per_text is None else per_text
-    return {} if counted is None else {"num_segments": counted.shape[-1]}
+    return {} if counted is None else {"num_segments": counted.shape[1]}
 
 
 def target_sums(
     model: Model, output: Any, batch: Batch, options: LabelOptions = ALIKE
 ) -> list[Float[Array, ""]]:
-    """Per target, the sum of the losses of the labels that count, from the model's output."""
+    """Returns, per target, the sum of the losses of the labels that count, given the output."""
     sums = []
     for target, labels in zip(targets_of(model), _labels(model, batch), strict=True):
         logits = getattr(output, target.output).astype(jnp.float32)
@@ -279,42 +285,58 @@ def target_sums(
         elif jnp.issubdtype(labels.dtype, jnp.integer):
             sums.append(cross_entropy_sum(logits, labels, options))
         elif problem == "regression":
-            sums.append(jnp.sum((logits - labels) ** 2))
+            sums.append(_sum_there((logits - labels) ** 2, batch))
         else:
-            sums.append(jnp.sum(optax.sigmoid_binary_cross_entropy(logits, labels)))
+            losses = optax.sigmoid_binary_cross_entropy(logits, labels)
+            sums.append(_sum_there(losses, batch))
     return sums
+
+
+def _sum_there(values: Float[Array, "..."], batch: Batch) -> Float[Array, ""]:
+    """Returns the sum over all rows, or over the texts that packed rows have: float labels have no
+    value that means "does not count"."""
+    if "segment_ids" not in batch:
+        return jnp.sum(values)
+    segments = jnp.asarray(batch["segment_ids"])
+    texts = jnp.arange(1, values.shape[segments.ndim - 1] + 1)
+    own = jnp.expand_dims(segments, -1) == texts.reshape(*[1] * segments.ndim, -1)
+    there = own.any(axis=-2)  # [..., B, texts]
+    there = there.reshape(*there.shape, *[1] * (values.ndim - there.ndim))
+    return jnp.sum(jnp.where(there, values, 0.0))
 
 
 def _check_labels(
     model: Model, target: Target, outputs: tuple[int, ...], labels: Array, batch: Batch
 ) -> None:
-    """Raises ValueError for labels that are not of the shape that the outputs ask for."""
+    """Raises ValueError if the shape of the labels does not fit the outputs."""
     tokens, remedy = _lead_shape(batch), ""
     if "segment_ids" in batch and target.output not in model.task_record.per_token:
         tokens = (*outputs[:2], tokens[-1])  # each text as a row
     if model.has_two_stacks and target.output in model.task_record.per_token:
         tokens = outputs[:2]  # the decoder's
         given = [name for name in ("decoder_input_ids", "decoder_inputs_embeds") if name in batch]
-        remedy = f" Give labels as long as {given[0]}, or labels alone." if given else ""
+        remedy = f" Give labels as long as {given[0]}, or only labels." if given else ""
     expected = label_shape(model, target, tokens, labels.dtype).shape
     if labels.shape != expected:
         raise ValueError(
-            f"{target.labels} for task={model.task!r} have shape {labels.shape}, but the outputs "
-            f"{outputs} ask for {expected}.{remedy}"
+            f"{target.labels} for task={model.task!r} have shape {labels.shape}, but outputs of "
+            f"shape {outputs} need labels of shape {expected}.{remedy}"
         )
 
 
 def _labels(model: Model, batch: Batch) -> list[Array]:
-    """Per target, the labels as the loss takes them: of the shape of the logits and floating for
-    regression and multi-label, else integers without the last axis of the logits, -100 where
-    nothing counts."""
+    """Returns, per target, the labels as the loss takes them.
+
+    For regression and multi-label they are floats of the shape of the logits, otherwise integers
+    without the last axis of the logits, -100 where a label does not count.
+    """
     wanted = [target.labels for target in targets_of(model)]
     others = (*INPUTS, SEGMENT_ROWS, *model.task_record.arrays)
     missing, unknown = sorted({*wanted} - {*batch}), sorted({*batch} - {*wanted, *others})
     if missing or unknown:
         raise ValueError(
-            f"a batch for task={model.task!r} holds {wanted} and of {list(others)} what the model "
-            f"takes; missing are {missing}, unknown {unknown}."
+            f"a batch for task={model.task!r} needs {wanted} and may have those of {list(others)} "
+            f"that the model takes; missing: {missing}, unknown: {unknown}."
         )
     return [
         _prepared(model, target.loss, batch, jnp.asarray(batch[target.labels]))
@@ -331,7 +353,8 @@ def _prepared(model: Model, loss: Loss, batch: Batch, labels: Array) -> Array:
         problem = problem_type(model.config, labels.dtype)
         if problem != "single_label_classification":
             labels = labels.astype(jnp.float32)
-            return labels[:, None] if labels.ndim == model.config.num_labels == 1 else labels
+            alone = labels.ndim == len(_lead_shape(batch)) - ("segment_ids" not in batch)
+            return labels[..., None] if alone and model.config.num_labels == 1 else labels
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(
             f"labels for task={model.task!r} must be integers, got {labels.dtype}; several labels "
@@ -356,10 +379,10 @@ def _prepared(model: Model, loss: Loss, batch: Batch, labels: Array) -> Array:
 def target_counts(
     model: Model, batch: Batch, options: LabelOptions = ALIKE
 ) -> list[Float[Array, ""]]:
-    """Per target, how many labels count, or how much, of a batch or of all microbatches
-    together."""
+    """Returns, per target, how many labels count (or the sum of their weights), in a batch or in
+    all microbatches together."""
     return [
-        jnp.float32(labels.size)
+        _sum_there(jnp.ones_like(labels), batch)
         if jnp.issubdtype(labels.dtype, jnp.floating)
         else jnp.sum(_weights_of(labels, options))
         for labels in _labels(model, batch)
@@ -367,7 +390,7 @@ def target_counts(
 
 
 def weighted_mean(model: Model, sums, counts) -> Float[Array, ""]:
-    """The loss from each target's sum and count; a count of 0 gives 0."""
+    """Returns the loss from each target's sum and count; a count of 0 gives 0."""
     loss = jnp.float32(0.0)
     for target, total, count in zip(targets_of(model), sums, counts, strict=True):
         loss += target.weight * total / jnp.where(count > 0, count, 1.0)
@@ -375,13 +398,13 @@ def weighted_mean(model: Model, sums, counts) -> Float[Array, ""]:
 
 
 def _lead_shape(batch: Batch) -> tuple[int, ...]:
-    """[..., T], whichever way the tokens come."""
+    """Returns the shape [..., T] of the tokens, from ids or embeddings."""
     ids = batch.get("input_ids")
     return ids.shape if ids is not None else batch["inputs_embeds"].shape[:-1]
 
 
 def batch_metrics(loss, batch: Batch, counts) -> Metrics:
-    """The loss with the number of labels that counted and of real tokens."""
+    """Returns the loss, the number of labels that counted and the number of real tokens."""
     mask = batch.get("attention_mask", batch.get("segment_ids"))
     real = math.prod(_lead_shape(batch)) if mask is None else jnp.sum(jnp.asarray(mask) != 0)
     return {"loss": loss, "targets": sum(counts), "tokens": jnp.asarray(real, jnp.float32)}

@@ -1,6 +1,6 @@
-"""How good a model is: `evaluate` runs it over batches and gives the loss and the task's scores.
+"""Evaluation: `evaluate` runs a model over batches and returns the loss and the task's scores.
 
-Axes: O rows of all batches, B batch, T tokens, A answer lengths.
+Axes: O rows of all batches, B batch, T tokens, Y labels, A answer lengths.
 """
 
 import functools
@@ -36,30 +36,35 @@ from lsg_flax.training.scores import (
 )
 
 LONGEST_ANSWER = 30  # tokens, as in SQuAD's usual evaluation
+# [B], of packed rows [B, texts], beside the arrays of a batch: which row of the data each is
+ROWS = "rows"
 
 
 def evaluate(
     model: Model,
     params: Params,
-    batches: Iterable[tuple[Batch, Int[np.ndarray, "B"]]],
+    batches: Iterable[tuple[Batch, Int[np.ndarray, "B *texts"]]],
     *,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Scores:
-    """The loss and the scores of the model's task, independent of how rows are spread over batches.
+    """Returns the loss and the scores of the model's task; they do not depend on how rows are
+    spread over batches.
 
-    Scores by the kind of loss: `classification_scores` of a class per row, `entity_scores` of named
-    classes per token, `perplexity` of other classes per token, `span_scores` of positions (the best
-    start and end together, at most 30 tokens; for texts see `answer_scores`), and by problem type
-    `regression_scores` and `multi_label_scores` (labels whose logit is above 0).
+    The scores by kind of loss are `classification_scores` for a class per row, `entity_scores` for
+    named classes per token, `perplexity` for other classes per token, `span_scores` for positions
+    (the best start and end together, at most 30 tokens; `finetune` and `evaluate_files` score
+    answers as texts), and by
+    problem type `regression_scores` and `multi_label_scores` (labels whose logit is above 0).
 
     Args:
-        batches: pairs of a batch and its rows' numbers, -1 for rows that only fill up and do not
-            count, as `data.eval_batches` gives. As many shapes, as many compilations.
-        mesh: where `params` lie; batches are placed on it. With several processes each gives its
-            own rows.
+        batches: pairs of a batch and its rows' numbers, as `data.eval_batches` returns them; -1
+            marks padding rows, which do not count. Packed rows have the numbers of their texts.
+            Each shape is compiled once.
+        mesh: the mesh that `params` are sharded over; batches are sharded over it too. With several
+            processes each passes its own rows.
 
     Returns:
-        "eval_loss", and the scores, each with "eval_" before its name.
+        "eval_loss" and the scores; each name begins with "eval_".
 
     Raises:
         ValueError: for a task without a loss, batches that do not fit, or if nothing counts.
@@ -67,9 +72,28 @@ def evaluate(
     return judge(model, params, batches, mesh=mesh).scores
 
 
+class AnswerScorer(NamedTuple):
+    """Three functions that score predictions.
+
+    Attributes:
+        answers: computes on the device what the scores need of a batch, as "predicted" and
+            "labels", from the model's output and the batch, which has the numbers of its rows as
+            `ROWS`.
+        scores: computes the scores from the predictions and labels of all batches, the names of
+            the classes, and the loss. If the scores contain "loss", it replaces the given loss, in
+            which padding rows counted: float labels have no -100 to exclude them.
+        keep: reduces on the host the predictions of real rows with these labels to what is needed
+            until the end; None keeps them.
+    """
+
+    answers: Callable[[Model, ModelOutput, Batch], dict[str, jax.Array]]
+    scores: Callable[[list[np.ndarray], list[np.ndarray], tuple[str, ...], float], Scores]
+    keep: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+
+
 class Judged(NamedTuple):
-    """The scores of a model, and of each batch the answers and labels that they are of, one for
-    each real row; empty for a task that is scored by its loss alone."""
+    """Scores of a model, with the predictions and labels of each batch's real rows that they are
+    computed from; these are empty for a task that is scored only by its loss."""
 
     scores: Scores
     predicted: list[np.ndarray]
@@ -79,51 +103,84 @@ class Judged(NamedTuple):
 def judge(
     model: Model,
     params: Params,
-    batches: Iterable[tuple[Batch, Int[np.ndarray, "B"]]],
+    batches: Iterable[tuple[Batch, Int[np.ndarray, "B *texts"]]],
     *,
     mesh: jax.sharding.Mesh | None = None,
+    scorer: AnswerScorer | None = None,
 ) -> Judged:
-    """What `evaluate` gives and raises, with what it is made of."""
-    program, scorer, waiting, parts = _program(model, mesh), None, None, []
+    """Returns the scores of `evaluate` together with predictions and labels; raises as it does.
+    `scorer` replaces the task's own."""
+    program, chosen = _program(model, mesh, scorer and scorer.answers), scorer
+    waiting, parts = None, []
     for batch, rows in batches:
-        batch = dict(batch) | {"real": np.asarray(rows) >= 0}
+        batch = dict(batch) | {ROWS: np.asarray(rows)}
         if mesh is None:
             out = program(params, batch)
         else:
             with jax.set_mesh(mesh):
                 out = program(params, shard_batch(batch, mesh))
-        scorer = _scorer_of(model, batch)
+        chosen = scorer or _scorer_of(model, batch)
         if waiting is not None:  # read one batch late, so that the device need not wait
-            parts.append(jax.device_get(waiting))
+            parts.append(_read(model, waiting, chosen))
         waiting = out
     if waiting is None:
         raise ValueError("there is nothing to evaluate: no batches.")
-    parts.append(jax.device_get(waiting))
-    return _judged(model, parts, scorer)
+    parts.append(_read(model, waiting, chosen))
+    return _judged(model, parts, chosen)
 
 
-def _make_program(model: Model, mesh: jax.sharding.Mesh | None) -> Any:
-    """The jitted forward pass; every process can read its small results."""
+def _make_program(
+    model: Model, mesh: jax.sharding.Mesh | None, answers: Callable[..., Any] | None
+) -> Any:
+    """Returns the jitted forward pass; every process can read its small results."""
 
     def eval_step(params: Params, batch: Batch) -> dict[str, Any]:
-        real = batch["real"]
-        batch = {name: jnp.asarray(array) for name, array in batch.items() if name != "real"}
+        given = {name: jnp.asarray(array) for name, array in batch.items()}
+        batch = {name: array for name, array in given.items() if name != ROWS}
         output = apply_model(model, params, batch, None)
         sums, counts = target_sums(model, output, batch), target_counts(model, batch)
         scorer = _scorer_of(model, batch)
-        answers = scorer.answers(model, output, batch) if scorer else {}
-        return {"sums": sums, "counts": counts, "real": real} | answers
+        kept = answers or (scorer and scorer.answers)
+        found = kept(model, output, given) if kept else {}
+        places = {name: given[name] for name in (ROWS, "segment_ids") if name in given}
+        return {"sums": sums, "counts": counts} | places | found
 
     if mesh is None:
         return jax.jit(eval_step)
     return jax.jit(eval_step, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
-# Any, since type checkers take Linen modules for unhashable.
+# Any, because type checkers think that Linen modules are unhashable.
 _program: Any = functools.lru_cache(maxsize=8)(_make_program)
 
 
-# What is kept of a batch for the scores, as small as it can be
+class _KeptBatch(NamedTuple):
+    """The sums and counts of a batch's loss, and the predictions and labels of its real rows if
+    they are scored."""
+
+    sums: list[np.ndarray]
+    counts: list[np.ndarray]
+    predicted: list[np.ndarray]
+    labels: list[np.ndarray]
+
+
+def _read(model: Model, out: dict[str, Any], scorer: AnswerScorer | None) -> _KeptBatch:
+    out = jax.device_get(out)
+    real = out[ROWS] >= 0
+    if "predicted" not in out:
+        return _KeptBatch(out["sums"], out["counts"], [], [])
+    both = out["predicted"], out["labels"]
+    if real.ndim == 2 and targets_of(model)[0].output in model.task_record.per_token:
+        own = [(row, out["segment_ids"][row] == text + 1) for row, text in np.argwhere(real)]
+        predicted, labels = ([array[at][None] for at in own] for array in both)  # [1, T] each
+        return _KeptBatch(out["sums"], out["counts"], predicted, labels)
+    predicted, labels = (array[real] for array in both)
+    if scorer is not None and scorer.keep is not None:
+        predicted = scorer.keep(predicted, labels)
+    return _KeptBatch(out["sums"], out["counts"], [predicted], [labels])
+
+
+# What the scores need of a batch, as small as possible
 
 
 def _logits(model: Model, output: ModelOutput, batch: Batch) -> dict[str, jax.Array]:
@@ -139,7 +196,7 @@ def _classes(model: Model, output: ModelOutput, batch: Batch) -> dict[str, jax.A
 
 
 def _spans(model: Model, output: ModelOutput, batch: Batch) -> dict[str, jax.Array]:
-    """[B, 2] each, labels -1 where the answer lies beyond the end."""
+    """Returns predictions and labels, [B, 2] each; labels are -1 for answers beyond the end."""
     targets = model.task_record.targets
     predicted = _best_spans([getattr(output, t.output) for t in targets], batch["attention_mask"])
     labels = jnp.stack([batch[t.labels] for t in targets], axis=-1)
@@ -148,7 +205,8 @@ def _spans(model: Model, output: ModelOutput, batch: Batch) -> dict[str, jax.Arr
 
 
 def _best_spans(start_and_end: list[jax.Array], mask: jax.Array) -> jax.Array:
-    """[B, 2]: the start and end of the highest sum of logits, the end not before the start."""
+    """Returns [B, 2], start and end with the highest sum of logits; the end is not before the
+    start."""
     real = mask != 0
     lowest = jnp.finfo(jnp.float32).min / 4
     start, end = (jnp.where(real, logits.astype(jnp.float32), lowest) for logits in start_and_end)
@@ -163,17 +221,8 @@ def _best_spans(start_and_end: list[jax.Array], mask: jax.Array) -> jax.Array:
 # The scores of all batches
 
 
-class _AnswerScorer(NamedTuple):
-    """What is kept of a batch, and the scores of the answers and labels of all batches, the names
-    of the classes, and the loss. Scores among which is "loss" correct it: among floats, rows that
-    only fill up a batch have no label that says so."""
-
-    answers: Callable[[Model, ModelOutput, Batch], dict[str, jax.Array]]
-    scores: Callable[[list[np.ndarray], list[np.ndarray], tuple[str, ...], float], Scores]
-
-
 def _of_arrays(function: Callable[[np.ndarray, np.ndarray], Scores]) -> Callable[..., Scores]:
-    """For scores that ask for neither names nor loss."""
+    """Wraps scores that need neither names nor loss."""
     return lambda given, labels, *_: function(np.concatenate(given), np.concatenate(labels))
 
 
@@ -190,7 +239,7 @@ def _of_several_labels(logits: np.ndarray, labels: np.ndarray) -> Scores:
 def named_tags(
     given: list[np.ndarray], labels: list[np.ndarray], names: tuple[str, ...]
 ) -> tuple[list[list[str]], list[list[str]]]:
-    """Predicted and right tags of the words of each text."""
+    """Returns the predicted and the true tags of the words of each text."""
     predicted, truth = [], []
     for row, right in itertools.chain.from_iterable(map(zip, given, labels)):
         counted = right != IGNORED
@@ -204,33 +253,31 @@ def _of_entities(given, labels, names: tuple[str, ...], loss: float) -> Scores:
     return entity_scores(*named_tags(given, labels, names))
 
 
-_SCORERS: dict[Scorer, _AnswerScorer] = {
-    "classes": _AnswerScorer(_classes, _of_arrays(classification_scores)),
-    "several_labels": _AnswerScorer(_logits, _of_arrays(_of_several_labels)),
-    "numbers": _AnswerScorer(_logits, _of_arrays(_of_regression)),
-    "entities": _AnswerScorer(_classes, _of_entities),
-    "spans": _AnswerScorer(_spans, _of_arrays(span_scores)),
-    "perplexity": _AnswerScorer(lambda *_: {}, lambda *all_: {"perplexity": perplexity(all_[-1])}),
+_SCORERS: dict[Scorer, AnswerScorer] = {
+    "classes": AnswerScorer(_classes, _of_arrays(classification_scores)),
+    "several_labels": AnswerScorer(_logits, _of_arrays(_of_several_labels)),
+    "numbers": AnswerScorer(_logits, _of_arrays(_of_regression)),
+    "entities": AnswerScorer(_classes, _of_entities),
+    "spans": AnswerScorer(_spans, _of_arrays(span_scores)),
+    "perplexity": AnswerScorer(lambda *_: {}, lambda *all_: {"perplexity": perplexity(all_[-1])}),
 }
 
 
-def _scorer_of(model: Model, batch: Batch) -> _AnswerScorer | None:
-    """The task's; None for one that has no scores."""
+def _scorer_of(model: Model, batch: Batch) -> AnswerScorer | None:
+    """Returns the scorer of the model's task; None for a task without scores."""
     labels = targets_of(model)[0].labels
     chosen = model.task_record.scorer_for(problem_type(model.config, batch[labels].dtype))
     return None if chosen is None else _SCORERS[chosen]
 
 
-def _judged(model: Model, parts: list[dict[str, Any]], scorer: _AnswerScorer | None) -> Judged:
+def _judged(model: Model, parts: list[_KeptBatch], scorer: AnswerScorer | None) -> Judged:
     sums, counts = (
-        [np.sum(values, dtype=np.float64) for values in zip(*(p[name] for p in parts), strict=True)]
-        for name in ("sums", "counts")
+        [np.sum(values, dtype=np.float64) for values in zip(*losses, strict=True)]
+        for losses in ([part.sums for part in parts], [part.counts for part in parts])
     )
     loss = float(weighted_mean(model, sums, counts))
-    predicted, labels = (
-        [part[name][part["real"]] for part in parts if name in part]
-        for name in ("predicted", "labels")
-    )
+    predicted = [array for part in parts for array in part.predicted]
+    labels = [array for part in parts for array in part.labels]
     found = scorer.scores(predicted, labels, model.config.labels, loss) if scorer else {}
     scores = {f"{SCORED}{name}": value for name, value in ({"loss": loss} | found).items()}
     return Judged(scores, predicted, labels)

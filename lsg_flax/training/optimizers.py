@@ -1,5 +1,5 @@
-"""The optimizer: AdamW with clipping, a schedule, decay masks, rates by layer, parameters frozen by
-path, and a moving average of those that learn.
+"""The optimizer: AdamW with clipping, a schedule, decay masks, layer-wise learning-rate decay,
+parameters frozen by path, and a moving average of the trainable parameters.
 
 Axes: L layers.
 """
@@ -18,17 +18,19 @@ import optax
 from lsg_flax.models import Params
 
 Schedule = Literal["linear", "cosine", "constant"]
-_RATES = 4096  # that are computed together
+_RATES = 4096  # computed at once
 
 
 def make_schedule(
     learning_rate: float, *, total_steps: int, warmup_steps: int = 0, schedule: Schedule = "linear"
 ) -> optax.Schedule:
-    """The learning rate of each step: a linear rise from 0 in `warmup_steps`, then what `schedule`
-    says, step for step as Hugging Face's `get_..._schedule_with_warmup`.
+    """Returns the learning rate of each step: a linear rise from 0 to `learning_rate` in
+    `warmup_steps`, then `schedule`; step for step as Hugging Face's
+    `get_..._schedule_with_warmup`.
 
     Args:
-        total_steps: where "linear" (a straight line) and "cosine" (half a wave) reach 0.
+        total_steps: the step at which "linear" (a straight line) and "cosine" (half a wave) reach
+            0.
 
     Raises:
         ValueError: for steps that do not fit, or an unknown schedule.
@@ -52,8 +54,8 @@ def make_schedule(
 
 
 def read_schedule(rates: optax.Schedule) -> Callable[[int], float]:
-    """The rates of a schedule as numbers, by the step from 0. Many steps are computed at once: to
-    ask the device at each step would be to wait for the steps that it has been given."""
+    """Returns a function from the step (from 0) to the learning rate as a float. Many steps are
+    computed at once: asking the device at each step would wait for all steps queued on it."""
 
     @functools.lru_cache(maxsize=1)
     def part(number: int) -> np.ndarray:
@@ -78,19 +80,19 @@ def make_optimizer(
     layerwise_lr_decay: float | None = None,
     ema_decay: float | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW after clipping by the global norm, with the learning rates of `make_schedule`. Biases,
-    LayerNorm's parameters and what is never trained do not decay.
+    """Returns AdamW after clipping by the global norm, with the learning rates of `make_schedule`.
+    Biases, LayerNorm's parameters and buffers have no weight decay.
 
     Args:
         frozen: regular expression, searched in paths such as "encoder/layers/mlp_up/kernel";
-            parameters that match keep every bit and have no moments. They do not count in the
-            norm, so their gradients are not even computed.
+            parameters that match keep every bit and have no optimizer state. They do not count in
+            the norm, so their gradients are not even computed.
         layerwise_lr_decay: the learning rate of each layer, from the head down, as a share of that
             of the layer above; see `layer_rates`.
-        ema_decay: keeps a moving average of the parameters that learn; see `average_params`.
+        ema_decay: keeps a moving average of the trainable parameters; see `average_params`.
 
     Returns:
-        The optimizer; its moments are of the parameters' dtype, so keep those float32.
+        The optimizer; its state (moments) has the parameters' dtype, so keep those float32.
 
     Raises:
         ValueError: for steps or decays that do not fit, an unknown schedule, a pattern that matches
@@ -122,22 +124,24 @@ def check_decay(name: str, decay: float) -> None:
 
 
 def layer_rates(params: Params, decay: float) -> Params:
-    """What the learning rate of each parameter is multiplied by: 1 for the head and what else lies
-    behind the layers, `decay` for the last layer, its square for the one before, and so on, of L
-    layers `decay` ** (L + 1) for the embeddings. Stacked layers have a vector, [L, 1, ...]. Each
-    stack of an encoder-decoder is counted by itself; shared words go by the deeper one. A group of
-    ALBERT's layers is one.
+    """Returns the factor of each parameter's learning rate (layer-wise learning-rate decay).
+
+    It is 1 for the head and all else after the layers, `decay` for the last layer, its square for
+    the layer before, and so on; with L layers it is `decay` ** (L + 1) for the embeddings. Stacked
+    layers have a vector [L, 1, ...]. Each stack of an encoder-decoder counts on its own; word
+    embeddings that both share take the factor of the deeper stack. A group of ALBERT's layers
+    counts as one layer.
 
     Raises:
-        ValueError: where layers are stacked by their kind of attention and so in no order, as a
-            Reformer's.
+        ValueError: if layers are stacked by their kind of attention and so have no order, as in a
+            Reformer.
     """
     flat: dict[str, Any] = flax.traverse_util.flatten_dict(params, sep="/")
     unordered = [path for path in flat if re.search(r"/\w+_layers/", path)]
     if unordered:
         raise ValueError(
-            f"layerwise_lr_decay={decay}: the layers of this model are stacked by their kind of "
-            f"attention ({unordered[0]}), not in their order; leave it out."
+            f"layerwise_lr_decay={decay} needs layers that are stacked in their order, but those "
+            f"of this model are stacked by their kind of attention ({unordered[0]}); leave it out."
         )
     depths = {
         path.partition("layers/")[0]: leaf.shape[0]
@@ -161,11 +165,11 @@ def layer_rates(params: Params, decay: float) -> Params:
 
 
 def _scale_by_layer(decay: float) -> optax.GradientTransformation:
-    """Multiplies what AdamW gives, its weight decay too, as a learning rate for each would."""
+    """Scales AdamW's updates, weight decay included, as a learning rate per parameter would."""
     check_decay("layerwise_lr_decay", decay)
 
     def init(params: Any) -> optax.EmptyState:
-        layer_rates(params, decay)  # raises where there are none
+        layer_rates(params, decay)  # raises early if layers have no order
         return optax.EmptyState()
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, Any]:
@@ -176,17 +180,18 @@ def _scale_by_layer(decay: float) -> optax.GradientTransformation:
 
 
 class AverageState(NamedTuple):
-    """After so many updates the moving average of the parameters that learn."""
+    """Number of updates, and the moving average of the trainable parameters."""
 
     updates: jax.Array
     averaged_params: Params
 
 
 def average_params(decay: float) -> optax.GradientTransformation:
-    """Keeps a moving average of the parameters beside them, in float32, behind all that changes the
-    updates, which it leaves alone. After update n (from 0) the average keeps of what it was the
-    share min(decay, (1 + n) / (10 + n)), as TensorFlow's ExponentialMovingAverage with
-    `num_updates`, so that the parameters that a run began with are soon forgotten.
+    """Returns a transformation that keeps a moving average of the parameters in float32.
+
+    It does not change the updates, and must come after all transformations that do. At update n
+    (from 0) the old average counts min(decay, (1 + n) / (10 + n)), as in TensorFlow's
+    ExponentialMovingAverage with `num_updates`, so that the initial parameters are soon forgotten.
 
     Raises:
         ValueError: for a decay outside (0, 1].
@@ -210,8 +215,8 @@ def average_params(decay: float) -> optax.GradientTransformation:
 
 
 def averaged(params: Params, opt_state: Any) -> Params:
-    """The parameters with their averages in place of those that learn, where the state of the
-    optimizer has some."""
+    """Returns the parameters, with trainable ones replaced by their moving averages if the
+    optimizer's state has some."""
     average = optax.tree_utils.tree_get(opt_state, "averaged_params")
     if average is None:
         return params
@@ -223,7 +228,7 @@ def averaged(params: Params, opt_state: Any) -> Params:
 
 
 def _by_path(params: Params, value: Callable[[str], Any]) -> Params:
-    """A tree like `params` whose leaves are values of their paths."""
+    """Returns a tree like `params` whose leaves are `value(path)`."""
     paths = flax.traverse_util.flatten_dict(params, sep="/")
     return flax.traverse_util.unflatten_dict({path: value(path) for path in paths}, sep="/")
 
@@ -233,7 +238,7 @@ def _decays(params: Params) -> Params:
 
 
 def _learns(params: Params, frozen: str | None) -> Params:
-    """Which parameters change."""
+    """Returns which parameters are trained."""
     pattern = "^$" if frozen is None else frozen
 
     def learns(path: str) -> bool:
@@ -248,7 +253,7 @@ def _label_frozen(params: Params, pattern: str) -> Params:
     trained = [path for path in left if path.split("/")[-1] != "buffer"]
     if not trained or left == paths:
         raise ValueError(
-            f"frozen={pattern!r} matches {'no' if left == paths else 'every'} parameter; it is "
-            f"searched in paths such as {paths[:4]}."
+            f"frozen={pattern!r} matches {'no' if left == paths else 'every'} parameter; give a "
+            f"pattern that matches some, but not all, of the paths such as {paths[:4]}."
         )
     return _by_path(params, lambda path: "frozen" if re.search(pattern, path) else "trained")

@@ -1,4 +1,4 @@
-"""Pictures of runs and scores, by matplotlib; without it there are none, and a warning says so.
+"""Pictures of runs and scores, drawn by matplotlib; without it a warning says what is missing.
 
 Axes: O rows, Y labels.
 """
@@ -10,25 +10,22 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from lsg_flax.figures import new_figure
 from lsg_flax.files import Json
 from lsg_flax.training.log import SCORED, read_log
 
 RUN = "run.png"
-_MOST_NAMES = 40  # of labels that are written beside a matrix
+_MOST_NAMES = 40  # labels; a larger matrix is drawn without names
 _PLAIN = {"step", "seconds", "loss", "learning_rate", f"{SCORED}loss"}
 
 
 def _figure(size: tuple[float, float], file: pathlib.Path) -> Any:
-    """An empty figure; None, and a warning, without matplotlib."""
+    """Returns an empty figure; None, and a warning, without matplotlib."""
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        warnings.warn(
-            f"{file} is not drawn: it needs matplotlib, pip install 'lsg-flax[plots]'.",
-            stacklevel=3,
-        )
+        return new_figure(size, file)
+    except ImportError as error:
+        warnings.warn(str(error), stacklevel=3)
         return None
-    return Figure(figsize=size, layout="constrained")
 
 
 def draw_run(
@@ -37,12 +34,12 @@ def draw_run(
     """Draws the loss, the scores, the learning rate and the lengths of a run.
 
     Args:
-        log: the folder with metrics.jsonl; gets run.png.
-        lengths: tokens of the rows that are learned from.
+        log: folder with metrics.jsonl; gets run.png.
+        lengths: numbers of tokens of the training rows.
         buckets: the lengths that they are padded to.
 
     Returns:
-        The picture; None without matplotlib.
+        The file of the picture; None without matplotlib.
     """
     records = read_log(log)
     figure = _figure((10.0, 7.0), log / RUN)
@@ -80,8 +77,8 @@ def _curve(axes: Any, records: list[Json], name: str, **style: Any) -> None:
 def draw_confusion(
     file: pathlib.Path, names: tuple[str, ...], confusion: Int[np.ndarray, "Y Y"]
 ) -> bool:
-    """Draws how often the class of a row was answered by that of a column, shaded by its share of
-    the row; returns whether it could."""
+    """Draws a confusion matrix (rows: labels, columns: predictions), shaded by the share of the
+    row; returns False without matplotlib."""
     side = 2.5 + 0.45 * min(len(names), _MOST_NAMES)
     figure = _figure((side + 1, side), file)
     if figure is None:

@@ -1,4 +1,5 @@
-"""Folders that a run may write to: none that holds its data, its model, or what others made."""
+"""Checks of the folders that a run writes to: they must not hold its data, its model, or models
+that it has not made."""
 
 import pathlib
 
@@ -12,7 +13,8 @@ from lsg_flax.training.states import saved_steps
 def check_run_folder(
     output: pathlib.Path, source: hub.Checkpoint, data: tuple[Words | None, ...]
 ) -> None:
-    """OUTPUT is new, or that of an earlier call; nothing in it is read as data, or will be."""
+    """Raises ValueError unless OUTPUT is new or from an earlier call of the same run, and none of
+    its files are, or would become, data."""
     check_folder("output", output)
     for words in data:
         for file in files_at(words or ()):
@@ -24,8 +26,8 @@ def check_run_folder(
             folder = pathlib.Path(path)
             if folder.is_dir() and folder.resolve() in (place := output.resolve(), *place.parents):
                 raise ValueError(
-                    f"output={output} lies in the data {path}, whose files would then be more with "
-                    "each step; give another folder."
+                    f"output={output} is inside the data folder {path}, so the run's files would "
+                    "be read as data; give another folder."
                 )
     if output.is_dir() and any(output.samefile(place) for place in (source.root, source.folder)):
         raise ValueError(f"output={output} is the model to train; give another folder.")
@@ -33,13 +35,13 @@ def check_run_folder(
     taken = [name for name in there if name == "best" or hub.is_model_file(name)]
     if taken and not saved_steps(output / "checkpoints"):
         raise ValueError(
-            f"output={output} holds a model that this run has not made ({', '.join(taken)}); give "
-            "another folder."
+            f"output={output} holds a model that this run has not made ({', '.join(taken)}), which "
+            "is not overwritten; give another folder."
         )
 
 
 def check_cache_folder(cache: pathlib.Path, source: hub.Checkpoint, data: Words) -> None:
-    """The cache is a folder of its own."""
+    """Raises ValueError if the cache is the folder of the model or of the data."""
     places = [source.root, source.folder, *(file.parent for file in files_at(data))]
     for place in places:
         if cache.resolve() == place.resolve():

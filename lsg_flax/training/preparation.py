@@ -1,6 +1,4 @@
-"""What a run has to work with, checked before anything is computed: the checkpoint, its data, the
-batches of these, the mesh.
-"""
+"""Opens and checks what a run needs before it computes: checkpoint, data, batches and mesh."""
 
 import dataclasses
 import functools
@@ -17,10 +15,8 @@ from lsg_flax.data import (
     TARGET,
     DataOptions,
     TokenizedDataset,
-    TrainBatches,
     labels_for,
     load_examples,
-    train_batches,
 )
 from lsg_flax.models import TASKS, Model, ModelConfig
 from lsg_flax.patterns import LSGConfig
@@ -39,11 +35,11 @@ from lsg_flax.training.scores import make_rouge_scorer
 from lsg_flax.training.settings import Settings
 from lsg_flax.training.source import SourceModel, open_source
 
-Parts = tuple[TokenizedDataset, TokenizedDataset | None]  # learned from, and held out
+Parts = tuple[TokenizedDataset, TokenizedDataset | None]  # training data, held-out data
 
 
 def check_packages(settings: Settings) -> None:
-    """Raises ImportError for what a run needs besides lsg_flax, and is not installed."""
+    """Raises ImportError if an extra package that the run needs is not installed."""
     settings.reporting()
     if settings.tensorboard:
         Reporting(("tensorboard",))
@@ -52,8 +48,8 @@ def check_packages(settings: Settings) -> None:
 
 
 def source_for(settings: Settings) -> SourceModel:
-    """The checkpoint to begin with; raises ValueError if it lacks what is to be trained, or cannot
-    have the pattern that is asked for."""
+    """Opens the checkpoint to train; raises ValueError if it lacks what the settings train, or
+    cannot have their attention pattern."""
     length, convert = settings.max_length, settings.convert
     source = open_source(settings.model, settings.task, length, convert=convert)
     if settings.task == EMBEDDING:
@@ -74,14 +70,15 @@ def source_for(settings: Settings) -> SourceModel:
     ):
         if lengths and max(lengths) > source.reads:
             raise ValueError(
-                f"{name}={list(lengths)} must be lengths in 1..{source.reads}, what "
-                f"{settings.model} reads."
+                f"{name}={list(lengths)} must be lengths in 1..{source.reads}: "
+                f"{settings.model} reads at most {source.reads} tokens."
             )
     return source
 
 
 def _check_tree(settings: Settings, model: Model) -> None:
-    """Raises ValueError for modules that the model lacks, and layers without an order."""
+    """Raises ValueError for LoRA on modules that the model lacks, and for layer-wise decay of
+    layers without an order."""
     params = model.abstract_params()
     if settings.lora is not None:
         settings.lora.kernels(params)
@@ -90,15 +87,15 @@ def _check_tree(settings: Settings, model: Model) -> None:
 
 
 def pattern_for(settings: Settings, source: SourceModel) -> LSGConfig | None:
-    """The pattern that is trained; raises ValueError for one that there cannot be."""
+    """Returns the attention pattern to train with; raises ValueError if it is not possible."""
     if source.converts:
         return dataclasses.replace(source.config.lsg or LSGConfig(), **settings.lsg)
     return source.checkpoint.config_for(source.model_task, **settings.lsg).lsg
 
 
 def options_for(settings: Settings, source: SourceModel) -> DataOptions:
-    """How rows are read. A head that is trained further keeps its labels, if the data has no
-    others; else the data's own count."""
+    """Returns how rows are read. A head that is trained further keeps its labels if the data has no
+    others; otherwise the data's labels are used."""
     segments, head = source.config.segments > 1, source.labels
     options = settings.data_options(source.length, head, token_type_ids=segments)
     if source.sentences is not None:
@@ -111,8 +108,8 @@ def options_for(settings: Settings, source: SourceModel) -> DataOptions:
     labels = labels_for(settings.train_data, options, head, **part)
     if labels != head and len(labels) == len(head):
         warnings.warn(
-            f"{source.name} has a head for the labels {', '.join(head)}; training goes on from its "
-            f"weights, with those of the data in their place: {', '.join(labels)}.",
+            f"{source.name} has a head for the labels {', '.join(head)}; training starts from its "
+            f"weights, but its labels become those of the data: {', '.join(labels)}.",
             stacklevel=3,
         )
     return dataclasses.replace(options, labels=labels)
@@ -121,7 +118,7 @@ def options_for(settings: Settings, source: SourceModel) -> DataOptions:
 def load_data(
     settings: Settings, options: DataOptions, tokenizer: hub.Tokenizer, progress: bool
 ) -> Parts:
-    """What is learned from and, if given, what is held out, with the same labels."""
+    """Reads the training data and, if given, the held-out data, with the same labels."""
     load = functools.partial(
         load_examples,
         tokenizer=tokenizer,
@@ -129,7 +126,7 @@ def load_data(
         cache=settings.cache,
         progress=progress and jax.process_index() == 0,
     )
-    settings.weights_of(options.labels)  # before reading, where the labels are known
+    settings.weights_of(options.labels)  # fails before reading if the labels are already known
     learned = load(settings.train_data, options, split=settings.train_split)
     settings.weights_of(learned.labels)
     if settings.eval_data is None:
@@ -142,7 +139,7 @@ def load_data(
 
 
 def head_for(data: TokenizedDataset, options: DataOptions) -> dict[str, Any]:
-    """Fields of the config that make a head for the labels of the data."""
+    """Returns the fields of the config that make a head for the labels of the data."""
     task = TASKS[options.task]
     if not task.named_labels:
         return {}
@@ -160,8 +157,9 @@ def train_ladders(
     data: Parts,
     mesh: Mesh | None,
 ) -> dict[str, tuple[int, ...]]:
-    """The lengths that training data is padded to, by stream where they are not left to it; raises
-    ValueError for rows that cannot be learned from, or that the mesh cannot cut."""
+    """Returns the lengths that training data is padded to, by stream; a stream that is not in the
+    result chooses its own. Raises ValueError for rows that cannot be trained on, or that the mesh
+    cannot split evenly."""
     if source.sentences is not None:
         found = embedding_ladders(settings, source, data[0], mesh)
         check_negatives(settings, data[0], found)
@@ -174,29 +172,28 @@ def train_ladders(
     return {name: lengths for name, lengths in ladders.items() if lengths is not None}
 
 
-def batches_for(
+def shapes_for(
     settings: Settings,
     source: SourceModel,
-    model: Model,
-    train: TokenizedDataset,
-    padded: dict[str, Any],
-) -> TrainBatches:
-    """Microbatches of padded rows, or of rows that several texts share."""
-    packed: dict[str, Any] = {"seed": settings.seed}
+    lsg: LSGConfig | None,
+    ladders: dict[str, tuple[int, ...]],
+) -> dict[str, Any]:
+    """Returns arguments of `train_batches` and `eval_batches`: rows are padded to `ladders`, or
+    several texts are packed into each."""
     if settings.packing:
-        packed["packing"] = packing_for(source, model.config.lsg, settings.buckets)
-    sizes = {"batch_size": settings.microbatch_size, "microbatches": settings.accumulate}
-    return train_batches(train, **sizes, **(packed if settings.packing else padded))
+        packing = packing_for(source, lsg, settings.buckets)
+        return {"packing": packing, "seed": settings.seed}
+    return {"buckets": ladders, "seed": settings.seed}
 
 
 def mesh_of(devices: int | None, axes: dict[str, int]) -> Mesh | None:
-    """The mesh of the first `devices`, by default all; None on a single one."""
+    """Returns the mesh of the first `devices`, by default of all; None on a single device."""
     every = jax.devices()
     count = devices or len(every)
     if count > len(every) or (count < len(every) and jax.process_count() > 1):
         raise ValueError(
-            f"devices={count}, but there are {len(every)} of {jax.process_count()} processes; "
-            "choose at most as many, and all of them where there are several processes."
+            f"devices={count}, but there are {len(every)} of {jax.process_count()} processes; give "
+            "at most that many, and with several processes all of them."
         )
     mesh = make_mesh(**axes, devices=every[:count])
     return None if count == 1 and jax.process_count() == 1 else mesh
@@ -205,8 +202,9 @@ def mesh_of(devices: int | None, axes: dict[str, int]) -> Mesh | None:
 def training_buckets(
     given: tuple[int, ...] | None, longest: int, config: ModelConfig
 ) -> tuple[int, ...] | None:
-    """The lengths of batches that a model is trained on, by default those that it can be; None
-    where it trains on all, for the data to choose. Raises ValueError for lengths that it cannot."""
+    """Returns the lengths of batches to train a model on; by default those that it can train on, or
+    None if it can train on any, so that the data chooses. Raises ValueError for given lengths that
+    it cannot train on."""
     unit = config.training_unit
     if given is None and unit > 1:
         given = tuple(sorted({-(-length // unit) * unit for length in default_buckets(longest)}))
@@ -222,11 +220,12 @@ def buckets_for(
     rows: tuple[int, int | None],
     mesh: Mesh | None,
 ) -> tuple[int, ...] | None:
-    """The lengths of batches; raises for what the mesh cannot cut, before anything is compiled."""
+    """Returns the lengths of batches; raises ValueError, before anything is compiled, if the mesh
+    cannot split rows or lengths evenly."""
     if mesh is None:
         return given
     length, lsg = max_length or model.max_length, model.config.lsg
-    # A text that is short for the shards of a long sequence is padded to what they need.
+    # If the mesh splits sequences, short texts are padded to what its shards need.
     usual = (length,) if mesh.shape["sequence"] > 1 else default_buckets(length)
     named = zip(("batch_size", "eval_batch_size"), rows, strict=True)
     sizes = {name: size for name, size in named if size is not None}

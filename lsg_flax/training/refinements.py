@@ -1,5 +1,5 @@
-"""Settings that many runs do without: LoRA, averages, rates by layer, weights of labels, an early
-stop, reports. They are fields of `Settings`, whose first part this is."""
+"""Settings that many runs do not need: LoRA, moving average, layer-wise learning-rate decay, class
+weights, early stopping, reports. `Settings` inherits them."""
 
 import dataclasses
 from typing import Annotated, Any, Literal
@@ -14,8 +14,9 @@ from lsg_flax.training.stopping import EarlyStopping
 
 Trained = Literal["all", "head", "global_tokens_and_head"]
 
-_MODEL = "^([a-z_]*embedder/)?"  # a scorer is made of models
-# What stays as it is, by what is trained; searched in paths such as "encoder/layers/mlp_up/kernel".
+_MODEL = "^([a-z_]*embedder/)?"  # REALM's scorer contains whole models
+# Pattern of frozen parameters for each `train_only`; searched in paths such as
+# "encoder/layers/mlp_up/kernel".
 FROZEN: dict[str, str | None] = {
     "all": None,
     "head": f"{_MODEL}(shared|encoder|decoder)/",
@@ -29,11 +30,11 @@ class Refinements:
 
     class_weights: Annotated[
         dict[str, float],
-        of_refinements("how much labels count, such as rare=4,usual=0.5", "1 each"),
+        of_refinements("weights of labels in the loss, such as rare=4,usual=0.5", "1 each"),
     ] = dataclasses.field(default_factory=dict)
     layerwise_lr_decay: Annotated[
         float | None,
-        of_refinements("learning rate of a layer, as a share of that of the layer above", "1"),
+        of_refinements("learning rate of a layer, as a share of that of the layer above it", "1"),
     ] = None
     ema_decay: Annotated[
         float | None,
@@ -44,32 +45,32 @@ class Refinements:
         of_refinements("train adapters of this rank (LoRA) and the head; merged when saved"),
     ] = None
     lora_alpha: Annotated[
-        float | None, of_refinements("adapters count alpha / r times", f"{LoRA.alpha:g}")
+        float | None, of_refinements("scales adapters by alpha / r", f"{LoRA.alpha:g}")
     ] = None
     lora_target_modules: Annotated[
         tuple[str, ...] | None,
-        of_refinements("projections with adapters", " ".join(LoRA.target_modules)),
+        of_refinements("projections that get adapters", " ".join(LoRA.target_modules)),
     ] = None
     early_stopping_patience: Annotated[
-        int | None, of_refinements("stop after so many evaluations in which --best is no better")
+        int | None, of_refinements("stop after N evaluations without a better score of --best")
     ] = None
     early_stopping_threshold: Annotated[
-        float, of_refinements("by how much more than this it has to be better")
+        float, of_refinements("a score is better only if it improves by more than this")
     ] = 0.0
     report_to: Annotated[
         str | tuple[str, ...] | None,
-        of_run("report the run there too, by packages that are installed", choices=lambda: REPORTS),
+        of_run("also report to these, if their packages are installed", choices=lambda: REPORTS),
     ] = None
-    run_name: Annotated[str | None, of_run("what it is called there", "the package's choice")] = (
-        None
-    )
+    run_name: Annotated[
+        str | None, of_run("name of the run in --report-to", "the package's choice")
+    ] = None
 
     def check_refinements(self, frozen: str | None, *, has_classes: bool, evaluates: bool) -> None:
         """Raises ValueError for values that exclude each other.
 
         Args:
-            frozen: the pattern, if there is one.
-            has_classes: each text or word has one of the labels, which have names.
+            frozen: pattern of frozen parameters, if there is one.
+            has_classes: labels have names, and each text or word has one label.
             evaluates: there is held-out data.
         """
         check_names("report_to", self.reported_to, REPORTS)
@@ -84,7 +85,7 @@ class Refinements:
             )
         if weights and not (min(weights.values()) >= 0 and max(weights.values()) > 0):
             raise ValueError(
-                f"class_weights={weights} must be at least 0, and one of them above it."
+                f"class_weights={weights} must be at least 0, and one of them above 0."
             )
         if self.early_stopping_patience is not None and not evaluates:
             raise ValueError(
@@ -99,18 +100,18 @@ class Refinements:
         ):
             if getattr(self, name) and not getattr(self, other):
                 given = f"{name}={getattr(self, name)!r}"
-                raise ValueError(f"{given} does nothing without {other}; give that too.")
+                raise ValueError(f"{given} has no effect without {other}; give {other} too.")
         if self.lora_alpha is not None and self.lora_alpha <= 0:
             raise ValueError(f"lora_alpha={self.lora_alpha} must be above 0.")
         if self.lora_r is not None and frozen is not None:
             raise ValueError(
-                f"frozen={frozen!r} and lora_r={self.lora_r}: of the model's own parameters LoRA "
-                "trains the head, or what train_only says; leave frozen out."
+                f"frozen={frozen!r} and lora_r={self.lora_r}: with LoRA only adapters and the "
+                "head are trained, or what train_only says; leave frozen out."
             )
 
     @property
     def lora(self) -> LoRA | None:
-        """The adapters, if there are to be some."""
+        """The adapters; None without LoRA."""
         if self.lora_r is None:
             return None
         given = {"alpha": self.lora_alpha, "target_modules": self.lora_target_modules}
@@ -118,13 +119,12 @@ class Refinements:
         return LoRA(self.lora_r, **options)
 
     def stays(self, train_only: Trained) -> str | None:
-        """The pattern of the parameters that stay as they are; with LoRA all but the head, if
-        nothing else is said."""
+        """Returns the pattern of frozen parameters; with LoRA by default all but the head."""
         pattern = FROZEN[train_only]
         return pattern if self.lora is None else frozen_beside(pattern or str(FROZEN["head"]))
 
     def stopping(self, metric: str | None, mode: BestMode) -> EarlyStopping | None:
-        """When the run stops early, by its score."""
+        """Returns the rule of early stopping for a score; None if the run never stops early."""
         if self.early_stopping_patience is None or metric is None:
             return None
         rule = self.early_stopping_patience, self.early_stopping_threshold
@@ -132,23 +132,23 @@ class Refinements:
 
     @property
     def reported_to(self) -> tuple[str, ...]:
-        """The names in `report_to`."""
+        """The names in `report_to`, always as a tuple."""
         to = self.report_to
         return (to,) if isinstance(to, str) else to or ()
 
     def reporting(self) -> Reporting:
-        """Where the run is reported to; raises ImportError for a package that is not installed."""
+        """Returns where the run is reported; raises ImportError if a package is not installed."""
         return Reporting(self.reported_to, self.run_name, dataclasses.asdict(self))
 
     def weights_of(self, labels: tuple[str, ...] | None) -> tuple[float, ...] | None:
-        """How much each of the labels counts, None where all count alike; raises ValueError for a
-        name that is none of them."""
+        """Returns the weight of each label, None if all count the same; raises ValueError for a
+        name in `class_weights` that is not a label."""
         if not self.class_weights or labels is None:
             return None
         unknown = [name for name in self.class_weights if name not in labels]
         if unknown:
             raise ValueError(
                 f"class_weights={self.class_weights}: {', '.join(map(repr, unknown))} is none of "
-                f"the labels {', '.join(labels)}; give names of these, the others weigh 1."
+                f"the labels {', '.join(labels)}; give some of these, the others have weight 1."
             )
         return tuple(self.class_weights.get(name, 1.0) for name in labels)

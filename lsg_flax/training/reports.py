@@ -1,7 +1,7 @@
-"""Where a run is reported to beside its own log: TensorBoard, Weights & Biases, MLflow.
+"""Reports of a run, beside its own log, to TensorBoard, Weights & Biases and MLflow.
 
-Each package is told where to report to in its own way, by a login or by WANDB_PROJECT,
-MLFLOW_TRACKING_URI and their like.
+Each package finds the place to report to in its own way, such as by a login, WANDB_PROJECT or
+MLFLOW_TRACKING_URI.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 from lsg_flax.files import read_json, write_aside
 from lsg_flax.training.coerce import check_names
 
-IDS = "reported.json"  # by which a run that goes on is the same run there
+IDS = "reported.json"  # the services' ids of the run, so that a resumed run continues there
 _INSTALL = {
     "tensorboard": ("tensorboardX", "pip install 'lsg-flax[tensorboard]'"),
     "wandb": ("wandb", "pip install wandb"),
@@ -27,16 +27,16 @@ REPORTS = tuple(_INSTALL)
 
 @dataclasses.dataclass(frozen=True)
 class Reporting:
-    """What a run is reported to.
+    """Where a run is reported.
 
     Attributes:
-        to: of "tensorboard", "wandb", "mlflow".
-        run_name: what the run is called there; None leaves it to the package.
-        settings: of the run, shown beside its curves.
+        to: some of "tensorboard", "wandb", "mlflow".
+        run_name: name of the run there; None leaves it to the package.
+        settings: settings of the run, shown beside its curves.
 
     Raises:
-        ValueError: for another name.
-        ImportError: for a package that is not installed.
+        ValueError: for an unknown name in `to`.
+        ImportError: if a package is not installed.
     """
 
     to: tuple[str, ...] = ()
@@ -51,23 +51,24 @@ class Reporting:
 
 @runtime_checkable
 class Report(Protocol):
-    """Takes the numbers of steps."""
+    """An open report, which takes the numbers of steps."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Those of a step."""
+        """Reports the numbers of a step."""
 
     def close(self, *, failed: bool) -> None:
-        """The run is over."""
+        """Ends the report."""
 
 
 def open_reports(
     reporting: Reporting, folder: str | os.PathLike | None, *, first: int
 ) -> list[Report]:
-    """Those that are asked for.
+    """Opens the reports in `reporting.to`.
 
     Args:
-        folder: of the run's log, where the names of its runs elsewhere are kept; None forgets them.
-        first: the step that the run goes on behind.
+        folder: folder of the run's log, where the services' ids of the run are kept; None does not
+            keep them.
+        first: number of steps that are done already.
     """
     opened: list[Report] = []
     for name in reporting.to:
@@ -77,7 +78,7 @@ def open_reports(
 
 
 class _Ids:
-    """The id of this run in one of the packages."""
+    """The id of this run in one of the services."""
 
     def __init__(self, folder: pathlib.Path | None, name: str):
         self.folder, self._name = folder, name
@@ -96,7 +97,7 @@ class _Ids:
 
 class _TensorBoard:
     def __init__(self, reporting: Reporting, ids: _Ids, first: int):
-        # Files are named by the second: a run that goes on at once must not replace its own file.
+        # File names have seconds: a run that resumes at once must not replace its own file.
         suffix = f".{uuid.uuid4().hex}"
         writer = _package("tensorboard").SummaryWriter
         self._board = writer(str(ids.folder), purge_step=first + 1, filename_suffix=suffix)
@@ -110,7 +111,7 @@ class _TensorBoard:
 
 
 class _WandB:
-    """Steps that are computed anew are dropped there: their numbers are those of before."""
+    """W&B drops steps that a resumed run computes again; their numbers are the same."""
 
     def __init__(self, reporting: Reporting, ids: _Ids, first: int):
         known, where = ids.get(), ids.folder and str(ids.folder)

@@ -1,4 +1,4 @@
-"""How well vectors find what belongs to a text, among all texts that are there.
+"""Retrieval scores of embeddings: how well a text's vector finds the texts that belong to it.
 
 Axes: B batch (of queries), O rows (of documents), D model width.
 """
@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 
 from lsg_flax.training.scores import Scores
 
-CUT = 10  # how many of the documents that are found count
-_AT_ONCE = 256  # queries whose scores are held together
+CUT = 10  # found documents that count
+_AT_ONCE = 256  # queries that are scored together
 
 
 def retrieval_scores(
@@ -21,23 +21,25 @@ def retrieval_scores(
     *,
     scale: float,
 ) -> Scores:
-    """`recall@1`, `recall@10`: the share of a query's documents among the first ones; `mrr@10`, the
-    reciprocal rank of the first of them; `ndcg@10`, their discounted gain, 1 / log2(rank + 1), over
-    the best one there could be; means over the queries. Documents are ordered by cosine; of equal
-    ones the earlier comes first.
+    """Returns retrieval scores and a loss, as means over the queries.
+
+    `recall@1` and `recall@10` are the share of a query's documents among the first 1 or 10;
+    `mrr@10` is the reciprocal rank of the first of its documents; `ndcg@10` is their discounted
+    gain, 1 / log2(rank + 1), divided by the best possible one. Documents are ordered by cosine; of
+    equal ones the earlier comes first. `loss` is -log softmax(scale * cosine) of a document that
+    belongs to the query, among it and all that do not, as a mean over such pairs.
 
     Args:
-        relevant: of each query the places of its documents, at least one.
-        scale: of the cosines in `loss`, which is -log softmax of a document that belongs to the
-            query among it and all that do not, a mean over such pairs.
+        relevant: for each query the indices of its documents, at least one.
+        scale: factor of the cosines in `loss`.
 
     Raises:
-        ValueError: without queries, or for one without documents.
+        ValueError: if there are no queries, or a query has no documents.
     """
     if not len(queries) or not all(relevant):
         raise ValueError(
             f"there are {len(queries)} queries, {sum(not of for of in relevant)} of them without a "
-            "document; retrieval needs a text with a positive."
+            "document; retrieval needs queries that each have a positive."
         )
     queries, documents = (v / np.maximum(_norm(v), 1e-12) for v in (queries, documents))
     losses: list[float] = []
@@ -51,7 +53,7 @@ def retrieval_scores(
 
 
 def _of_ranks(found: Int[np.ndarray, "B O"], relevant: Sequence[Sequence[int]]) -> Scores:
-    """Of the first documents for each query, the best one first."""
+    """Returns the scores of the first documents found for each query, the best one first."""
     hits = np.zeros((len(found), CUT), bool)
     for place, own in enumerate(relevant):
         hits[place, : found.shape[1]] = np.isin(found[place], np.asarray(own))

@@ -1,4 +1,4 @@
-"""Scores of answers against labels, as functions of numpy arrays.
+"""Scores of predictions against labels, as functions of numpy arrays.
 
 Axes: O rows of all batches, Y labels.
 """
@@ -22,8 +22,8 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"')\]”’])\s+")
 
 
 def classification_scores(predicted: Int[np.ndarray, "O"], labels: Int[np.ndarray, "O"]) -> Scores:
-    """`accuracy`, and `macro_f1`: the mean F1 of the classes that occur among the labels or the
-    predictions (scikit-learn's). Labels of -100 do not count.
+    """Returns `accuracy` and `macro_f1`, the mean F1 of the classes that occur among the labels or
+    the predictions (as in scikit-learn). Labels of -100 do not count.
 
     Raises:
         ValueError: if no label counts.
@@ -39,8 +39,8 @@ def classification_scores(predicted: Int[np.ndarray, "O"], labels: Int[np.ndarra
 def multi_label_scores(
     predicted: Bool[np.ndarray, "O Y"], labels: Num[np.ndarray, "O Y"]
 ) -> Scores:
-    """`micro_f1` over all decisions together, `macro_f1` over the labels that occur or are
-    predicted, and `accuracy`: how many rows are right in whole.
+    """Returns `micro_f1` over all decisions together, `macro_f1` over the labels that occur or are
+    predicted, and `accuracy`, the share of rows whose labels are all right.
 
     Raises:
         ValueError: if there are no rows.
@@ -57,7 +57,7 @@ def multi_label_scores(
 
 
 def regression_scores(predicted: Num[np.ndarray, "*O"], labels: Num[np.ndarray, "*O"]) -> Scores:
-    """`mse`, and `pearson`, Pearson's correlation (0 where one side is constant).
+    """Returns `mse` and `pearson`, Pearson's correlation (0 if one side is constant).
 
     Raises:
         ValueError: if there are no rows.
@@ -71,11 +71,11 @@ def regression_scores(predicted: Num[np.ndarray, "*O"], labels: Num[np.ndarray, 
 
 
 def entity_scores(predicted: Sequence[Sequence[str]], labels: Sequence[Sequence[str]]) -> Scores:
-    """`precision`, `recall` and `f1` of whole entities, and `accuracy` of tags, by seqeval (as
-    CoNLL's script).
+    """Returns `precision`, `recall` and `f1` of whole entities, and `accuracy` of tags, computed by
+    seqeval (as CoNLL's script does).
 
     Args:
-        predicted, labels: per text the tags of its words, such as "B-PER", "I-PER", "O".
+        predicted, labels: for each text the tags of its words, such as "B-PER", "I-PER", "O".
 
     Raises:
         ImportError: if seqeval is not installed.
@@ -99,12 +99,12 @@ def entity_scores(predicted: Sequence[Sequence[str]], labels: Sequence[Sequence[
 
 
 def answer_scores(predicted: Sequence[str], answers: Sequence[Sequence[str]]) -> Scores:
-    """`exact_match` and `f1` of answers in words, as SQuAD defines them: without case, punctuation
-    and articles, against whichever right answer fits best. A question without answers is answered
-    rightly by "".
+    """Returns `exact_match` and `f1` of answers in words, as SQuAD defines them: case, punctuation
+    and articles are ignored, and the best-fitting right answer counts. For a question without
+    answers the right answer is "".
 
     Args:
-        answers: per question all right ones.
+        answers: for each question all right answers.
 
     Raises:
         ValueError: if there are no questions.
@@ -113,14 +113,14 @@ def answer_scores(predicted: Sequence[str], answers: Sequence[Sequence[str]]) ->
     exact, overlap = [], []
     for given, right in zip(predicted, answers, strict=True):
         words = _words(given)
-        truths = [_words(answer) for answer in right] or [[]]
+        truths = [truth for answer in right if (truth := _words(answer))] or [[]]
         exact.append(max(words == truth for truth in truths))
         overlap.append(max(_word_f1(words, truth) for truth in truths))
     return {"exact_match": float(np.mean(exact)), "f1": float(np.mean(overlap))}
 
 
 def make_rouge_scorer() -> Any:
-    """What `rouge_scores` scores with.
+    """Returns rouge-score's scorer, as `rouge_scores` uses it.
 
     Raises:
         ImportError: if rouge-score is not installed.
@@ -135,10 +135,10 @@ def make_rouge_scorer() -> Any:
 
 
 def rouge_scores(written: Sequence[str], references: Sequence[str]) -> Scores:
-    """`rouge1`, `rouge2`, `rougeL` and `rougeLsum`, from 0 to 1: means over the texts of the F1
-    that rouge-score gives with its stemmer, which reads a-z and 0-9 alone. For `rougeLsum` a
-    sentence ends with its line, and where white space follows ".", "!" or "?", or one of these and
-    a closing quote or bracket.
+    """Returns `rouge1`, `rouge2`, `rougeL` and `rougeLsum`, from 0 to 1: means over the texts of
+    the F1 of rouge-score with its stemmer, which reads only a-z and 0-9. For `rougeLsum` a sentence
+    ends at the end of a line, and at white space after ".", "!" or "?", with or without a closing
+    quote or bracket.
 
     Raises:
         ImportError: if rouge-score is not installed.
@@ -153,10 +153,10 @@ def rouge_scores(written: Sequence[str], references: Sequence[str]) -> Scores:
 
 
 def span_scores(predicted: Int[np.ndarray, "O 2"], labels: Int[np.ndarray, "O 2"]) -> Scores:
-    """`exact_match` and `f1` of answers as tokens: first and last place, of rows that have one.
+    """Returns `exact_match` and `f1` of answers given by their first and last token.
 
     Args:
-        labels: rows with a place below 0 do not count.
+        labels: positions of the right answers; rows with a position below 0 do not count.
 
     Raises:
         ValueError: if no row has an answer.
@@ -174,7 +174,7 @@ def span_scores(predicted: Int[np.ndarray, "O 2"], labels: Int[np.ndarray, "O 2"
 
 
 def perplexity(loss: float) -> float:
-    """exp of the mean loss per token; infinity where that is beyond float."""
+    """Returns exp(mean loss per token); infinity if that is too large for a float."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
@@ -190,7 +190,7 @@ def _need_rows(count: int) -> None:
 
 
 def _f1(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Of each row of decisions; 0 where there is nothing."""
+    """Returns the F1 of each row of decisions; 0 for a row without any positive one."""
     right = (predicted & truth).sum(axis=1)
     return 2 * right / np.maximum(predicted.sum(axis=1) + truth.sum(axis=1), 1)
 

@@ -1,5 +1,5 @@
-"""What a fine-tuning run is told: one dataclass whose fields are the keys of a YAML file and the
-flags of `lsg-flax train`. Every field says what it means where it stands."""
+"""Settings of a fine-tuning run: one dataclass whose fields are the keys of a YAML file and the
+flags of `lsg-flax train`. The help text of each field stands beside it."""
 
 import dataclasses
 import pathlib
@@ -31,8 +31,8 @@ from lsg_flax.training.states import BestMode, Saving
 Precision = Literal["float32", "bfloat16"]
 Words = str | tuple[str, ...]
 
-# Fields that change where and how a run works, and not what it computes: a run may be continued
-# with others. The data is known by its contents.
+# Fields that change where and how a run works, but not what it computes: a run may be resumed with
+# other values. Data is compared by its contents.
 _MAY_CHANGE = (
     *("output", "cache", "train_data", "eval_data", "devices", "mesh", "evaluate_every"),
     *("eval_batch_size", "save_every", "keep", "best", "tensorboard", "remat"),
@@ -40,7 +40,7 @@ _MAY_CHANGE = (
     *("predict_with_generate", "generation", "generation_rows"),
     *("early_stopping_patience", "early_stopping_threshold", "report_to", "run_name"),
 )
-# Fields for texts to write. Like those below they came later: runs that are older have none.
+# Fields of tasks that write texts. Like those below they were added later: older runs lack them.
 _FOR_TARGETS = ("max_target_length", "target_buckets", "src_lang", "tgt_lang")
 _LATER = (
     *(*_FOR_TARGETS, "label_smoothing", "class_weights", "layerwise_lr_decay", "ema_decay"),
@@ -48,8 +48,8 @@ _LATER = (
 )
 _LOWER_IS_BETTER = ("eval_loss", "eval_mse", "eval_perplexity")
 _EPOCHS = 3
-LARGEST_SEED = 2**32 - 1  # JAX would drop what is beyond without a word
-_LARGEST = 2**31 - 1  # of a count on the device
+LARGEST_SEED = 2**32 - 1  # JAX would silently drop higher bits
+_LARGEST = 2**31 - 1  # counts are int32 on the device
 _LEAST = {
     1: (
         *("steps", "epochs", "batch_size", "accumulate", "max_length", "devices"),
@@ -58,61 +58,66 @@ _LEAST = {
     ),
     0: ("stride", "learning_rate", "weight_decay", "max_grad_norm", "early_stopping_threshold"),
 }
-# How texts are written to be scored: whether, and what else is said of it. A row has one text.
+# Fields that say whether and how texts are generated to be scored, one text per row.
 _WRITTEN = ("predict_with_generate", "generation", "generation_rows")
 _OPTIONS = [name for name in OPTION_NAMES if name != "num_return_sequences"]
 _LSG_HINTS: dict[str, Any] = typing.get_type_hints(LSGConfig)
 
 
 def trained_tasks() -> tuple[str, ...]:
-    """The tasks that are trained from files: those whose rows can be read."""
+    """Returns the tasks that can be trained from files: those whose rows can be read."""
     return tuple(name for name, task in TASKS.items() if task.is_trained and task.examples)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(Refinements, EmbeddingSettings):
-    """A fine-tuning run; what each field means stands beside it and in `lsg-flax train --help`.
+    """Settings of a fine-tuning run; the help text beside each field is also in
+    `lsg-flax train --help`.
 
-    A value may be what YAML makes of it: a list for a tuple, "1e-4" for a number.
+    Values may have the types that YAML gives: a list for a tuple, "1e-4" for a number.
 
     Raises:
         ValueError: for a value that is not allowed, and for values that exclude each other.
     """
 
-    model: Annotated[str, of_model("folder with tokenizer, or id on the Hugging Face hub")]
+    model: Annotated[str, of_model("folder with model and tokenizer, or Hugging Face hub id")]
     train_data: Annotated[
         Words,
         of_data(".jsonl, .csv, .parquet or .txt files, a folder, a pattern, or a dataset's name"),
     ]
     output: Annotated[
-        str, of_run("folder for the model, checkpoints/ and log/; to resume, run again")
+        str, of_run("folder for the model, checkpoints/ and log/; run again to resume")
     ]
-    task: Annotated[str, of_model("what the model learns", choices=trained_tasks)]
+    task: Annotated[str, of_model("task that the model is trained for", choices=trained_tasks)]
 
-    eval_data: Annotated[Words | None, of_data("held-out data, as --train-data")] = None
-    subset: Annotated[str | None, of_data("of a dataset: second argument of load_dataset")] = None
-    train_split: Annotated[str, of_data("of a dataset, for training")] = "train"
-    eval_split: Annotated[str, of_data("of a dataset, for evaluation")] = "validation"
+    eval_data: Annotated[Words | None, of_data("held-out data, given as --train-data")] = None
+    subset: Annotated[str | None, of_data("subset (configuration) of a hub dataset")] = None
+    train_split: Annotated[str, of_data("split of a hub dataset, for training")] = "train"
+    eval_split: Annotated[str, of_data("split of a hub dataset, for evaluation")] = "validation"
     columns: Annotated[
-        dict[str, str], of_data("what columns are called, such as text=body", "their usual names")
+        dict[str, str], of_data("names of the columns, such as text=body", "their usual names")
     ] = dataclasses.field(default_factory=dict)
     labels: Annotated[
         tuple[str, ...] | None,
-        of_data("names in the order of their numbers", "those in the data, sorted"),
+        of_data("names of the labels, in the order of their ids", "those in the data, sorted"),
     ] = None
-    problem_type: Annotated[ProblemType, of_data("of sequence_classification")] = (
+    problem_type: Annotated[ProblemType, of_data("kind of sequence_classification")] = (
         "single_label_classification"
     )
     max_length: Annotated[
-        int | None, of_data("tokens of a row", "what the model was trained at, or reads")
+        int | None,
+        of_data("most tokens of a row; longer texts are truncated", "the model's own limit"),
     ] = None
     buckets: Annotated[
         tuple[int, ...] | None,
-        of_data("lengths of rows, with --packing one", "powers of two from 512, --max-length"),
+        of_data(
+            "lengths that rows are padded to; one with --packing",
+            "powers of two from 512, --max-length",
+        ),
     ] = None
     max_target_length: Annotated[
         int | None,
-        of_data("conditional_generation: tokens of a target", "what the model's decoder reads"),
+        of_data("conditional_generation: most tokens of a target", "what the decoder reads"),
     ] = None
     target_buckets: Annotated[
         tuple[int, ...] | None,
@@ -122,90 +127,98 @@ class Settings(Refinements, EmbeddingSettings):
         str | None, of_data("language of the texts, such as mBART's en_XX", "the tokenizer's")
     ] = None
     tgt_lang: Annotated[str | None, of_data("language of the targets", "the tokenizer's")] = None
-    packing: Annotated[bool, of_data("several texts, kept apart, in each row")] = False
-    stride: Annotated[int, of_data("question_answering: tokens that windows share")] = 128
+    packing: Annotated[
+        bool, of_data("pack several texts into each row; they do not see each other")
+    ] = False
+    stride: Annotated[int, of_data("question_answering: tokens that consecutive windows share")] = (
+        128
+    )
     pack: Annotated[bool, of_data("language models: join texts to rows of --max-length")] = True
-    text_unit: Annotated[TextUnit, of_data("what is a text in .txt files")] = "line"
-    on_error: Annotated[OnError, of_data("what a broken row does")] = "raise"
+    text_unit: Annotated[TextUnit, of_data("what counts as one text in .txt files")] = "line"
+    on_error: Annotated[OnError, of_data("what to do with a broken row")] = "raise"
     cache: Annotated[
-        str | None, of_data("folder that keeps tokens", "lsg_flax in the user's cache")
+        str | None, of_data("folder that keeps tokenized data", "lsg_flax in the user's cache")
     ] = None
 
-    convert: Annotated[bool, of_model("give it LSG attention and --max-length positions first")] = (
-        False
-    )
+    convert: Annotated[
+        bool, of_model("first convert the model to LSG attention and --max-length positions")
+    ] = False
     lsg: Annotated[
-        dict[str, Any], of_model("attention pattern, such as num_global_tokens=7", "the model's")
+        dict[str, Any], of_model("LSG attention, such as num_global_tokens=7", "the model's")
     ] = dataclasses.field(default_factory=dict)
-    dtype: Annotated[Precision, of_model("of the computation; parameters are float32")] = "float32"
+    dtype: Annotated[Precision, of_model("dtype of the computation; parameters are float32")] = (
+        "float32"
+    )
     remat: Annotated[Remat, of_model("what the backward pass recomputes to save memory")] = "none"
 
     epochs: Annotated[
-        int | None, of_training("passes over the data", f"{_EPOCHS}, or what --steps says")
+        int | None, of_training("passes over the data", f"{_EPOCHS}, unless --steps is given")
     ] = None
-    steps: Annotated[int | None, of_training("optimizer steps, in place of --epochs")] = None
+    steps: Annotated[int | None, of_training("optimizer steps, instead of --epochs")] = None
     batch_size: Annotated[int, of_training("rows per step, over all devices and microbatches")] = 8
-    accumulate: Annotated[int, of_training("microbatches that the rows of a step are cut into")] = 1
-    learning_rate: Annotated[float, of_training("peak learning rate, which warmup rises to")] = 5e-5
-    schedule: Annotated[Schedule, of_training("of the learning rate, after warmup")] = "linear"
+    accumulate: Annotated[int, of_training("microbatches that a step's rows are split into")] = 1
+    learning_rate: Annotated[float, of_training("peak learning rate, reached after warmup")] = 5e-5
+    schedule: Annotated[Schedule, of_training("learning rate after warmup")] = "linear"
     warmup: Annotated[float, of_training("share of the steps in which the rate rises")] = 0.1
-    weight_decay: Annotated[float, of_training("of AdamW; not for biases and LayerNorms")] = 0.01
+    weight_decay: Annotated[
+        float, of_training("weight decay of AdamW; biases and LayerNorms have none")
+    ] = 0.01
     label_smoothing: Annotated[
-        float, of_training("share of each label that goes to all classes evenly")
+        float, of_training("share of each label that is spread evenly over all classes")
     ] = 0.0
-    max_grad_norm: Annotated[float | None, of_training("gradients are clipped to it")] = 1.0
-    train_only: Annotated[Trained, of_training("which parameters learn")] = "all"
+    max_grad_norm: Annotated[float | None, of_training("gradients are clipped to this norm")] = 1.0
+    train_only: Annotated[Trained, of_training("which parameters are trained")] = "all"
     frozen: Annotated[
         str | None,
-        of_training("regular expression of parameters that do not, in place of --train-only"),
+        of_training("regular expression of parameters to freeze, instead of --train-only"),
     ] = None
-    seed: Annotated[int, of_training("of dropout and of the order of the data")] = 0
+    seed: Annotated[int, of_training("seed of dropout and of the order of the data")] = 0
 
     mesh: Annotated[
-        dict[str, int], of_devices(f"devices along {', '.join(AXES)}", "all along data")
+        dict[str, int], of_devices(f"devices along the axes {', '.join(AXES)}", "all along data")
     ] = dataclasses.field(default_factory=dict)
     devices: Annotated[int | None, of_devices("use the first N devices", "all")] = None
 
-    evaluate_every: Annotated[
-        int | None, of_run("steps between evaluations", "those of an epoch")
+    evaluate_every: Annotated[int | None, of_run("steps between evaluations", "one epoch")] = None
+    eval_batch_size: Annotated[
+        int | None, of_run("rows per batch of evaluation", "those of a microbatch")
     ] = None
-    eval_batch_size: Annotated[int | None, of_run("rows at once", "those of a microbatch")] = None
     save_every: Annotated[
         int | None, of_run("steps between checkpoints", "as --evaluate-every")
     ] = None
-    keep: Annotated[int, of_run("how many of the last checkpoints stay")] = 2
+    keep: Annotated[int, of_run("how many of the last checkpoints to keep")] = 2
     best: Annotated[
         str | None,
-        of_run("score whose best model goes to OUTPUT/best", "eval_loss with --eval-data"),
+        of_run("score that chooses the model in OUTPUT/best", "eval_loss with --eval-data"),
     ] = None
     predict_with_generate: Annotated[
-        bool, of_run("conditional_generation: score what the model writes for --eval-data by ROUGE")
+        bool, of_run("conditional_generation: score generated texts for --eval-data by ROUGE")
     ] = False
     generation: Annotated[
         dict[str, Any],
-        of_run("how it is written: options of generate, such as num_beams=4", "the checkpoint's"),
+        of_run("options of generate for these texts, such as num_beams=4", "the checkpoint's"),
     ] = dataclasses.field(default_factory=dict)
     generation_rows: Annotated[
-        int | None, of_run("it is written for the first N rows of --eval-data", "all")
+        int | None, of_run("generate only for the first N rows of --eval-data", "all")
     ] = None
     log_every: Annotated[
         int | None,
         of_run(
             "steps between lines of progress: loss, tokens/s, time left, memory",
-            "one every ten seconds, where there is no terminal",
+            "a line every ten seconds if there is no terminal",
         ),
     ] = None
     picture: Annotated[
-        bool, of_run("draw loss, scores, learning rate and lengths: OUTPUT/log/run.png")
+        bool, of_run("draw loss, scores, learning rate and lengths to OUTPUT/log/run.png")
     ] = True
     push_to_hub: Annotated[
-        str | None, of_run("repository of the hub, such as me/areas, that gets the best model")
+        str | None, of_run("hub repository, such as me/areas, to push the best model to")
     ] = None
-    tensorboard: Annotated[bool, of_run("write event files to OUTPUT/log too")] = False
+    tensorboard: Annotated[bool, of_run("write TensorBoard files to OUTPUT/log too")] = False
 
     @classmethod
     def for_data(cls, *, model: str, task: str, data: Words, **given: Any) -> "Settings":
-        """Settings to read `data` for a model that is there; nothing is trained or written."""
+        """Returns settings to read `data` for a given model; nothing is trained or written."""
         places: dict[str, Any] = {"train_data": data, "eval_data": data, "output": "."}
         return cls(model=model, task=task, **coerced_values(places | given))
 
@@ -219,20 +232,20 @@ class Settings(Refinements, EmbeddingSettings):
         self._check_pattern()
         self._check_choices()
         if self.packing:
-            check_packed(self.task, self.problem_type, self.mesh.get("sequence", 1))
+            check_packed(self.task, self.mesh.get("sequence", 1))
         self._check_evaluation()
         self._check_targets()
         self._check_embedding()
         self.data_options(self.max_length or 1, None, token_type_ids=False)
 
     def _check_pattern(self) -> None:
-        """Each value by itself; whether they fit together, the model's pattern decides."""
+        """Checks each value of `lsg` on its own; whether they fit together depends on the model."""
         check_names("lsg", self.lsg, list(_LSG_HINTS))
         plain = LSGConfig(sparse_block_size=0, sparsity_factor=0)
         for name, value in self.lsg.items():
             if (name, value) != ("sparsity_type", None):  # which stands for "none"
                 coerced(f"lsg.{name}", value, _LSG_HINTS[name])
-            if name != "sparsity_factor":  # fits a block size or does not
+            if name != "sparsity_factor":  # its check needs the model's block size
                 dataclasses.replace(plain, **{name: value})
 
     def _check_numbers(self) -> None:
@@ -251,8 +264,8 @@ class Settings(Refinements, EmbeddingSettings):
                 raise ValueError(f"{name}={list(lengths)} must be lengths of at least 1.")
         if self.max_grad_norm == 0:
             raise ValueError(
-                "max_grad_norm=0 would clip every gradient to nothing; give a positive number, or "
-                "null in a YAML file to clip none."
+                "max_grad_norm=0 would clip every gradient to 0; give a positive number, or null "
+                "in a YAML file to turn clipping off."
             )
 
     def _check_choices(self) -> None:
@@ -263,7 +276,7 @@ class Settings(Refinements, EmbeddingSettings):
                 re.compile(self.frozen)
             except re.error as error:
                 raise ValueError(
-                    f"frozen={self.frozen!r} is no regular expression: {error}."
+                    f"frozen={self.frozen!r} is not a regular expression: {error}."
                 ) from error
         if self.push_to_hub is not None:
             check_repository(self.push_to_hub)
@@ -275,17 +288,22 @@ class Settings(Refinements, EmbeddingSettings):
             )
         if self.batch_size % self.accumulate:
             raise ValueError(
-                f"batch_size={self.batch_size} is no multiple of accumulate={self.accumulate}, the "
-                "microbatches that it is cut into."
+                f"batch_size={self.batch_size} must be a multiple of accumulate={self.accumulate}, "
+                "the number of microbatches that it is split into."
             )
         if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup={self.warmup} is a share of the steps, from 0 to below 1.")
+            raise ValueError(
+                f"warmup={self.warmup} must be a share of the steps, at least 0 and below 1."
+            )
 
     def _check_evaluation(self) -> None:
         if self.eval_data is None:
             for name in ("best", "evaluate_every", "eval_batch_size"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"{name}={getattr(self, name)!r} needs eval_data.")
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} needs eval_data; give eval_data, or leave "
+                        f"{name} out."
+                    )
             return
         task, scorer = TASKS[self.task], TASKS[self.task].scorer_for(self.problem_type)
         kind = self.problem_type if task.scorer == "problem_type" else self.task
@@ -297,60 +315,60 @@ class Settings(Refinements, EmbeddingSettings):
             more = {f"eval_{name}" for name in ROUGE if self.writes_targets}
             hint = "; ROUGE needs predict_with_generate" if self.best in more else ""
             raise ValueError(
-                f"best={self.best!r} is none of the scores of {kind}: {', '.join(known)}{hint}."
+                f"best={self.best!r} must be one of the scores of {kind}: {', '.join(known)}{hint}."
             )
         if self.save_every and (self.evaluate_every or self.save_every) % self.save_every:
             raise ValueError(
                 f"evaluate_every={self.evaluate_every} must be a multiple of save_every="
-                f"{self.save_every}: only a model that is saved can turn out to be the best."
+                f"{self.save_every}: only a saved model can become the best one."
             )
 
     def _check_targets(self) -> None:
-        """What is for tasks with texts to write, and what scores such texts."""
+        """Checks what is only for tasks that write texts, how these are scored, and refinements."""
         given = [name for name in _FOR_TARGETS if getattr(self, name) is not None]
         given += [name for name in _WRITTEN if getattr(self, name)]
         if given and not self.writes_targets:
             raise ValueError(
-                f"{given[0]}={getattr(self, given[0])!r} is for tasks with a text to write, not "
-                f"{self.task}; leave it out."
+                f"{given[0]}={getattr(self, given[0])!r} is for tasks that write texts, such as "
+                f"conditional_generation, not {self.task}; leave it out."
             )
         check_names("generation", self.generation, _OPTIONS)
         for name in _WRITTEN[1:]:
             if getattr(self, name) and not self.predict_with_generate:
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} says how texts are written for eval_data; "
-                    "set predict_with_generate too."
+                    f"{name}={getattr(self, name)!r} is for texts that are generated for "
+                    "eval_data; set predict_with_generate too."
                 )
         if self.predict_with_generate and self.eval_data is None:
-            raise ValueError("predict_with_generate=True needs eval_data to write texts for.")
+            raise ValueError("predict_with_generate=True needs eval_data; give eval_data too.")
         targets, named_labels = TASKS[self.task].targets, TASKS[self.task].named_labels
         smoothed = bool(targets) and all(smooths(t, self.problem_type) for t in targets)
         named, evaluates = smoothed and named_labels, self.eval_data is not None
         self.check_refinements(self.frozen, has_classes=named, evaluates=evaluates)
         if not 0 <= self.label_smoothing < 1 or (self.label_smoothing and not smoothed):
             raise ValueError(
-                f"label_smoothing={self.label_smoothing} must be from 0 to below 1, and 0 for "
-                f"labels that are no classes, as those of {self.task} may be."
+                f"label_smoothing={self.label_smoothing} must be at least 0 and below 1, and 0 for "
+                f"labels that are not classes, as those of {self.task} may be."
             )
 
     @property
     def writes_targets(self) -> bool:
-        """Whether the task has texts to write."""
+        """Whether the task writes texts, such as summaries."""
         return TASKS[self.task].examples == "text_to_text"
 
     @property
     def ladder(self) -> tuple[int, ...] | None:
-        """The lengths that rows of one text are padded to."""
+        """The lengths that rows of one text each are padded to; None with packing."""
         return None if self.packing else self.buckets
 
     @property
     def microbatch_size(self) -> int:
-        """Rows that go through the model at once."""
+        """Number of rows that go through the model at once."""
         return self.batch_size // self.accumulate
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What makes a run this run: it can be continued only with the same."""
+        """The settings that must be the same to resume a run."""
         values = dataclasses.asdict(self)
         unset = [n for n in (*_LATER, "packing", *EMBEDDING_NAMES) if not values[n]]
         return {n: value for n, value in values.items() if n not in (*_MAY_CHANGE, *unset)}
@@ -358,7 +376,7 @@ class Settings(Refinements, EmbeddingSettings):
     def data_options(
         self, length: int, labels: tuple[str, ...] | None, *, token_type_ids: bool
     ) -> DataOptions:
-        """How rows become examples of at most `length` tokens; `labels` are the model's own."""
+        """Returns how rows become examples of at most `length` tokens; `labels` are the model's."""
         names = ("task", "problem_type", "stride", "text_unit", "on_error")
         named = self.problem_type != "regression"
         return DataOptions(
@@ -373,7 +391,8 @@ class Settings(Refinements, EmbeddingSettings):
         )
 
     def optimizer(self, steps: int, unused: str | None = None) -> optax.GradientTransformation:
-        """AdamW for a run of so many steps; `unused` matches parameters that nothing reads."""
+        """Returns AdamW for a run of `steps` steps; `unused` matches parameters that nothing
+        reads, which are frozen too."""
         frozen = self.frozen or self.stays(self.train_only)
         return make_optimizer(
             self.learning_rate,
@@ -390,25 +409,25 @@ class Settings(Refinements, EmbeddingSettings):
         return {"total_steps": steps, "warmup_steps": warmup, "schedule": self.schedule}
 
     def logging(self, folder: pathlib.Path, steps: int, **more: Any) -> Logging:
-        """What a run of so many steps tells of itself, and writes to `folder`."""
+        """Returns what a run of `steps` steps shows, and logs to `folder`."""
         rates = make_schedule(self.learning_rate, **self._schedule(steps))
         options = {"every": self.log_every, "learning_rate": read_schedule(rates)} | more
         options["reporting"] = self.reporting()
         return Logging(folder, self.tensorboard, **options)
 
     def saving(self, folder: pathlib.Path, every: int, identity: dict[str, Any]) -> Saving:
-        """Saves in `folder`, each time that `every` steps are done if nothing else is said."""
+        """Returns how checkpoints are saved: every `save_every` steps, by default `every`."""
         best, mode = self.judged_by
         return Saving(folder, self.save_every or every, self.keep, best, mode, identity)
 
     @property
     def judged_by(self) -> tuple[str | None, BestMode]:
-        """The score that says which model is better, and whether "max" or "min" of it is."""
+        """The score that decides which model is best, and whether its "max" or its "min" is."""
         best = self.best or ("eval_loss" if self.eval_data is not None else None)
         return best, "min" if best in _LOWER_IS_BETTER else "max"
 
     def steps_of(self, epoch_length: Callable[[int], int]) -> int:
-        """How many steps the run has; `epoch_length` counts those of so many epochs."""
+        """Returns the number of steps of the run; `epoch_length` counts the steps of N epochs."""
         return self.steps or epoch_length(self.epochs or _EPOCHS)
 
 
@@ -420,6 +439,6 @@ REQUIRED = tuple(
 
 
 def coerced_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by the names of `Settings`, of the types that those have; raises ValueError."""
+    """Returns values, by the names of `Settings`, in the types of its fields; raises ValueError."""
     hints = typing.get_type_hints(Settings)
     return {name: coerced(name, value, hints[name]) for name, value in values.items()}

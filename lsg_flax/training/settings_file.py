@@ -1,4 +1,4 @@
-"""Settings of a run from a YAML file, and from what is given beside it."""
+"""Reads the settings of a run from a YAML file and from values that override it."""
 
 import dataclasses
 import os
@@ -13,16 +13,16 @@ from lsg_flax.training.settings import REQUIRED, Settings, coerced_values
 def read_settings(
     file: str | os.PathLike | None, given: Mapping[str, Any] | None = None
 ) -> Settings:
-    """Settings from a YAML file, those in `given` in place of the file's; the entries of
-    mappings such as `columns` one by one.
+    """Reads settings from a YAML file; values in `given` override those of the file. Mappings such
+    as `columns` are overridden entry by entry.
 
     Args:
-        file: None takes `given` alone.
+        file: the YAML file; None uses only `given`.
         given: values by the names of `Settings`.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for a file that is no YAML mapping, unknown or missing names, and as
+        ValueError: if the file is not a YAML mapping, for unknown or missing names, and as
             `Settings`.
     """
     values = {} if file is None else read_yaml(pathlib.Path(file))

@@ -1,4 +1,4 @@
-"""The checkpoint that fine-tuning begins with: what it reads, and the model to train made of it."""
+"""The checkpoint that fine-tuning starts from: what it can read, and the model to train from it."""
 
 import copy
 import dataclasses
@@ -25,15 +25,15 @@ from lsg_flax.sharding import shard
 
 @dataclasses.dataclass(frozen=True)
 class SourceModel:
-    """An opened checkpoint, and what a run makes of it.
+    """An opened checkpoint, and how a run uses it.
 
     Attributes:
-        name: what the user calls it.
-        checkpoint, tokenizer: what it is.
-        task: what it is trained for.
-        length: how many a row of the run has at most.
-        converts: whether it gets LSG attention, or more positions, first.
-        sentences: how texts become vectors, where these are trained; it is saved so.
+        name: the user's name for it.
+        checkpoint, tokenizer: the opened checkpoint and its tokenizer.
+        task: the task that it is trained for.
+        length: most tokens of a row.
+        converts: whether it is first converted to LSG attention, or to more positions.
+        sentences: how texts become vectors, if embeddings are trained; saved with the model.
     """
 
     name: str
@@ -51,19 +51,19 @@ class SourceModel:
 
     @property
     def config(self) -> ModelConfig:
-        """The checkpoint's, as it is."""
+        """The config of the checkpoint, before any conversion."""
         return self.checkpoint.config
 
     @property
     def reads(self) -> int:
-        """How many tokens the model to train reads."""
+        """The most tokens that the model to train can read."""
         config = self.checkpoint.config_for(self.model_task)
         return self.length if self.converts else Model(config, self.model_task).max_length
 
     def check_globals(self) -> None:
         """Raises ValueError if there are no global tokens to train."""
         if self.config.lsg is None and not self.converts:
-            remedy = "train the head alone (train_only='head')"
+            remedy = "train only the head (train_only='head')"
             remedy += ", or set convert (--convert)" if self.config.LENGTHENS else ""
             raise ValueError(
                 f"train_only='global_tokens_and_head', but {self.name} has {self.config.attention} "
@@ -71,35 +71,36 @@ class SourceModel:
             )
 
     def check_targets(self, longest: int | None) -> None:
-        """Raises ValueError for a model that cannot learn to write texts of so many tokens."""
+        """Raises ValueError for a model that cannot write texts of `longest` tokens."""
         if longest is not None and longest > self.reads:
             raise ValueError(
                 f"max_target_length={longest}, but the decoder of {self.name} has {self.reads} "
-                "positions; give at most as many, or set convert (--convert) and a max_length as "
-                "large, which both stacks get positions for."
+                "positions; give at most that many, or set convert (--convert) and a max_length "
+                "as large: encoder and decoder then get that many positions."
             )
         model = Model(self.checkpoint.config_for(self.task), self.task)
         jax.eval_shape(model.shift_right, jax.ShapeDtypeStruct((1, 2), np.int32))
 
     def with_target_length(self, options: DataOptions) -> DataOptions:
-        """The options, with targets as long as the model reads where nothing is said of it."""
+        """Returns the options, with targets by default as long as the model can read."""
         if not options.has_target_texts or options.max_target_length is not None:
             return options
         return dataclasses.replace(options, max_target_length=self.reads)
 
     def reader(self, src_lang: str | None, tgt_lang: str | None) -> Tokenizer:
-        """A tokenizer that reads texts and targets as of these languages, by default its own.
+        """Returns a tokenizer with the languages of texts and targets set; by default its own.
 
         Raises:
-            ValueError: for languages that the tokenizer does not know, or cannot do without.
+            ValueError: for languages that the tokenizer does not know, or if it needs languages
+                that are not given.
         """
         given = {"src_lang": src_lang, "tgt_lang": tgt_lang}
-        tokenizer = copy.deepcopy(self.tokenizer)  # which is saved as it is
+        tokenizer = copy.deepcopy(self.tokenizer)  # the original is saved unchanged
         if not hasattr(tokenizer, "src_lang"):
             if any(given.values()):
                 raise ValueError(
                     f"src_lang={src_lang!r}, tgt_lang={tgt_lang!r}: the tokenizer of {self.name} "
-                    "tells no languages apart; leave them out."
+                    "does not know languages; leave them out."
                 )
             return tokenizer
         given = {name: code or getattr(tokenizer, name, None) for name, code in given.items()}
@@ -123,7 +124,8 @@ class SourceModel:
 
     @property
     def labels(self) -> tuple[str, ...] | None:
-        """Of a head that is trained further, if it has names: their order is the head's."""
+        """The labels of a head that is trained further, in the head's order; None if the head is
+        new or its labels have no names."""
         labels, trained = self.config.labels, self.checkpoint.head == self.task
         unnamed = all(label == f"LABEL_{number}" for number, label in enumerate(labels))
         named = TASKS[self.task].named_labels
@@ -136,13 +138,13 @@ class SourceModel:
         dtype: DTypeLike,
         mesh: Mesh | None,
     ) -> tuple[Model, Params]:
-        """The model to train.
+        """Loads the model to train and its parameters.
 
         Args:
             overrides: fields of the config, such as the labels of the head.
             pattern: fields of `LSGConfig`.
-            dtype: of the computation.
-            mesh: where the parameters come to lie.
+            dtype: dtype of the computation.
+            mesh: mesh to shard the parameters over.
         """
         if not self.converts:
             options = {"dtype": dtype, "mesh": mesh} | overrides | pattern
@@ -154,18 +156,19 @@ class SourceModel:
 
 
 def open_source(name: str, task: str, max_length: int | None, *, convert: bool) -> SourceModel:
-    """Opens a checkpoint; its weights are not read yet.
+    """Opens a checkpoint without reading its weights.
 
     Args:
         name: folder or hub id.
-        max_length: tokens of a row; None takes what it reads, or will read: at most the tokenizer's
-            `model_max_length`, which says at how many tokens it was trained.
-        convert: make it LSG, and long enough, first.
+        max_length: most tokens of a row; None takes the tokenizer's `model_max_length` (the length
+            that the model was trained at), at most what the model reads; with `convert`, a model
+            without LSG attention gets 4096.
+        convert: first convert it to LSG attention and enough positions.
 
     Raises:
-        FileNotFoundError: if there is none.
-        ValueError: for a task that it has no head for, a length that it does not read, or if it has
-            no tokenizer.
+        FileNotFoundError: if there is no such checkpoint.
+        ValueError: for a task that the model has no head for or a length that it cannot read, or if
+            it has no tokenizer.
     """
     checkpoint = open_checkpoint(name)
     config = checkpoint.config
@@ -175,9 +178,9 @@ def open_source(name: str, task: str, max_length: int | None, *, convert: bool) 
     reads, plain = model.max_length, config.lsg is None
     if learned.learned_by is None and model.task_record.examples is None:
         raise ValueError(
-            f"no rows of data are made for {task} of {config.model_type}, whose labels are not "
-            "those of other families; train it on batches of your own with "
-            "lsg_flax.training.loss_fn, or another task of "
+            f"{task} of {config.model_type} cannot be trained from files, because its labels "
+            "differ from those of other families; train it on batches of your own with "
+            "lsg_flax.training.loss_fn, or choose one of "
             f"{[n for n, head in model.family.heads.items() if head.task.examples]}."
         )
     tokenizer = checkpoint.tokenizer
@@ -194,6 +197,6 @@ def open_source(name: str, task: str, max_length: int | None, *, convert: bool) 
             f"max_length={length}, but {name} reads {reads} tokens; "
             f"{config.or_convert(f'{remedy}give at most max_length={reads}', length)}."
         )
-    tokenizer.model_max_length = length  # which others then read by default
+    tokenizer.model_max_length = length  # saved with the model: others read so much by default
     converts = convert and (plain or length > reads)
     return SourceModel(name, checkpoint, tokenizer, task, length, converts)

@@ -1,8 +1,8 @@
 """Checkpoints of a training state: Orbax writes them in the background, whole or not at all.
 
-A folder holds one subfolder per step, named by it. Beside the state a checkpoint has the place in
-the data, one entry per process, and the metrics it was judged by. `run.json` in the same folder
-holds the settings of the run, so that a resumed run is the same run.
+A folder has one subfolder per step, named by its number. Beside the state a checkpoint holds the
+position in the data (one entry per process) and the metrics of its evaluation. `run.json` in the
+same folder holds the settings of the run; they are compared when a run resumes.
 """
 
 import contextlib
@@ -31,23 +31,25 @@ class SaveError(RuntimeError):
 
 
 def check_interval(record: str, every: int | None) -> None:
-    """Raises ValueError for a number of steps that cannot lie between two calls."""
+    """Raises ValueError unless `every` is None or a whole number of steps, at least 1."""
     if every is not None and (not isinstance(every, int) or every < 1):
-        raise ValueError(f"{record}(every={every!r}): give a whole number of steps, or None.")
+        raise ValueError(
+            f"{record}(every={every!r}): give a whole number of steps of at least 1, or None."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Saving:
-    """When a run's state is saved, besides at its end, and what is kept.
+    """When a run's state is saved, besides at its end, and which checkpoints are kept.
 
     Attributes:
-        folder: of the checkpoints; it is created if need be.
-        every: steps between two.
-        keep: how many of the last checkpoints stay.
-        best: name of a metric; the checkpoint where it was best stays as well.
-        mode: whether "max" or "min" of it is best.
-        settings: of the run, nested dicts of what JSON can hold; kept in run.json, and those of a
-            run to be continued must be the same.
+        folder: folder of the checkpoints; created if needed.
+        every: steps between two checkpoints.
+        keep: how many of the last checkpoints are kept.
+        best: name of a metric; the checkpoint with its best value is kept as well.
+        mode: whether "max" or "min" of the metric is best.
+        settings: settings of the run, as nested dicts that JSON can represent. They are written to
+            run.json; a run can be resumed only with the same settings.
 
     Raises:
         ValueError: for a folder that is a file, if `keep` is not positive, or for an unknown mode.
@@ -70,7 +72,7 @@ class Saving:
 
 
 class Checkpoints:
-    """An open folder of checkpoints, to be used in a `with`: leaving it waits for the last write.
+    """An open folder of checkpoints, for use in a `with`; leaving it waits for the last write.
 
     With several processes, all of them make the same calls.
     """
@@ -79,7 +81,7 @@ class Checkpoints:
         """Opens the folder for writing.
 
         Raises:
-            PlaceTaken: if another run has it open; Orbax would delete what that one writes.
+            PlaceTaken: if another run has it open; Orbax would delete what that run writes.
         """
         self.path, self._best = pathlib.Path(saving.folder), saving.best
         with contextlib.ExitStack() as stack:
@@ -97,29 +99,30 @@ class Checkpoints:
         scores: dict[str, float] | None = None,
         waiting: Any = None,
     ) -> None:
-        """Begins to save the state as the checkpoint of its step. Returns when it is copied out of
-        the devices, so that the next step may overwrite it; a save still running is waited for.
+        """Starts saving the state as the checkpoint of its step. Waits for an earlier save, and
+        returns when the state is copied off the devices, so that the next step may overwrite it.
 
         Args:
-            data: the place in the data, anything JSON can hold; with several processes each
-                gives its own.
-            scores: of an evaluation, which `best` looks at.
-            waiting: how long a better score has been waited for, anything JSON can hold.
+            data: position in the data, any value that JSON can represent; each process passes its
+                own.
+            scores: scores of an evaluation; `best` is one of them.
+            waiting: count of early stopping, any value that JSON can represent.
 
         Raises:
-            ValueError: if the step is there already, or `best` is not among the scores.
+            ValueError: if the step already exists, or `best` is not among the scores.
             SaveError: if the save before this one, or the copying, failed.
         """
         self.wait()
         step = int(state.step)
         if step in self.steps:
             raise ValueError(
-                f"{self.path} has a checkpoint of step {step} already; continue from it, or choose "
+                f"{self.path} already has a checkpoint of step {step}; resume from it, or choose "
                 "another folder."
             )
         if self._best is not None and scores and self._best not in scores:
             raise ValueError(
-                f"best={self._best!r} is not among the metrics of evaluation: {sorted(scores)}."
+                f"best={self._best!r} is not among the metrics of the evaluation; choose one of "
+                f"{sorted(scores)}."
             )
         metrics = {name: float(value) for name, value in (scores or {}).items()} or None
         places = {"data": _of_all_processes(data)} | ({"waiting": waiting} if waiting else {})
@@ -130,7 +133,7 @@ class Checkpoints:
             )
 
     def wait(self) -> None:
-        """Returns when nothing is being written any more.
+        """Waits until nothing is being written any more.
 
         Raises:
             SaveError: if the write failed.
@@ -141,7 +144,7 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """The steps that can be restored, in order."""
+        """The steps that can be restored, in ascending order."""
         return [s.step for s in self._checkpointer.checkpoints if s.step != self._writing]
 
     @contextlib.contextmanager
@@ -153,16 +156,16 @@ class Checkpoints:
             intact = [step for step in saved_steps(self.path) if step != failed]
             raise SaveError(
                 f"the checkpoint of step {failed} could not be written to {self.path}: {error}. "
-                f"The checkpoints of steps {intact} there are intact; make room on the disk, or "
-                "mend what the message names, and run again to continue from the last one."
+                f"The checkpoints of steps {intact} there are intact; free disk space, or repair "
+                "what the message says, and run again to resume from the last one."
             ) from error
 
     def close(self) -> None:
-        """Waits for the last write and lets go of the folder."""
+        """Waits for the last write and releases the folder."""
         try:
             self.wait()
         finally:
-            with self._lock, contextlib.suppress(Exception):  # has been raised by `wait`
+            with self._lock, contextlib.suppress(Exception):  # `wait` has already raised it
                 self._checkpointer.close()
 
     def __enter__(self) -> "Checkpoints":
@@ -171,14 +174,14 @@ class Checkpoints:
     def __exit__(self, kind, error, trace) -> None:
         if error is None:
             return self.close()
-        with contextlib.suppress(SaveError):  # the error that is on its way matters more
+        with contextlib.suppress(SaveError):  # the error that is being raised matters more
             self.close()
 
 
 @contextlib.contextmanager
 def locked_for_run(folder: pathlib.Path) -> Iterator[None]:
-    """The folder is this run's alone: the first of its processes has the lock, and all of them stop
-    if another run has it.
+    """Locks a folder for this run, inside a `with`: its first process holds the lock, and all of
+    its processes fail if another run holds it.
 
     Raises:
         OSError: as `locks.locked`.
@@ -200,11 +203,11 @@ def locked_for_run(folder: pathlib.Path) -> Iterator[None]:
 
 
 def save_state(path: str | os.PathLike, state: Any, *, keep: int = 3, data: Any = None) -> None:
-    """Saves the state under `path`/<its step> and returns when it is there: all of it or, after an
-    interruption, nothing that is ever restored. All but the last `keep` are deleted.
+    """Saves the state under `path`/<its step> and returns when it is written. An interrupted save
+    leaves nothing that is ever restored. All but the last `keep` checkpoints are deleted.
 
     Raises:
-        ValueError: if `keep` is not positive or the step is there already.
+        ValueError: if `keep` is not positive or the step already exists.
         SaveError: if it cannot be written.
     """
     with Checkpoints(Saving(path, keep=keep)) as checkpoints:
@@ -212,15 +215,15 @@ def save_state(path: str | os.PathLike, state: Any, *, keep: int = 3, data: Any 
 
 
 def restore_state(path: str | os.PathLike, abstract_state: Any, *, step: int | None = None) -> Any:
-    """The state saved at `step`, the last one by default.
+    """Restores the state saved at `step`, by default the last one.
 
     Args:
         abstract_state: a state of the same structure, concrete or of `jax.ShapeDtypeStruct`; the
-            result takes its dtypes and shardings, so another mesh may continue.
+            result has its dtypes and shardings, so a run may resume on another mesh.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
-        ValueError: if it is that of another model or optimizer (both sides are listed).
+        ValueError: if it is of another model or optimizer (both sides are listed).
     """
     return restore(path, abstract_state, step=step)[0]
 
@@ -228,11 +231,12 @@ def restore_state(path: str | os.PathLike, abstract_state: Any, *, step: int | N
 def restore(
     path: str | os.PathLike, abstract_state: Any, *, step: int | None = None
 ) -> tuple[Any, Any]:
-    """As `restore_state`, with the place in the data beside the state (None if none was saved).
+    """Restores the state as `restore_state` does, and the position in the data (None if none was
+    saved).
 
     Raises:
-        FileNotFoundError, ValueError: as `restore_state`; and if other processes than now saved
-            places in the data that differ.
+        FileNotFoundError, ValueError: as `restore_state`; also if another number of processes saved
+            it and their positions in the data differ.
     """
     steps = saved_steps(path)
     if not steps or (step is not None and step not in steps):
@@ -259,7 +263,7 @@ def restore(
 
 
 def saved_waiting(path: str | os.PathLike, step: int) -> Any:
-    """What `Checkpoints.save` was given as `waiting` at a step; None without, or without such a
+    """Returns the value that was saved as `waiting` at a step; None if there is no such value or
     checkpoint."""
     if step not in saved_steps(path):
         return None
@@ -268,14 +272,16 @@ def saved_waiting(path: str | os.PathLike, step: int) -> Any:
 
 
 def saved_steps(path: str | os.PathLike) -> list[int]:
-    """The steps of the checkpoints under `path`, in order; empty if there is no such folder."""
+    """Returns the steps of the checkpoints under `path`, in ascending order; empty if there is no
+    such folder."""
     if not pathlib.Path(path).is_dir():
         return []
     return sorted(checkpoint_steps(_absolute(path)))  # asks no other process
 
 
 def best_step(path: str | os.PathLike, metric: str, *, mode: BestMode = "max") -> int:
-    """The step of the checkpoint under `path` where `metric` was best; the later one of equals.
+    """Returns the step of the checkpoint under `path` where `metric` was best; of equal ones the
+    last.
 
     Raises:
         FileNotFoundError: if no checkpoint has the metric.
@@ -283,22 +289,22 @@ def best_step(path: str | os.PathLike, metric: str, *, mode: BestMode = "max") -
     saved = {step: m for step, m in _saved_metrics(path).items() if metric in (m or {})}
     if not saved:
         raise FileNotFoundError(
-            f"no checkpoint in {path} has the metric {metric!r}; the steps there are "
-            f"{saved_steps(path)}. Metrics are kept where a save follows an evaluation."
+            f"no checkpoint in {path} has the metric {metric!r}; its steps are "
+            f"{saved_steps(path)}. Only a step that is both evaluated and saved has metrics."
         )
     return max(saved, key=lambda step: (_rank(saved[step], metric, mode), step))
 
 
 def check_settings(path: str | os.PathLike, settings: dict[str, Any]) -> None:
-    """Compares the settings of a run with those in `path`/run.json, which is written if it is not
-    there, or is that of a run that has saved nothing yet.
+    """Compares the settings of a run with those in `path`/run.json. The file is written if it is
+    missing, or if its run has saved no checkpoint yet.
 
     Args:
-        settings: what makes the run what it is, such as the model's config, the task, and the
-            settings of optimizer and batches: nested dicts of what JSON can hold.
+        settings: what must be the same to resume the run, such as the model's config, the task, and
+            the settings of optimizer and batches, as nested dicts that JSON can represent.
 
     Raises:
-        ValueError: if they differ, field by field; or if there are checkpoints without settings.
+        ValueError: if they differ, with each field; or if there are checkpoints without settings.
     """
     file, steps = pathlib.Path(path) / "run.json", saved_steps(path)
     wanted = json.loads(json.dumps(settings))  # tuples are lists in JSON
@@ -312,20 +318,20 @@ def check_settings(path: str | os.PathLike, settings: dict[str, Any]) -> None:
         ]
         if different:
             raise ValueError(
-                f"the run in {path} has other settings: {'; '.join(different)}. Continue it with "
-                "its own settings and data as they were, or choose another folder for a new run."
+                f"the run in {path} has other settings: {'; '.join(different)}. Resume it with "
+                "its own settings and data, or choose another folder for a new run."
             )
     elif steps:
         raise ValueError(
-            f"{path} has checkpoints of steps {steps} but no run.json, so nothing says whether "
-            "their settings are the same; continue without settings, or choose another folder."
+            f"{path} has checkpoints of steps {steps} but no run.json, so their settings are "
+            "unknown; resume without settings, or choose another folder."
         )
     elif jax.process_index() == 0:
         write_aside(file, f"{json.dumps(wanted, indent=2)}\n".encode())
 
 
 def _checkpointer(saving: Saving) -> Any:
-    """Orbax's, which keeps what `saving` says and saves whenever it is asked to."""
+    """Returns Orbax's checkpointer; it keeps what `saving` says and saves whenever it is called."""
     policies: Any = ocp.training.preservation_policies
     kept: list[Any] = [policies.LatestN(saving.keep)]
     if saving.best is not None:
@@ -343,7 +349,8 @@ def _checkpointer(saving: Saving) -> Any:
 
 @contextlib.contextmanager
 def _damage_named(path: str | os.PathLike, step: int | None = None) -> Iterator[None]:
-    """Says of a checkpoint that cannot be read which it is and what to do; Orbax does not."""
+    """Raises ValueError with the checkpoint that cannot be read and what to do; Orbax's own errors
+    do not say it."""
     try:
         yield
     except (ValueError, LookupError, TypeError, FileNotFoundError) as error:
@@ -353,7 +360,7 @@ def _damage_named(path: str | os.PathLike, step: int | None = None) -> Iterator[
         if step is None:
             raise
         before = [s for s in steps if s < step]
-        goes_on = f"continue from step {before[-1]}" if before else "begin anew"
+        goes_on = f"resume from step {before[-1]}" if before else "start over"
         raise ValueError(
             f"the checkpoint {pathlib.Path(path) / str(step)} cannot be read "
             f"({error!s:.200}); if it is damaged, delete this folder to {goes_on}."
@@ -361,7 +368,8 @@ def _damage_named(path: str | os.PathLike, step: int | None = None) -> Iterator[
 
 
 def _scores_readable(path: str | os.PathLike, step: int) -> bool:
-    """Whether the scores that Orbax reads of every checkpoint when it opens a folder are JSON."""
+    """Returns whether a checkpoint's scores are valid JSON; Orbax reads those of all checkpoints
+    when it opens a folder."""
     file = pathlib.Path(path) / str(step) / "metrics" / "metrics"
     try:
         return not file.exists() or isinstance(json.loads(file.read_bytes()), dict)
@@ -381,19 +389,19 @@ def _saved_metrics(path: str | os.PathLike) -> dict[int, dict[str, float] | None
 
 
 def _rank(metrics: dict[str, float] | None, name: str, mode: BestMode) -> float:
-    """Higher is better; a checkpoint without the metric is worst."""
+    """Returns a rank of metrics, higher is better; a checkpoint without the metric is worst."""
     value = (metrics or {}).get(name)
     return float("-inf") if value is None else value if mode == "max" else -value
 
 
 def _of_all_processes(data: Any) -> list[Any]:
-    """Every process's `data`, in their order."""
+    """Returns the `data` of all processes, in their order."""
     try:
         text = json.dumps(data).encode()
     except TypeError as error:
         raise TypeError(
-            f"the state of the batches must be what JSON can hold, got {type(data).__name__}: "
-            f"{error}."
+            "the state of the batches must be a value that JSON can represent, got "
+            f"{type(data).__name__}: {error}."
         ) from error
     if jax.process_count() == 1:
         return [data]
@@ -405,19 +413,19 @@ def _of_all_processes(data: Any) -> list[Any]:
 
 
 def _own(places: list[Any], path: Any) -> Any:
-    """This process's entry; where the number of processes changed, the one that all share."""
+    """Returns this process's entry or, if the number of processes changed, the common one."""
     if len(places) == jax.process_count():
         return places[jax.process_index()]
     if any(place != places[0] for place in places):
         raise ValueError(
-            f"{path} was saved by {len(places)} processes, each at another place in its data, and "
-            f"cannot be continued by {jax.process_count()}; use as many as before."
+            f"{path} was saved by {len(places)} processes at different positions in their data, "
+            f"and cannot be resumed by {jax.process_count()}; use {len(places)} processes."
         )
     return places[0]
 
 
 def _check_same_tree(path, saved: Any, wanted: Any) -> None:
-    """Compares names and shapes before Orbax reads, whose own message does not name the leaf."""
+    """Raises ValueError with the names and shapes that differ; Orbax's own error has no names."""
     different = differences(_shapes_by_name(saved), _shapes_by_name(wanted))
     missing = [name for name, there, _ in different if there is None]
     unexpected = [name for name, _, here in different if here is None]
@@ -428,8 +436,9 @@ def _check_same_tree(path, saved: Any, wanted: Any) -> None:
     ]
     if missing or unexpected or shapes:
         raise ValueError(
-            f"the checkpoint in {path} is of another model or optimizer: it lacks {missing[:8]}, "
-            f"has beside {unexpected[:8]}, and of another shape are {shapes[:8]}."
+            f"the checkpoint in {path} is of another model or optimizer; missing in it: "
+            f"{missing[:8]}, unexpected in it: {unexpected[:8]}, of another shape: {shapes[:8]}. "
+            "Give the model and optimizer that it was saved with."
         )
 
 

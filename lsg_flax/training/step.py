@@ -1,7 +1,7 @@
-"""The state of a training run, and one step as a jitted pure function.
+"""The state of a training run, and one train step as a jitted pure function.
 
-The step knows nothing of devices: under `jax.set_mesh(mesh)`, with state and batch placed by
-sharding.py, it runs on a mesh, which `fit(mesh=...)` does.
+The step does not depend on devices. It runs on a mesh if it is called under `jax.set_mesh(mesh)`
+with state and batch sharded by sharding.py, as `fit(mesh=...)` does.
 
 Axes: M microbatches, B batch.
 """
@@ -34,7 +34,7 @@ TrainStep = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a run needs to go on: `key` is the run's, each step folds its number into it."""
+    """The state that a run resumes from; each step folds its number into `key`."""
 
     step: Any  # int32 scalar; like all leaves an array, or abstract for `restore_state`
     params: Params
@@ -49,10 +49,11 @@ def init_state(
     *,
     mesh: jax.sharding.Mesh | None = None,
 ) -> TrainState:
-    """The state before the first step. Parameters and key are copied, since steps donate it.
+    """Returns the state before the first step. Parameters and key are copied, since steps donate
+    the state.
 
     Args:
-        mesh: place the state on it; no device ever holds the optimizer's state whole.
+        mesh: mesh to shard the state over; no device ever holds the whole optimizer state.
     """
 
     def init(params: Params, key: PRNGKeyArray) -> TrainState:
@@ -65,8 +66,8 @@ def init_state(
 
 
 def trained_params(state: TrainState) -> Params:
-    """The parameters that a state stands for, as the model has them and as they are evaluated and
-    saved: averages in place of what they are averages of, and adapters merged."""
+    """Returns the parameters of a state as they are evaluated and saved: moving averages, if there
+    are any, instead of the parameters, and with adapters merged."""
     return merge_lora(averaged(state.params, state.opt_state))
 
 
@@ -78,19 +79,19 @@ def make_train_step(
     label_smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
 ) -> TrainStep:
-    """One optimizer step as a jitted function `(state, batch) -> (state, metrics)`. Under
-    `jax.set_mesh(mesh)`, with state and batch placed by sharding.py, it runs on that mesh.
+    """Returns one optimizer step as a jitted function `(state, batch) -> (state, metrics)`. Under
+    `jax.set_mesh(mesh)`, with state and batch sharded by sharding.py, it runs on that mesh.
 
     The state is donated: use the returned one. With `accumulate_steps` M > 1 every array of the
-    batch has a leading axis of M microbatches, [M, B, ...], run one after the other. Each one's
-    summed losses are divided by the number of labels that count in all M together (or their
-    weights), so the gradient is that of one batch of M * B, however the labels are spread (dropout
-    masks differ). Gradients are summed in float32. Recompute activations with
-    `model.clone(remat="full")`. Labels are smoothed and weighed as `loss_fn` does.
+    batch has a leading axis of M microbatches, [M, B, ...], which run one after the other. The
+    summed losses of each are divided by the number (or weights) of the labels that count in all M
+    together, so the gradient is that of one batch of M * B, however the labels are spread (only
+    dropout masks differ). Gradients are summed in float32. `model.clone(remat="full")` recomputes
+    activations. Labels are smoothed and weighted as in `loss_fn`.
 
     Returns:
         The step. Its metrics are those of `loss_fn` (over all microbatches) and `update_norm`, the
-        global norm of the parameters' change.
+        global norm of the update of the parameters.
 
     Raises:
         ValueError: while tracing, for a batch that does not fit.
@@ -124,8 +125,16 @@ def make_train_step(
 
 
 def make_step(compute: Callable, optimizer: optax.GradientTransformation, *given: Any) -> TrainStep:
-    """One optimizer step as a jitted function, as `make_train_step` gives it, by the gradients and
-    metrics that `compute(params, batch, key, *given)` gives; `given` are trees of arrays."""
+    """Returns one optimizer step for a loss of your own, a jitted function `(state, batch) ->
+    (state, metrics)`. The state is donated, as in `make_train_step`.
+
+    Args:
+        compute: function `(params, batch, key, *given) -> (gradients, metrics)`. The gradients have
+            the structure of `params`; `key` is another one in each step. `fit` needs the scalar
+            metrics "loss" and "tokens", the number of real tokens.
+        optimizer: as for `init_state`.
+        *given: trees of arrays that `compute` needs, such as the parameters of a teacher.
+    """
 
     def train_step(state: TrainState, batch: Batch, *given: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
@@ -145,8 +154,8 @@ def make_step(compute: Callable, optimizer: optax.GradientTransformation, *given
 def accumulate_gradients(
     gradients: Callable, params: Params, batch: Batch, key: PRNGKeyArray
 ) -> tuple[Any, Params]:
-    """The sums in float32 of what `gradients(params, part, key)` gives for the microbatches of
-    [M, B, ...], one after the other: a loss, and its gradient."""
+    """Returns the float32 sums of the losses and gradients that `gradients(params, part, key)`
+    returns for each microbatch of [M, B, ...], one after the other."""
 
     def add(total, numbered):
         number, part = numbered
@@ -160,8 +169,8 @@ def accumulate_gradients(
 
 
 def _placed(state: TrainState) -> TrainState:
-    """On the ambient mesh the new state lies as the old one, whatever XLA would like better:
-    another layout would compile the next step anew."""
+    """Returns the new state with the shardings of the old one on the ambient mesh; otherwise XLA
+    may choose others, and the next step would be compiled again."""
     mesh: Any = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return state
@@ -169,10 +178,10 @@ def _placed(state: TrainState) -> TrainState:
 
 
 def check_microbatches(batch: Batch, count: int) -> None:
-    """Raises ValueError for a batch that is not cut into so many microbatches."""
+    """Raises ValueError unless every array has a leading axis of `count` microbatches."""
     shapes = {name: tuple(array.shape) for name, array in batch.items()}
     if any(not shape or shape[0] != count for shape in shapes.values()):
         raise ValueError(
-            f"with accumulate_steps={count} every array is [{count}, batch, ...], got {shapes}; "
-            f"reshape with x.reshape({count}, -1, *x.shape[1:])."
+            f"with accumulate_steps={count} every array must be [{count}, batch, ...], got "
+            f"{shapes}; reshape with x.reshape({count}, -1, *x.shape[1:])."
         )

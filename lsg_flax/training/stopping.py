@@ -1,5 +1,5 @@
-"""A run that stops before its last step: it is asked to by a signal, noted between two steps and
-told by an exception, or its score gets no better."""
+"""Stopping a run before its last step: after a signal, which raises an exception between two steps,
+or early, because its score stops improving."""
 
 import dataclasses
 import os
@@ -19,7 +19,7 @@ _STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class Waiting(NamedTuple):
-    """The best score so far, and how many evaluations were no better since one was."""
+    """The best score so far, and the number of evaluations since then without a better one."""
 
     best: float
     evaluations: int
@@ -27,11 +27,11 @@ class Waiting(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class EarlyStopping:
-    """Stops a run after `patience` evaluations in a row that are no better than the best before
-    them by more than `threshold`, as transformers' EarlyStoppingCallback.
+    """Stops a run after `patience` evaluations in a row that do not improve on the best score by
+    more than `threshold`, as transformers' EarlyStoppingCallback.
 
     Attributes:
-        metric: one that the evaluation gives.
+        metric: name of one of the evaluation's metrics.
         mode: whether "max" or "min" of it is best.
     """
 
@@ -48,14 +48,15 @@ class EarlyStopping:
             )
 
     def after(self, waiting: Waiting | None, scores: Mapping[str, float]) -> Waiting:
-        """How long has been waited with these scores.
+        """Returns the updated count after an evaluation with these scores.
 
         Raises:
             ValueError: if the metric is not among them.
         """
         if self.metric not in scores:
             raise ValueError(
-                f"metric={self.metric!r} is not among the metrics of evaluation: {sorted(scores)}."
+                f"metric={self.metric!r} is not among the metrics of the evaluation; choose one of "
+                f"{sorted(scores)}."
             )
         score, sign = float(scores[self.metric]), 1 if self.mode == "max" else -1
         if waiting is None or sign * (score - waiting.best) > self.threshold:
@@ -64,13 +65,13 @@ class EarlyStopping:
         return Waiting(best, waiting.evaluations + 1)
 
     def ends(self, waiting: Waiting | None) -> bool:
-        """Whether that was long enough."""
+        """Returns whether the run ends."""
         return waiting is not None and waiting.evaluations >= self.patience
 
 
 class Preempted(SystemExit):
-    """The run was asked to stop, by SIGTERM or Ctrl-C, and has saved its state. Where nobody
-    catches it the program ends, with the exit status that is usual for the signal.
+    """Raised after SIGTERM or Ctrl-C, once the run has saved its state. If nothing catches it, the
+    program ends with the usual exit status for the signal.
 
     Attributes:
         step: the step that was saved.
@@ -82,10 +83,10 @@ class Preempted(SystemExit):
 
 
 class Stop:
-    """Notes SIGTERM and Ctrl-C inside a `with`, for the loop to act on between two steps.
+    """Catches SIGTERM and Ctrl-C inside a `with`, so that the loop can stop between two steps.
 
-    With several processes JAX's preemption service notes SIGTERM, tells the others, and agrees on
-    the step to stop at; Ctrl-C is passed on to it.
+    With several processes JAX's preemption service catches SIGTERM, tells the other processes, and
+    agrees on the step to stop at; Ctrl-C is passed on to it as SIGTERM.
     """
 
     def __init__(self, *, active: bool):
@@ -111,17 +112,17 @@ class Stop:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def reached(self, step: int) -> bool:
-        """Whether the run shall stop behind this step; all processes agree."""
+        """Returns whether the run shall stop after this step; all processes agree."""
         if self._active and self._several:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._noted is not None
 
     def preempted(self, step: int, folder: str | os.PathLike) -> Preempted:
-        """The exception, after a word to the user."""
+        """Tells the user how to resume, and returns the exception to raise."""
         if jax.process_index() == 0:
             print(
-                f"stopped behind step {step}, which is saved in {folder}; start the same command "
-                "again to go on from there.",
+                f"stopped after step {step}, which is saved in {folder}; start the same command "
+                "again to resume from there.",
                 file=sys.stderr,
             )
         return Preempted(step, 128 + (self._noted or signal.SIGTERM))

@@ -1,4 +1,4 @@
-"""What a run would learn from, before there is any: rows, lengths, what is cut, labels, buckets.
+"""A survey of a run's data before training: rows, lengths, truncation, labels, buckets.
 
 Axes: O rows.
 """
@@ -8,14 +8,23 @@ import dataclasses
 import numpy as np
 
 from lsg_flax.buckets import default_buckets
-from lsg_flax.data import INPUT, READ, TARGET, TokenizedDataset, pack_rows, spread, train_batches
+from lsg_flax.data import (
+    INPUT,
+    READ,
+    TARGET,
+    Packing,
+    TokenizedDataset,
+    pack_rows,
+    spread,
+    train_batches,
+)
 from lsg_flax.training.embedding_source import check_negatives, check_queries, embedding_ladders
-from lsg_flax.training.packing import packing_for
 from lsg_flax.training.preparation import (
     check_packages,
     load_data,
     options_for,
     pattern_for,
+    shapes_for,
     source_for,
     training_buckets,
 )
@@ -25,17 +34,17 @@ from lsg_flax.training.source import SourceModel
 
 @dataclasses.dataclass(frozen=True)
 class DataSurvey:
-    """What is known of rows without running anything.
+    """Facts about the rows of some data.
 
     Attributes:
-        rows: as they are learned from; windows of questions and pieces of joined texts count each.
-        skipped: broken rows that were left out.
-        lengths: tokens of a row, see `spread`.
-        others: the same of texts that are read beside the rows' own.
-        cut: in words, what is lost of long texts; "" if nothing is.
-        labels: how often each label is there, where they have names.
-        buckets: how many rows are padded to each length; with packing rows of several texts.
-        real: the share of their places that are no padding.
+        rows: number of rows; each window of a question and each piece of joined texts counts.
+        skipped: number of broken rows that were left out.
+        lengths: spread of the rows' lengths in tokens, see `spread`.
+        others: the same for the rows' other texts, such as positives.
+        cut: what is truncated of long texts, in words; "" if nothing is.
+        labels: how often each label occurs, if labels have names.
+        buckets: number of rows that are padded to each length; with packing rows of several texts.
+        real: share of their positions that are not padding.
     """
 
     rows: int
@@ -50,7 +59,7 @@ class DataSurvey:
 
 @dataclasses.dataclass(frozen=True)
 class RunSurvey:
-    """What a run would do: its data, and its steps in all and in an epoch."""
+    """What a run would do: its data, and its number of steps in total and in an epoch."""
 
     train: DataSurvey
     held_out: DataSurvey | None
@@ -59,8 +68,8 @@ class RunSurvey:
 
 
 def survey(settings: Settings, *, progress: bool = True) -> RunSurvey:
-    """Reads and tokenises the data of a run, as the run then finds it; no weights, no devices, and
-    nothing in OUTPUT.
+    """Reads and tokenizes the data of a run, which then finds it in the cache. It reads no weights,
+    uses no devices, and writes nothing to OUTPUT.
 
     Raises:
         FileNotFoundError, ValueError, ImportError: as `finetune`.
@@ -75,17 +84,13 @@ def survey(settings: Settings, *, progress: bool = True) -> RunSurvey:
     length = source.length
     ladders = _ladders(settings, source, train, held_out)
     given = {name: lengths for name, lengths in ladders.items() if lengths is not None}
-    packing = None
-    if settings.packing:
-        packing = packing_for(source, pattern_for(settings, source), settings.buckets)
+    shapes = shapes_for(settings, source, pattern_for(settings, source), given)
     batches = train_batches(
         train,
         batch_size=settings.microbatch_size,
         microbatches=settings.accumulate,
-        seed=settings.seed,
         prefetch=0,
-        buckets=given if packing is None else None,
-        packing=packing,
+        **shapes,
     )
     epoch, steps = batches.steps(1), settings.steps_of(batches.steps)
     batches.close()
@@ -94,11 +99,19 @@ def survey(settings: Settings, *, progress: bool = True) -> RunSurvey:
         own = embedding_ladders(settings, source, held_out, None) if source.sentences else ladders
         other = _survey_of(held_out, own[INPUT] or (), length)
     learned = _survey_of(train, buckets, length)
-    if packing is not None:
-        shared = len(pack_rows(train.lengths, packing, seed=settings.seed))
-        real = float(train.lengths.sum() / (shared * packing.length))
-        learned = dataclasses.replace(learned, buckets={packing.length: shared}, real=real)
+    if settings.packing:
+        learned = _packed(learned, train, **shapes)
+        other = None if held_out is None or other is None else _packed(other, held_out, **shapes)
     return RunSurvey(learned, other, steps, epoch)
+
+
+def _packed(
+    survey: DataSurvey, data: TokenizedDataset, *, packing: Packing, seed: int
+) -> DataSurvey:
+    """Returns the survey with packed rows in place of buckets."""
+    shared = len(pack_rows(data.lengths, packing, seed=seed))
+    real = float(data.lengths.sum() / (shared * packing.length))
+    return dataclasses.replace(survey, buckets={packing.length: shared}, real=real)
 
 
 def _ladders(
@@ -107,13 +120,13 @@ def _ladders(
     train: TokenizedDataset,
     held_out: TokenizedDataset | None,
 ) -> dict[str, tuple[int, ...] | None]:
-    """The lengths that `finetune` pads to, which refuses what is refused here."""
+    """Returns the lengths that `finetune` pads to; raises ValueError where it would."""
     if source.sentences is not None:
         found = embedding_ladders(settings, source, train, None)
         check_negatives(settings, train, found)
         check_queries(settings, held_out)
         return {**found}
-    whole = settings.mesh.get("sequence", 1) > 1  # as `finetune` pads for several devices
+    whole = settings.mesh.get("sequence", 1) > 1  # then `finetune` pads all rows to one length
     buckets = training_buckets(settings.ladder, source.length, source.config)
     buckets = buckets or ((source.length,) if whole else default_buckets(source.length))
     return {INPUT: buckets, TARGET: settings.target_buckets}
@@ -138,7 +151,7 @@ def _survey_of(data: TokenizedDataset, buckets: tuple[int, ...], length: int) ->
 
 
 def _count_labels(data: TokenizedDataset) -> dict[str, int]:
-    """Of rows, or of the words that are tagged."""
+    """Returns how often rows, or tagged words, have each label."""
     if data.labels is None:
         return {}
     labels = np.asarray(data.arrays["labels"])

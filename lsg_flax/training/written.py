@@ -1,4 +1,4 @@
-"""What a model writes for held-out texts, scored against what people wrote.
+"""Scores of the texts that a model generates for held-out rows, against the rows' targets.
 
 Axes: B batch.
 """
@@ -19,21 +19,21 @@ from lsg_flax.training.scores import Scores, rouge_scores
 def writing_options(
     model: Model, tokenizer: Tokenizer, given: Mapping[str, Any], longest: int | None
 ) -> GenerateOptions:
-    """The options of `generate` for one text of each row.
+    """Returns the options of `generate`, with one text for each row.
 
     Args:
-        given: those of the user; what is not among them is the checkpoint's.
-        longest: tokens that are written where neither says how many.
+        given: options of the user; others are the checkpoint's.
+        longest: most new tokens if neither of them limits the length.
 
     Raises:
-        ValueError: for options that do not fit together or the model, and where nothing says how
-            long a text may be.
+        ValueError: for options that do not fit each other or the model, and if nothing limits the
+            length of a text.
     """
     options: Any = {"num_return_sequences": 1} | _language_first(tokenizer) | dict(given)
     if not {"max_length", "max_new_tokens"} & choose_options(model.config, options).keys():
         if longest is None:
             raise ValueError(
-                "nothing says how long the texts may become that are written for eval_data: give "
+                "nothing limits the length of the texts that are generated for eval_data; give "
                 "generation: {max_length: N}, or max_target_length."
             )
         options["max_new_tokens"] = longest
@@ -42,8 +42,11 @@ def writing_options(
 
 
 def _language_first(tokenizer: Tokenizer) -> dict[str, int]:
-    """What texts in the tokenizer's language begin with: mBART's targets end with its token, which
-    the shift puts before them; mBART-50's have it as their first."""
+    """Returns the option that starts texts with the tokenizer's language token, if it has one.
+
+    mBART's targets end with that token, and the shift puts it in front of them; mBART-50's targets
+    begin with it.
+    """
     language = getattr(tokenizer, "tgt_lang", None)
     if language is None:
         return {}
@@ -61,26 +64,26 @@ def written_scores(
     options: GenerateOptions,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Scores:
-    """`rouge_scores` of what `generate` writes for the texts of all rows, against the data's
-    targets, whole as they stand there. As many lengths of inputs, as many compilations.
+    """Returns the `rouge_scores` of the texts that `generate` writes for all rows, against the
+    rows' whole targets (not truncated). Each length of inputs is compiled once.
 
     Args:
-        batches: of data whose rows have a target.
-        options: of `generate`, one text for each row.
-        mesh: where `params` lie.
+        batches: batches of data whose rows have a target.
+        options: options of `generate`, with one text for each row.
+        mesh: mesh that `params` are sharded over.
 
     Returns:
-        The scores, each with "eval_" before its name.
+        The scores; each name begins with "eval_".
     """
     written: list[str] = []
     references: list[str] = []
     for number, (batch, rows) in enumerate(batches):
         real = rows >= 0  # [B]
-        # An empty row would be written to the end.
+        # For an empty row `generate` would write until the length limit.
         shown = np.where(real, np.arange(len(rows)), 0)
         ids, mask = (batch[name][shown] for name in ("input_ids", "attention_mask"))
         key = jax.random.fold_in(jax.random.key(batches.seed), number)
-        # The batch has the length of a bucket already.
+        # The batch is already padded to a bucket.
         run: Any = {**options, "key": key, "bucket": 1, "mesh": mesh}
         tokens = generate(model, params, ids, mask, **run)
         written += tokenizer.batch_decode(

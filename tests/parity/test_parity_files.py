@@ -225,12 +225,12 @@ def test_damaged_pickles_give_our_errors(torch_facts):
 @pytest.mark.parametrize(
     ("file", "says"),
     [
-        ("code", "holds more than weights"),
-        ("garbage", "holds more than weights"),
+        ("code", "has more than weights"),
+        ("garbage", "has more than weights"),
         ("list", "is not a state dict"),
         ("number", "is not a state dict"),
-        ("truncated", "is damaged or cut short"),
-        ("empty", "is damaged or cut short"),
+        ("truncated", "is damaged or truncated"),
+        ("empty", "is damaged or truncated"),
     ],
 )
 def test_a_pickle_that_is_not_weights_is_refused(torch_facts, file, says):

@@ -1,5 +1,5 @@
-"""The families of checkpoints, one file each; family.py says what a family is, registry.py which
-there are."""
+"""The families of checkpoints, one file each. family.py defines what a family is, registry.py lists
+them."""
 
 from lsg_flax.models.families.family import Family as Family
 from lsg_flax.models.families.family import HeadTable as HeadTable

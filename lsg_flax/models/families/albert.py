@@ -1,4 +1,4 @@
-"""ALBERT: layers in groups that share parameters, behind narrow embeddings that are always
+"""ALBERT: layers in groups that share parameters, after narrow embeddings that are always
 projected."""
 
 from dataclasses import replace

@@ -1,4 +1,5 @@
-"""BART: an encoder and a decoder over one word table; the names that mBART and Pegasus share."""
+"""BART: an encoder and a decoder with one word table, and the tensor names that mBART and Pegasus
+share."""
 
 from dataclasses import replace
 from functools import partial
@@ -20,7 +21,7 @@ def _attention(torch: str, path: str) -> Rows:
 
 
 def stack(side: str) -> Rows:
-    """The rows of the encoder or the decoder."""
+    """Returns the rows of the encoder or the decoder."""
     layer, path = f"{side}.layers.{{0}}", f"{side}/layers"
     return (
         Row(f"{side}.embed_positions", f"{side}/embeddings/position_embeddings", TABLE),
@@ -49,7 +50,7 @@ TIED = {
 }
 _SCORES = (Row("lm_head", "head", DENSE_WITHOUT_BIAS),)
 
-# PyTorch's loss of the decoder alone compares labels with the scores at their own place.
+# PyTorch's loss of the decoder on its own compares labels with the scores at the same position.
 _CAUSAL_LM = replace(
     task.CAUSAL_LM,
     targets=(task.Target("logits", "labels", "class"),),
@@ -91,7 +92,8 @@ QUESTION_ANSWERING = HeadTable(
 
 
 def causal_lm(decoder: Rows) -> HeadTable:
-    """The decoder alone, which sees an encoder's states where they are given."""
+    """Makes the head of the decoder on its own, which attends to encoder states if they are
+    given."""
     return HeadTable(
         _CAUSAL_LM,
         "ForCausalLM",

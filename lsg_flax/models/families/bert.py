@@ -1,4 +1,4 @@
-"""BERT: the names that RoBERTa, its descendants and ELECTRA share."""
+"""BERT, and the tensor names that RoBERTa, its descendants and ELECTRA share."""
 
 from dataclasses import replace
 

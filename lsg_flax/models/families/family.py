@@ -1,5 +1,5 @@
-"""What a family of checkpoints is: its config.json, its classes and tensors in PyTorch side by side
-with the places in our parameter tree, what it computes, and how it becomes LSG."""
+"""The record of a family of checkpoints: its config.json, its PyTorch classes, its tensors with
+their paths in our parameter tree, its architecture, and how it is converted to LSG."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -16,10 +16,10 @@ from lsg_flax.models.task import Task
 
 
 class Row(NamedTuple):
-    """A module of PyTorch and its place in our tree.
+    """A module of PyTorch and its path in our tree.
 
-    `{0}` in its name stands for the layer's number (`{0}` and `{1}` for group and layer where
-    groups are shared); ours are stacked along leading axes.
+    `{0}` in its name stands for the layer's number (`{0}` and `{1}` for group and layer if layers
+    share parameters in groups); ours are stacked along leading axes.
     """
 
     torch: str
@@ -34,8 +34,8 @@ Finish = Callable[[ModelOutput, Mapping[str, Any], ModelConfig, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Key:
-    """One tensor in PyTorch and the leaf it goes to, `layer` being its place on the leaf's leading
-    axes."""
+    """One PyTorch tensor and the leaf of our tree that it belongs to; `layer` is its index on the
+    leaf's leading axes."""
 
     torch: str
     path: str
@@ -43,7 +43,7 @@ class Key:
     layer: tuple[int, ...] | None
 
     def torch_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The tensor's shape, from that of our leaf without its leading axes.
+        """Returns the tensor's shape, given that of our leaf without its leading axes.
 
         Raises:
             ValueError: if the layout cannot store such a leaf.
@@ -59,21 +59,20 @@ class Key:
 
 @dataclass(frozen=True)
 class HeadTable:
-    """A task's head.
+    """A family's head for a task.
 
     Attributes:
-        class_suffix: the class name behind the family's.
-        module: of heads.py.
+        class_suffix: end of the PyTorch class's name, after the family's prefix.
+        module: the module in heads.py.
         pooled: whether the model has the pooler.
-        tied: names that repeat another tensor -> that tensor's name.
-        untied_rows: in their place if config.tie_word_embeddings is false.
-        body: rows of the body in place of the family's, where the model has a part of it only.
-        at_last_eos: the head is given one state, that at the last end token of the inputs.
-        finish: what is made of the head's outputs without parameters.
-        part: the name by which models of several parts have this one; it is read out of their
-            files, too.
-        embedders: names of the parts of a model that compares, each a model of the task "embedder":
-            of the candidates, and of queries where they have their own.
+        tied: names of tensors that repeat another one -> that tensor's name.
+        untied_rows: rows that replace them if config.tie_word_embeddings is false.
+        body: rows of the body instead of the family's, if the model has only a part of it.
+        at_last_eos: whether the head reads one state, that at the last end token of the inputs.
+        finish: a function without parameters that is applied to the head's outputs.
+        part: the name of this model as a part of larger ones, whose files can be loaded as well.
+        embedders: names of the embedders of a model that compares texts, each a model of the task
+            "embedder": that of candidates, and that of queries if it is another.
     """
 
     task: Task
@@ -91,8 +90,8 @@ class HeadTable:
 
 
 class PositionTable(NamedTuple):
-    """A table of positions, and how it gets more rows: the trained ones again and again ("tile"),
-    or computed anew ("sinusoid")."""
+    """A table of positions, and how it gets more rows: by repeating the trained ones ("tile"), or
+    by computing them ("sinusoid")."""
 
     path: str
     extended_by: Literal["tile", "sinusoid"] = "tile"
@@ -100,12 +99,15 @@ class PositionTable(NamedTuple):
 
 @dataclass(frozen=True)
 class ToLSG:
-    """How a family's checkpoint becomes LSG: the paths of tables that the conversion reads and
-    writes.
+    """How a family's checkpoint is converted to LSG: the paths of tables that the conversion reads
+    and writes.
 
     Attributes:
-        segments: whose row 0 is added to the globals; None to add nothing.
-        lengths: fields of the config that become the new number of tokens.
+        positions: tables that get more rows.
+        globals: table of the global embeddings, which is written.
+        words: table of the word embeddings.
+        segments: table whose row 0 is added to the globals; None to add nothing.
+        lengths: fields of the config that are set to the new number of tokens.
     """
 
     positions: tuple[PositionTable, ...]
@@ -117,21 +119,24 @@ class ToLSG:
 
 @dataclass(frozen=True)
 class Family:
-    """All that distinguishes a family.
+    """Everything that is specific to a family.
 
     Attributes:
-        class_prefix: first part of the class names.
-        prefix: of the body's tensors in a model with a head.
-        encoder, pooler: rows of these parts; `encoder` has all stacks.
-        given: where a module lies that the user gives.
-        config_type: what its config.json is read as.
-        tf_names: what to replace in names of TensorFlow's checkpoints, as regular expressions.
-        ignored: tensors that are not parameters, by name behind the prefix, `*` being any text.
-        other_names, other_types: further beginnings of its class names, and model_types.
-        lsg_type: the model_type of LSG checkpoints where PyTorch has no LSG classes of the family;
-            None where it has, which read the family's own.
-        to_lsg: None where there is no such thing.
-        describes_itself: config.json names the class and the dtype of the weights.
+        class_prefix: first part of the PyTorch class names.
+        prefix: prefix of the body's tensors in a model with a head.
+        encoder, pooler: rows of these parts; `encoder` has those of all stacks.
+        tables: the heads.
+        to_lsg: how checkpoints are converted to LSG; None if they cannot be.
+        dialect: how the family writes config.json.
+        architecture: what the layers compute.
+        given: names and path of a module that the user passes.
+        config_type: the class that config.json is read as.
+        tf_names: pairs (regular expression, replacement) for names in TensorFlow's checkpoints.
+        ignored: tensors that are not parameters, by name after the prefix; `*` matches any text.
+        other_names, other_types: further prefixes of its class names, and further model_types.
+        lsg_type: the model_type of LSG checkpoints if PyTorch has no LSG classes of the family;
+            None if it has, since those use the family's own model_type.
+        describes_itself: whether config.json has the class and the dtype of the weights.
     """
 
     model_type: str
@@ -154,16 +159,17 @@ class Family:
 
     @property
     def heads(self) -> dict[str, HeadTable]:
-        """By the name of the task."""
+        """The heads by the name of their task."""
         return {table.task.name: table for table in self.tables}
 
     @property
     def beginning(self) -> str:
-        """Of the names of the body's tensors in a model with a head."""
+        """How the names of the body's tensors begin in a model with a head."""
         return f"{self.prefix}." if self.prefix else ""
 
     def auto_map(self) -> dict[str, str]:
-        """Hugging Face's auto classes -> the reference's remote code, file and class."""
+        """Returns config.json's `auto_map`: Hugging Face's auto classes -> file and class of the
+        reference's code."""
         tables = sorted(self.tables, key=lambda table: table.task.auto_class or "")
         suffixes = {t.task.auto_class: t.class_suffix for t in tables if t.task.auto_class}
         module = f"modeling_lsg_{self.model_type.replace('-', '_')}"
@@ -173,11 +179,11 @@ class Family:
         }
 
     def class_name(self, task: str, *, lsg: bool) -> str:
-        """Name of the PyTorch class for a task."""
+        """Returns the name of the PyTorch class for a task."""
         return ("LSG" if lsg else "") + self.class_prefix + self.head(task).class_suffix
 
     def head(self, task: str) -> HeadTable:
-        """The table of a task's head.
+        """Returns the head for a task.
 
         Raises:
             ValueError: if the family has no such head.
@@ -189,7 +195,7 @@ class Family:
         return self.heads[task]
 
     def task_of(self, class_name: str) -> str | None:
-        """The task of a PyTorch class by its name, None if it is not of this family."""
+        """Returns the task of a PyTorch class; None if the class is not of this family."""
         names = {
             prefix + table.class_suffix: task
             for task, table in self.heads.items()
@@ -198,7 +204,7 @@ class Family:
         return names.get(class_name.removeprefix("LSG"))
 
     def keys(self, task: str, config: ModelConfig) -> list[Key]:
-        """Every tensor of a model, with its prefix."""
+        """Returns every tensor of a model, with its prefix."""
         head, keys = self.head(task), []
         if head.embedders:
             inner = self.keys("embedder", config)
@@ -218,15 +224,15 @@ class Family:
         return keys + [key for row in own for key in _expand(row, {}, "")]
 
     def given_keys(self, config: ModelConfig, shapes: Mapping[str, Shape]) -> list[Key]:
-        """Every tensor of the module that the user gives, by the paths and shapes of a model's
-        parameters."""
+        """Returns every tensor of the module that the user passes, given the paths and shapes of
+        the model's parameters."""
         keys, given = [], self.given
         for path, shape in shapes.items():
             if given is None or not path.startswith(f"{given.path}/"):
                 continue
             module, _, name = path.rpartition("/")
             torch = given.torch + module.removeprefix(given.path).replace("/", ".")
-            row = Row(torch, module, (leaf_of(name, len(shape) - 1),))  # one axis is of layers
+            row = Row(torch, module, (leaf_of(name, len(shape) - 1),))  # the first axis is layers
             keys += _expand(row, config.stacks[path.split("/")[0]].layers_of(path), "")
         return keys
 
@@ -236,7 +242,8 @@ class Family:
         return not any(part in row.path for part in without)
 
     def tied_names(self, task: str, *, tied: bool) -> dict[str, str]:
-        """Tensors that repeat another one, name to name; those of an own decoder kernel do not."""
+        """Returns tensors that repeat another one -> that tensor. With `tied` false those of the
+        decoder's own kernel are not among them."""
         head = self.head(task)
         own = set() if tied else {k.torch for row in head.untied_rows for k in _expand(row, {}, "")}
         return {name: source for name, source in head.tied.items() if name not in own}
@@ -250,6 +257,6 @@ def _expand(row: Row, layers: dict[tuple[int, ...], tuple[int, ...]], prefix: st
 
 
 def modern_name(name: str) -> str:
-    """LayerNorm's parameters were called gamma and beta in old checkpoints."""
+    """Returns the current name of a tensor: in old checkpoints LayerNorm has gamma and beta."""
     name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
     return re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)

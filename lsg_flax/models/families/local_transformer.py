@@ -25,12 +25,13 @@ from lsg_flax.patterns import frequencies
 
 
 def _read_frequencies(tensor: Any, index: Index, shape: Shape) -> np.ndarray:
-    """Those that layers rotate with; a file in half precision has them rounded."""
+    """Returns the exact frequencies of rotary positions; a file in half precision has them
+    rounded."""
     right = frequencies(2 * shape[0])
     given = np.asarray(tensor[:], np.float32)
     require(
         np.allclose(given, right, rtol=1e-2, atol=1e-6),
-        f"rel_pos.inv_freq holds {given[:3]}..., and rotary positions here have the frequencies "
+        f"rel_pos.inv_freq has {given[:3]}..., but rotary positions here have the frequencies "
         f"{right[:3]}... (theta 10,000); a model with others is not supported.",
     )
     return right[index]

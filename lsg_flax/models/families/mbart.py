@@ -1,5 +1,5 @@
-"""mBART: BART with LayerNorms in front of its parts and one behind each stack, and the language as
-first token of the decoder. BARThez is an mBART; the reference has classes for it under both names.
+"""mBART: BART with LayerNorms before each sublayer and after each stack, and the language as first
+token of the decoder. BARThez is an mBART; the reference has classes for it under both names.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Pegasus: mBART with sines and cosines for positions, and no LayerNorm behind the embeddings."""
+"""Pegasus: mBART with sines and cosines for positions, and no LayerNorm after the embeddings."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Which families there are."""
+"""The registry of families."""
 
 import re
 from typing import Any
@@ -28,27 +28,29 @@ FAMILIES: dict[str, Family] = {}
 
 
 def register(family: Family) -> None:
-    """Makes a family known by its model_type, its dialect to the configs, and tasks that are new.
+    """Registers a family by its model_type, its dialect for the configs, and its new tasks.
 
     Raises:
-        ValueError: if there is one with this model_type, and for tasks that have two tables, or
-            targets that no model gives.
+        ValueError: if the model_type is taken, a task has two heads, or a target is not a field of
+            `ModelOutput`.
     """
     name = family.model_type
     if name in FAMILIES:
         raise ValueError(
-            f"model_type={name!r} is that of {FAMILIES[name].class_prefix} already; give "
-            f"{family.class_prefix} a model_type of its own."
+            f"model_type={name!r} is already that of {FAMILIES[name].class_prefix}; give "
+            f"{family.class_prefix} another model_type."
         )
     tasks, outputs = [table.task for table in family.tables], ModelOutput.__dataclass_fields__
     if len({task.name for task in tasks}) < len(tasks):
-        raise ValueError(f"{name} has two tables of one task: {[task.name for task in tasks]}.")
+        raise ValueError(f"{name} has two heads for one task: {[task.name for task in tasks]}.")
     for task, output in [(each.name, t.output) for each in tasks for t in each.targets]:
         if output not in outputs:
-            raise ValueError(f"output={output!r} of the task {task!r} is none of {[*outputs]}.")
+            raise ValueError(
+                f"output={output!r} of the task {task!r} is unknown; choose one of {[*outputs]}."
+            )
     FAMILIES[name] = family
     DIALECTS[name] = family.dialect
-    for each in tasks:  # where families have tasks of one name, the first one's counts here
+    for each in tasks:  # if families have tasks of the same name, TASKS has that of the first
         TASKS.setdefault(each.name, each)
 
 
@@ -72,7 +74,7 @@ for _family in (
 
 
 def family_of(model_type: str) -> Family:
-    """The family that config.json names.
+    """Returns the family of a model_type in config.json.
 
     Raises:
         ValueError: for a model_type that is not supported.
@@ -85,7 +87,7 @@ def family_of(model_type: str) -> Family:
 
 
 def read_config(values: dict[str, Any]) -> ModelConfig:
-    """The config of a config.json's fields, plain or LSG.
+    """Makes the config of a model from the fields of a config.json, plain or LSG.
 
     Raises:
         ValueError: for a model_type or a setting that is not supported, or an invalid value.
@@ -95,7 +97,7 @@ def read_config(values: dict[str, Any]) -> ModelConfig:
 
 
 def model_type_of(values: dict[str, Any]) -> str:
-    """The model_type of a config.json: what it says, or else what its classes are called.
+    """Returns the model_type of a config.json, by `architectures` if it has none.
 
     Raises:
         ValueError: if it has neither.
@@ -114,6 +116,7 @@ def model_type_of(values: dict[str, Any]) -> str:
             if known or family.task_of(name):
                 return family.model_type
     raise ValueError(
-        f"no model_type, and architectures={short(classes)} names no class of a supported family; "
-        f"write one into config.json or pass model_type=, one of {', '.join(FAMILIES)}."
+        f"there is no model_type, and architectures={short(classes)} has no class of a supported "
+        f"family; write model_type into config.json or pass model_type=, one of "
+        f"{', '.join(FAMILIES)}."
     )

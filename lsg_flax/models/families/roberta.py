@@ -1,4 +1,5 @@
-"""RoBERTa: BERT with positions behind the padding and heads on the first token's state."""
+"""RoBERTa: BERT with positions counted from pad_token_id + 1, and heads on the first token's
+state."""
 
 from dataclasses import replace
 from functools import partial

@@ -1,5 +1,5 @@
-"""SqueezeBERT: BERT with projections in groups, under names of its own. PyTorch has no LSG classes
-of it, so LSG ones are saved under a model_type that is ours."""
+"""SqueezeBERT: BERT with grouped projections and its own tensor names. PyTorch has no LSG classes
+for it, so LSG checkpoints are saved with a model_type of lsg_flax."""
 
 from dataclasses import replace
 
@@ -65,7 +65,7 @@ SQUEEZEBERT = Family(
         groups=_GROUPS,
         equal={"embedding_size": "hidden_size"},
         refused={n: v for n, v in REFUSED.items() if n != "position_embedding_type"}
-        | ENCODES_ONLY,  # its class makes a causal mask of is_decoder
+        | ENCODES_ONLY,  # with is_decoder its class would make a causal mask
     ),
     architecture=Architecture(
         layer_norm_eps=1e-12,  # a constant in its class
