@@ -20,7 +20,8 @@ extensions = [
 exclude_patterns = ["*.json", "site"]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
-suppress_warnings = ["myst.strikethrough"]
+# Names of axes in annotations, such as "length", may also be fields of several classes.
+suppress_warnings = ["myst.strikethrough", "ref.python"]
 highlight_language = "none"  # of blocks that name none: what commands show
 default_role = "code"  # docstrings write names in single backticks
 smartquotes_action = "q"  # flags keep their two dashes

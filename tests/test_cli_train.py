@@ -76,7 +76,7 @@ def test_train_then_predict(capsys, tiny, tmp_path, monkeypatch):
         patch.setitem(sys.modules, "matplotlib.figure", None)
         again = run(capsys, "train", "--config", file, "--output", output, "--steps", 3)
     assert again[0] == 0 and "next: lsg-flax predict" in again[1] and "run.png" not in again[1]
-    warned = "run.png is not drawn, because matplotlib is missing: pip install 'lsg-flax[plots]'."
+    warned = "run.png is not drawn: it needs matplotlib, pip install 'lsg-flax[plots]'."
     assert [line for line in again[2].splitlines() if "warning" in line][-1].endswith(warned)
     assert again[2].count("is not drawn") == 1 and not (output / "log" / "run.png").exists()
     documents = tmp_path / "documents.jsonl"

@@ -202,7 +202,7 @@ def test_the_notebook_is_committed_without_outputs():
 
 def test_a_dense_embedder_teaches_its_conversion(example, tmp_path, capsys):
     module = example("distill_embeddings")
-    sizes = ["--steps", "2", "--papers", "2", "--texts", "3", "--length", "64"]
+    sizes = ["--steps", "2", "--papers", "2", "--texts", "5", "--length", "64"]
     source, teacher = GOLDEN / "bert_to_convert_512", str(tmp_path / "teacher")
     pooled = hub.SentenceSettings("mean", True, 512)
     read = (*lsg_flax.from_pretrained(source, "base"), hub.read_tokenizer(source))
@@ -212,7 +212,7 @@ def test_a_dense_embedder_teaches_its_conversion(example, tmp_path, capsys):
     assert result.step == 2 and before != result.scores["eval_cosine"]
     averaged, converted, taught = scores.values()
     assert averaged.keys() == converted.keys() == taught.keys() >= {"mrr@10", "recall@1"}
-    assert "LSG, taught, whole: " in capsys.readouterr().out
+    assert "LSG, taught, whole" in capsys.readouterr().out
     again = module.main([*sizes, "--teacher", teacher, "--folder", str(tmp_path)])[1]
     assert again.scores == result.scores  # nothing is trained twice
 

@@ -236,6 +236,6 @@ def test_texts_of_a_fixed_batch_with_parameters_beside(tmp_path):
 def test_texts_that_cannot_be(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         export_texts(*writer(), tmp_path, **{"length": 16, "max_new_tokens": 4} | options)
-    with pytest.raises(ValueError, match="not of bert for sequence_classification; export_model"):
+    with pytest.raises(ValueError, match="got bert for sequence_classification; use export_model"):
         export_texts(*make(), tmp_path, length=16, max_new_tokens=4)
     assert not list(tmp_path.iterdir())

@@ -72,7 +72,7 @@ def run(settings: Settings):
 @pytest.mark.parametrize(
     ("kind", "label", "message"),
     [
-        ("regression", [1, 2], r"2 numbers, but 1 in the training data"),
+        ("regression", [1, 2], r"the label has 2 numbers, but 1 in the training data"),
         ("multi_label_classification", ["other"], r"label 'other' is none of the"),
     ],
 )
@@ -297,9 +297,9 @@ def test_one_run_at_a_time_and_away_from_its_data(tiny, tmp_path):
     assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
     for changes, message in (
         ({"output": str(tmp_path), "train_data": str(tmp_path)}, "holds the data file"),
-        ({"eval_data": str(tmp_path)}, "out lies in the data .*give another folder"),
+        ({"eval_data": str(tmp_path)}, "out is inside the data folder .*give another folder"),
         ({"output": settings.train_data}, "output=.*train.jsonl is a file; give a folder"),
-        ({"output": f"{settings.train_data}/x"}, "lies in .*train.jsonl, which is a file"),
+        ({"output": f"{settings.train_data}/x"}, "is inside .*train.jsonl, which is a file"),
         ({"cache": settings.train_data}, "cache=.*train.jsonl is a file"),
         ({"cache": str(tmp_path)}, "cache=.* holds the model or the data; give a folder of its"),
         ({"cache": settings.model}, "cache=.* holds the model or the data; give a folder of its"),
@@ -313,7 +313,9 @@ def test_one_run_at_a_time_and_away_from_its_data(tiny, tmp_path):
     (tmp_path / "out").mkdir()
     for name in ("tokenizer.json", "vocab.txt"):
         (tmp_path / "out" / name).write_text("precious")
-        with pytest.raises(ValueError, match=rf"has not made .{name}.; give another folder"):
+        with pytest.raises(
+            ValueError, match=rf"has not made .{name}., which is not overwritten; give another"
+        ):
             run(settings)
         (tmp_path / "out" / name).unlink()
 

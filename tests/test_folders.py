@@ -193,7 +193,7 @@ DAMAGED = {
         "[]",
         "cannot make a tokenizer \\('list' object.*download them again",
     ),
-    "vocab.txt": (None, "has tokenizer_config.json, but BertTokenizer needs vocab.txt too"),
+    "vocab.txt": (None, "has tokenizer_config.json, but BertTokenizer also needs vocab.txt"),
 }
 
 

@@ -366,7 +366,7 @@ def test_without_a_model_type_the_classes_say_it(tmp_path, architectures, model_
 def test_a_config_that_says_nothing_of_its_family_is_read_by_a_given_one(tmp_path, values):
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(
-        ValueError, match=r"config.json: no model_type, and arch.* or pass model_ty"
+        ValueError, match=r"config.json: there is no model_type, and arch.* or pass model_ty"
     ):
         hub.open_checkpoint(tmp_path)
     opened = hub.open_checkpoint(tmp_path, model_type="roberta")

@@ -378,7 +378,7 @@ def test_commands_read_a_dataset_by_its_name(dataset, capsys, tmp_path):
     save_tiny(pathlib.Path(model))
     given = ["predict", model, "somebody/two", answers, "--outputs", *columns, *long]
     assert cli.main([*given]) == 2
-    assert "has the splits train, test: give --split, one of them" in capsys.readouterr().err
+    assert "has the splits train, test; give one of them as --split" in capsys.readouterr().err
     assert cli.main([*given, "--split", "test"]) == 0
     assert cli.main(["embed", model, "small", vectors, "--pooling", "mean", *columns]) == 0
     for file in (answers, vectors):

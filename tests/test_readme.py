@@ -97,11 +97,17 @@ def files_of_inference():
     pathlib.Path("prompts.jsonl").write_text('{"text": "w5 w6"}\n')
 
 
+def files_of_checkpoints():
+    """A plain checkpoint."""
+    shutil.copytree(GOLDEN / "bert_to_convert_512", "path/to/roberta")
+
+
 OF_COMMANDS = {  # pages whose Python goes on from models of the reader's, and what commands write
     "inference.md": (
         files_of_inference,
         ["answers.jsonl", "summaries.jsonl", "continuations.jsonl"],
     ),
+    "checkpoints.md": (files_of_checkpoints, ["roberta-4096/config.json"]),
 }
 
 
@@ -170,6 +176,15 @@ def test_page(page, tmp_path, monkeypatch):
         for line in block.replace("\\\n", " ").splitlines() if language == "sh" else ():
             program, *arguments = shlex.split(line, comments=True)
             assert (program, cli.main(arguments)) == ("lsg-flax", 0), line
+
+
+def test_the_rows_of_a_new_family_are_rows():
+    """The block of docs/adding_a_family.md that needs no PyTorch."""
+    text = (README.parent / "docs/adding_a_family.md").read_text()
+    blocks = [b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "Row(" in b]
+    found = {}
+    exec(compile("\n".join(blocks), "adding_a_family.md", "exec"), found)
+    assert found["rows"] and all(isinstance(row, found["Row"]) for row in found["rows"])
 
 
 def test_map_names_every_part():

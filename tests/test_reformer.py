@@ -365,7 +365,7 @@ def test_buckets_are_chosen_by_the_length_and_written_nowhere(tmp_path):
     assert "intermediate_size" not in values
     again, _ = lsg_flax.from_pretrained(tmp_path)
     assert (json.loads(json.dumps(again.config.to_dict())), again.task) == (values, "causal_lm")
-    with pytest.raises(ValueError, match="a reformer cannot become LSG"):
+    with pytest.raises(ValueError, match="a reformer model cannot become LSG"):
         lsg_flax.convert_checkpoint(tmp_path, max_sequence_length=64)
     assert cli.main(["inspect", str(tmp_path)]) == 0
 

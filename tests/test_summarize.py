@@ -216,7 +216,7 @@ def test_a_tokenizer_of_another_model(writers, tmp_path):
     for fields, message in (
         (
             {"pad_token": "</s>"},
-            r"pad_token is '</s>' with the id 2, and config.json has pad_token_i",
+            r"pad_token is '</s>' with the id 2, but config.json has pad_token_i",
         ),
         (
             {"eos_token": None},

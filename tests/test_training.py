@@ -424,7 +424,7 @@ def test_a_resumed_run_repeats_the_curve_bit_for_bit(tmp_path):
         training.restore_state(tmp_path / "whole", other)
     with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 5; .* \[2, 4, 6\]"):
         training.restore_state(tmp_path / "whole", state, step=5)
-    with pytest.raises(ValueError, match="has a checkpoint of step 6 already"):
+    with pytest.raises(ValueError, match="already has a checkpoint of step 6"):
         training.save_state(tmp_path / "whole", state)
 
 

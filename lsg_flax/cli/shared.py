@@ -97,7 +97,7 @@ def add_switch(options: Options, flag: str, about: str) -> None:
 def add_pattern(command: argparse.ArgumentParser) -> None:
     """Declares the options of LSG attention, for `given_pattern`."""
     pattern = command.add_argument_group(
-        "attention pattern", "defaults are those of a model with LSG attention, otherwise as shown"
+        "attention pattern", "default: the model's own pattern if it has one, otherwise as shown"
     )
     about = {
         "num_global_tokens": f"learned tokens that see and are seen by all, 1..{MAX_GLOBAL_TOKENS}",

@@ -80,7 +80,7 @@ def add(commands: Any) -> None:
                 const="auto",
                 metavar="HOST:PORT,COUNT,INDEX",
                 help="this is one of several processes: address of the first process, number of "
-                "processes, number of this one; without a value detected (TPU pods, Slurm)",
+                "processes, index of this one; detected if no value follows (TPU pods, Slurm)",
             )
     add_pattern(command)
 

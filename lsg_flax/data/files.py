@@ -127,8 +127,9 @@ class DatasetSource:
         except Exception as error:  # the library raises many kinds
             raise ValueError(
                 f"{name!r} is not a file or folder here, and `datasets` cannot load it as "
-                f"load_dataset({name!r}, {subset!r}, split={split!r}): {error}. Files must end in "
-                f"{', '.join(KINDS)}; give one, or a folder or a pattern of such files."
+                f"load_dataset({name!r}, {subset!r}, split={split!r}): {error}. As files, {name} "
+                f"must end in {', '.join(KINDS)}, or be a folder or a pattern of such files; "
+                "nothing is there now."
             ) from error
         if split is None:  # all splits were loaded
             if len(loaded) != 1:

@@ -112,8 +112,8 @@ _UNSUPPORTED: dict[str, int | None] = {
 
 
 def checkpoint_options(config: Any) -> dict[str, Any]:
-    """Returns a checkpoint's generation options: those of generation_config.json, which is the
-    config's other field "generation_config", then those of config.json."""
+    """Returns a checkpoint's generation options. Those of generation_config.json, stored as the
+    config's other field "generation_config", take precedence over those of config.json."""
     stored = config.other("generation_config", {})
     names = [name for name in (*OPTION_NAMES, *_UNSUPPORTED) if name not in stored]
     of_config = {name: getattr(config, name, config.other(name, None)) for name in names}

@@ -224,7 +224,7 @@ class FusedPlan:
 
     @property
     def steps(self) -> int:
-        """Of the grid, for one group of heads."""
+        """Steps of the grid for one group of heads."""
         return -(-(self.blocks + self.blocks_behind) // GROUP)
 
     @property

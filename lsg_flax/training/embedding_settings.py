@@ -21,14 +21,14 @@ class EmbeddingSettings:
     ] = None
     teacher: Annotated[
         str | None,
-        Help("training", "embedding: model to learn the vectors of", "none, learn from pairs"),
+        Help("training", "embedding: model whose vectors are learned", "none, learn from pairs"),
     ] = None
     teacher_length: Annotated[
         int | None,
         Help("training", "tokens of the parts that the teacher reads", "as in its folder"),
     ] = None
     similarity_scale: Annotated[
-        float | None, Help("training", "embedding: factor of cosines of pairs", f"{SCALE:g}")
+        float | None, Help("training", "embedding: cosines are multiplied by it", f"{SCALE:g}")
     ] = None
 
     def _check_embedding(self) -> None:

@@ -106,13 +106,13 @@ class Settings(Refinements, EmbeddingSettings):
     )
     max_length: Annotated[
         int | None,
-        of_data("most tokens of a row; longer texts are truncated", "the model's own limit"),
+        of_data("maximum tokens of a row; longer texts are truncated", "the model's own limit"),
     ] = None
     buckets: Annotated[
         tuple[int, ...] | None,
         of_data(
             "lengths that rows are padded to; one with --packing",
-            "powers of two from 512, --max-length",
+            "powers of two from 512, then --max-length",
         ),
     ] = None
     max_target_length: Annotated[
@@ -121,7 +121,7 @@ class Settings(Refinements, EmbeddingSettings):
     ] = None
     target_buckets: Annotated[
         tuple[int, ...] | None,
-        of_data("lengths that targets are padded to", "powers of two from 512, the longest target"),
+        of_data("lengths that targets are padded to", "powers of two from 512, then the longest"),
     ] = None
     src_lang: Annotated[
         str | None, of_data("language of the texts, such as mBART's en_XX", "the tokenizer's")
