@@ -41,7 +41,6 @@ class Found(NamedTuple):
 
     head_only: dict[str, float]
     fine_tuned: dict[str, float]
-    seconds: float
     parts: Sequence[Part]
     logits: list[np.ndarray]
     model: tuple[lsg_flax.Model, Any]
@@ -84,20 +83,25 @@ def measure(model, params, reader: Reader, parts: Sequence[Part]) -> tuple[dict,
     return scores(labels[labels >= 0], answers[labels >= 0]), logits
 
 
-def compare(reader: Reader, papers: tuple[list, list], *, epochs: int, seed: int) -> Found:
-    """Fits the head, fine-tunes, and scores both on held-out papers."""
-    start, tokenizer = time.perf_counter(), hub.read_tokenizer(reader.source)
+def compare(
+    reader: Reader, papers: tuple[list, list], *, epochs: int, seeds: Sequence[int]
+) -> list[Found]:
+    """Fits the head, fine-tunes it with each seed, and scores all on held-out papers."""
+    tokenizer = hub.read_tokenizer(reader.source)
     train, held_out = ([*parts_of(part, tokenizer, reader.limit)] for part in papers)
     rows = encode(first_parts(train) if reader.cut else train, tokenizer, reader.limit)
     tokens = sum(len(row.ids) for row in rows)
     console.print(f"1 of 2: a linear head on frozen states of {tokens:,} training tokens")
-    model, params = load(reader, rows)
-    head_only, _ = measure(model, params, reader, held_out)
-    console.print(f"2 of 2: fine-tuning, {epochs} x {len(rows) // reader.rows} steps")
-    params = fine_tune(model, params, rows, reader, epochs=epochs, seed=seed)
-    fine_tuned, logits = measure(model, params, reader, held_out)
-    seconds = time.perf_counter() - start
-    return Found(head_only, fine_tuned, seconds, held_out, logits, (model, params))
+    model, start = load(reader, rows)
+    head_only, _ = measure(model, start, reader, held_out)
+    found = []
+    for seed in seeds:
+        console.print(f"2 of 2: fine-tuning, {epochs} x {len(rows) // reader.rows} steps")
+        params = fine_tune(model, start, rows, reader, epochs=epochs, seed=seed)
+        fine_tuned, logits = measure(model, params, reader, held_out)
+        console.print(f"macro F1 {head_only['macro_f1']:.3f} -> {fine_tuned['macro_f1']:.3f}")
+        found.append(Found(head_only, fine_tuned, held_out, logits, (model, params)))
+    return found
 
 
 def guessing(papers: list) -> float:
@@ -174,7 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
     found = {}
     for name, reader in readers(source, long).items():
         console.rule(f"[bold]{name} (about a minute)")
-        found[name] = compare(reader, papers, epochs=options.epochs, seed=options.seed)
+        (found[name],) = compare(reader, papers, epochs=options.epochs, seeds=[options.seed])
         write_answers(
             options.output / f"{name.replace(' ', '_').replace(',', '')}.jsonl", found[name]
         )

@@ -53,8 +53,8 @@ def evaluate(
     The scores by kind of loss are `classification_scores` for a class per row, `entity_scores` for
     named classes per token, `perplexity` for other classes per token, `span_scores` for positions
     (the best start and end together, at most 30 tokens; `finetune` and `evaluate_files` score
-    answers as texts), and by
-    problem type `regression_scores` and `multi_label_scores` (labels whose logit is above 0).
+    answers as texts), and by problem type `regression_scores` and `multi_label_scores` (labels
+    whose logit is above 0).
 
     Args:
         batches: pairs of a batch and its rows' numbers, as `data.eval_batches` returns them; -1
