@@ -70,7 +70,7 @@ parity: .venv/installed .venv-reference/installed  ## live comparison with PyTor
 	@touch $@
 
 tpu: .venv/installed .libtpu/installed  ## compile for a TPU on this machine, as lsg-flax plan does
-	PYTHONPATH=.libtpu $(BIN)/python -m pytest tests/test_plan.py tests/test_pallas.py tests/test_pallas_full.py -k a_real_tpu_compilation --quiet
+	PYTHONPATH=$(CURDIR)/.libtpu $(BIN)/python -m pytest tests -k a_real_tpu_compilation --quiet
 
 .venv-torchax/installed: benchmarks/torchax-requirements.txt
 	$(PYTHON) -m venv .venv-torchax
@@ -78,11 +78,11 @@ tpu: .venv/installed .libtpu/installed  ## compile for a TPU on this machine, as
 	@touch $@
 
 tpu-report: .venv/installed .libtpu/installed .venv-torchax/installed  ## measure what TPU compilers make of attention and of a step
-	PYTHONPATH=.libtpu $(BIN)/python benchmarks/tpu_report.py --torchax-python $(TORCHAX)
+	PYTHONPATH=$(CURDIR)/.libtpu $(BIN)/python benchmarks/tpu_report.py --torchax-python $(TORCHAX)
 
 torchax: .libtpu/installed .venv-torchax/installed  ## time and memory beside the reference run by torchax, also compiled for a TPU
 	$(TORCHAX) -W ignore benchmarks/vs_torchax.py
-	PYTHONPATH=.libtpu $(TORCHAX) -W ignore benchmarks/vs_torchax.py --chip v5e
+	PYTHONPATH=$(CURDIR)/.libtpu $(TORCHAX) -W ignore benchmarks/vs_torchax.py --chip v5e
 
 # The plugin stays out of .venv too, where it would make JAX look for a GPU. It needs neither a driver nor CUDA.
 .cuda_plugin/installed: .venv/installed
@@ -90,7 +90,7 @@ torchax: .libtpu/installed .venv-torchax/installed  ## time and memory beside th
 	@touch $@
 
 gpu-plan: .venv/installed .cuda_plugin/installed  ## compile for a GPU on this machine, as lsg-flax plan does
-	PYTHONPATH=.cuda_plugin $(BIN)/python -m pytest tests/test_plan_gpu.py --quiet
+	PYTHONPATH=$(CURDIR)/.cuda_plugin $(BIN)/python -m pytest tests/test_plan_gpu.py tests/test_readme.py -k gpu --quiet
 
 .venv/docs: .venv/installed
 	$(PIP) --constraint constraints.txt --editable '.[docs]'

@@ -22,7 +22,7 @@ from matplotlib.patches import Patch
 
 from lsg_flax import LSGConfig, lsg_attention
 
-SELECTIONS = ("norm", "pooling", "lsh", "stride", "block_stride", "none")
+SELECTIONS = ("norm", "pooling", "lsh", "bos_pooling", "stride", "block_stride", "none")
 KINDS = {"not seen": "#eef0f6", "sparse": "#f2a541", "local": "#3f51b5", "global": "#c2185b"}
 COLOURS = ListedColormap(list(KINDS.values()))
 
@@ -49,13 +49,15 @@ def legend() -> list[Patch]:
 def draw(path: pathlib.Path, tokens: int) -> None:
     """One square per selection; rows are queries, columns are keys."""
     sizes = {"block_size": 8, "sparse_block_size": 8, "sparsity_factor": 4, "num_global_tokens": 2}
-    figure, axes = plt.subplots(2, 3, figsize=(9, 6.4), layout="constrained")
-    for axis, name in zip(axes.flat, SELECTIONS, strict=True):
+    figure, axes = plt.subplots(2, 4, figsize=(11, 6.2), layout="constrained")
+    *squares, last = axes.flat
+    for axis, name in zip(squares, SELECTIONS, strict=True):
         kinds = seen(LSGConfig(sparsity_type=name, **sizes), tokens)
         axis.imshow(kinds, cmap=COLOURS, vmin=0, vmax=3, interpolation="nearest")
-        axis.set_title(f'"{name}" reaches {(kinds > 0).mean():.0%} of the pairs', fontsize=10)
+        axis.set_title(f'"{name}" reaches {(kinds > 0).mean():.0%} of the pairs', fontsize=9)
         axis.set(xticks=[], yticks=[])
-    figure.legend(handles=legend(), loc="outside lower center", ncols=3, frameon=False)
+    last.axis("off")
+    last.legend(handles=legend(), loc="center", frameon=False, fontsize=12)
     figure.suptitle(f"Keys (columns) that queries (rows) see: {tokens} tokens, 2 globals")
     figure.savefig(path, dpi=110)
 

@@ -1,4 +1,4 @@
-"""The main job from start to end: a real BERT reads whole papers instead of 512 tokens of them.
+"""The main job from start to end: a real BERT reads papers at once instead of 512 tokens of them.
 
     make demo        # or: python examples/demo.py [--papers 60] [--epochs 1] [--output demo_output]
 
@@ -51,7 +51,7 @@ def readers(source: pathlib.Path, long: pathlib.Path) -> dict[str, Reader]:
     return {
         "first 512 tokens": Reader(source, 512, (512,), cut=True),
         "parts of 512 tokens": Reader(source, 512, (512,), rows=3),
-        "LSG, whole paper": Reader(long, 4096, (1024, 1536, 2048, 4096)),
+        "LSG, all at once": Reader(long, 4096, (1024, 1536, 2048, 4096)),
     }
 
 
@@ -183,7 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
             options.output / f"{name.replace(' ', '_').replace(',', '')}.jsonl", found[name]
         )
     report(found, guessing(papers[1]))
-    best = found["LSG, whole paper"]
+    best = found["LSG, all at once"]
     show(best)
     lsg_flax.save_pretrained(options.output / "model", *best.model, hub.read_tokenizer(source))
     demo_plot.draw(found, guessing(papers[1]), options.output / "demo.png")

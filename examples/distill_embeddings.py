@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> tuple[float, Finetuned, dict]:
         # Batches of long texts have larger gradients, after which short texts would get worse.
         taught["max_grad_norm"] = 0.05
         result = training.finetune(Settings(**taught, train_data=train, eval_data=held))
-        print(f"after {result.step} steps: {result.scores['eval_cosine']:.4f}", flush=True)
+        print(f"after step {result.step}: {result.scores['eval_cosine']:.4f}", flush=True)
         read = Embedder.from_pretrained
         readers = {
             f"teacher, parts of {PART}, averaged": read(options.teacher, max_length=PART),

@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> Finetuned:
             evaluate_every=max(options.steps // 2, 1),
         )
         result = finetune(settings)
-        print(f"after {result.step} steps on {len(result.model.config.labels)} labels:")
+        print(f"after step {result.step}, with {len(result.model.config.labels)} labels:")
         print(", ".join(f"{name} {value:.3f}" for name, value in result.scores.items()))
         classify = lsg_flax.pipeline("text-classification", str(result.output / "best"))
         texts = ["message['Subject'] = header", "await loop.run_in_executor(None, f)"]

@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> Finetuned:
             evaluate_every=max(options.steps // 2, 1),
         )
         result = finetune(settings)
-        print(f"after {result.step} steps:")
+        print(f"after step {result.step}:")
         print(", ".join(f"{name} {value:.3f}" for name, value in result.scores.items()))
         ask = lsg_flax.pipeline("question-answering", str(result.output / "best"))
         for question in ("What does half do?", "What does half take?"):

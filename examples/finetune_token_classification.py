@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> Finetuned:
             evaluate_every=max(options.steps // 2, 1),
         )
         result = finetune(settings)
-        print(f"after {result.step} steps:")
+        print(f"after step {result.step}:")
         print(", ".join(f"{name} {value:.3f}" for name, value in result.scores.items()))
         model = str(result.output / "best")
         tag = lsg_flax.pipeline("token-classification", model, aggregation_strategy="simple")

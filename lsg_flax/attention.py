@@ -180,7 +180,10 @@ def lsg_attention_reference(
     """`lsg_attention` without dropout, computed from the dense mask [tokens, tokens +
     representatives]. Its cost is quadratic: it is for tests and for reading.
 
-    Args and errors are those of `lsg_attention`.
+    Args are those of `lsg_attention`.
+
+    Raises:
+        ValueError: as `lsg_attention`.
     """
     pattern = LSG(config, causal, global_tokens, num_segments or 1)
     inputs = checked_for(pattern, (query, key, value, mask), segment_ids, num_segments)
@@ -358,7 +361,11 @@ def attend_windows(
     run: Runtime = ONE_DEVICE,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """`local_attention` with its options in two records, `pattern` and `run`."""
+    """`local_attention` with its options in two records, `pattern` and `run`.
+
+    Raises:
+        ValueError: as `local_attention`.
+    """
     inputs = checked_tokens(query, key, value, mask, segment_ids)
     _check_bias(pattern, attn_bias, query.shape[2])
     features, source = inputs.features_first()
@@ -387,7 +394,11 @@ def local_attention_reference(
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """`attend_windows` without dropout, over all pairs of tokens. Its cost is quadratic: it is for
-    tests and for reading."""
+    tests and for reading.
+
+    Raises:
+        ValueError: if shapes do not fit together, or an array is not floating-point.
+    """
     inputs = checked_tokens(query, key, value, mask, segment_ids)
     length, size, forward = query.shape[1], pattern.window_size, pattern.look_forward
     query, keys = query.astype(jnp.float32), inputs.key.astype(jnp.float32)

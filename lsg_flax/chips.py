@@ -26,7 +26,7 @@ class Tpu(NamedTuple):
 
 
 class Gpu(NamedTuple):
-    """The data that XLA asks CUDA about a present GPU, and needs to be told about an absent one.
+    """The data that XLA reads from CUDA about a present GPU, and must be told about an absent one.
 
     Attributes:
         name: JAX's `device_kind`.
@@ -74,7 +74,7 @@ class Chip(NamedTuple):
 # Sources: "system architecture" pages of Google Cloud's TPU documentation (peak compute, HBM
 # bandwidth, inter-chip interconnect in Gbit/s: v4 2400, v5e 1600, v5p 4800, v6e 3584); NVIDIA's
 # data sheets (the SXM forms, A100 with 80 GB; half of NVLink's two-way bandwidth, of an L4
-# PCIe 4.0's), memory and what the compiler is told as CUDA reports them.
+# PCIe 4.0's), memory and the compiler's data as CUDA reports them.
 CHIPS: dict[str, Chip] = {
     "v4": Chip(
         *(int(30.75 * GIB), 275e12, 1228e9, 300e9, ("TPU v4",)), Tpu(1.05e9, "v4-8", "megacore")
@@ -145,8 +145,8 @@ def parse_topology(name: str) -> Topology:
         raise ValueError(
             f"topology={name!r} is unknown; give chip:shape as in "
             f"{', '.join(repr(e) for e in _SHAPES.values())}, or 'cpu:8' for eight devices on "
-            f"this machine; at most {_MOST_CHIPS:,} chips, or {_MOST_DEVICES} such devices, and of "
-            f"GPUs those of one host, {_MOST_GPUS}."
+            f"this machine; at most {_MOST_CHIPS:,} TPU chips, {_MOST_GPUS} GPUs of one host, or "
+            f"{_MOST_DEVICES} CPU devices."
         )
     return Topology(name, kind, count)
 

@@ -90,6 +90,19 @@ def params_from_torch(
     return _placed(readers, shapes, model, place)
 
 
+def has_head(tensors: Mapping[str, Any], config: ModelConfig, task: str) -> bool:
+    """Whether the tensors of a state dict have all names of a task's head.
+
+    Raises:
+        ValueError: if the family has no such head, or two tensors that differ have one name.
+    """
+    family = family_of(config.model_type)
+    tensors = of_part(of_tensorflow(tensors, family), family.head(task).part)
+    there = name_tensors(tensors, family, config, task).tensors
+    keys = family.keys(task, config)
+    return all(key.torch in there for key in keys if key.path.startswith("head/"))
+
+
 def _placed(
     readers: Mapping[str, Read],
     shapes: dict[str, tuple[int, ...]],
@@ -113,7 +126,7 @@ def _placed(
 
 def params_to_torch(params: Params, model: Model) -> dict[str, np.ndarray]:
     """Returns the tensors for the PyTorch class of `model`, by name, including tied ones, so that
-    strict loading works.
+    strict loading works. Shapes are PyTorch's, such as [out, in] for a projection.
 
     Raises:
         ValueError: if `params` are not those of `model`.
@@ -162,7 +175,8 @@ def _parts_to_torch(params: Params, model: Model) -> dict[str, np.ndarray]:
 
 
 def initial_leaves(model: Model, paths: list[str], seed: int) -> dict[str, jax.Array]:
-    """Draws initial parameters at `paths`; only these are computed."""
+    """Draws initial parameters at `paths`; only these are computed. Stacked layers have a leading
+    axis: [layers, ...]."""
     if not paths:
         return {}
 

@@ -74,6 +74,11 @@ def say(words: str) -> None:
     _lines.say(words)
 
 
+def count_of(number: int, noun: str) -> str:
+    """Returns a number and what it counts, such as "1 step" or "2,000 steps"."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
 class _Doing(_Work):
     def __init__(self, about: str):
         self._about, self._start = about, time.monotonic()
@@ -101,7 +106,7 @@ class Bar(_Work):
         self._about, self._note, self._shown = about, "", shown
         self._start = self._first = time.monotonic(), initial
         terminal = sys.stderr.isatty()
-        if shown and initial:
+        if shown and initial and initial != total:
             done = f"{initial:,}" + ("" if total is None else f" of {total:,}")
             say(f"resumes after {done} {unit}, which were done before")
         self._drawn = tqdm(

@@ -247,7 +247,8 @@ def check_devices(mesh: Mesh) -> None:
 def shard_batch(
     batch: Mapping[str, np.ndarray], mesh: Mesh, *, microbatches: bool = False
 ) -> dict[str, jax.Array]:
-    """Places a batch from the host on the mesh, sharded as `batch_shardings` says.
+    """Places a batch from the host on the mesh, sharded as `batch_shardings` says: arrays [B, ...],
+    or with `microbatches` [M, B, ...].
 
     With several processes each passes its own rows, the same number in each process; the result is
     the global batch.
@@ -280,7 +281,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     It never changes values.
 
     Args:
-        x: any array.
+        x: any array, such as [B, T, D].
         *names: the logical axis (a key of `MESH_AXES`) of each dimension of `x`, None for
             dimensions that are not sharded. Axes that the mesh does not divide, and mesh axes that
             an enclosing `jax.shard_map` uses, are skipped.

@@ -50,7 +50,7 @@ def devices_of(topology: Topology) -> list[Any]:
         devices = jax.devices("cpu")
         if len(devices) < topology.devices:
             raise ValueError(
-                f"{topology.name} needs {topology.devices} CPU devices, this process has "
+                f"{topology.name} needs {topology.devices} CPU devices, but this process has "
                 f"{len(devices)}; start it with "
                 f"XLA_FLAGS=--xla_force_host_platform_device_count={topology.devices}."
             )
@@ -79,7 +79,8 @@ def _tpu_options(topology: Topology, tpu: Tpu) -> dict[str, Any]:
 
 
 def _gpu_options(topology: Topology, chip: Chip, gpu: Gpu) -> dict[str, Any]:
-    """Options for one host of GPUs: the fields of XLA's GpuTargetConfigProto, and the topology."""
+    """Returns the options for one host of GPUs: the fields of XLA's GpuTargetConfigProto, and the
+    topology."""
     device: dict[str, int | float] = {
         "threads_per_block_limit": 1024,
         "threads_per_warp": 32,
@@ -120,10 +121,10 @@ def check_compiler(topology: Topology) -> None:
     elif not has_cuda_plugin():
         version = jax.lib.__version__
         raise ImportError(
-            f"compiling for {topology.name} needs JAX's CUDA plugin, on Linux, and no GPU, driver "
-            f"or other package of NVIDIA's: pip install --no-deps --target cuda_plugin "
-            f"jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version}, and PYTHONPATH=cuda_plugin. "
-            f"{_HERE}"
+            f"compiling for {topology.name} needs JAX's CUDA plugin, on Linux, but no GPU, driver "
+            f"or other NVIDIA package: run pip install --no-deps --target cuda_plugin "
+            f"jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version}, and set "
+            f"PYTHONPATH=cuda_plugin. {_HERE}"
         )
 
 
@@ -162,6 +163,6 @@ def memory_share() -> float:
     if not 0 < share <= 1:
         raise ValueError(
             f"{name}={given!r} in the environment must be a number above 0 and at most 1: the "
-            f"share of a GPU's memory that JAX allocates. Without it that is {_SHARE}."
+            f"share of a GPU's memory that JAX allocates. Unset, it is {_SHARE}."
         )
     return share

@@ -114,6 +114,12 @@ def test_on_the_command_line_it_is_a_command(capsys, monkeypatch, tmp_path, fami
     assert (NONE.format(family) in message) == (family != "bert"), message
 
 
+def test_a_model_that_is_lsg_is_advised_to_keep_its_global_tokens():
+    config = config_of("bert").with_overrides(lsg=lsg_flax.LSGConfig())
+    message = config.or_convert("truncate it", 12)
+    assert message.endswith(f"{ADVICE}equence_length=12, resize_lsg=True)")
+
+
 @pytest.mark.parametrize("family", ["bert", "reformer"])
 @pytest.mark.parametrize(
     "given", [{"max_length": 12}, {"train_only": "global_tokens_and_head"}], ids=str

@@ -1,6 +1,7 @@
 """The tables of benchmarks that compile for TPUs, or run beside torchax, and what they read from
 schedules, without either."""
 
+import importlib.util
 import json
 import pathlib
 
@@ -83,6 +84,18 @@ def test_rows_of_the_report_are_kept_replaced_and_printed(script, tmp_path, monk
     assert (tmp_path / "tpu_report.png").stat().st_size > 1000
     with pytest.raises(SystemExit):
         report.main([*common, "--what", "cudnn"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: make tpu")
+def test_a_real_tpu_compilation_makes_a_row_of_the_report(script, tmp_path, capsys):
+    """Attention as a layer calls it, within the limits of memory traffic and cycles."""
+    options = ["--chips", "v5e", "--what", "layer", "--passes", "both", "--lengths", "4096"]
+    script("tpu_report").main([*options, "--output", str(tmp_path)])
+    (row,) = json.loads((tmp_path / "tpu_report.json").read_text())
+    assert 0 < row["gigabytes"] <= 0.3 and row["sort"] == row["gather"] == row["scatter"] == 0
+    assert 0 < row["forward"] <= 1.2e6 and row["forward"] < row["backward"] <= 2.3e6
+    assert "| v5e | fused kernels within a layer, forward and backward |" in capsys.readouterr().out
 
 
 def test_rivals_are_compared_before_they_are_timed(script, monkeypatch, capsys):

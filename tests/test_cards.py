@@ -1,7 +1,10 @@
 """Model cards of conversions and runs, and both sent to the hub, which is a local one here."""
 
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import huggingface_hub
 import pytest
@@ -192,6 +195,18 @@ def test_what_the_hub_would_not_take_is_said_before_the_work(
         assert not fake.repositories
     assert (code, out) == (2, "") and says in err and err.count("\n") == 1, err
     assert contents(tmp_path) == before
+
+
+def test_a_push_is_checked_where_nothing_else_has_imported_parts_of_the_hubs_client(tmp_path):
+    """In a process of its own, in which nobody is logged in."""
+    alone = {name: x for name, x in os.environ.items() if not name.startswith("HF_")}
+    done = subprocess.run(
+        [sys.executable, "-c", "from lsg_flax.hub import check_push; check_push('me/x')"],
+        env=alone | {"HF_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert "push_to_hub='me/x' needs a token for the hub" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "me/ x", "me/a--b"])

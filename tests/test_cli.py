@@ -14,12 +14,13 @@ from importlib import metadata
 import jax
 import numpy as np
 import pytest
+import rich.table
 import safetensors.numpy
 from golden_data import GOLDEN, load
 
 import lsg_flax
 from lsg_flax import LSGConfig, cli, hub, training
-from lsg_flax.cli import doctor, train
+from lsg_flax.cli import doctor, shared, train
 
 SOURCE, LSG_SOURCE = GOLDEN / "bert_to_convert_512", GOLDEN / "bert_to_convert_lsg"
 
@@ -226,6 +227,11 @@ FLAGS = [
         "(--truncation, --max-length ...)",
     ),
     ("predict", "use f(a, max_length=600, g(buckets=1))", "use f(a, max_length=600, g(buckets=1))"),
+    (
+        "predict",
+        "lsg_flax.convert_checkpoint(source, target, max_sequence_length=12, resize_lsg=True).",
+        "lsg-flax convert SOURCE TARGET --max-sequence-length 12 --resize-lsg.",
+    ),
     ("embed", "any checkpoint with pooling=, not task='base'", "with --pooling, not task='base'"),
     (
         "generate",
@@ -363,7 +369,7 @@ def test_a_damaged_header_is_reported(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "COMMAND"),
+        (["none"], "invalid choice: 'none'"),
         (["convert", "a"], "TARGET"),
         (["convert", "a", "b", "--task", "x"], "invalid choice: 'x'"),
     ],
@@ -372,6 +378,12 @@ def test_wrong_usage_exits_with_2(capsys, arguments, says):
     with pytest.raises(SystemExit) as error:
         cli.main(arguments)
     assert error.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_the_program_alone_lists_the_commands(capsys):
+    assert cli.main([]) == 2
+    out, err = capsys.readouterr()
+    assert not out and {*ASKS_FOR} == {*re.findall(r"^    ([a-z]+)\b", err, re.MULTILINE)}
 
 
 ASKS_FOR = {  # what must be given, in this order
@@ -511,3 +523,37 @@ def test_help_and_version_in_a_process_of_their_own():
     assert shown["--version"].startswith(f"lsg-flax {lsg_flax.__version__} (jax ")
     for option in ("--max-sequence-length", "--num-global-tokens", "--check", "--debug"):
         assert option in shown["convert --help"]
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("ner", "token_classification"),
+        ("sentiment-analysis", "sequence_classification"),
+        ("summarization", "conditional_generation"),
+        ("masked_lm", "masked_lm"),
+    ],
+)
+def test_commands_take_the_tasks_of_pipelines(name, head):
+    """Those that have --task."""
+    needed = {"evaluate": ["m", "d"], "predict": ["m", "i", "o"], "convert": ["s", "t"]}
+    needed |= {"train": [], "data": [], "plan": ["m", "--topology", "cpu:1", "--batch-size", "1"]}
+    parser = cli._parser()
+    for command, rest in needed.items():
+        if command == "data":
+            rest = ["--model", "m", "--train-data", "d"]
+        if command == "evaluate" and head == "masked_lm":
+            continue
+        assert parser.parse_args([command, *rest, "--task", name]).task == head
+    with pytest.raises(SystemExit):
+        parser.parse_args(["predict", "m", "i", "o", "--task", "named-entities"])
+
+
+def test_lines_of_text_stay_whole_and_tables_fit_the_console(capsys):
+    """Where there is no terminal, as in a file or a pipe."""
+    table = rich.table.Table("name")
+    table.add_row("word " * 60)
+    shared.console().print("word " * 60)
+    shared.console().print(table)
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert len(first) == 300 and {len(line) for line in rest} == {120}

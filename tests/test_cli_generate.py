@@ -87,6 +87,8 @@ def test_a_file_is_continued_as_each_of_its_texts(capsys, writers, tmp_path, kin
     counts = [len(text.split()) for text in expected]
     assert counts == ([4, 2, 12] if kind == ".txt" else [12, 12, 11])  # where the texts end
     assert [p.name for p in target.parent.iterdir()] == ["out.jsonl"]
+    again = run(capsys, folder, source, target, *flags)
+    assert again == (0, f"replaced {target}: 3 continuations\n", "")
 
 
 def test_half_precision(capsys, writers):
@@ -137,7 +139,7 @@ def test_an_error_is_one_line_and_leaves_nothing(
 @pytest.mark.filterwarnings("default:1 broken lines")  # the command shows it
 def test_bad_lines_and_a_failed_write_leave_the_old_file(capsys, writers, tmp_path, monkeypatch):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    target.write_text("old")
+    target.write_text(old := '{"id": 0, "text": "old"}\n')
     source.write_text('{"text": "w5"}\n{"text": 5}\n')
     code, _, err = run(capsys, writers["lsg"], source, target)
     assert code == 2 and "in.jsonl:2: its text must be a text, got 5" in err
@@ -147,7 +149,7 @@ def test_bad_lines_and_a_failed_write_leave_the_old_file(capsys, writers, tmp_pa
     assert err.rstrip().endswith("Mend it, or pass --broken-lines skip.")
     long, skip = source.read_text(), ["--broken-lines", "skip", "--max-new-tokens", 4]
     code, _, err = run(capsys, writers["lsg"], source, target, *skip[:2], "--max-new-tokens", 900)
-    assert code == 2 and "a prompt must have 1 to 0" in err and target.read_text() == "old"
+    assert code == 2 and "a prompt must have 1 to 0" in err and target.read_text() == old
     source.write_text('{"text": "w5"}\n' + long)
     code, _, err = run(capsys, writers["lsg"], source, tmp_path / "new.jsonl", *skip)
     assert code == 0 and f"1 broken lines of {source} were skipped: 2." in err
@@ -157,5 +159,5 @@ def test_bad_lines_and_a_failed_write_leave_the_old_file(capsys, writers, tmp_pa
     source.write_text('{"text": "w5"}\n')
     monkeypatch.setattr("pathlib.Path.write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28)))
     code, _, err = run(capsys, writers["lsg"], source, target, "--max-new-tokens", 4)
-    assert code == 2 and "28" in err and target.read_text() == "old"
+    assert code == 2 and "28" in err and target.read_text() == old
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]

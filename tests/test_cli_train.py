@@ -1,5 +1,6 @@
 """`lsg-flax train` and `lsg-flax predict`: what reaches the library, what is written, errors."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -25,8 +26,9 @@ from tiny_run import PLAIN, save_tiny, write
 import lsg_flax
 from lsg_flax import cli, hub
 from lsg_flax.cli import train
-from lsg_flax.models import EncoderConfig
-from lsg_flax.training import Finetuned, Settings
+from lsg_flax.inference import ResumableLines
+from lsg_flax.models import EncoderConfig, family_of
+from lsg_flax.training import Finetuned, Settings, pictures
 from lsg_flax.training.embedding_settings import EMBEDDING_NAMES
 
 PNG = b"\x89PNG"
@@ -76,6 +78,9 @@ def test_train_then_predict(capsys, tiny, tmp_path, monkeypatch):
         patch.setitem(sys.modules, "matplotlib.figure", None)
         again = run(capsys, "train", "--config", file, "--output", output, "--steps", 3)
     assert again[0] == 0 and "next: lsg-flax predict" in again[1] and "run.png" not in again[1]
+    assert "already finished after 3 steps: nothing is trained; more steps need" in again[2]
+    assert "fine-tune before use" in err and "fine-tune before use" not in again[2]
+    assert "resumes after" not in again[2]
     warned = "run.png is not drawn: it needs matplotlib, pip install 'lsg-flax[plots]'."
     assert [line for line in again[2].splitlines() if "warning" in line][-1].endswith(warned)
     assert again[2].count("is not drawn") == 1 and not (output / "log" / "run.png").exists()
@@ -98,6 +103,36 @@ def test_train_then_predict(capsys, tiny, tmp_path, monkeypatch):
     np.testing.assert_allclose(rows[1]["logits"], expected, atol=1e-5)
     code, _, err = run(capsys, "predict", output, documents, answers, "--answers", "topk=1")
     assert code == 2 and "--answers: 'topk' is unknown; did you mean 'top_k'" in err
+
+
+def drawn(axes) -> dict[str, list]:
+    """The lines of a panel by their labels."""
+    return {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+
+
+def test_the_picture_of_a_run_shows_what_its_log_says(tmp_path):
+    records = [{"step": n, "loss": 3 - n, "learning_rate": n / 10, "tokens": 9} for n in (1, 2, 3)]
+    records[1] |= {"eval_loss": 0.5, "eval_accuracy": 0.25, "eval_macro_f1": 0.125}
+    records[2] |= {"eval_loss": 0.25, "eval_accuracy": 0.75, "eval_macro_f1": 0.5}
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in records))
+    given = tmp_path, {"input": np.array([3, 3, 8, 16])}, (8, 16)
+    figure = pictures.run_figure(*given)
+    loss, score, rate, length = figure.axes
+    assert drawn(loss) == {
+        "training": [[1, 2], [2, 1], [3, 0]],
+        "evaluation": [[2, 0.5], [3, 0.25]],
+    }
+    assert drawn(score) == {"accuracy": [[2, 0.25], [3, 0.75]], "macro_f1": [[2, 0.125], [3, 0.5]]}
+    assert [*drawn(rate).values()] == [[[1, 0.1], [2, 0.2], [3, 0.3]]]
+    assert [points[0][0] for points in drawn(length).values()] == [8, 16]
+    bars = {round(bar.get_x()): bar.get_height() for bar in length.patches if bar.get_height()}
+    assert bars == {3: 2, 8: 1, 15: 1}
+    for axes, title in ((loss, "loss"), (score, "held-out"), (rate, "rate"), (length, "tokens")):
+        assert title in axes.get_title() and (axes.get_xlabel() == "step") == (axes is not length)
+    for axes in (loss, score):
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == [*drawn(axes)]
+    picture = pictures.draw_run(*given)
+    assert picture == tmp_path / "run.png" and picture.read_bytes().startswith(PNG)
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +227,45 @@ def test_predict_reads_what_train_reads_at_the_length_of_training(capsys, classi
     assert [answer["id"] for answer in answers] == [0, 1, 2, 3]
     assert answers[0]["answer"] == answers[2]["answer"] != answers[1]["answer"]
     code, _, err = run(capsys, *given[:-1], "text=title")
-    assert code == 2 and "must have 'title'" in err
+    assert code == 2 and err.endswith("it has ['area', 'body'] and must have 'title'.\n")
+    code, _, err = run(capsys, *given[:-2])
+    lacks = "it has ['area', 'body'] and must have text, or question and context, or input_ids"
+    assert code == 2 and lacks in err
+    assert err.endswith("; if the text has another name, pass --columns text=body.\n")
+
+
+def test_predict_says_after_an_interruption_what_is_kept(capsys, classifier, tmp_path, monkeypatch):
+    data, out = csv_of(tmp_path / "data.csv", ["low"] * 258), tmp_path / "out.jsonl"
+    given = ("predict", classifier, data, out, "--columns", "text=body", "--batch-size", 64)
+    code, _, err = run(capsys, *given, "--max-length", 9000)
+    assert code == 2 and "what this model reads; give fewer, or make" in err
+    assert "--max-length 9000 must be in 1.." in err and "--max-sequence-length 9000" in err
+    write_window = ResumableLines.write
+
+    def interrupted(lines, *window):
+        if lines.finished:
+            raise KeyboardInterrupt
+        write_window(lines, *window)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ResumableLines, "write", interrupted)
+        code, _, err = run(capsys, *given)
+    kept = f"256 finished documents are kept in {out}.partial; the same call or command continues"
+    assert code == cli.INTERRUPTED and f"interrupted: {kept} with the others." in err
+    assert "258 documents, 256 done before" in run(capsys, *given)[1]
+
+
+def test_a_row_without_a_text_says_the_flag_of_its_command(capsys, classifier, tmp_path):
+    data, out = tmp_path / "in.jsonl", tmp_path / "out.npy"
+    data.write_text('{"body": "w5 w6", "id": "a longer name"}\n')
+    for command, model, advice in (
+        ("embed", classifier, "pass --columns text=body. Mend it, or pass --broken-lines skip."),
+        ("summarize", GOLDEN / "bart_conditional_generation", "pass --text-column body. Mend it"),
+        ("generate", GOLDEN / "bert_causal_lm", "name it \"text\", not 'body'. Mend it, or"),
+    ):
+        target = out if command == "embed" else tmp_path / "out.jsonl"
+        code, _, err = run(capsys, command, model, data, target)
+        assert code == 2 and f"if the text has another name, {advice}" in err
 
 
 def test_evaluate_names_labels_that_the_model_does_not_know(capsys, classifier, tmp_path):
@@ -308,6 +381,7 @@ ERRORS = {
     ("predict", PLAIN, "none.jsonl", "o.jsonl", "--outputs"): "none.jsonl is no file",
     ("predict", PLAIN, "a", "b", "--outputs", "--mesh", "data=3"): "does not fit 8 devices",
     ("predict", "./none", "a", "b"): "none is not a folder",
+    ("ask", "./none", "who?"): "none is not a folder; give a folder that `lsg-flax index` made, or",
 }
 
 
@@ -322,15 +396,22 @@ def test_errors_are_one_message(capsys, arguments, monkeypatch, tmp_path):
 
 
 CLASSIFIER = GOLDEN / "bert_sequence_classification"
-ASKS = ("--task", "question_answering", "--answers")
 EARLY = {
     ("--outputs", "logit"): "--outputs logit are not all outputs of --task sequence_classific",
     ("--answers", "top_k=x"): "--answers: top_k='x' must be a whole number of at least 1",
     ("--answers", "top_k=true"): "--answers: top_k=True must be a whole number",
     ("--answers", "function_to_apply=cube"): "--answers: function_to_apply='cube' is unknown",
-    ("--task", "pretraining"): "a model for pretraining has no answers, only outputs: add",
-    (*ASKS, "doc_stride=-1"): "doc_stride=-1 must be an integer of at least 0",
-    (*ASKS, "align_to_words=7"): "align_to_words=7 is unknown",
+    ("--task", "base"): "a model for base has no answers, only outputs: add",
+    (
+        "--task",
+        "ner",
+    ): "is LSGBertForSequenceClassification and has no head for token_classification",
+    ("--task", "question-answering"): "has no head for question_answering; train that head first",
+    ("--task", "masked_lm", "--outputs"): "has no head for masked_lm",
+}
+ASKS = {
+    "doc_stride=-1": "doc_stride=-1 must be an integer of at least 0",
+    "align_to_words=7": "align_to_words=7 is unknown",
 }
 
 
@@ -354,6 +435,40 @@ def test_predict_says_what_is_wrong_before_it_reads_weights(
         assert code == 2 and message in err
 
 
+@pytest.mark.parametrize("flag", ASKS)
+def test_predict_checks_how_questions_are_answered(capsys, unchecked, tmp_path, flag):
+    files = GOLDEN / "bert_question_answering", "none.jsonl", tmp_path / "out.jsonl"
+    code, _, err = run(capsys, "predict", *files, "--answers", flag)
+    assert code == 2 and ASKS[flag] in err
+
+
+@pytest.mark.parametrize(
+    "name,classes,tasks",
+    [
+        ("bert_pretraining", None, "base pretraining masked_lm causal_lm next_sentence_prediction"),
+        ("bert_masked_lm", None, "base masked_lm causal_lm"),
+        ("bert_token_classification", None, "base token_classification"),
+        ("bert_base", None, "base"),
+        ("bert_question_answering", [], "base question_answering"),
+        ("bert_question_answering", ["Own"], "base question_answering"),
+    ],
+)
+def test_a_checkpoint_has_the_heads_of_its_class_or_else_of_its_weights(
+    tmp_path, name, classes, tasks
+):
+    folder = shutil.copytree(GOLDEN / name, tmp_path / name)
+    if classes is not None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"architectures": classes}))
+    checkpoint = hub.open_checkpoint(folder)
+    allowed = []
+    for task in family_of("bert").heads:
+        with contextlib.suppress(ValueError):
+            checkpoint.require_head(task)
+            allowed.append(task)
+    assert {*allowed} == {*tasks.split()}
+
+
 def test_train_says_where_metrics_go_when_it_begins(capsys, tiny, tmp_path):
     file = config_of(tmp_path, tiny, output=str(tmp_path / "out"), train_data="none.jsonl")
     code, _, err = run(capsys, "train", "--config", file)
@@ -374,7 +489,7 @@ def test_wrong_flags_are_named(capsys, tiny, tmp_path):
         (["--mesh", "model=2"], "the axes are data, fsdp, tensor, sequence"),
         (["--mesh", "data"], "not AXIS=N"),
         (["--columns", "text"], "is not NAME=VALUE"),
-        (["--task", "translation"], "invalid choice: 'translation'"),
+        (["--task", "translating"], "invalid choice: 'translating'"),
     ):
         with pytest.raises(SystemExit):
             cli.main(["train", "--config", str(file), *flags])

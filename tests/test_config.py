@@ -129,9 +129,9 @@ def test_only_adaptive_patterns_pad():
             )
         ),
         ({"hidden_size": 9}, "hidden_size=9 is not divisible by num_attention_heads=2"),
-        ({"hidden_dropout_prob": 1.0}, r"hidden_dropout_prob=1.0 must lie in \[0, 1\)"),
-        ({"attention_probs_dropout_prob": -0.1}, r"attention_probs_dropout_prob=-0.1 must lie"),
-        ({"classifier_dropout": 2.0}, "classifier_dropout=2.0 must lie"),
+        ({"hidden_dropout_prob": 1.0}, r"hidden_dropout_prob=1.0 must be in \[0, 1\)"),
+        ({"attention_probs_dropout_prob": -0.1}, r"attention_probs_dropout_prob=-0.1 must be in"),
+        ({"classifier_dropout": 2.0}, "classifier_dropout=2.0 must be in"),
         ({"problem_type": "ranking"}, "problem_type='ranking' is unknown; choose one of single"),
         ({"position_embedding_type": "relative_key"}, "'relative_key' in config.json changes what"),
         ({"add_cross_attention": True}, "set is_decoder=True as well"),
@@ -163,7 +163,7 @@ def test_an_invalid_config_json_is_refused(fields, says):
         ({"num_labels": 10**12}, "num_labels=1000000000000 must be at least 1 and at most 1,048"),
         ({"num_labels": None}, "num_labels=None must be a whole number"),
         ({"layer_norm_eps": float("nan")}, "layer_norm_eps=nan must be a finite number"),
-        ({"layer_norm_eps": -1}, r"layer_norm_eps=-1(.0)? must lie in \[0, 1\]"),
+        ({"layer_norm_eps": -1}, r"layer_norm_eps=-1(.0)? must be in \[0, 1\]"),
         ({"layer_norm_eps": "1e-5"}, "layer_norm_eps='1e-5' must be a number, without quotes"),
         ({"initializer_range": 10**400}, "initializer_range=1000.*00 must be a finite number"),
         ({"initializer_range": -0.02}, "initializer_range=-0.02 must be 0 or positive"),
@@ -277,7 +277,7 @@ def test_distilbert_reads_three_fields_under_two_names():
             "num_hidden_groups=100 of inner_group_num=11 layers are more than 1,000",
         ),
         ("electra", {"embedding_size": None}, "embedding_size=None must be a number for electra"),
-        ("electra", {"summary_last_dropout": 2}, "summary_last_dropout=2 must lie in"),
+        ("electra", {"summary_last_dropout": 2}, "summary_last_dropout=2 must be in"),
     ],
 )
 def test_what_the_family_could_not_write_is_refused_where_it_is_given(family, fields, says):

@@ -565,7 +565,7 @@ def test_one_row_is_enough(make):
             r"batch_size=1000000000000, in batches padded to .* at most batch_",
         ),
         ({"process_count": 3, "process_index": 0}, "must be a multiple of process_count=3"),
-        ({"process_count": 2, "process_index": 2}, "process_index=2 must lie in 0..1"),
+        ({"process_count": 2, "process_index": 2}, "process_index=2 must be in 0..1"),
         ({"buckets": (8, 16)}, "one of them at least 30"),
         ({"buckets": ()}, "must be lengths of at least 1"),
         ({"seed": -1}, "seed=-1"),
@@ -602,6 +602,16 @@ def test_every_text_lies_whole_in_one_row(lengths, sizes, seed):
     assert (room.sum(axis=1) <= packing.length).all() and (room % packing.block == 0).all()
     assert there.sum(axis=1).max(initial=0) <= (packing.texts or len(lengths))
     np.testing.assert_array_equal(rows, pack_rows(lengths, packing, seed=seed))
+
+
+@pytest.mark.parametrize("count", [200, 1000, 5000])
+def test_packed_rows_waste_little(count):
+    """Texts of 200 to 2,000 tokens, each from a block of 128 on, in rows of 4,096."""
+    for seed in range(3):
+        lengths = np.random.default_rng(seed).integers(200, 2001, count)
+        rows = pack_rows(lengths, Packing(4096, 128), seed=seed)
+        assert sorted(rows[rows >= 0].tolist()) == list(range(count))
+        assert lengths.sum() >= 0.85 * len(rows) * 4096
 
 
 PACKING = Packing(64, 8)

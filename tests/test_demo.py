@@ -86,14 +86,14 @@ def test_readers_learn_are_compared_and_drawn(script, monkeypatch, tmp_path, cap
     runs = json.loads(file.read_text())
     assert [len(of) for of in runs.values()] == [2, 2, 2] and runs.keys() == found.keys()
     assert all(0 <= run["macro_f1"] <= 1 for of in runs.values() for run in of)
-    cut, whole = found["first 512 tokens"][0], found["LSG, whole paper"][0]
+    cut, whole = found["first 512 tokens"][0], found["LSG, all at once"][0]
     assert sum(map(len, cut.logits)) == sum(map(len, whole.logits))  # also what is not read
-    assert not jnp.allclose(found["LSG, whole paper"][1].logits[0], whole.logits[0])
+    assert not jnp.allclose(found["LSG, all at once"][1].logits[0], whole.logits[0])
     assert "F1 on held-out papers" in capsys.readouterr().out
     demo = benchmark.demo
     demo.report({name: of[0] for name, of in found.items()}, 0.1)
     demo.show(whole)
-    assert "LSG, whole paper" in capsys.readouterr().out
+    assert "LSG, all at once" in capsys.readouterr().out
     demo.write_answers(tmp_path / "answers.jsonl", whole)
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert len(lines) == sum((part.labels >= 0).sum() for part in whole.parts)

@@ -22,7 +22,7 @@ from lsg_flax.hub import SentenceSettings
 from lsg_flax.models import EncoderConfig, Model
 from lsg_flax.pipelines import Embedder
 from lsg_flax.sharding import make_mesh, shard, shard_batch
-from lsg_flax.training import contrastive, distillation, embedding, retrieval
+from lsg_flax.training import contrastive, distillation, embedding, pictures, retrieval
 from lsg_flax.training.embedding_source import Teacher
 from lsg_flax.training.settings import Settings
 from lsg_flax.training.settings_file import read_settings
@@ -329,11 +329,21 @@ RETRIEVAL = {"eval_loss", "eval_recall@1", "eval_recall@10", "eval_mrr@10", "eva
 
 @pytest.mark.slow
 @pytest.mark.parametrize("taught", [False, True])
-def test_files_become_a_folder_of_sentence_transformers(model, dense, tmp_path, capsys, taught):
-    """And go on bit for bit; `evaluate` and `Embedder` read what was written."""
+def test_files_become_a_folder_of_sentence_transformers(
+    model, dense, tmp_path, capsys, monkeypatch, taught
+):
+    """And go on bit for bit; `evaluate` and `Embedder` read what was written; the run is drawn."""
     options = {"teacher": dense} if taught else {"accumulate": 4, "best": "eval_mrr@10"}
-    settings = settings_of(model, tmp_path, **options)
-    result = run_of(settings)
+    settings, figures, draw = settings_of(model, tmp_path, **options), [], pictures.run_figure
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures, "run_figure", lambda *run: figures.append(draw(*run)) or figures[0])
+        result = run_of(dataclasses.replace(settings, picture=True))
+    assert (result.output / "log" / "run.png").stat().st_size > 10_000
+    _, score, _, length = figures[0].axes
+    lines = {f"eval_{line.get_label()}": line.get_ydata()[-1] for line in score.get_lines()}
+    assert lines == {name: value for name, value in result.scores.items() if name != "eval_loss"}
+    assert sum(bar.get_height() for bar in length.patches) == 2 * 24  # texts and positives
+    assert [text.get_text() for text in length.get_legend().get_texts()] == ["input", "positive"]
     assert set(result.scores) == RETRIEVAL | ({"eval_cosine"} if taught else set())
     assert result.step == 4 and result.history[-1]["targets"] == 8
     embedder = Embedder.from_pretrained(result.output)
@@ -466,9 +476,9 @@ TEACHERS = {
     "long": (
         "dense",
         {"teacher_length": 17},
-        "teacher_length=17 must lie in 3..16: .*reads at most",
+        "teacher_length=17 must be in 3..16: .*reads at most",
     ),
-    "short": ("dense", {"teacher_length": 2}, "teacher_length=2 must lie in 3..16"),
+    "short": ("dense", {"teacher_length": 2}, "teacher_length=2 must be in 3..16"),
     "unfound": (
         "dense",
         {"best": "eval_mrr@10"},
@@ -537,3 +547,6 @@ def test_a_dry_run_shows_both_sides(model, tmp_path, capsys):
     out = capsys.readouterr().out
     assert re.search(r"tokens of the positive: shortest \d+, half \d+", out)
     assert "steps: 9, 3 per epoch" in out
+    arguments[arguments.index("--train-data") + 1] = lines(tmp_path, {"text": "w5", "pos": "w6"})
+    assert cli.main(["data", *arguments]) == 2
+    assert "Give its name by --columns positive=NAME, or give a" in capsys.readouterr().err

@@ -219,7 +219,7 @@ def test_case_is_lowered_before_the_tokenizer(make):
         ({"flags": ("cls_token", "max_tokens")}, "asks for cls_token and max_tokens; supported"),
         ({"flags": ()}, "asks for no pooling; supported"),
         ({"settings": {"max_seq_length": "long"}}, "max_seq_length='long' in .* a whole number"),
-        ({"settings": {"max_seq_length": 513}}, r"max_length=513 must lie in 1..512.*convert_ch"),
+        ({"settings": {"max_seq_length": 513}}, r"max_length=513 must be in 1..512.*convert_ch"),
     ],
 )
 def test_settings_that_are_not_supported_are_refused_by_name(make, change, says):
@@ -252,7 +252,7 @@ def test_parts_that_do_not_fit_are_refused(make, unchecked):
         Embedder.from_pretrained(folder, pooling="global")
     with pytest.raises(ValueError, match="pooling='sum' must be one of"):
         Embedder.from_pretrained(folder, pooling="sum")
-    with pytest.raises(ValueError, match=r"max_length=0 must lie in 1..512"):
+    with pytest.raises(ValueError, match=r"max_length=0 must be in 1..512"):
         Embedder.from_pretrained(folder, max_length=0)
     model, params = lsg_flax.from_pretrained(PLAIN)
     with pytest.raises(ValueError, match="task is 'masked_lm'; load it with task='base'"):
@@ -434,6 +434,31 @@ def test_the_command_embeds_lines_and_objects(make, tmp_path, capsys):
     np.testing.assert_allclose(vectors, own.embed(texts[:2], progress=False), rtol=1e-4, atol=1e-5)
 
 
+def test_an_interrupted_command_leaves_output_as_it_was_and_starts_over(
+    make, tmp_path, monkeypatch, capsys
+):
+    """Ctrl-C after the first of two batches."""
+    folder, out, fetch, fetched = make(), tmp_path / "out.jsonl", jax.device_get, []
+    (tmp_path / "in.txt").write_text("w5\nw6\nw7\n")
+    out.write_text(old := '{"id": 0, "embedding": [0.5]}\n')
+
+    def fetch_once(values):
+        if fetched:
+            raise KeyboardInterrupt
+        fetched.append(fetch(values))
+        return fetched[0]
+
+    line = ["embed", str(folder), str(tmp_path / "in.txt"), str(out), "--batch-size", "2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "device_get", fetch_once)
+        assert cli.main(line) == cli.INTERRUPTED and "interrupted" in capsys.readouterr().err
+    assert fetched and out.read_text() == old
+    assert cli.main(line) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("replaced") and "3 vectors" in said
+    assert len(out.read_text().splitlines()) == 3
+
+
 def test_the_command_reads_parquet_and_patterns_as_train_does(make, tmp_path, capsys):
     folder = make()
     embedder = Embedder.from_pretrained(folder)
@@ -467,7 +492,7 @@ def test_the_command_reads_parquet_and_patterns_as_train_does(make, tmp_path, ca
             "in.jsonl",
             '{"words": "a"}',
             "out.npy",
-            "in.jsonl:1: it has ['words'] and must have input_ids; or question",
+            "in.jsonl:1: it has ['words'] and must have text, or question and context, or",
         ),
     ],
 )

@@ -1,7 +1,6 @@
 """The short examples run as they stand, in a tiny setting. The demo: test_demo.py."""
 
 import glob
-import importlib
 import importlib.util
 import json
 import os
@@ -27,19 +26,8 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def example(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-
-    def load(name):
-        sys.modules.pop(name, None)
-        return importlib.import_module(name)
-
-    return load
-
-
-def test_attention_patterns_are_drawn_as_the_attention_computes_them(example, tmp_path):
-    module = example("attention_patterns")
+def test_attention_patterns_are_drawn_as_the_attention_computes_them(script, tmp_path):
+    module = script("attention_patterns")
     module.main(["--tokens", "48", "--output", str(tmp_path / "patterns.png")])
     assert (tmp_path / "patterns.png").read_bytes().startswith(b"\x89PNG")
     kinds = module.seen(LSGConfig(block_size=8, sparsity_type="none", num_global_tokens=2), 48)
@@ -47,22 +35,22 @@ def test_attention_patterns_are_drawn_as_the_attention_computes_them(example, tm
     assert [set(row) for row in (kinds[10, 2:26], kinds[10, 26:])] == [{2}, {0}]
 
 
-def test_fill_mask_learns_its_sentences_and_converts(example, capsys):
-    words = example("fill_mask").main(["--steps", "120"])
+def test_fill_mask_learns_its_sentences_and_converts(script, capsys):
+    words = script("fill_mask").main(["--steps", "120"])
     assert words[0]["token_str"] == "capital"
     assert words[0]["sequence"] == "paris is the capital of france."
     assert "a toy model, 120 steps on 12 sentences" in capsys.readouterr().out
 
 
-def test_fill_mask_takes_a_checkpoint(example):
+def test_fill_mask_takes_a_checkpoint(script):
     source = str(GOLDEN / "bert_to_convert_512")
-    words = example("fill_mask").main(["--checkpoint", source, "--text", "w5 [MASK] w7 [MASK]"])
+    words = script("fill_mask").main(["--checkpoint", source, "--text", "w5 [MASK] w7 [MASK]"])
     assert [len(place) for place in words] == [5, 5]
 
 
-def test_training_global_tokens_moves_the_held_out_loss(example, capsys):
+def test_training_global_tokens_moves_the_held_out_loss(script, capsys):
     arguments = ["--checkpoint", str(GOLDEN / "bert_to_convert_512"), "--steps", "2"]
-    loss = example("train_global_tokens").main([*arguments, "--length", "64"])
+    loss = script("train_global_tokens").main([*arguments, "--length", "64"])
     assert np.isfinite([loss["before"], loss["after"]]).all() and loss["before"] != loss["after"]
     assert "right" in capsys.readouterr().out
 
@@ -76,32 +64,32 @@ def test_training_global_tokens_moves_the_held_out_loss(example, capsys):
     ],
 )
 def test_fine_tuning_examples_train_on_the_standard_library(
-    example, capsys, monkeypatch, tmp_path, name, scores
+    script, capsys, monkeypatch, tmp_path, name, scores
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     arguments = ["--model", str(GOLDEN / "bert_to_convert_512"), "--rows", "20", "--steps", "1"]
-    result = example(f"finetune_{name}").main([*arguments, "--max-length", "64"])
+    result = script(f"finetune_{name}").main([*arguments, "--max-length", "64"])
     assert result.step == 1 and result.scores.keys() == {f"eval_{s}" for s in {*scores, "loss"}}
     assert np.isfinite(list(result.scores.values())).all()
-    assert "after 1 steps" in capsys.readouterr().out
+    assert "after step 1" in capsys.readouterr().out
 
 
-def test_fine_tuning_examples_take_files(example, monkeypatch, tmp_path):
+def test_fine_tuning_examples_take_files(script, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     file = tmp_path / "train.csv"
     file.write_text("text,label\nw5 w6,good\nw7 w8,bad\nw9,fair\n")
     arguments = ["--model", str(GOLDEN / "bert_to_convert_512"), "--steps", "1"]
     arguments += ["--train-data", str(file), "--eval-data", str(file), "--max-length", "16"]
-    result = example("finetune_classification").main(arguments)
+    result = script("finetune_classification").main(arguments)
     assert result.model.config.labels == ("bad", "fair", "good")
 
 
 def test_questions_of_the_documentation_find_their_blocks_and_an_index_is_left(
-    example, capsys, tmp_path
+    script, capsys, tmp_path
 ):
     arguments = ["--model", str(GOLDEN / "bert_to_convert_512"), "--output", str(tmp_path / "qa")]
     arguments += ["--blocks", "24", "--steps", "3", "--asked", "2"]
-    rows = example("open_qa").main(arguments)
+    rows = script("open_qa").main(arguments)
     assert [len(scores) for scores in rows.values()] == [3, 3, 4, 4]
     assert all(one <= five <= twenty for one, five, twenty, *_ in rows.values())
     assert rows["BM25"][1] > 0.8 > rows["BM25"][0]
@@ -111,8 +99,8 @@ def test_questions_of_the_documentation_find_their_blocks_and_an_index_is_left(
     assert json.loads(capsys.readouterr().out)["text"]
 
 
-def test_the_documentation_has_blocks_of_one_place_and_one_for_each_question(example):
-    blocks, questions = example("open_qa_data").corpus(60)
+def test_the_documentation_has_blocks_of_one_place_and_one_for_each_question(script):
+    blocks, questions = script("open_qa_data").corpus(60)
     assert len(blocks) == 60 and len({q.answer for q in questions}) == len(questions)
     for question in questions:
         block, asked = blocks[question.block], question.text.removeprefix("What is it: ")
@@ -121,12 +109,12 @@ def test_the_documentation_has_blocks_of_one_place_and_one_for_each_question(exa
 
 
 @pytest.mark.parametrize("flags", [[], ["--reformer"]], ids=str)
-def test_bytes_are_learned_and_written(example, capsys, tmp_path, flags):
+def test_bytes_are_learned_and_written(script, capsys, tmp_path, flags):
     """Of a file a nineteenth is held out; compressors are told beside it."""
     file = tmp_path / "bytes"
     file.write_bytes(b"the quick brown fox jumps over the lazy dog. " * 400)
     arguments = ["--data", str(file), "--small", "--steps", "4", "--written", "8", *flags]
-    found = example("enwik8").main(arguments)
+    found = script("enwik8").main(arguments)
     out = capsys.readouterr().out
     assert found.keys() == {"model", "zlib", "lzma"} and found["zlib"] < 2
     bits = [float(line.split()[2]) for line in out.splitlines() if line.startswith("step ")]
@@ -159,7 +147,7 @@ def test_the_notebook_runs_as_it_stands(tmp_path, monkeypatch):
     }
     assert said["parameters"].startswith("1 x cpu, float32, ")
     assert "reads 512 tokens" in said["convert"] and "train: 4 documents" in said["documents"]
-    assert "after 1 steps: {'eval_loss'" in said["finetune"] and "answered: [{" in said["predict"]
+    assert "after step 1: {'eval_loss'" in said["finetune"] and "answered: [{" in said["predict"]
     (picture,) = next(c.outputs for c in notebook.cells if c.id == "picture")
     assert "image/png" in picture.data
     exported = tmp_path / "long_classifier" / "for_pytorch"
@@ -176,18 +164,20 @@ def test_the_notebook_runs_as_it_stands(tmp_path, monkeypatch):
         ([], "jax"),
     ],
 )
-@pytest.mark.parametrize("in_clone", [True, False])
-def test_the_notebook_installs_what_its_device_needs(
-    tmp_path, monkeypatch, devices, build, in_clone
-):
+@pytest.mark.parametrize("source", ["clone", "wheel", "PyPI"])
+def test_the_notebook_installs_what_its_device_needs(tmp_path, monkeypatch, devices, build, source):
     cell = next(c for c in nbformat.read(NOTEBOOK, as_version=4).cells if c.id == "install")
     ran = []
     monkeypatch.setattr(subprocess, "run", lambda command, check: ran.append(command))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(glob, "glob", lambda pattern: [d for d in devices if fnmatch(d, pattern)])
-    monkeypatch.chdir(EXAMPLES if in_clone else tmp_path)
+    monkeypatch.chdir(EXAMPLES if source == "clone" else tmp_path)
+    wheel = tmp_path / "lsg_flax-9.0-py3-none-any.whl"
+    places = {"clone": EXAMPLES.parent, "wheel": wheel}
+    if source == "wheel":
+        wheel.touch()
     exec(cell.source, {})
-    where = f" @ {EXAMPLES.parent.resolve().as_uri()}" if in_clone else ""
+    where = f" @ {places[source].resolve().as_uri()}" if source in places else ""
     assert ran == [
         [sys.executable, "-m", "pip", "install", "--quiet", build, f"lsg-flax[plots]{where}"]
     ]
@@ -200,8 +190,8 @@ def test_the_notebook_is_committed_without_outputs():
     assert code and not any(cell.outputs or cell.execution_count for cell in code)
 
 
-def test_a_dense_embedder_teaches_its_conversion(example, tmp_path, capsys):
-    module = example("distill_embeddings")
+def test_a_dense_embedder_teaches_its_conversion(script, tmp_path, capsys):
+    module = script("distill_embeddings")
     sizes = ["--steps", "2", "--papers", "2", "--texts", "5", "--length", "64"]
     source, teacher = GOLDEN / "bert_to_convert_512", str(tmp_path / "teacher")
     pooled = hub.SentenceSettings("mean", True, 512)

@@ -23,18 +23,11 @@ TINY = str(GOLDEN / "bert_to_convert_512")
 
 
 @pytest.fixture
-def main(monkeypatch, tmp_path):
+def main(script, monkeypatch, tmp_path):
     """The `main` of an example or a benchmark, in an empty folder and with a cache of its own."""
-    for folder in ("examples", "benchmarks"):
-        monkeypatch.syspath_prepend(str(ROOT / folder))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-
-    def load(name):
-        sys.modules.pop(name, None)
-        return __import__(name).main
-
-    return load
+    return lambda name: script(name).main
 
 
 def texts(count, length, seed=0):
@@ -180,7 +173,7 @@ def test_global_tokens_learn_from_files_too(main, tmp_path):
 def test_the_program_of_the_scaling_page(checkpoint, monkeypatch, tmp_path):
     """And called again, it has nothing left to do."""
     page = ROOT / "docs/scaling.md"
-    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    block, _ = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     lsg_flax.convert_checkpoint(checkpoint, "path/to/lsg-bert", max_sequence_length=512)

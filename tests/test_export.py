@@ -2,8 +2,6 @@
 
 import functools
 import os
-import pathlib
-import re
 import subprocess
 import sys
 
@@ -14,6 +12,7 @@ import pytest
 import safetensors.flax
 from golden_data import GOLDEN
 from jax import export
+from pages import blocks_of
 from test_seq2seq import made
 from test_seq2seq import run as run_model
 
@@ -22,10 +21,8 @@ from lsg_flax import LSGConfig, hub
 from lsg_flax.inference import export_model, export_texts
 from lsg_flax.models import EncoderConfig, Model
 
-DOCS = pathlib.Path(__file__).parent.parent / "docs" / "inference.md"
-*_, EXPORT, RUN, EXPORT_TEXTS, WRITE = re.findall(
-    r"```python\n(.*?)```", DOCS.read_text(), flags=re.DOTALL
-)
+PAGE = "docs/inference.md"
+*_, EXPORT, RUN, EXPORT_TEXTS, WRITE = (b.text for b in blocks_of(PAGE) if b.language == "python")
 LENGTH = 64
 
 
@@ -83,8 +80,9 @@ def run_alone(code, folder, **arrays):
 def test_the_documented_lines_run_it_without_lsg_flax(tmp_path, monkeypatch):
     model, params = make()
     monkeypatch.chdir(tmp_path)
-    exec(compile(EXPORT, str(DOCS), "exec"), {"model": model, "params": params})
-    assert [p.name for p in tmp_path.iterdir()] == ["classifier.stablehlo"]
+    lsg_flax.save_pretrained("areas", model, params)
+    exec(compile(EXPORT, PAGE, "exec"), {})
+    assert {p.name for p in tmp_path.iterdir()} == {"areas", "classifier.stablehlo"}
     out = run_alone(RUN, tmp_path, ids="input_ids", mask="attention_mask", logits="logits")
     expected = logits_of(model, params, out["ids"], out["mask"])
     np.testing.assert_allclose(out["logits"], expected, rtol=1e-5, atol=1e-5)
@@ -126,7 +124,7 @@ def test_parameters_beside_are_an_argument(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"length": 65}, "length=65 must lie in 1..64"),
+        ({"length": 65}, "length=65 must be in 1..64"),
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"fields": ("pooled",)}, r"fields=\('pooled',\) are not all outputs of .* logits"),
         ({"fields": ()}, r"fields=\(\) leaves nothing"),
@@ -189,7 +187,8 @@ def test_the_documented_lines_write_texts_without_lsg_flax(tmp_path, monkeypatch
     model, params = writer(tie_word_embeddings=False)
     params = jax.tree.map(lambda x: 4 * x, params)  # texts that differ
     monkeypatch.chdir(tmp_path)
-    exec(compile(EXPORT_TEXTS, str(DOCS), "exec"), {"model": model, "params": params})
+    lsg_flax.save_pretrained("lsg-bart-arxiv", model, params)
+    exec(compile(EXPORT_TEXTS, PAGE, "exec"), {})
     folder = tmp_path / "summarizer"
     assert sorted(p.name for p in folder.iterdir()) == ["encoder.stablehlo", "step.stablehlo"]
     out = run_alone(WRITE, tmp_path, ids="input_ids", mask="attention_mask", written="written")
@@ -227,9 +226,9 @@ def test_texts_of_a_fixed_batch_with_parameters_beside(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens=0 must lie in 1..64"),
-        ({"max_new_tokens": 65}, "max_new_tokens=65 must lie in 1..64"),
-        ({"length": 65}, "length=65 must lie in 1..64"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be in 1..64"),
+        ({"max_new_tokens": 65}, "max_new_tokens=65 must be in 1..64"),
+        ({"length": 65}, "length=65 must be in 1..64"),
         ({"platforms": ("gpu",)}, "must be some of cpu, cuda, rocm, tpu"),
     ],
 )

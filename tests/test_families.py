@@ -188,7 +188,7 @@ def test_groups_share_parameters(groups, inner):
 
 @pytest.mark.parametrize("length", [513, 1024, 4100])
 def test_conversion_gives_every_position_a_row(length):
-    """Where the reference's tables come out two rows short (reference-behaviour 1.9)."""
+    """Where the reference's tables come out two rows short (docs/design.md)."""
     model, params = made("roberta", max_position_embeddings=514)
     options = LSGOptions(max_sequence_length=length, use_token_ids=True)
     new, config = to_lsg(

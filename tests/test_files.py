@@ -1,9 +1,11 @@
 """Lines are read alike for training, prediction and embedding; a file appears whole or not."""
 
+import argparse
 import errno
 import json
 import os
 import pathlib
+import re
 import resource
 import shutil
 import socket
@@ -11,10 +13,12 @@ import subprocess
 import sys
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 from golden_data import GOLDEN
 
 from lsg_flax import cli
+from lsg_flax.cli.shared import check_result
 from lsg_flax.data.files import Problems, open_source
 from lsg_flax.files import check_output, read_json, write_aside, written_aside
 from lsg_flax.hub import Checkpoint, open_checkpoint
@@ -163,6 +167,74 @@ def test_a_file_of_the_model_is_never_the_output(tmp_path, capsys, monkeypatch, 
         assert cli.main([*map(str, line)]) == 2
         assert f"{output} is a file in the folder of the model, {model}" in capsys.readouterr().err
     assert {file: file.read_bytes() for file in model.iterdir()} == before
+
+
+TEXTS = '{"text": "a", "positive": "b"}'
+FOREIGN = [
+    ("predict --outputs", "id,text", "its first line is no JSON"),
+    ("predict --outputs", "\udcff", "its first line is no JSON"),
+    ("predict --outputs", TEXTS, "its first line has text, positive"),
+    ("predict --outputs", '{"id": 1, "input_ids": [2]}', "its first line has id, input_ids"),
+    ("predict --outputs", '{"id": 1}', "its first line has id"),
+    ("predict --outputs", '{"answer": 1}', "its first line has answer"),
+    ("embed --pooling mean", TEXTS, "its first line has text, positive"),
+    ("generate", TEXTS, "its first line has text, positive"),
+    ("summarize", '{"id": 1, "text": "a"}', "its first line has id, text"),
+]
+RESULTS = [
+    ("predict --outputs", ""),
+    ("predict --outputs", '{"id": 1, "answer": []}\n{"no": 1}'),
+    ("predict --outputs", '{"id": 1, "logits": [1.0], "pooler_output": [1.0]}'),
+    ("embed --pooling mean", '{"id": null, "embedding": [1.0]}'),
+    ("generate", '{"id": "a", "text": "b"}'),
+    ("summarize", '{"id": "a", "summary": "b"}'),
+]
+
+
+@pytest.mark.parametrize(("command", "text", "says"), [*FOREIGN, *((*r, None) for r in RESULTS)])
+def test_only_a_result_of_the_command_is_replaced(
+    tmp_path, capsys, monkeypatch, command, text, says
+):
+    """Data named as OUTPUT by mistake is refused before weights are read, and stays."""
+    source, target = tmp_path / "in.txt", tmp_path / "out.jsonl"
+    source.write_text("w5")
+    target.write_bytes(text.encode(errors="surrogateescape"))
+    name, *flags = command.split()
+    model = {"generate": "bert_causal_lm", "summarize": "bart_conditional_generation"}.get(name)
+    monkeypatch.setattr(Checkpoint, "load", lambda *_, **__: (None, None))
+    monkeypatch.setattr(Embedder, "from_pretrained", lambda *_, **__: (None, None))
+    line = [name, str(GOLDEN / (model or "bert_to_convert_512")), str(source), str(target)]
+    assert cli.main([*line, *flags]) == 2
+    err = capsys.readouterr().err
+    if says is None:
+        assert "is no result" not in err
+    else:
+        assert f"{target} exists and is no result of lsg-flax {name}: {says}. It is not" in err
+        assert "give another OUTPUT, or remove it." in err
+    assert target.read_bytes() == text.encode(errors="surrogateescape")
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        (np.zeros((2, 3), np.float32), None),
+        (np.zeros((0, 3), np.float32), None),
+        (np.zeros(3, np.float32), "it is an array of float32 [3]"),
+        (np.zeros((2, 3), np.int64), "it is an array of int64 [2, 3]"),
+        (np.array([None]), "it is no array of numbers"),
+        (None, "it is no array of numbers"),
+    ],
+)
+def test_only_an_array_of_vectors_is_replaced(tmp_path, values, says):
+    file = tmp_path / "out.npy"
+    file.write_bytes(b"mine") if values is None else np.save(file, values)
+    parser = argparse.ArgumentParser("lsg-flax embed")
+    arguments = argparse.Namespace(output=str(file), command=parser)
+    if says is None:
+        assert check_result(arguments, "embedding") == "replaced"
+        return
+    with pytest.raises(ValueError, match=re.escape(f"no result of lsg-flax embed: {says}. It")):
+        check_result(arguments, "embedding")
 
 
 class Opened(NamedTuple):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from golden_data import GOLDEN
 from rouge_score import rouge_scorer
-from tiny_run import PLAIN, save_tiny, save_tiny_writer, write
+from tiny_run import PLAIN, save_tiny, save_tiny_writer, texts, write
 from transformers import MBartTokenizer
 
 import lsg_flax
@@ -392,8 +392,8 @@ YAML = {
     "mesh: {data: -3}": "mesh.data=-3: give integers of at least 1, and -1 for at most one axis",
     "mesh: {data: -1, fsdp: -1}": "mesh.data=-1, mesh.fsdp=-1: give integers",
     "mesh: {data: 1.5}": "mesh.data=1.5 must be a whole number",
-    f"seed: {2**70}": f"seed={2**70} must lie in 0..4294967295",
-    "seed: -1": "seed=-1 must lie in 0..4294967295",
+    f"seed: {2**70}": f"seed={2**70} must be in 0..4294967295",
+    "seed: -1": "seed=-1 must be in 0..4294967295",
     "steps: 0": "steps=0 must be at least 1",
     f"steps: {2**31}": "steps=2147483648 must be at most 2147483647",
     "lsg: {block_size: 0}": "block_size=0 must be at least 1",
@@ -433,7 +433,7 @@ YAML = {
     "pack: !!bool abc": "run.yaml:1: 'abc' cannot be read as bool",
     "subset: !!timestamp abc": "run.yaml:1: 'abc' cannot be read as timestamp",
     f"seed: {'7' * 5000}": r"run.yaml:1: '7{20,40}\.\.\.7{20,40}' cannot be read as int",
-    f"seed: {'7' * 4000}": r"seed=7{20,40}\.\.\.7{20,40} must lie in",
+    f"seed: {'7' * 4000}": r"seed=7{20,40}\.\.\.7{20,40} must be in",
     "labels: [no, yes]": "labels=False must be a text; quote it in a YAML file",
     "subset: 2020": "subset=2020 must be a text; quote it",
     "steps: 1:30": "steps='1:30' must be a whole number",
@@ -731,6 +731,23 @@ def test_the_documented_run_makes_a_plain_model_write_about_long_texts(tmp_path)
     summarize = lsg_flax.pipeline("summarization", model=str(result.output), max_length=6)
     assert summarize(" ".join(["w5"] * 30))[0].keys() == {"summary_text"}
     assert len(DOCUMENTED) == 3 and read_settings(tmp_path / "run.yaml").label_smoothing == 0.1
+
+
+@pytest.mark.slow
+def test_the_documented_packing_puts_all_texts_into_one_row(tmp_path):
+    """As docs/training.md has it: rows longer than the texts, and than the model has positions."""
+    (tmp_path / "run.yaml").write_text(DOCUMENTED[1])
+    given = {
+        name: write(tmp_path, "single_label_classification", name=f"{name}.jsonl") for name in DATA
+    }
+    given |= {"model": PLAIN, "convert": True, "output": tmp_path / "out", "devices": 1}
+    given |= {"cache": tmp_path / "cache", "batch_size": 1, "epochs": 2}
+    settings = read_settings(tmp_path / "run.yaml", given)
+    assert settings.packing and settings.task == "sequence_classification"
+    found, result = survey(settings, progress=False).train, run(settings)
+    assert found.buckets == {4096: 1} and found.rows == 24 and result.model.max_length == 2000
+    lengths = [len(words) + 2 for words in texts(0, 24)]
+    assert [record["tokens"] for record in result.history] == [sum(lengths)] * 2
 
 
 def test_languages_are_those_of_the_settings(writer, tmp_path):

@@ -12,6 +12,7 @@ import time
 import types
 import warnings
 
+import flax.traverse_util
 import pytest
 import transformers
 from golden_data import GOLDEN
@@ -257,9 +258,10 @@ def test_a_sentencepiece_model_names_the_extra(missing, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------ PyTorch code
 
 
-def converted(source, target, capsys) -> tuple[dict, str]:
+def converted(source, target, capsys, *flags) -> tuple[dict, str]:
     """config.json of a conversion by the command, and what it prints."""
-    assert cli.main(["convert", str(source), str(target), "--max-sequence-length", "600"]) == 0
+    line = ["convert", str(source), str(target), "--max-sequence-length", "600", *flags]
+    assert cli.main(line) == 0
     return json.loads((target / hub.CONFIG).read_text()), capsys.readouterr().out
 
 
@@ -273,7 +275,7 @@ def test_without_code_the_output_says_how_pytorch_loads_it(bert, tmp_path, capsy
 def test_the_code_of_an_lsg_source_comes_along_unrun(tmp_path, capsys, converter):
     source = shutil.copytree(LSG, tmp_path / "lsg")
     (source / CODE).write_text(CLASSES.replace("(X)", "(Y)"))
-    values, out = converted(source, tmp_path / "long", capsys)
+    values, out = converted(source, tmp_path / "long", capsys, "--resize-lsg")
     assert (tmp_path / "long" / CODE).read_text() == CLASSES.replace("(X)", "(Y)")
     assert values["auto_map"] == {  # the classes that the file has
         "AutoConfig": "modeling_lsg_bert.LSGBertConfig",
@@ -372,6 +374,40 @@ def test_a_target_that_no_conversion_has_made_is_refused(bert, tmp_path, text):
     assert contents(target) == before
 
 
+@pytest.mark.parametrize("name", ["checkpoints/3/x", "best/config.json", "log/metrics.jsonl"])
+def test_a_target_with_a_training_run_is_refused(bert, tmp_path, name, monkeypatch):
+    """Even one whose model has LSG attention, and before weights are read."""
+    target = tmp_path / "run"
+    lsg_flax.convert_checkpoint(bert, target, max_sequence_length=600)
+    (target / name).parent.mkdir(parents=True)
+    (target / name).write_text("")
+    before, found = contents(target), "log/metrics.jsonl" if "log" in name else name.split("/")[0]
+    monkeypatch.setattr(Checkpoint, "load", lambda *_, **__: pytest.fail("weights are read"))
+    with pytest.raises(ValueError, match=rf"run has a training run \({found}\).*give another fold"):
+        lsg_flax.convert_checkpoint(bert, target, max_sequence_length=700)
+    assert contents(target) == before
+
+
+@pytest.mark.parametrize("tensor", ["word_embeddings", "global_embeddings", "position_embeddings"])
+def test_a_target_with_a_trained_model_is_refused(bert, tmp_path, tensor):
+    """As a save from Python leaves it, even in the folder of an earlier conversion, whose card
+    remains; an untrained one is replaced."""
+    target = tmp_path / "long"
+    model, params = lsg_flax.convert_checkpoint(bert, target, max_sequence_length=600)
+    lsg_flax.save_pretrained(target, model, params)
+    lsg_flax.convert_checkpoint(bert, target, max_sequence_length=1100)
+    flat = flax.traverse_util.flatten_dict(params)
+    changed = {k: v + 1 if any(tensor in part for part in k) else v for k, v in flat.items()}
+    lsg_flax.save_pretrained(target, model, flax.traverse_util.unflatten_dict(changed))
+    before = contents(target)
+    says = f"long has a model that this conversion does not make.*differ, such as .*{tensor}"
+    for length in (500, 600, 1100):
+        with warnings.catch_warnings(), pytest.raises(ValueError, match=says):
+            warnings.simplefilter("ignore")  # 500 is shorter than the source
+            lsg_flax.convert_checkpoint(bert, target, max_sequence_length=length)
+        assert contents(target) == before
+
+
 @pytest.mark.parametrize("name", ["README.source.md", "LICENSE", "vocab.txt", hub.WEIGHTS])
 def test_a_conversion_replaces_nobodys_files(bert, tmp_path, name):
     for file in ("README.md", "LICENSE", "corpus.txt"):
@@ -416,6 +452,26 @@ def test_a_save_warns_of_another_models_files_and_loses_nothing(bert, tmp_path):
 def test_a_shorter_conversion_says_so(bert, tmp_path):
     with pytest.warns(UserWarning, match="length=100 is less than the 512 tokens that .*bert"):
         lsg_flax.convert_checkpoint(bert, tmp_path / "short", max_sequence_length=100)
+
+
+@pytest.mark.filterwarnings("always:the 3 global tokens")  # the command shows it
+def test_global_tokens_that_are_initialised_anew_are_said(tmp_path, capsys):
+    """Those of an LSG source, unless they are kept, or asked for."""
+    says = "3 global tokens of .* are initialised anew, .*lost: pass resize_lsg=True to keep them"
+    with pytest.warns(UserWarning, match=says):
+        _, anew = lsg_flax.convert_checkpoint(LSG, max_sequence_length=600, num_global_tokens=4)
+    _, kept = lsg_flax.convert_checkpoint(LSG, max_sequence_length=600, resize_lsg=True)
+    _, source = lsg_flax.from_pretrained(LSG)
+    trees = [flax.traverse_util.flatten_dict(tree, sep="/") for tree in (anew, kept, source)]
+    (name,) = (name for name in trees[0] if "global_embeddings" in name)
+    assert [bool((tree[name] == trees[2][name]).all()) for tree in trees] == [False, True, True]
+    for given in ({"keep_first_global_token": True}, {"random_global_init": True}):
+        lsg_flax.convert_checkpoint(LSG, max_sequence_length=600, **given)
+    for flags, shown in ((["--resize-lsg"], False), ([], True)):
+        target = str(tmp_path / f"long{len(flags)}")
+        line = ["convert", str(LSG), target, "--max-sequence-length", "600", *flags]
+        assert cli.main(line) == 0
+        assert ("lost: pass --resize-lsg to keep them." in capsys.readouterr().err) == shown
 
 
 @pytest.mark.parametrize("path", ["../x", "/x", "a/../../x", "..\\x", "C:\\x", "C:/x"])

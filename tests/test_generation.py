@@ -404,7 +404,7 @@ RIGHT = np.array([[1, 1, 1, 1], [1, 1, 0, 0]])
         ({"top_k": 3}, "need do_sample=True"),
         ({"do_sample": True, "key": 0, "temperature": 0.0}, "must be positive"),
         ({"do_sample": True, "key": 0, "top_k": 0}, "top_k=0"),
-        ({"do_sample": True, "key": 0, "top_p": 1.5}, r"top_p=1.5 must lie in \(0, 1\]"),
+        ({"do_sample": True, "key": 0, "top_p": 1.5}, r"top_p=1.5 must be in \(0, 1\]"),
     ],
 )
 def test_what_generate_refuses(unchecked, change, message):

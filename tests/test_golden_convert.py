@@ -75,7 +75,7 @@ def test_random_globals_have_the_distribution_of_the_word_table(name):
 
 
 @pytest.mark.filterwarnings("ignore:weights for task", "ignore:sparsity_type='stride' gives")
-@pytest.mark.filterwarnings("ignore:max_sequence_length=100 is less")  # recorded so
+@pytest.mark.filterwarnings("ignore:max_sequence_length=100 is less", "ignore:the . global tokens")
 @pytest.mark.parametrize("name", [n for n in cases("convert") if not drawn(n) and not refused(n)])
 def test_conversion_of_files(name, tmp_path):
     case, _, outputs = load(name)

@@ -179,6 +179,12 @@ def test_tied_weights_that_differ_are_refused(checkpoint, original, name, source
         lsg_flax.from_pretrained(folder)
 
 
+def test_a_tokenizer_is_an_object_not_a_name(original, unchecked, tmp_path):
+    with pytest.raises(TypeError, match="tokenizer='areas' is a name; give a tokenizer object"):
+        lsg_flax.save_pretrained(tmp_path / "new", *original[:2], "areas")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_own_decoder_is_read_used_and_written(checkpoint, original, tmp_path):
     own = original[2][WORDS] + 1
     model, params = lsg_flax.from_pretrained(checkpoint({DECODER: own}, tie_word_embeddings=False))
@@ -568,7 +574,7 @@ IDS = jnp.zeros((1, 6), jnp.int32)
         ),
         (
             {"input_ids": jnp.zeros((1, 65), jnp.int32)},
-            r"65 tokens are more than the 64 positions .*=64.*convert_checkpoint\(.*=65\)",
+            r"65 tokens are more than the 64 positions .*=64.*convert_checkpoint\(.*=65, resi",
         ),
         ({"input_ids": IDS[0]}, r"must be \[batch, tokens\], got a leading shape \(6,\)"),
         ({"input_ids": IDS * 1.0}, "input_ids has dtype float32; they must be integers"),

@@ -211,15 +211,20 @@ PLACES = jnp.zeros((1, 1, 4), int)
     ("window", "positions", "options", "says"),
     [
         (Window(0, 0, 2, 2), (None, None), {"implementation": "cuda"}, "'cuda' is unknown; choose"),
-        (Window(0, 0, 1, 2, PAST), (None, None), {}, "moves by 1 where its block=2 of queries"),
+        (Window(0, 0, 1, 2, PAST), (None, None), {}, "moves by 1 keys per block=2 of queries"),
         (Window(0, 0, 2, 2, PAST), (PLACES, None), {}, "positions of both queries and keys"),
         (Window(0, 0, 2, 2, PAST), (None, PLACES), {}, "positions of both queries and keys"),
-        (Window(0, 0, 2, 2), (None, None), {"biases": Biases((None, None))}, "2 biases for 1 win"),
+        (
+            Window(0, 0, 2, 2),
+            (None, None),
+            {"biases": Biases((None, None))},
+            r"len\(biases.windows\)=2, len\(spec.windows\)=1; give one",
+        ),
         (
             Window(0, 0, 2, 2),
             (None, None),
             {"biases": Biases(shared=jnp.ones((1, 1, 4)))},
-            "bias for shared keys is given, but there are none",
+            "bias for shared keys is given, but there are no shared keys",
         ),
     ],
 )
@@ -230,5 +235,5 @@ def test_what_the_contract_refuses(window, positions, options, says, unchecked):
         attend(Spec(2, (window,)), Queries(x, positions[0]), (source,), **options)
     with pytest.raises(ValueError, match="segments are given for some of the queries"):
         attend(Spec(2, (Window(0, 0, 2, 2),)), Queries(x, segments=PLACES), (source,))
-    with pytest.raises(ValueError, match=r"dropout_rate=0\.5 needs a key"):
+    with pytest.raises(ValueError, match=r"dropout_rate=0\.5 needs a random key; pass key="):
         attend(Spec(2, (Window(0, 0, 2, 2),), dropout_rate=0.5), Queries(x), (source,))

@@ -1,8 +1,11 @@
 """Two processes on this machine train as one: the same losses, checkpoints that one process reads,
 a stop that both agree on, and a kill that costs nothing but the steps since the last save."""
 
+import os
 import random
 import signal
+import subprocess
+import sys
 import time
 
 import crash
@@ -10,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import worker
+from pages import blocks_of
 
 from lsg_flax import training
 from lsg_flax.models import EncoderConfig, Model
@@ -59,6 +63,28 @@ def test_both_processes_stop_at_one_step(tmp_path):
     last = crash.checkpoints(tmp_path)[-1]
     assert len(crash.losses(tmp_path)) == last
     assert f"stopped after step {last}" in said(tmp_path)
+
+
+def test_the_documented_lines_join_hosts():
+    """Of docs/scaling.md, as Slurm would start them: two processes see all devices."""
+    (block,) = (b.text for b in blocks_of("docs/scaling.md") if "distributed" in b.text)
+    code = block + "print(jax.process_count(), len(jax.devices()), jax.process_index())"
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost"}
+    job |= {"SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=os.environ | job | {"SLURM_PROCID": str(index)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        assert [p.communicate(timeout=120)[0] for p in started] == ["2 2 0\n", "2 2 1\n"]
+    finally:
+        for process in started:
+            process.kill()
 
 
 def test_a_kill_costs_the_steps_since_the_last_save(tmp_path):

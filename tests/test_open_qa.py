@@ -25,7 +25,6 @@ from lsg_flax.sharding import make_mesh
 
 SOURCE = GOLDEN / "realm_plain_open_qa"
 BLOCKS = 12
-DOCS = pathlib.Path(__file__).parent.parent / "docs" / "open_qa.md"
 QUESTION = "who built the tower in paris ?"
 
 
@@ -199,7 +198,7 @@ def test_a_pickle_is_converted_on_request_only(tmp_path, monkeypatch):
         open_qa.open_records("pickled.npy")
     assert open_qa.unpickle_records("pickled.npy").texts(range(3)) == ["one", "zwei ü", "three"]
     np.save("runs.npy", objects(b"one", Runs()), allow_pickle=True)
-    with pytest.raises(ValueError, match=r"asks for posix.mkdir, which is not let in"):
+    with pytest.raises(ValueError, match=r"asks for posix.mkdir, which is not allowed"):
         open_qa.unpickle_records("runs.npy")
     assert not pathlib.Path("made_by_a_pickle").exists()
 
@@ -305,7 +304,7 @@ def test_search_by_faiss():
     pytest.importorskip("faiss")
     found = open_qa.faiss_search(VECTORS)(QUERIES, 5)
     np.testing.assert_array_equal(found.blocks, BEST[:, :5])
-    with pytest.raises(ValueError, match=r"factory='Nothing' is refused by faiss"):
+    with pytest.raises(ValueError, match=r"faiss refuses factory='Nothing'"):
         open_qa.faiss_search(VECTORS, factory="Nothing")
 
 
@@ -321,9 +320,9 @@ def test_what_cannot_be_searched_is_named():
         found(QUERIES[:, 1:], 5)
     with pytest.raises(ValueError, match=r"beam of 1004 blocks does not fit an index of 1003"):
         found(QUERIES, 1004)
-    with pytest.raises(ValueError, match=r"embeddings \(0, 4\) must be \[blocks, width\]"):
+    with pytest.raises(ValueError, match=r"embeddings \(0, 4\) must be \[blocks, width\], at"):
         open_qa.device_search(np.zeros((0, 4)))
-    with pytest.raises(ValueError, match=r"recall=1.5 must lie between"):
+    with pytest.raises(ValueError, match=r"recall=1.5 must be between"):
         open_qa.device_search(VECTORS, recall=1.5)
 
 
@@ -375,19 +374,19 @@ def test_another_index_is_not_continued(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         embed(target, fails)
-    with pytest.raises(ValueError, match=r"of another run \(seed was 1 and is 2\)"):
+    with pytest.raises(ValueError, match=r"belongs to another run \(seed was 1 and is 2\)"):
         embed(target, settings={"seed": 2})
     with pytest.raises(ValueError, match=r"records was '.*' and is '"):
         embed(target, records=Records([b"x"] * 23, "other.txt"))
-    with pytest.raises(ValueError, match=r"of another run \(of other blocks or columns\)"):
+    with pytest.raises(ValueError, match=r"to another run \(the shape of its embeddings"):
         open_qa.embed_blocks(target, TEXTS, vectors_of, width=4, settings={"seed": 1}, window=5)
 
 
 @pytest.mark.parametrize(
     "function, says",
     [
-        (lambda texts: vectors_of(texts)[1:], r"embed gave \(4, 3\) and must give \(5, 3\)"),
-        (lambda texts: vectors_of(texts) * np.nan, r"the vectors of blocks \[0, 1, 2, 3, 4\]"),
+        (lambda texts: vectors_of(texts)[1:], r"embed returned \(4, 3\), but must return \(5, 3\)"),
+        (lambda texts: vectors_of(texts) * np.nan, r"the embeddings of blocks \[0, 1, 2, 3, 4\]"),
     ],
 )
 def test_vectors_that_are_none_are_named(tmp_path, function, says):
@@ -445,14 +444,14 @@ def test_training_names_answers_and_losses_that_are_none():
         open_qa.finetune(loaded(), [(QUESTION, ["eiffel"])], rate, steps=2)
     encoder, _ = lsg_flax.from_pretrained(GOLDEN / "realm_knowledge_augmented_encoder")
     models = open_qa.Pretraining(loaded().embedder, encoder, loaded().tokenizer, loaded().records)
-    with pytest.raises(ValueError, match="ids up to 67, and the model vocab_size=31"):
+    with pytest.raises(ValueError, match="ids up to 67, but the model has vocab_size=31"):
         open_qa.pretrain(models, {}, ["the Eiffel Tower"], optax.sgd(0.1), steps=1)
 
 
 def test_questions_and_pairs_that_do_not_fit_are_named(copied):
     ids, mask, types = question_of(QUESTION)
     for arrays in ((ids, mask[:, 1:], types), (ids + 0.5, mask, types)):
-        with pytest.raises(ValueError, match="ids must be integers, and all of one shape"):
+        with pytest.raises(ValueError, match="ids must be integers, and all three must have one"):
             loaded()(*arrays)
     with pytest.raises(ValueError, match="reader_seq_len=3 leaves no token of a block"):
         OpenQA.from_pretrained(with_config(copied, reader_seq_len=3)).answer(QUESTION)
@@ -471,11 +470,11 @@ def test_published_records_and_embeddings_go_along(tmp_path, capsys):
 
 def test_what_cannot_be_indexed_is_named(tmp_path, corpus, copied):
     records = open_qa.open_records(corpus)
-    with pytest.raises(ValueError, match=r"embeddings of 12 blocks and .* 36 blocks"):
+    with pytest.raises(ValueError, match=r"embeddings of 12 blocks, but .* 36 blocks"):
         open_qa.build_index(SOURCE, records, tmp_path / "index", keep_embeddings=True)
     with pytest.raises(ValueError, match=r"holds \['model.safetensors'\], which would be read"):
         open_qa.build_index(SOURCE, records, copied, progress=False)
-    with pytest.raises(ValueError, match=r"not of embedder and reader"):
+    with pytest.raises(ValueError, match=r"but must have those of embedder and reader"):
         open_qa.build_index(GOLDEN / "bert_base", records, tmp_path / "index")
 
 
@@ -500,7 +499,8 @@ def test_a_tokenizer_of_another_vocabulary_is_named(copied):
     with (copied / "vocab.txt").open("a") as file:
         file.write("".join(f"w{n}\n" for n in range(9)))
     (copied / "tokenizer.json").unlink()
-    with pytest.raises(ValueError, match=r"ids up to \d+, and the model vocab_size=\d+.*another"):
+    says = r"ids up to \d+, but the model has vocab_size=\d+.*another"
+    with pytest.raises(ValueError, match=says):
         OpenQA.from_pretrained(copied)
 
 
@@ -527,13 +527,13 @@ def test_beams_that_do_not_fit_are_named(copied):
 @pytest.mark.parametrize(
     "text, ids, answers, says",
     [
-        ("", None, None, "the question has no tokens but 2 special ones"),
+        ("", None, None, "the question has only 2 special tokens"),
         ("who ? " * 40, None, None, r"\(1, 82\) must be one question.* at most 64 tokens"),
         ("who ?", [[2, 9], [2, 9]], None, r"\(2, 2\) must be one question"),
         ("who ?", [[2, 999, 3]], None, r"input_ids are in 2..999"),
-        ("who ?", None, [[5], [5, 6, 7, 8, 9, 10]], r"answers of \[1, 6\].*max_span_width=5"),
-        ("who ?", None, [[5], []], r"answers of \[1, 0\] tokens; give at least one"),
-        ("who ?", None, [], r"answers of \[\] tokens; give at least one"),
+        ("who ?", None, [[5], [5, 6, 7, 8, 9, 10]], r"answers have \[1, 6\].*max_span_width=5"),
+        ("who ?", None, [[5], []], r"answers have \[1, 0\] tokens; give at least one"),
+        ("who ?", None, [], r"answers have \[\] tokens; give at least one"),
     ],
 )
 def test_questions_that_cannot_be_answered_are_named(text, ids, answers, says):
@@ -595,7 +595,7 @@ def test_the_index_follows_the_embedder():
 
 def test_examples_that_cannot_be_trained_on_are_named():
     wide = [(QUESTION, ["eiffel"]), ("who ?", ["the king of troy was found"])]
-    with pytest.raises(ValueError, match=r"example 1, 'who \?': answers of \[6\]"):
+    with pytest.raises(ValueError, match=r"example 1, 'who \?': the answers have \[6\]"):
         open_qa.finetune(loaded(), wide, optax.sgd(0.1), steps=2)
     with pytest.raises(ValueError, match="there are no examples"):
         open_qa.finetune(loaded(), [], optax.sgd(0.1), steps=2)
@@ -646,15 +646,3 @@ def test_pretraining_learns_what_is_masked():
     assert not np.allclose(of_embedder(found["embedder"]), of_embedder(params["embedder"]))
     with pytest.raises(ValueError, match="none of 1 texts has a name, date or number"):
         open_qa.pretrain(models, params, ["a king"], optax.sgd(0.1), steps=1)
-
-
-CODE = re.findall(r"```python\n(.*?)```", DOCS.read_text(), flags=re.DOTALL)
-
-
-@pytest.mark.parametrize("code", CODE, ids=range(len(CODE)))
-def test_the_code_of_the_docs_runs(code, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(SOURCE, "realm")
-    texts = loaded().records.texts(range(BLOCKS))
-    pathlib.Path("corpus.txt").write_text("".join(f"{text}\n" for text in texts))
-    exec(compile(code, str(DOCS), "exec"), {})

@@ -219,9 +219,8 @@ def test_nnx_attention(causal, key_heads):
 
 
 @pytest.mark.slow
-def test_to_nnx_gives_the_numbers_of_apply(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    import attention_in_nnx
+def test_to_nnx_gives_the_numbers_of_apply(script):
+    attention_in_nnx = script("attention_in_nnx")
 
     model, params = lsg_flax.from_pretrained(GOLDEN / "bert_base")
     ids = np.random.default_rng(0).integers(5, 31, (2, 43))
@@ -239,9 +238,8 @@ def test_to_nnx_gives_the_numbers_of_apply(monkeypatch):
 
 
 @pytest.mark.slow
-def test_example_in_flax_runs(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    import attention_in_flax
+def test_example_in_flax_runs(script, capsys):
+    attention_in_flax = script("attention_in_flax")
 
     attention_in_flax.main(300, 16)
     lines = capsys.readouterr().out.splitlines()
@@ -251,9 +249,8 @@ def test_example_in_flax_runs(monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:weights for task")
-def test_example_in_nnx_learns(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    import attention_in_nnx
+def test_example_in_nnx_learns(script, capsys):
+    attention_in_nnx = script("attention_in_nnx")
 
     attention_in_nnx.main(str(GOLDEN / "bert_to_convert_512"), length=300, steps=3, rate=2e-2)
     lines = capsys.readouterr().out.splitlines()
@@ -262,10 +259,9 @@ def test_example_in_nnx_learns(monkeypatch, capsys):
     assert losses[-1] < losses[0] - 0.02
 
 
-def test_decoder_is_causal(monkeypatch):
+def test_decoder_is_causal(script):
     """No logit depends on the position vectors of later tokens; each does on its own."""
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    import causal_decoder
+    causal_decoder = script("causal_decoder")
 
     model = causal_decoder.Decoder(CONFIG, length=21, width=8)
     ids = causal_decoder.windows(np.arange(256, dtype=np.uint8), 21, 1, seed=0)[:, :-1]
@@ -288,9 +284,8 @@ def test_decoder_is_causal(monkeypatch):
 
 
 @pytest.mark.slow
-def test_decoder_example_learns(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    import causal_decoder
+def test_decoder_example_learns(script, capsys):
+    causal_decoder = script("causal_decoder")
 
     causal_decoder.main(steps=10, length=192)
     lines = capsys.readouterr().out.splitlines()

@@ -221,11 +221,11 @@ DROPOUT = {"dropout_rate": 0.1, "dropout_key": jax.random.key(0)}
 @pytest.mark.parametrize(
     ("function", "query", "options", "says"),
     [
-        (full_attention, X, DROPOUT, "without dropout there, and dropout_rate=0.1"),
+        (full_attention, X, DROPOUT, "full attention have no dropout, but dropout_rate=0.1"),
         (full_attention, X.astype(jnp.float16), {}, "dtype float16 is none of float32, bfloat16"),
-        (full_attention, X[..., :24], {}, "heads of width 24 are no multiple of 16"),
+        (full_attention, X[..., :24], {}, "head width 24 is not a multiple of 16"),
         (local_attention, X, {"window_size": 100}, "window_size=100 is not a multiple of 64"),
-        (local_attention, X[..., :48], {"window_size": 64}, "width 48 are none of 32, 64, 128"),
+        (local_attention, X[..., :48], {"window_size": 64}, "width 48 is none of 32, 64, 128"),
         (
             local_attention,
             X,
@@ -236,7 +236,7 @@ DROPOUT = {"dropout_rate": 0.1, "dropout_key": jax.random.key(0)}
             local_attention,
             jnp.ones((1, 3000, 1, 64)),
             {"window_size": 64, "use_xpos": True},
-            r"use_xpos changes sizes by e \*\* 64 over 3008 tokens",
+            r"use_xpos scales by up to e \*\* 64 over 3008 tokens",
         ),
     ],
 )
@@ -244,7 +244,7 @@ def test_what_the_kernels_refuse(function, query, options, says, unchecked):
     with pytest.raises(ValueError, match=says):
         function(query, query, query, implementation="pallas_interpret", **options)
     with pytest.raises(
-        ValueError, match="is for TPUs and NVIDIA's GPUs, and this program is compiled for 'cpu'"
+        ValueError, match="is for TPUs and NVIDIA GPUs, but this program is compiled for 'cpu'"
     ):
         function(query, query, query, implementation="pallas", **options)
 
@@ -255,7 +255,7 @@ def test_lsh_attention_has_no_kernel():
     with pytest.raises(ValueError, match="no fused kernel for LSH attention; choose 'xla'"):
         attention(LSH(64), x, source, Runtime(implementation="pallas_interpret"))
     # What a mesh cannot spread would be computed again and again on its devices.
-    says = r"1 rows and 2 heads do not spread over .* data=2"
+    says = r"1 rows and 2 heads cannot be sharded evenly over .* data=2"
     mesh = make_mesh(data=2, devices=jax.devices()[:2])
     with jax.set_mesh(mesh), pytest.raises(ValueError, match=says):
         attention(Full(), x, source, Runtime(implementation="pallas_interpret"))
@@ -276,11 +276,10 @@ def test_a_real_tpu_compilation_of_full_and_local_attention():
     found = {(line.pop("case"), line.pop("passes")): line for line in lines}
     array = 2 * 4 * 4096 * 12 * 64 / 1e9
     assert found["local", "forward"]["gigabytes"] < 1.1 * 4 * array
-    assert (
-        found["local", "both"]["gigabytes"] < 5.5 * 4 * array
-    )  # copies to [rows, tokens, features], too
-    for passes in ("forward", "both"):
-        assert found["local", passes]["temporaries"] < 5
+    # With gradients copies to [rows, tokens, features] too, of which one is a temporary array.
+    assert found["local", "both"]["gigabytes"] < 4.2 * 4 * array
+    assert found["local", "forward"]["temporaries"] < 5
+    assert found["local", "both"]["temporaries"] < 1.1e3 * array
     assert found["full", "forward"]["gigabytes"] < 0.5 and found["full", "both"]["gigabytes"] < 1.5
     assert found["full", "forward"]["temporaries"] < 5
     assert found["full", "both"]["temporaries"] < 220

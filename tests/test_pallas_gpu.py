@@ -192,7 +192,7 @@ def test_shards_of_a_sequence_see_their_neighbours():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"width": 16}, "heads of width 16 are none of 32, 64, 128; use implementation='xla'"),
+        ({"width": 16}, "head width 16 is none of 32, 64, 128; use implementation='xla'"),
         ({"dtype": jnp.float8_e4m3fn}, "dtype float8_e4m3fn is none of float32, bfloat16, float16"),
     ],
 )
@@ -209,7 +209,7 @@ def test_what_the_kernels_refuse_of_the_contract(unchecked):
     added = Biases((jnp.ones((1, 1, 32, 32)),))
     for queries, source, biases, says in (
         (Queries(x), Source(x, x, mask), added, "add no biases to scores"),
-        (Queries(x, places), Source(x, x, mask, places), Biases(), "by their places alone"),
+        (Queries(x, places), Source(x, x, mask, places), Biases(), "support positions of keys"),
     ):
-        with pytest.raises(ValueError, match=f"'pallas': the GPU's kernels .*{says}; use impl"):
+        with pytest.raises(ValueError, match=f"'pallas': the GPU kernels .*{says}; use impl"):
             attend(spec, queries, (source,), biases=biases, implementation="pallas")

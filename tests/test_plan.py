@@ -459,7 +459,10 @@ def test_a_decoder_has_a_length_of_its_own(bart, mode):
         ({"topology": "v9:2x2"}, "'v9:2x2' is unknown"),
         ({"topology": "v5e:2x2x2"}, "'v5e:2x2x2' is unknown"),
         ({"topology": "cpu:64"}, "needs 64 CPU devices"),
-        ({"topology": "cpu:513"}, "'cpu:513' is unknown; .* at most 16,384 chips, or 512 such"),
+        (
+            {"topology": "cpu:513"},
+            "'cpu:513' is unknown; .* at most 16,384 TPU chips, 8 GPUs .* or 512 CPU devices",
+        ),
         ({"mesh": {"data": 3}}, "does not fit 8 devices"),
         ({"batch_size": 12}, "12 rows, which data=8 cannot split evenly"),
         ({"task": "base"}, "task='base' has no loss"),

@@ -125,7 +125,7 @@ def test_sorts_gathers_and_scatters_are_counted():
 
 @pytest.mark.parametrize("name", ["h300:8", "h100:9", "h100:2x4", "h100", "l4:0"])
 def test_gpus_that_are_not_known_raise(name):
-    with pytest.raises(ValueError, match=f"'{name}' is unknown; .*'h100:8'.* of one host, 8"):
+    with pytest.raises(ValueError, match=f"'{name}' is unknown; .*'h100:8'.* 8 GPUs of one host"):
         chips.parse_topology(name)
 
 

@@ -185,7 +185,7 @@ def test_broken_lines_are_named_and_skipped_on_request(tmp_path, tokenizer):
         5: (b"[1]", "a line must be a JSON object"),
         6: (
             b'{"id": 1, "label": 2}',
-            r"it has \['id', 'label'\] and must have input_ids; or question",
+            r"it has \['id', 'label'\] and must have text, or question and context",
         ),
         7: (b'{"text": 3}', "its text must be a text, got 3"),
         18: (b'{"id": [NaN], "text": "a"}', r"its id \[nan\] has NaN or infinity"),
@@ -313,7 +313,16 @@ def test_what_is_wrong_for_every_row_is_not_skipped(tmp_path):
             {"answers": TextClassification(), "fields": ("logits",)},
             "exclude each other; give one of them",
         ),
-        ({"input_ids": [1]}, {"max_length": 65}, r"max_length=65 must lie in 1..64"),
+        (
+            {"input_ids": [1]},
+            {"max_length": 65},
+            r"max_length=65 .* 1..64, what this model reads; give",
+        ),
+        (
+            {"input_ids": [1]},
+            {"max_length": 65, "buckets": (16, 32)},
+            r"max_length=65 must be in 1..32, the largest of buckets",
+        ),
         ({"input_ids": [1]}, {"window": 0}, "window=0 must be at least 1"),
     ],
 )
@@ -379,7 +388,9 @@ def test_commands_read_a_dataset_by_its_name(dataset, capsys, tmp_path):
     given = ["predict", model, "somebody/two", answers, "--outputs", *columns, *long]
     assert cli.main([*given]) == 2
     assert "has the splits train, test; give one of them as --split" in capsys.readouterr().err
-    assert cli.main([*given, "--split", "test"]) == 0
+    for done in ("wrote", "replaced"):  # the same command again replaces its own result
+        assert cli.main([*given, "--split", "test"]) == 0
+        assert capsys.readouterr().out == f"{done} {answers}: 2 documents\n"
     assert cli.main(["embed", model, "small", vectors, "--pooling", "mean", *columns]) == 0
     for file in (answers, vectors):
         rows = [json.loads(line) for line in pathlib.Path(file).read_text().splitlines()]

@@ -1,14 +1,19 @@
 """What long work tells of itself where stderr is no terminal."""
 
+import dataclasses
+import itertools
+import json
+import pathlib
 import re
 import time
 
 import pytest
 from golden_data import GOLDEN
+from tiny_run import save_tiny
 
 from lsg_flax import cli, progress
 from lsg_flax.hub.checkpoint import Checkpoint
-from lsg_flax.training import log
+from lsg_flax.training import Settings, finetune, log
 
 LINE = (
     r"lsg-flax: outer, 0:\d\d so far; reading: 3 of 9 things, \d\S* per second, 0:\d\d left, fine;"
@@ -46,6 +51,11 @@ def test_lines_say_what_goes_on_how_far_and_how_long(capsys):
     assert capsys.readouterr().err == ""  # and no thread is left that speaks
 
 
+def test_a_count_and_its_noun_agree():
+    shown = [progress.count_of(number, "step") for number in (0, 1, 2000)]
+    assert shown == ["0 steps", "1 step", "2,000 steps"]
+
+
 def test_who_has_not_asked_is_told_nothing(capsys):
     with progress.Bar("things", shown=False) as bar, progress.doing("something"):
         bar.update(1)
@@ -64,10 +74,14 @@ def test_a_shape_is_compiled_once():
 
 @pytest.mark.filterwarnings("default:weights for task")
 @pytest.mark.parametrize(
-    ("command", "options"),
-    [("predict", ["--outputs", "--task", "base"]), ("embed", ["--pooling", "mean"])],
+    ("command", "arguments"),
+    [
+        ("predict", ["in.txt", "out.jsonl", "--outputs", "--task", "base"]),
+        ("embed", ["in.txt", "out.jsonl", "--pooling", "mean"]),
+        ("convert", ["long"]),
+    ],
 )
-def test_a_command_tells_that_it_reads_weights(capsys, tmp_path, monkeypatch, command, options):
+def test_a_command_tells_that_it_reads_weights(capsys, tmp_path, monkeypatch, command, arguments):
     load, said = Checkpoint.tensors.fget, []
 
     def tensors(self):
@@ -75,10 +89,9 @@ def test_a_command_tells_that_it_reads_weights(capsys, tmp_path, monkeypatch, co
         return load(self)
 
     monkeypatch.setattr(Checkpoint, "tensors", property(tensors))
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "in.txt").write_text("w5 w6\n")
-    files = [tmp_path / "in.txt", tmp_path / "out.jsonl"]
-    arguments = [command, GOLDEN / "bert_to_convert_512", *files, *options]
-    assert cli.main([str(a) for a in arguments]) == 0 and said
+    assert cli.main([command, str(GOLDEN / "bert_to_convert_512"), *arguments]) == 0 and said
 
 
 def test_a_bar_says_where_it_goes_on_and_how_far_it_is(capsys):
@@ -106,3 +119,53 @@ def test_tokens_per_second_are_those_of_the_last_ten_seconds(monkeypatch):
             told.finish({})
     rates = [record["tokens_per_second"] for record in told.history]
     assert rates == pytest.approx([100 / 7, 200 / 11, 300 / 16, 300 / 13.9, 300 / 10])
+
+
+TRAINING_PAGE = (pathlib.Path(__file__).parent.parent / "docs" / "training.md").read_text()
+REFINEMENTS = TRAINING_PAGE.partition("\n## Refinements\n")[2].partition("\n## ")[0]
+
+
+def shown_and_said(start: str, err: str) -> list[str]:
+    """The line of the page and the line of a run that begin so, and behind that without their
+    numbers, which differ."""
+    lines = [re.findall(f"^{start}(.*)$", text, re.MULTILINE) for text in (TRAINING_PAGE, err)]
+    return [re.sub(r"\d[\d,.]*(e-\d+)?", "N", line) for (line,) in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:weights for task")
+def test_the_documented_refinements_are_trained_and_say_what_the_page_shows(
+    tmp_path, monkeypatch, capsys
+):
+    """The settings of all examples in one run, which stops early and resumes with more patience."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(progress, "INTERVAL", 600.0)  # no lines but those at evaluations
+    (tmp_path / "bert-4096").mkdir()
+    save_tiny(tmp_path / "bert-4096")
+    rows = [{"text": "w5 w6 " * n, "label": "rare" if n == 3 else "usual"} for n in range(1, 9)]
+    for name in ("train.jsonl", "eval.jsonl"):
+        (tmp_path / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    first, *blocks = re.findall(r"```python\n(.*?)```", REFINEMENTS, re.DOTALL)
+    names, found, together = {}, [], {}
+    exec(first, names)
+    for block in blocks:
+        exec(block, names | {"finetune": found.append}, made := {})
+        found += [made["settings"]] if "settings" in made else []
+    plain = Settings(**names["run"])
+    for settings, field in itertools.product(found, dataclasses.fields(Settings)):
+        if (value := getattr(settings, field.name)) != getattr(plain, field.name):
+            together[field.name] = value
+    assert len(found) == 6 and {"lora_r", "ema_decay", "report_to", "run_name"} < together.keys()
+    settings = dataclasses.replace(plain, **together, devices=1, learning_rate=1e-5)
+    assert finetune(settings).step == 40
+    start = "lsg-flax: stopping early, after 40 of 300 steps: eval_loss did not improve in 3 evalu"
+    shown, said = shown_and_said(start, capsys.readouterr().err)
+    assert shown == said
+    patient = dataclasses.replace(settings, early_stopping_patience=99, evaluate_every=300)
+    assert finetune(patient).step == 300
+    err = capsys.readouterr().err
+    for start in ("lsg-flax: resumes after 40 of 300 steps, ", "lsg-flax: 300 of 300 steps, "):
+        shown, said = shown_and_said(start, err)
+        assert shown == said
+    assert len([*pathlib.Path(plain.output, "log").glob("events*")]) == 2

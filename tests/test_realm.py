@@ -3,8 +3,6 @@ batches of questions, parts of files, names of TensorFlow, LSG readers, training
 
 import functools
 import json
-import pathlib
-import re
 import shutil
 
 import flax.traverse_util
@@ -120,16 +118,6 @@ def test_the_embedder_embeds_a_corpus():
     for document, row in zip(documents, made, strict=True):
         alone = run(model, params, {"input_ids": np.array([document["input_ids"]])})
         np.testing.assert_allclose(row["projected_score"], alone.projected_score[0], **TOLERANCE)
-
-
-def test_the_example_of_the_docs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(GOLDEN / READER, "path/to/reader")
-    docs = pathlib.Path(__file__).parents[1] / "docs" / "realm.md"
-    (block,) = re.findall(r"```python\n(.*?)```", docs.read_text(), flags=re.DOTALL)
-    names: dict = {}
-    exec(compile(block, str(docs), "exec"), names)
-    assert 1 <= len(names["answer"]) <= 4
 
 
 # -------------------------------------------------------------------------------------- the files

@@ -3,8 +3,6 @@ what is refused before anything is read."""
 
 import dataclasses
 import functools
-import pathlib
-import re
 import shutil
 import sys
 import types
@@ -22,7 +20,6 @@ from lsg_flax.training import read_settings
 from lsg_flax.training.finetune import finetune
 from lsg_flax.training.survey import survey
 
-TRAINING_PAGE = pathlib.Path(__file__).parent.parent / "docs" / "training.md"
 pytestmark = pytest.mark.filterwarnings("ignore:weights for task")  # heads that are drawn
 
 
@@ -216,26 +213,6 @@ def test_a_run_without_a_better_score_ends(tiny, tmp_path):
     assert first.step == 3 and [r["step"] for r in first.history] == [1, 2, 3]
     again = run(settings)
     assert again.step == 3 and again.history == []
-
-
-SECTION = TRAINING_PAGE.read_text().partition("\n## Refinements\n")[2].partition("\n## ")[0]
-
-
-@pytest.mark.slow
-def test_the_documented_refinements_run_as_they_stand(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    (tmp_path / "bert-4096").mkdir()
-    save_tiny(tmp_path / "bert-4096")
-    for name in ("train.jsonl", "eval.jsonl"):
-        write(tmp_path, "single_label_classification", rows=8, name=name)
-    names, blocks = {}, re.findall(r"```python\n(.*?)```", SECTION, flags=re.DOTALL)
-    for block in blocks:
-        exec(compile(block, "training.md", "exec"), names)
-    assert len(blocks) == 8 and names["result"].step > 0
-    merged, params = lsg_flax.from_pretrained(tmp_path / "merged")
-    assert flat(params).keys() == flat(merged.abstract_params()).keys()
-    assert "stopping early, after 5 of 6 steps" in SECTION  # of the test above
 
 
 WRONG = {

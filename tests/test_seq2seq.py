@@ -339,9 +339,9 @@ def test_what_does_not_fit_is_refused(task, inputs, message):
     [
         ({"encoder_attention_heads": 5}, "not divisible by encoder_attention_heads=5"),
         ({"decoder_layers": 0}, "decoder_layers=0 must be at least 1"),
-        ({"dropout": 1.5}, r"dropout=1.5 must lie in \[0, 1\)"),
+        ({"dropout": 1.5}, r"dropout=1.5 must be in \[0, 1\)"),
         ({"decoder_start_token_id": 23}, "decoder_start_token_id=23 is outside 0..22"),
-        ({"encoder_layerdrop": 1.0}, r"encoder_layerdrop=1.0 must lie in \[0, 1\)"),
+        ({"encoder_layerdrop": 1.0}, r"encoder_layerdrop=1.0 must be in \[0, 1\)"),
     ],
 )
 def test_a_config_that_does_not_fit(fields, message):

@@ -310,6 +310,8 @@ def test_a_stopped_command_goes_on_and_writes_the_same_bytes(
     code, out, _ = run(capsys, *line, target, *FLAGS)
     assert code == 0 and out == f"wrote {target}: 24 documents, 8 done before\n"
     assert target.read_bytes() == whole.read_bytes()
+    assert run(capsys, *line, target, *FLAGS)[1] == f"replaced {target}: 24 documents\n"
+    assert target.read_bytes() == whole.read_bytes()
     assert {p.name for p in tmp_path.iterdir()} == {"in.txt", "out.jsonl", "whole.jsonl"}
 
 
@@ -361,7 +363,10 @@ def _devices(count):
 @pytest.mark.parametrize(
     ("command", "says"),
     [
-        ("summarize WRITER in.jsonl", "in.jsonl:2: it has ['id', 'text'] and must have input_ids"),
+        (
+            "summarize WRITER in.jsonl",
+            "in.jsonl:2: it has ['id', 'text'] and must have text, or question",
+        ),
         (
             "summarize WRITER in.jsonl --text-column body",
             "in.jsonl:1: it has ['id', 'text'] and must have 'body', a text. Mend it, or pass --br",

@@ -385,7 +385,7 @@ def test_optimizer_schedule_clipping_and_decay():
     states = [jax.jit(o.update)(big, o.init(params), params)[1] for o in (clipped, free)]
     norms = [optax.tree.norm(optax.tree_utils.tree_get(state, "mu")) for state in states]
     np.testing.assert_allclose(norms, [0.1, 10 * math.sqrt(8)], rtol=1e-5)
-    with pytest.raises(ValueError, match=r"warmup_steps=5 must lie in 0\.\.4"):
+    with pytest.raises(ValueError, match=r"warmup_steps=5 must be in 0\.\.4"):
         training.make_optimizer(1.0, total_steps=5, warmup_steps=5)
 
 

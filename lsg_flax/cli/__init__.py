@@ -75,10 +75,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; by default those of the process.
 
     Returns:
-        The exit code: 0, 2 after an error (which prints one message to stderr), or 130 after
-        Ctrl-C.
+        The exit code: 0, 2 after an error (which prints one message to stderr) or without
+        arguments (which prints the help there), or 130 after Ctrl-C.
     """
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help(sys.stderr)
+        return ERROR
+    arguments = parser.parse_args(argv)
     if not arguments.debug:  # Orbax also logs tracebacks of errors that are one message here
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(_is_no_damage)
@@ -89,8 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with plain_warnings(arguments), told(arguments.command.prog.split()[-1]):
             arguments.run(arguments)
-    except KeyboardInterrupt:
-        say("interrupted")
+    except KeyboardInterrupt as error:  # its notes say what is kept
+        kept = " ".join(getattr(error, "__notes__", ()))
+        say(f"interrupted: {kept}".removesuffix(": "))
         return INTERRUPTED
     except Exception as error:
         if arguments.debug:

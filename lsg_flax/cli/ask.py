@@ -3,6 +3,7 @@
 import argparse
 
 from lsg_flax.cli import shared
+from lsg_flax.hub import CONFIG
 from lsg_flax.inference import json_line
 from lsg_flax.open_qa import OpenQA
 
@@ -11,10 +12,16 @@ _DESCRIPTION = """Answer each QUESTION from the blocks of FOLDER, which `lsg-fla
 Prints one line of JSON per question: answer, score, block_id (number of the block in the corpus)
 and the text of the block."""
 
+SPELLED = {
+    f"give the folder that holds {CONFIG}, or a hub id such as 'bert-base-uncased'": (
+        "give a folder that `lsg-flax index` made, or a hub id of such a folder"
+    )
+}
+
 
 def add(commands: shared.Commands) -> None:
     """Declares the command and its options."""
-    command = shared.add_command(commands, "ask", _DESCRIPTION, run)
+    command = shared.add_command(commands, "ask", _DESCRIPTION, run, SPELLED)
     command.add_argument("folder", metavar="FOLDER", help="folder, or id on the Hugging Face hub")
     command.add_argument("questions", metavar="QUESTION", nargs="+")
     about = "folder of another reader model, such as one with LSG attention"

@@ -9,7 +9,7 @@ import jax
 import lsg_flax
 from lsg_flax import hub
 from lsg_flax.cli import shared
-from lsg_flax.cli.shared import add_choice, add_number, add_switch
+from lsg_flax.cli.shared import add_number, add_switch, add_task
 from lsg_flax.files import check_folder
 from lsg_flax.hub import LSGOptions
 from lsg_flax.models import TASKS
@@ -31,7 +31,7 @@ def add(commands: shared.Commands) -> None:
     command.add_argument("target", metavar="TARGET", help="folder for the result")
     length = _DEFAULTS.max_sequence_length
     add_number(command, "--max-sequence-length", "most tokens that the result reads", length)
-    add_choice(command, "--task", "head of the result (default: that of SOURCE)", TASKS)
+    add_task(command, "head of the result (default: that of SOURCE)", TASKS)
     shared.add_pattern(command)
     _add_global_options(command.add_argument_group("global tokens and positions"))
     add_switch(command, "--check", "fail if weights have NaN or infinity")
@@ -87,8 +87,8 @@ def run(arguments: argparse.Namespace) -> None:
     if config.lsg:
         out.print(shared.pattern_in_words(config.lsg))
     out.print(f"next: lsg_flax.from_pretrained({str(target)!r}), or lsg-flax inspect {target}")
-    out.print(f"in PyTorch: {hub.in_pytorch(hub.open_checkpoint(target))}", soft_wrap=True)
+    out.print(f"in PyTorch: {hub.in_pytorch(hub.open_checkpoint(target))}")
     if repository is not None:
         with out.status(f"pushing {target} to {repository}"):
             address = hub.push_folder(target, repository)
-        out.print(f"pushed to {address}", soft_wrap=True)
+        out.print(f"pushed to {address}")

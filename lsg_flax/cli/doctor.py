@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
         devices, problems = {}, [f"JAX_PLATFORMS={platforms} is not available here. {error}"]
     for (kind, on, memory), count in devices.items():
         size = f", {memory / GIB:.1f} GiB for JAX" if memory else ""
-        out.print(f"devices: {count} x {kind} ({on}){size}", soft_wrap=True)
+        out.print(f"devices: {count} x {kind} ({on}){size}")
     problems += _unused_devices({on for _, on, _ in devices})
     try:
         package = metadata.metadata("lsg-flax")
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
             problems.append(f"{r.name} is {_installed(r.name) or 'missing'}: pip install '{r}'")
         out.print(_extras(needed, package.get_all("Provides-Extra", [])))
     for problem in problems:
-        out.print(f"problem: {problem}", soft_wrap=True)
+        out.print(f"problem: {problem}")
     out.print(f"problems: {len(problems) or 'none'}")
 
 

@@ -19,6 +19,7 @@ from lsg_flax.pipelines import (
     read_texts,
     write_vectors,
 )
+from lsg_flax.progress import count_of
 
 _DESCRIPTION = """Write the embedding (a vector) of each text of INPUT.
 
@@ -32,7 +33,7 @@ under its name once it is complete. MODEL is a sentence-transformers folder, con
 
 def add(commands: shared.Commands) -> None:
     """Declares the command and its options."""
-    command = shared.add_command(commands, "embed", _DESCRIPTION, run)
+    command = shared.add_command(commands, "embed", _DESCRIPTION, run, shared.COLUMN_SPELLED)
     command.add_argument("model", metavar="MODEL", help="folder, or id on the Hugging Face hub")
     command.add_argument("input", metavar="INPUT", help=" or ".join((*TEXTS, "a dataset")))
     command.add_argument("output", metavar="OUTPUT", help=" or ".join(VECTORS))
@@ -56,27 +57,27 @@ def run(arguments: argparse.Namespace) -> None:
     shared.check_positive(arguments, "batch_size", "max_length")
     check_suffix(arguments.output, VECTORS)  # fails before the long work
     check_output(arguments.output, arguments.input)
+    check_apart(arguments.output, arguments.model)
+    done = shared.check_result(arguments, "embedding")
     columns = arguments.columns or {}
     source = shared.source_of(arguments)
     lines = read_texts(source, broken_lines=arguments.broken_lines, columns=columns)
     with locked_file(pathlib.Path(arguments.output)):
-        _embed(lines, arguments)
+        _embed(lines, arguments, done)
 
 
-def _embed(lines: TextLines, arguments: argparse.Namespace) -> None:
+def _embed(lines: TextLines, arguments: argparse.Namespace, done: str) -> None:
     embedder = Embedder.from_pretrained(
         arguments.model,
         pooling=arguments.pooling,
         normalize=arguments.normalize,
         max_length=arguments.max_length,
     )
-    if embedder.source is not None:
-        check_apart(arguments.output, embedder.source.root)
     rows = min(arguments.batch_size, max(len(lines.texts), 1))  # padding rows cost memory
     vectors = embedder.embed(lines.texts, batch_size=rows)
     write_vectors(arguments.output, lines.names, vectors)
     shared.console().print(
-        f"wrote {arguments.output}: {vectors.shape[0]:,} vectors of {vectors.shape[1]} numbers "
-        f"(texts longer than {embedder.max_length:,} tokens are truncated)",
-        soft_wrap=True,
+        f"{done} {arguments.output}: {count_of(len(vectors), 'vector')} of "
+        f"{vectors.shape[1]} numbers (texts longer than {embedder.max_length:,} tokens are "
+        "truncated)",
     )

@@ -11,7 +11,7 @@ from lsg_flax import hub
 from lsg_flax.cli import shared, train
 from lsg_flax.files import check_folder
 from lsg_flax.models import TASKS
-from lsg_flax.progress import say
+from lsg_flax.progress import count_of, say
 from lsg_flax.training import EvaluationReport, Settings, evaluate_files, trained_tasks
 
 _DESCRIPTION = """Score MODEL on DATA: loss, scores of the task and of each class, confusion matrix.
@@ -41,7 +41,7 @@ def add(commands: shared.Commands) -> None:
     command.add_argument("data", metavar="DATA", nargs="+", help="data that it is scored on")
     about = "folder for evaluation.json and confusion.png"
     command.add_argument("--output", metavar="FOLDER", help=about)
-    shared.add_choice(command, "--task", "task to score (default: MODEL's)", trained_tasks())
+    shared.add_task(command, "task to score (default: MODEL's)", trained_tasks())
     train.add_settings(command.add_argument_group("how DATA is read"), _READING)
     train.add_settings(command.add_argument_group("how it is computed"), _RUNNING)
     about = "texts of models that write, such as summaries (default: ROUGE of all rows)"
@@ -70,7 +70,7 @@ def _show(report: EvaluationReport, folder: str | None) -> None:
         say(cut)
     out = shared.console()
     scores = [(name, f"{value:.4f}") for name, value in report.scores.items()]
-    out.print(f"{report.model} on {report.rows:,} rows:")
+    out.print(f"{report.model} on {count_of(report.rows, 'row')}:")
     out.print(_table(("score", "value"), scores))
     classes, names, confusion = report.by_class
     if classes:
@@ -85,7 +85,7 @@ def _show(report: EvaluationReport, folder: str | None) -> None:
         out.print(_table(("is (answered: ...)", *names), rows))
     if folder is not None:
         written = report.save(pathlib.Path(folder))
-        out.print(f"wrote {', '.join(map(str, written))}", soft_wrap=True)
+        out.print(f"wrote {', '.join(map(str, written))}")
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

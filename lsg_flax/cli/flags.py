@@ -15,7 +15,8 @@ _ARGUMENT = re.compile(
     re.VERBOSE,
 )
 _CONVERT = re.compile(
-    r"lsg_flax\.convert_checkpoint\(source, target(?:, max_sequence_length=(\d+))?\)"
+    r"lsg_flax\.convert_checkpoint\(source, target(?:, max_sequence_length=(\d+))?"
+    r"(, resize_lsg=True)?\)"
 )
 
 
@@ -49,7 +50,7 @@ def in_flags(message: str, arguments: argparse.Namespace) -> str:
 
 def _convert_command(found: re.Match) -> str:
     length = f" --max-sequence-length {found[1]}" if found[1] else ""
-    return f"lsg-flax convert SOURCE TARGET{length}"
+    return f"lsg-flax convert SOURCE TARGET{length}{' --resize-lsg' if found[2] else ''}"
 
 
 def _words(text: str | None) -> str:

@@ -18,10 +18,12 @@ import numpy as np
 import lsg_flax
 from lsg_flax import hub
 from lsg_flax.cli.shared import (
+    NO_COLUMN_SPELLED,
     add_choice,
     add_command,
     add_dataset,
     check_positive,
+    check_result,
     console,
     source_of,
 )
@@ -38,7 +40,7 @@ from lsg_flax.pipelines import (
     unskipped,
     warn_of_skipped,
 )
-from lsg_flax.progress import Bar
+from lsg_flax.progress import Bar, count_of
 from lsg_flax.training import LARGEST_SEED, Precision
 
 _DESCRIPTION = """Continue texts with a decoder.
@@ -56,7 +58,7 @@ blocks of LSG attention in a padded prompt; --batch-size 1 avoids this.
 
 def add(commands: Any) -> None:
     """Declares the command and its options."""
-    command = add_command(commands, "generate", _DESCRIPTION, run)
+    command = add_command(commands, "generate", _DESCRIPTION, run, NO_COLUMN_SPELLED)
     command.add_argument("model", metavar="MODEL", help="folder, or id on the Hugging Face hub")
     command.add_argument("input", metavar="INPUT", nargs="?", help=" or ".join(TEXTS))
     command.add_argument("output", metavar="OUTPUT", nargs="?", help="file for lines of JSON")
@@ -99,19 +101,20 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.output is None:
         print("\n".join(_continued(lines, arguments)[1]))  # rich's console would wrap long lines
         return
-    target = pathlib.Path(arguments.output)
+    check_apart(arguments.output, arguments.model)
+    target, done = pathlib.Path(arguments.output), check_result(arguments, "text")
     with locked_file(target):
         written = zip(*_continued(lines, arguments), strict=True)
         rows = [json.dumps({"id": name, "text": text}) for name, text in written]
         write_aside(target, "".join(f"{row}\n" for row in rows).encode())
-    console().print(f"wrote {target}: {len(rows):,} continuations")
+    console().print(f"{done} {target}: {count_of(len(rows), 'continuation')}")
 
 
 def _check_numbers(arguments: argparse.Namespace) -> None:
     """Raises ValueError, before the model is read, for numbers that no model allows."""
     check_positive(arguments, "max_new_tokens", "batch_size")
     if not 0 <= arguments.seed <= LARGEST_SEED:
-        raise ValueError(f"seed={arguments.seed} must lie in 0..{LARGEST_SEED}.")
+        raise ValueError(f"seed={arguments.seed} must be in 0..{LARGEST_SEED}.")
     if not math.isfinite(arguments.temperature):
         raise ValueError(f"temperature={arguments.temperature} must be a positive number.")
     sample = Sample(arguments.temperature, arguments.top_k, arguments.top_p)
@@ -125,8 +128,6 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
 def _continued(lines: TextLines, arguments: argparse.Namespace) -> tuple[list[Any], list[str]]:
     """Returns the ids of the prompts that are continued, and the continuation of each."""
     checkpoint = hub.open_checkpoint(arguments.model)
-    if arguments.output is not None:
-        check_apart(arguments.output, checkpoint.root)
     tokenizer, task = checkpoint.tokenizer, checkpoint.task
     if tokenizer is None:
         raise FileNotFoundError(f"{checkpoint.folder} has no tokenizer; copy its files there.")

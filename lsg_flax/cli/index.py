@@ -5,6 +5,7 @@ import argparse
 from lsg_flax.cli import shared
 from lsg_flax.cli.shared import add_number, add_switch
 from lsg_flax.open_qa import build_index, open_records, unpickle_records
+from lsg_flax.progress import count_of
 from lsg_flax.sharding import AXES, make_mesh
 
 _DESCRIPTION = """Embed the blocks of a corpus, for `lsg-flax ask`.
@@ -23,7 +24,7 @@ the blocks as fixed-width bytes. --keep-embeddings copies the published embeddin
 
 def add(commands: shared.Commands) -> None:
     """Declares the command and its options."""
-    command = shared.add_command(commands, "index", _DESCRIPTION, run)
+    command = shared.add_command(commands, "index", _DESCRIPTION, run, shared.NO_COLUMN_SPELLED)
     command.add_argument("model", metavar="MODEL", help="folder, or id on the Hugging Face hub")
     command.add_argument("corpus", metavar="CORPUS", help=".txt, .jsonl or .npy")
     command.add_argument("folder", metavar="FOLDER", help="folder for the result")
@@ -48,5 +49,6 @@ def run(arguments: argparse.Namespace) -> None:
         mesh=None if arguments.mesh is None else make_mesh(**arguments.mesh),
     )
     shared.console().print(
-        f"wrote {arguments.folder}: {len(records):,} blocks, {done:,} of them embedded now"
+        f"wrote {arguments.folder}: {count_of(len(records), 'block')}, {done:,} of them "
+        "embedded now"
     )

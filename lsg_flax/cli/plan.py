@@ -14,6 +14,7 @@ from lsg_flax.cli.shared import (
     add_command,
     add_number,
     add_pattern,
+    add_task,
     console,
     given_pattern,
     mesh_axes,
@@ -104,12 +105,7 @@ def add(commands: Any) -> None:
         metavar="N",
         help="tokens per row (default: what an LSG SOURCE reads, otherwise 4096)",
     )
-    command.add_argument(
-        "--task",
-        choices=TASKS,
-        metavar="TASK",
-        help=f"head (default: that of SOURCE); one of {', '.join(TASKS)}",
-    )
+    add_task(command, "head (default: that of SOURCE)", TASKS)
     _add_choices(command)
     _add_written(command)
     add_pattern(command)
@@ -214,7 +210,7 @@ def run(arguments: argparse.Namespace) -> None:
         _write(arguments.json, [shown, *others], tried)
     if arguments.picture:
         draw_roofline(arguments.picture, {_in_words(p.settings): p for p in (shown, *others)})
-        out.print(f"wrote {arguments.picture}", soft_wrap=True)
+        out.print(f"wrote {arguments.picture}")
 
 
 def _check_files(arguments: argparse.Namespace) -> None:

@@ -2,15 +2,17 @@
 
 import argparse
 import json
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, get_args
 
 import jax.numpy as jnp
 
 from lsg_flax import hub
 from lsg_flax.cli import shared
-from lsg_flax.cli.shared import add_choice, add_number, add_switch
+from lsg_flax.cli.shared import add_choice, add_number, add_switch, add_task
 from lsg_flax.files import check_apart, check_output
-from lsg_flax.models import TASKS, Model
+from lsg_flax.models import TASKS, Model, ModelOutput
 from lsg_flax.pipelines import (
     ANSWERS,
     BrokenLines,
@@ -19,6 +21,7 @@ from lsg_flax.pipelines import (
     check_fields,
     predict_file,
 )
+from lsg_flax.progress import count_of
 from lsg_flax.sharding import AXES, make_mesh
 from lsg_flax.training import Precision, check_names
 
@@ -37,14 +40,16 @@ SPELLED = {
     "a text needs tokenizer=": "a text needs a tokenizer in MODEL",
     "fields=": "outputs=",
 }
+_LINES = ("answer", *(field.name for field in fields(ModelOutput)))  # what they have beside "id"
 _READING = ("truncation", "batch_size", "buckets", "broken_lines")  # arguments of predict_file
 
 
 def add(commands: shared.Commands) -> None:
     """Declares the command and its options."""
-    command = shared.add_command(commands, "predict", _DESCRIPTION, run, SPELLED)
+    spelled = SPELLED | shared.COLUMN_SPELLED
+    command = shared.add_command(commands, "predict", _DESCRIPTION, run, spelled)
     add_files(command)
-    add_choice(command, "--task", "head (default: that of MODEL)", TASKS)
+    add_task(command, "head (default: that of MODEL)", TASKS)
     _add_what(command.add_argument_group("what is written"))
     add_how(command.add_argument_group("how it is computed"))
 
@@ -118,12 +123,13 @@ def run(arguments: argparse.Namespace) -> None:
     shared.check_positive(arguments, "max_length")
     checkpoint = hub.open_checkpoint(arguments.model)
     task = arguments.task or checkpoint.task
+    checkpoint.require_head(task)
     answers = _answers(task, arguments)
     if arguments.outputs:
         check_fields(Model(checkpoint.config_for(task), task), arguments.outputs)
-    fields = arguments.outputs or None
     reading = {"max_length": arguments.max_length, "columns": arguments.columns or {}}
-    write_answers(arguments, checkpoint, task, answers, fields=fields, **reading)
+    reading["fields"] = arguments.outputs or None
+    write_answers(arguments, checkpoint, task, answers, lines=_LINES, **reading)
 
 
 def write_answers(
@@ -131,9 +137,12 @@ def write_answers(
     checkpoint: hub.Checkpoint,
     task: str,
     answers: PipelineTask | None,
+    *,
+    lines: Sequence[str],
     **reading: Any,
 ) -> None:
-    """Writes OUTPUT from INPUT; `reading` are further arguments of `predict_file`."""
+    """Writes OUTPUT from INPUT; `lines` are the names that its lines may have beside "id", and
+    `reading` further arguments of `predict_file`."""
     # Everything is checked before the weights are read.
     shared.check_positive(arguments, "batch_size", "buckets")
     mesh = None if arguments.mesh is None else make_mesh(**arguments.mesh)
@@ -142,6 +151,7 @@ def write_answers(
     DocumentFile(source, **named)
     check_output(arguments.output, arguments.input)
     check_apart(arguments.output, checkpoint.root)
+    done = shared.check_result(arguments, *lines)
     tokenizer = checkpoint.tokenizer
     if answers is not None and task in answers.heads:
         answers.program(Model(checkpoint.config_for(task), task), tokenizer)
@@ -161,7 +171,8 @@ def write_answers(
     )
     before = written.documents - written.computed
     known = f", {before:,} done before" if before else ""
-    shared.console().print(f"wrote {arguments.output}: {written.documents:,} documents{known}")
+    documents = count_of(written.documents, "document")
+    shared.console().print(f"{done} {arguments.output}: {documents}{known}")
 
 
 def _answers(task: str, arguments: argparse.Namespace) -> PipelineTask | None:

@@ -2,17 +2,20 @@
 
 import argparse
 import contextlib
+import pathlib
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from lsg_flax.cli.flags import in_flags
 from lsg_flax.data import DatasetPart
+from lsg_flax.files import read_lines
 from lsg_flax.patterns import MAX_GLOBAL_TOKENS, SPARSITY_TYPES, LSGConfig
-from lsg_flax.pipelines import COLUMNS
+from lsg_flax.pipelines import COLUMNS, head_named
 from lsg_flax.progress import say
 from lsg_flax.sharding import AXES
 
@@ -21,6 +24,9 @@ from lsg_flax.sharding import AXES
 Options = Any
 Commands = Any
 
+# Words of messages about the text's field, for commands with --columns, and for those without.
+COLUMN_SPELLED = {"text_column='": "columns='text="}
+NO_COLUMN_SPELLED = {"pass text_column=": 'name it "text", not '}
 NEEDED = "(required"  # in the help of a required option that may also come from a settings file
 _PIPED_WIDTH = 120
 _NUMBERS = ("num_global_tokens", "block_size", "sparse_block_size", "sparsity_factor")
@@ -87,6 +93,12 @@ def add_choice(
     """Declares an option with a choice of words; its help lists them and says the default."""
     about += f": {', '.join(choices)}" + ("" if default is None else " (default: %(default)s)")
     options.add_argument(flag, choices=choices, default=default, metavar="NAME", help=about)
+
+
+def add_task(options: Options, about: str, choices: Collection[str]) -> None:
+    """Declares --task, which takes the names of pipelines too."""
+    about += f": {', '.join(choices)}; or as a pipeline is called: ner, sentiment-analysis, ..."
+    options.add_argument("--task", type=head_named, choices=choices, metavar="NAME", help=about)
 
 
 def add_switch(options: Options, flag: str, about: str) -> None:
@@ -171,6 +183,45 @@ def source_of(arguments: argparse.Namespace) -> DatasetPart:
     return DatasetPart(arguments.input, arguments.subset, arguments.split)
 
 
+def check_result(arguments: argparse.Namespace, *names: str) -> str:
+    """Returns "replaced" if OUTPUT exists, else "wrote", for the line that a command ends with.
+
+    Args:
+        arguments: of the command; its `output` is one that `files.check_output` allows.
+        names: what its lines may have beside "id".
+
+    Raises:
+        ValueError: if OUTPUT is not empty, nor a result of this command: its first line has other
+            names, or it is no array [texts, width] of float32.
+    """
+    file, command = pathlib.Path(arguments.output), arguments.command.prog
+    if not file.exists():
+        return "wrote"
+    found = _unlike_result(file, names) if file.stat().st_size else None
+    if found is not None:
+        raise ValueError(
+            f"{file} exists and is no result of {command}: {found}. It is not replaced; give "
+            "another OUTPUT, or remove it."
+        )
+    return "replaced"
+
+
+def _unlike_result(file: pathlib.Path, names: Collection[str]) -> str | None:
+    """Returns how a file differs from a result, in words; None if it does not."""
+    try:
+        if file.suffix == ".npy":
+            array = np.load(file, mmap_mode="r")
+            alike = array.ndim == 2 and array.dtype == np.float32
+            return None if alike else f"it is an array of {array.dtype} {list(array.shape)}"
+        keys = next(read_lines(file)).json_object().keys()
+    except (ValueError, EOFError):
+        return "it is no array of numbers" if file.suffix == ".npy" else "its first line is no JSON"
+    written = keys - {"id"}
+    if "id" in keys and written and written <= set(names):
+        return None
+    return f"its first line has {', '.join(keys) or 'nothing'}"
+
+
 def yaml_values(text: str) -> dict[str, Any]:
     """Parses an option such as num_beams=4,early_stopping=true, with values as in YAML."""
     import yaml
@@ -181,9 +232,17 @@ def yaml_values(text: str) -> dict[str, Any]:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE,... of YAML") from None
 
 
+class _Output(Console):
+    """Breaks no line of text, so that paths stay whole; tables are as wide as the console."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        options.setdefault("soft_wrap", all(isinstance(x, str) for x in objects))
+        super().print(*objects, **options)
+
+
 def console() -> Console:
     """Returns a console for stdout, as wide as the terminal, or 120 characters without one."""
-    made = Console(highlight=False, markup=False, emoji=False)
+    made = _Output(highlight=False, markup=False, emoji=False)
     if not made.is_terminal:
         made.width = _PIPED_WIDTH
     return made

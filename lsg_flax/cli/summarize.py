@@ -55,6 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
         checkpoint,
         task,
         Summarization().with_options(**options),
+        lines=("summary",),
         text_column=arguments.text_column,
         window=_WINDOW * max(arguments.batch_size, 1),
     )

@@ -22,7 +22,8 @@ from lsg_flax.cli.shared import (
     say,
     yaml_values,
 )
-from lsg_flax.pipelines import ANSWERS
+from lsg_flax.pipelines import ANSWERS, head_named
+from lsg_flax.progress import count_of
 from lsg_flax.training import (
     REQUIRED,
     DataSurvey,
@@ -113,6 +114,7 @@ def _add_option(
     shape: dict[str, Any] = {"metavar": _PATHS.get(field.name, _METAVARS.get(origin, "NAME"))}
     if choices:
         shape |= {"choices": choices} | ({"nargs": "+"} if origin is tuple else {})
+        shape |= {"type": head_named} if field.name == "task" else {}
     elif origin is bool:
         shape = {"action": argparse.BooleanOptionalAction}
         unset = "yes" if unset else "no"
@@ -181,7 +183,7 @@ def show_survey(found: RunSurvey) -> None:
     for name, part in (("training", found.train), ("evaluation", found.held_out)):
         if part is not None:
             for line in _survey_lines(name, part):
-                out.print(line, soft_wrap=True)
+                out.print(line)
     out.print(f"steps: {found.steps:,}, {found.epoch:,} per epoch")
 
 
@@ -209,11 +211,13 @@ def _show(result: Finetuned) -> None:
     out, writes = console(), result.model.task_record.generates
     embeds = result.model.task == "base"
     task = "embedding" if embeds else result.model.task
-    out.print(f"wrote {result.output}: {task} after {result.step:,} steps")
+    out.print(f"wrote {result.output}: {task} after {count_of(result.step, 'step')}")
     if result.best is not None:
-        out.print(f"wrote {result.output / 'best'}: the best, after {result.best:,} steps")
+        best = count_of(result.best, "step")
+        out.print(f"wrote {result.output / 'best'}: the best, after {best}")
     if result.scores:
-        table = Table(title="on the evaluation data, last step", title_justify="left")
+        out.print("on the evaluation data, last step:")
+        table = Table()
         table.add_column("score")
         table.add_column("value", justify="right")
         for name, value in result.scores.items():
@@ -224,7 +228,7 @@ def _show(result: Finetuned) -> None:
     out.print(f"checkpoints, to resume from: {result.output / 'checkpoints'}")
     writer = "summarize" if result.model.has_two_stacks else "generate"
     if result.pushed:
-        out.print(f"pushed to {result.pushed}", soft_wrap=True)
+        out.print(f"pushed to {result.pushed}")
     reader = "embed" if embeds else writer if writes else "predict"
     unanswered = "" if embeds or writes or result.model.task in ANSWERS else " --outputs"
     command = f"{reader} {result.output} INPUT OUTPUT{unanswered}"

@@ -3,7 +3,7 @@ seed gives the same batches, for any number of processes.
 
 Batch n is a pure function of n (order.py), so the state of an iterator is a number.
 
-Axes: M microbatches, B batch, C choices, T tokens, Y labels.
+Axes: M microbatches, B batch, C choices, T tokens, O rows, Y labels.
 """
 
 import math
@@ -16,7 +16,7 @@ from jaxtyping import Int, Shaped
 
 from lsg_flax.buckets import check_tokens, default_buckets
 from lsg_flax.data.cache import INPUT, READ, TokenizedDataset
-from lsg_flax.data.order import Order, ProcessShare, Remainder
+from lsg_flax.data.order import Order, ProcessShare, Remainder, checked_remainder
 from lsg_flax.data.packing import SEGMENT_ROWS, PackedRows, Packing, join_texts, packed_rows
 from lsg_flax.files import Json, differences
 from lsg_flax.models import IGNORED, TASKS, Batch
@@ -32,7 +32,10 @@ class TrainBatches(Iterator[Batch]):
     """An iterator over batches whose state can be saved; see `train_batches`.
 
     Attributes:
-        buckets: the lengths of inputs that occur in batches of this data.
+        buckets: the lengths, in tokens, of inputs that occur in batches of this data.
+
+    Raises:
+        ValueError: if this number of epochs does not fill a single batch.
     """
 
     def __init__(
@@ -173,12 +176,7 @@ def train_batches(
     """
     floats = any(dataset.arrays[name].dtype.kind == "f" for name in dataset.targets)
     floats = floats and packing is None  # of shared rows the segments say which labels count
-    chosen: Remainder = remainder or ("carry" if floats else "fill")
-    if chosen not in ("fill", "carry") or (floats and chosen == "fill"):
-        raise ValueError(
-            f"remainder={remainder!r} must be 'fill' or 'carry'; with float labels only 'carry', "
-            "because no such label can be ignored unless texts are packed."
-        )
+    remainder = checked_remainder(remainder, floats=floats)
     if seed < 0 or (epochs is not None and epochs < 1) or prefetch < 0:
         raise ValueError(
             f"seed={seed} and prefetch={prefetch} must be at least 0, epochs={epochs} at least 1."
@@ -187,17 +185,13 @@ def train_batches(
         raise ValueError(f"mask_probability={mask_probability} must be above 0 and below 1.")
     share = ProcessShare.of(process_index, process_count, batch_size, microbatches)
     packed = None if packing is None else packed_rows(dataset, packing, buckets, seed)
-    if packed is None:
-        lengths = [stream.lengths for stream in dataset.streams.values()]
-    else:
-        buckets, lengths = {INPUT: (packed.packing.length,)}, packed.lengths
-    ladders = _ladders(dataset, buckets, share)
+    lengths, ladders = _lengths_and_ladders(dataset, buckets, share, packed)
     order = Order(
         lengths,
         ladders=[*ladders.values()],
         size=share.rows,
         seed=seed,
-        remainder=chosen,
+        remainder=remainder,
         shuffle=shuffle,
     )
     settings = {
@@ -206,7 +200,7 @@ def train_batches(
         "microbatches": microbatches,
         **{"buckets" if n == INPUT else f"{n}_buckets": list(ladders[n]) for n in ladders},
         "seed": seed,
-        "remainder": chosen,
+        "remainder": remainder,
         "shuffle": shuffle,
         "mask_probability": mask_probability,
     }
@@ -290,19 +284,31 @@ def eval_batches(
     if rows is not None and rows < 1:
         raise ValueError(f"rows={rows} must be at least 1.")
     packed = None if packing is None else packed_rows(dataset, packing, buckets, seed, rows)
-    if packed is None:
-        lengths = [stream.lengths[:rows] for stream in dataset.streams.values()]
-    else:
-        buckets, lengths = {INPUT: (packed.packing.length,)}, packed.lengths
+    lengths, ladders = _lengths_and_ladders(dataset, buckets, share, packed, rows)
     order = Order(
         lengths,
-        ladders=[*_ladders(dataset, buckets, share).values()],
+        ladders=[*ladders.values()],
         size=share.rows,
         seed=seed,
         remainder="fill",
         shuffle=False,
     )
     return EvalBatches(dataset, order, share, seed, mask_probability, packed)
+
+
+def _lengths_and_ladders(
+    dataset: TokenizedDataset,
+    buckets: Buckets | None,
+    share: ProcessShare,
+    packed: PackedRows | None,
+    rows: int | None = None,
+) -> tuple[list[Int[np.ndarray, "O"]], dict[str, tuple[int, ...]]]:
+    """Returns the lengths of the first `rows` rows, and the ladder, of each stream; those of the
+    shared rows if texts are packed."""
+    if packed is not None:
+        return packed.lengths, _ladders(dataset, {INPUT: (packed.packing.length,)}, share)
+    lengths = [stream.lengths[:rows] for stream in dataset.streams.values()]
+    return lengths, _ladders(dataset, buckets, share)
 
 
 def _ladders(

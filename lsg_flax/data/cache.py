@@ -225,6 +225,11 @@ class TokenizedDataset:
         return self.streams[INPUT].lengths
 
     @property
+    def read_lengths(self) -> dict[str, Int[np.ndarray, "O"]]:
+        """Number of tokens of each row's longest text, by stream, of all that a model reads."""
+        return {name: stream.lengths for name, stream in self.streams.items() if name in READ}
+
+    @property
     def spread(self) -> dict[str, int]:
         """The `spread` of the rows' lengths."""
         return spread(self.lengths)

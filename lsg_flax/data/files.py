@@ -112,7 +112,12 @@ class DatasetPart(NamedTuple):
 
 
 class DatasetSource:
-    """A split of a dataset of the `datasets` library."""
+    """A split of a dataset of the `datasets` library.
+
+    Raises:
+        ImportError: if the library is not installed.
+        ValueError: if it cannot load the dataset, or if `split` is None and there are several.
+    """
 
     def __init__(self, name: str, subset: str | None, split: str | None):
         try:
@@ -193,7 +198,12 @@ def open_source(
 
 
 def files_at(paths: Paths) -> list[pathlib.Path]:
-    """Returns the files that `open_source` reads for these paths; none for a dataset."""
+    """Returns the files that `open_source` reads for these paths; none for a dataset.
+
+    Raises:
+        FileNotFoundError: if there are no such files.
+        ValueError: for a file of a kind that cannot be read.
+    """
     given = [paths] if isinstance(paths, str | pathlib.Path) else list(paths)
     return [f for path in given if not is_dataset_name(str(path)) for f in _files_of(str(path))]
 

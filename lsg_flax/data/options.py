@@ -103,6 +103,10 @@ class DataOptions:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is unknown; choose one of {list(choices)}."
                 )
+        self._check_numbers()
+        self._check_labels()
+
+    def _check_numbers(self) -> None:
         if self.max_length < 1 or self.stride < 0:
             raise ValueError(
                 f"max_length={self.max_length} must be at least 1 and stride={self.stride} at "
@@ -121,6 +125,8 @@ class DataOptions:
                 )
             if self.max_target_length < 2:  # room only for special tokens
                 raise ValueError(f"max_target_length={self.max_target_length} must be at least 2.")
+
+    def _check_labels(self) -> None:
         named = [name for name, task in TASKS.items() if task.named_labels and task.examples]
         regression = self.problem_type == "regression"
         if self.labels is not None and (self.task not in named or regression):

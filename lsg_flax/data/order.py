@@ -19,6 +19,18 @@ _ROWS, _BATCHES = range(2)  # two random streams of one seed
 Remainder = Literal["fill", "carry"]
 
 
+def checked_remainder(given: Remainder | None, *, floats: bool) -> Remainder:
+    """Returns what happens to rows that do not fill a batch; raises ValueError if float labels,
+    none of which can be ignored, do not allow it."""
+    chosen: Remainder = given or ("carry" if floats else "fill")
+    if chosen not in ("fill", "carry") or (floats and chosen == "fill"):
+        raise ValueError(
+            f"remainder={given!r} must be 'fill' or 'carry'; with float labels only 'carry', "
+            "because no such label can be ignored unless texts are packed."
+        )
+    return chosen
+
+
 @dataclass(frozen=True)
 class ProcessShare:
     """The rows of a global batch that this process gets: its own slice of each microbatch."""
@@ -37,7 +49,7 @@ class ProcessShare:
         if not 0 <= self.index < self.count or self.batch_size % self.count:
             raise ValueError(
                 f"batch_size={self.batch_size} is that of all processes together and must be a "
-                f"multiple of process_count={self.count}; process_index={self.index} must lie in "
+                f"multiple of process_count={self.count}; process_index={self.index} must be in "
                 f"0..{self.count - 1}."
             )
 

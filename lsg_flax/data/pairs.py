@@ -31,7 +31,7 @@ class PairExampleEncoder(ExampleEncoder):
             raise ValueError(
                 f"column {names.positive!r}, a text that belongs to {names.text!r}, is empty or "
                 f"missing; there are {list(row.values)}. Give its name by columns={{'positive': "
-                "...}, or give a teacher, which needs no positives"
+                "'NAME'}, or give a teacher, which needs no positives"
             )
         if (given := row.values.get(names.negative)) not in _NONE:
             several = isinstance(given, list)

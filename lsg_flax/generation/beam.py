@@ -33,6 +33,10 @@ class Beams:
             when no open text can become better at its present length; with "never" when none can
             become better at any length.
         sample: how candidates are drawn; None to take the best ones.
+
+    Raises:
+        ValueError: for fewer than 2 beams, a penalty that is not finite, or another
+            `early_stopping`.
     """
 
     count: int
@@ -52,7 +56,11 @@ class Beams:
         self, scores: Float[Array, "*B"], length: Int[Array, ""], width: int
     ) -> Float[Array, "*B"]:
         """Divides the scores of texts with `length` new tokens, at most `width`, by the length
-        penalty."""
+        penalty.
+
+        Raises:
+            ValueError: if `width` to this power leaves the range of float32.
+        """
         require(
             abs(self.length_penalty) * math.log(width + 1) < math.log(1e30),
             f"length_penalty={self.length_penalty} over- or underflows for {width} tokens; usual "

@@ -155,8 +155,8 @@ def prepare(
     attention_mask: ArrayLike | None,
     call: GenerateCall,
 ) -> Ready:
-    """Checks a call of `generate` and pads it to its bucket; returns the inputs of the loop. Raises
-    ValueError as `generate`."""
+    """Checks a call of `generate`, with `input_ids` and `attention_mask` [B, T], and pads it to its
+    bucket; returns the inputs of the loop. Raises ValueError as `generate`."""
     chosen = choose_options(model.config, call)
     how = decoding_of(chosen, model.config.vocab_size)
     check_call(call.get("key"), call.get("stream"), sampled=chosen["do_sample"])

@@ -158,7 +158,7 @@ def choose_options(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _kept(share: Any, own: Mapping[str, Any], vocabulary: int) -> int:
     """The number of tokens that `filter_thres` keeps, computed as in local-attention."""
-    share = checked_value("filter_thres", share, float, Range(0.0, 1.0, "must lie in [0, 1]"))
+    share = checked_value("filter_thres", share, float, Range(0.0, 1.0, "must be in [0, 1]"))
     count = int((1 - share) * vocabulary)
     require(
         own.get("top_k") is None, "filter_thres and top_k set the same thing: give one of them."

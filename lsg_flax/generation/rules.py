@@ -50,6 +50,10 @@ class Rules:
         forced_eos_token_id: the last token of a row that reaches its limit.
         suppress_tokens, begin_suppress_tokens: tokens that never occur; that do not occur directly
             after the prompt.
+
+    Raises:
+        ValueError: for a penalty that is not positive, sizes and lengths that are not whole numbers
+            of at least 0, and an empty word.
     """
 
     eos_token_id: tuple[int, ...] = ()

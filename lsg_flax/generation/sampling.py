@@ -39,7 +39,7 @@ class Sample:
             check_whole("top_k (None keeps all): top_k", self.top_k, 1)
         if self.top_p is not None:
             check_number("top_p", self.top_p, positive=False)
-            require(0 < self.top_p <= 1, f"top_p={self.top_p} must lie in (0, 1], or None for all.")
+            require(0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1], or None for all.")
 
 
 def pick(

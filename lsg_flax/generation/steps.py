@@ -88,6 +88,7 @@ class ModelDecoder:
         return "decoder_input_ids" if two_stacks(self.model) else "input_ids"
 
     def start(self, prompt: Prompt, room: int, beams: int) -> tuple[Float[Array, "B V"], Any]:
+        """See `Decoder.start`; the state is the model's cache."""
         logits, cache = self._read(prompt, cache_length=room)
         if beams > 1:
             cache = cache.take(jnp.zeros((len(logits), beams), jnp.int32))
@@ -96,10 +97,12 @@ class ModelDecoder:
     def step(
         self, state: Any, tokens: Int[Array, "B Beams"]
     ) -> tuple[Float[Array, "B Beams V"], Any]:
+        """See `Decoder.step`."""
         logits, state = self._read({self.tokens_name: tokens.reshape(-1, 1)}, cache=state)
         return logits.reshape(*tokens.shape, -1), state
 
     def take(self, state: Any, parents: Int[Array, "B Beams"]) -> Any:
+        """See `Decoder.take`."""
         return state.take(parents)
 
     def read(self, prompt: Prompt) -> Float[Array, "B V"]:

@@ -8,9 +8,12 @@ import pathlib
 import shutil
 from collections.abc import Iterable
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from lsg_flax.hub.card_files import CARD, SOURCE_CARD, is_own_card, source_card
 from lsg_flax.hub.sentence_files import MODULES, PROMPTS, SENTENCE_CONFIGS
-from lsg_flax.hub.weights import CONFIG, GENERATION, WEIGHTS
+from lsg_flax.hub.weights import CONFIG, GENERATION, WEIGHTS, open_tensors
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -97,3 +100,26 @@ def stale_files(folder: pathlib.Path, new: pathlib.Path, *, settings: bool) -> l
         patterns += [*TOKENIZER_FILES, *_SENTENCE_FILES, GENERATION]
     there = sorted(file.name for file in folder.iterdir() if file.is_file())
     return [name for name in there if matches(name, patterns) and name not in written]
+
+
+def lost_tensors(folder: pathlib.Path, new: pathlib.Path) -> list[str]:
+    """Returns the tensors in `folder` that the model in `new` does not have, by PyTorch's names.
+
+    A conversion trains nothing, so tables of another length have the same first rows: only a model
+    that was trained, or made of another source or with other options, has such tensors.
+
+    Raises:
+        ValueError: if the weights in `folder` are damaged.
+    """
+    if not (folder / WEIGHTS).is_file():
+        return []
+    there, made = open_tensors(folder), open_tensors(new)
+    return [name for name in there if name not in made or not _agree(there[name], made[name])]
+
+
+def _agree(one: ArrayLike, other: ArrayLike) -> bool:
+    """Whether two tensors are equal in the rows that both have."""
+    one, other = (np.atleast_1d(np.asarray(tensor)) for tensor in (one, other))
+    rows = min(len(one), len(other))
+    alike = one.dtype == other.dtype and one.shape[1:] == other.shape[1:]
+    return alike and one[:rows].tobytes() == other[:rows].tobytes()  # bytes, since NaN is not NaN

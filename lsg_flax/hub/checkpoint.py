@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 from jax.sharding import Mesh
 
-from lsg_flax.convert_from_torch import params_from_torch
+from lsg_flax.convert_from_torch import has_head, params_from_torch
 from lsg_flax.files import read_json
 from lsg_flax.hub.download import resolve
 from lsg_flax.hub.sentence_files import Modules, read_modules
@@ -86,6 +86,23 @@ class Checkpoint:
             )
         return self.head
 
+    def require_head(self, task: str) -> None:
+        """Raises ValueError if the checkpoint has no trained head for the task. "base" needs none.
+        If config.json has no class of the family, the names of the weights decide."""
+        family = family_of(self.config.model_type)
+        if task == "base" or task == self.head:
+            return
+        if self.architectures and self.head:
+            found = family.contains(self.head, task)
+        else:
+            found = has_head(self.tensors, self.config, task)
+        if not found:
+            names = ", ".join(self.architectures) or "a model without a head"
+            raise ValueError(
+                f"{self.root} is {names} and has no head for {task}; train that head first "
+                "(lsg-flax train), or give the task that the model was trained for."
+            )
+
     def config_for(self, task: str, **overrides: Any) -> ModelConfig:
         """Returns the config for a model of the task, with other values for some fields.
 
@@ -123,8 +140,11 @@ class Checkpoint:
         global_attention: nn.Module | None = None,
         **config_overrides: Any,
     ) -> tuple[Model, Params]:
-        """Loads the model and its parameters; arguments and errors are those of
-        `from_pretrained`."""
+        """Loads the model and its parameters; arguments are those of `from_pretrained`.
+
+        Raises:
+            FileNotFoundError, ValueError: as `from_pretrained`.
+        """
         task = task or self.task
         config = self.config_for(task, **(self._own_parts(task) | config_overrides))
         if global_attention is not None and isinstance(config, LocalTransformerConfig):

@@ -19,6 +19,7 @@ from lsg_flax.hub.tokenizer_files import Tokenizer
 from lsg_flax.locks import locked
 from lsg_flax.models import Model, Params
 from lsg_flax.patterns import LSGConfig
+from lsg_flax.progress import count_of
 
 
 def from_pretrained(
@@ -104,7 +105,8 @@ def convert_checkpoint(
             table instead of using [MASK].
         global_positional_stride: distance between the positions of neighbouring globals.
         keep_first_global_token: whether to keep global 0 unchanged (LSG sources only).
-        resize_lsg: whether to change only the positions (LSG sources only).
+        resize_lsg: whether to change only the positions (LSG sources only). Otherwise the globals
+            of such a source are initialised anew, as in the reference, with a warning.
         use_token_ids: whether to add the embedding of segment 0 to the globals.
         seed: seed of the random draws.
         **lsg_overrides: fields of `LSGConfig` and of config.json, such as `num_global_tokens=7` or
@@ -163,6 +165,14 @@ def _converted(
         warnings.warn(
             f"the {model.task} model is saved without the {MODULES} of {checkpoint.root}; pass "
             "task='base' for an embedding model.",
+            stacklevel=3,
+        )
+    asked = options.resize_lsg or options.keep_first_global_token or options.random_global_init
+    if model.config.lsg and not asked:
+        warnings.warn(
+            f"the {count_of(model.config.lsg.num_global_tokens, 'global token')} of "
+            f"{checkpoint.root} are initialised anew, so what they were trained to is lost: pass "
+            "resize_lsg=True to keep them.",
             stacklevel=3,
         )
     tokenizer = checkpoint.tokenizer

@@ -38,9 +38,10 @@ def check_push(name: str) -> None:
         PushError: if the hub cannot be reached.
     """
     import huggingface_hub
+    from huggingface_hub import constants  # which huggingface_hub alone does not import
 
     check_repository(name)
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         raise ValueError(
             f"push_to_hub={name!r} needs the network, and HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE "
             "is set; unset it, or leave push_to_hub out."

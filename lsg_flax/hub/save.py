@@ -26,6 +26,8 @@ from lsg_flax.hub.tokenizer_files import Tokenizer, origin, portable_class, save
 from lsg_flax.hub.weights import CONFIG, GENERATION, WEIGHTS
 from lsg_flax.models import Model, Params, family_of
 
+_OF_A_RUN = ("checkpoints", "log/metrics.jsonl", "best")  # in the folder that training writes
+
 
 def save_pretrained(
     path: str | os.PathLike,
@@ -52,10 +54,16 @@ def save_pretrained(
             generation_config.json; not README.md, which describes another model).
 
     Raises:
+        TypeError: if the tokenizer is a name.
         ValueError: if `params` are not those of `model`.
         OSError: if the files cannot be written.
     """
     path = pathlib.Path(path)
+    if isinstance(tokenizer, str | os.PathLike):
+        raise TypeError(
+            f"tokenizer={tokenizer!r} is a name; give a tokenizer object, such as "
+            f"AutoTokenizer.from_pretrained({tokenizer!r}) of transformers, or None to save none."
+        )
     with written_aside(path) as aside:
         _write(aside, model, params, tokenizer, source)
         keep_documents(path, aside)
@@ -138,7 +146,8 @@ def keep_documents(path: pathlib.Path, new: pathlib.Path) -> None:
 
 def check_target(target: str | os.PathLike, checkpoint: Checkpoint) -> None:
     """Raises ValueError if the target is the source or inside it, also through links, or if it has
-    a model that is not a conversion (source and target may have been mixed up)."""
+    a training run or a model that is not a conversion (source and target may have been mixed
+    up)."""
     check_folder("target", target)
     place = pathlib.Path(target).resolve()
     for source in (checkpoint.root, checkpoint.folder):
@@ -147,6 +156,11 @@ def check_target(target: str | os.PathLike, checkpoint: Checkpoint) -> None:
                 f"the target {target} is the source {source} or inside it, where nothing is "
                 "written; give another folder."
             )
+    if run := [name for name in _OF_A_RUN if os.path.lexists(place / name)]:
+        raise ValueError(
+            f"the target {target} has a training run ({', '.join(run)}), whose model is not "
+            "replaced; give another folder, or remove that run first."
+        )
     if (place / CONFIG).exists() and not _is_conversion(place / CONFIG):
         raise ValueError(
             f"the target {target} has a config.json that no conversion has written; "
@@ -178,7 +192,8 @@ def write_converted(
         options: the options of the conversion, for the card.
 
     Raises:
-        ValueError: if files of another model would remain beside it, or other files be replaced.
+        ValueError: if files of another model would remain beside it, or other files or a trained
+            model be replaced.
     """
     ours = (target / CONFIG).exists()  # see `check_target`
     with written_aside(target) as aside:
@@ -193,6 +208,12 @@ def write_converted(
             raise ValueError(
                 f"{target} has {', '.join(stale)} of another model, which would be read together "
                 "with the new files; remove them, or give another folder."
+            )
+        if lost := beside.lost_tensors(target, aside) if ours else []:
+            raise ValueError(
+                f"the target {target} has a model that this conversion does not make, trained or "
+                f"converted otherwise ({len(lost)} of its tensors differ, such as {lost[0]}); give "
+                "another folder, or remove that model first."
             )
         if others := beside.others_files(target, aside, ours=ours):
             raise ValueError(
@@ -219,7 +240,8 @@ def config_values(
     auto_map: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Returns the fields of config.json for `model`, with PyTorch's class as `architectures` and
-    the `auto_map` of the code beside it."""
+    the `auto_map` of the code beside it. `tensors`, with PyTorch's names and shapes such as
+    [out, in], give the torch_dtype."""
     config, family = model.config, family_of(model.config.model_type)
     values = config.to_dict()
     if not family.describes_itself:

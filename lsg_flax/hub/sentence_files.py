@@ -83,7 +83,15 @@ def _sentence_config(folder: pathlib.Path) -> pathlib.Path | None:
 
 
 class SentenceSettings(NamedTuple):
-    """How texts become embeddings, as sentence-transformers' files say."""
+    """How texts become embeddings, as sentence-transformers' files say.
+
+    Attributes:
+        pooling: how the states of a text's tokens become one vector.
+        normalize: whether vectors are scaled to length 1.
+        max_length: number of tokens to which texts are truncated, special tokens included; None if
+            the files do not say.
+        do_lower_case: whether texts are lower-cased before tokenization.
+    """
 
     pooling: Pooling
     normalize: bool = False

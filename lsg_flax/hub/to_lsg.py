@@ -3,8 +3,8 @@ embeddings.
 
 No weight is trained: positions are repeated, and a global token starts as [CLS] or [MASK] at
 positions spread over the table. The numbers are those of the reference's LSGConverter
-(reference-behaviour 1.9), whose random draws can be injected. The code is the same for all
-families.
+(lsg-converter 0.1.9), whose random draws can be injected; docs/design.md says where they differ on
+purpose. The code is the same for all families.
 
 Axes: P positions of a table, V vocabulary, E embedding width, G global tokens, 512 in the table.
 """
@@ -96,14 +96,7 @@ def to_lsg(
             f"a {config.model_type} model cannot become LSG: its attention is already local or "
             "hashed. Load it with lsg_flax.from_pretrained."
         )
-    if config.lsg is None and (options.resize_lsg or options.keep_first_global_token):
-        name = "resize_lsg" if options.resize_lsg else "keep_first_global_token"
-        raise ValueError(
-            f"{name}=True needs an LSG checkpoint as source, but this one has full attention; "
-            "leave it out."
-        )
-    if options.max_sequence_length < 1:
-        raise ValueError(f"max_sequence_length={options.max_sequence_length} must be at least 1.")
+    _check_options(options, config)
     leaves: dict[str, Any] = dict(flax.traverse_util.flatten_dict(params, sep="/"))
     tables = [table for table in rule.positions if table.path in leaves]
     has_globals = rule.positions[0].path in leaves  # a decoder on its own has none
@@ -124,6 +117,17 @@ def to_lsg(
     lengths = dict.fromkeys(rule.lengths, rows)
     new_config = config.with_overrides(max_position_embeddings=positions, lsg=lsg, **lengths)
     return flax.traverse_util.unflatten_dict(leaves, sep="/"), new_config
+
+
+def _check_options(options: LSGOptions, config: ModelConfig) -> None:
+    if config.lsg is None and (options.resize_lsg or options.keep_first_global_token):
+        name = "resize_lsg" if options.resize_lsg else "keep_first_global_token"
+        raise ValueError(
+            f"{name}=True needs an LSG checkpoint as source, but this one has full attention; "
+            "leave it out."
+        )
+    if options.max_sequence_length < 1:
+        raise ValueError(f"max_sequence_length={options.max_sequence_length} must be at least 1.")
 
 
 def _longer_table(

@@ -175,7 +175,7 @@ def input_shapes(
         )
     if not 1 <= length <= model.max_length:
         raise ValueError(
-            f"length={length} must lie in 1..{model.max_length}, the tokens that this model reads."
+            f"length={length} must be in 1..{model.max_length}, the tokens that this model reads."
         )
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1, or None for any.")

@@ -74,7 +74,7 @@ def export_texts(
         )
     if not 1 <= max_new_tokens <= model.max_length:
         raise ValueError(
-            f"max_new_tokens={max_new_tokens} must lie in 1..{model.max_length}, the positions of "
+            f"max_new_tokens={max_new_tokens} must be in 1..{model.max_length}, the positions of "
             "the decoder."
         )
     shapes = input_shapes(model, length, batch_size, _INPUTS, ("logits",), platforms)

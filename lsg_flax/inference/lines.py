@@ -20,6 +20,7 @@ import numpy as np
 
 from lsg_flax.files import check_file, differences, sync_folder, write_aside
 from lsg_flax.locks import explained, locked_file, refusal
+from lsg_flax.progress import count_of
 
 Unfinished = Literal["continue", "replace"]
 
@@ -231,9 +232,10 @@ class ResumableLines:
             raise refusal(error, self.partial, *kept) from error
 
     def _kept(self) -> str:
+        are = "is" if self.finished == 1 else "are"
         return (
-            f"{self.finished} finished documents are kept in {self.partial}; the same call "
-            "continues with the others"
+            f"{count_of(self.finished, 'finished document')} {are} kept in {self.partial}; "
+            "the same call or command continues with the others"
         )
 
     def _foreign(self, reason: str) -> str:

@@ -38,8 +38,13 @@ class Runnable(Protocol):
     """A program to which a `Predictor` passes batches; its outputs have a row for each row."""
 
     @property
-    def compilations(self) -> int: ...
-    def start(self, params: Params, batch: dict[str, np.ndarray]) -> Outputs: ...
+    def compilations(self) -> int:
+        """The number of compiled programs so far."""
+        ...
+
+    def start(self, params: Params, batch: dict[str, np.ndarray]) -> Outputs:
+        """Starts a batch of arrays [B, ...] on the device; returns outputs [B, ...]."""
+        ...
 
 
 class Program:

@@ -15,7 +15,7 @@ from lsg_flax.kernels.spec import EVERYTHING, NO_BIASES, Biases, Queries, Source
 
 Implementation = Literal["xla", "pallas", "pallas_interpret"]
 NOT_FUSED = (
-    "there is no fused kernel for LSH attention; choose 'xla', or None, which takes kernels where "
+    "there is no fused kernel for LSH attention; choose 'xla', or None, which uses kernels where "
     "there are any."
 )
 
@@ -29,13 +29,13 @@ def attend(
     key: PRNGKeyArray | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B N H T"], Float[Array, "B N T"]]:
-    """Attention of every block of queries to its windows of the sources and to the shared keys,
-    under one softmax. `attend_reference` computes the same in a simple way.
+    """Computes the attention of every block of queries to its windows of the sources and to the
+    shared keys, under one softmax. `attend_reference` computes the same in a simple way.
 
     Args:
         spec: the static settings.
         queries: scaled queries.
-        sources: sources of keys, of which `spec.windows` select.
+        sources: the keys from which `spec.windows` select.
         shared: keys that all queries see.
         biases: added to the scores.
         key: random key for dropout of attention weights, with `spec.dropout_rate`.
@@ -57,11 +57,17 @@ def attend(
     known = on_gpu or implementation in (None, "xla")
     accepts(implementation, None if known else NOT_FUSED)
     if spec.dropout_rate and key is None:
-        raise ValueError(f"dropout_rate={spec.dropout_rate} needs a key.")
+        raise ValueError(f"dropout_rate={spec.dropout_rate} needs a random key; pass key=.")
     if biases.windows and len(biases.windows) != len(spec.windows):
-        raise ValueError(f"{len(biases.windows)} biases for {len(spec.windows)} windows.")
+        raise ValueError(
+            f"len(biases.windows)={len(biases.windows)}, len(spec.windows)={len(spec.windows)}; "
+            "give one bias, or None, for each window, or leave out biases.windows."
+        )
     if biases.shared is not None and shared is None:
-        raise ValueError("a bias for shared keys is given, but there are none.")
+        raise ValueError(
+            "a bias for shared keys is given, but there are no shared keys; pass these, or leave "
+            "out biases.shared."
+        )
     rules = [(w.rule, sources[w.source], w.stride) for w in spec.windows]
     if shared is not None:
         rules.append((spec.shared_rule, shared, spec.block))
@@ -72,8 +78,8 @@ def attend(
             raise ValueError(f"{rule} needs positions of both queries and keys, or of neither.")
         if queries.positions is None and stride != spec.block:
             raise ValueError(
-                f"{rule} is for a window that moves by {stride} where its block={spec.block} of "
-                "queries does: by place that is a rule for each block; give positions."
+                f"{rule} needs a window that moves with the queries, but this one moves by "
+                f"{stride} keys per block={spec.block} of queries; pass positions of both."
             )
     function = gpu.attend if on_gpu else xla.attend
     return function(spec, queries, sources, shared, biases, key if spec.dropout_rate else None)
@@ -89,8 +95,8 @@ def check_implementation(implementation: str | None) -> None:
 
 
 def is_fused(implementation: Implementation | None) -> bool:
-    """Whether the TPU kernels are requested, or would be chosen if they support the call. (GPU
-    kernels are used inside `attend`.)
+    """Whether the TPU kernels are requested, or are chosen if they support the call. (GPU kernels
+    are used inside `attend`.)
 
     Raises:
         ValueError: for implementation="pallas" if the device is neither a TPU nor a GPU.
@@ -101,10 +107,10 @@ def is_fused(implementation: Implementation | None) -> bool:
         return False
     if implementation == "pallas" and "tpu" not in kind:
         raise ValueError(
-            "implementation='pallas' is for TPUs and NVIDIA's GPUs, and this program is compiled "
-            f"for {kind!r}; set a mesh of them by jax.set_mesh to compile for them, or choose "
-            "'xla', None for the fastest, or 'pallas_interpret' to run those for TPUs without one, "
-            "slowly."
+            "implementation='pallas' is for TPUs and NVIDIA GPUs, but this program is compiled "
+            f"for {kind!r}; call jax.set_mesh with a mesh of such devices to compile for them, or "
+            "choose 'xla', None for the fastest, or 'pallas_interpret' to run the TPU kernels "
+            "slowly without a TPU."
         )
     return "tpu" in kind if implementation is None else implementation != "xla"
 
@@ -132,13 +138,13 @@ def check_segments(
         return
     if not all(given):
         raise ValueError(
-            "segments are given for some of the queries and sources of keys, and not for others; "
-            "number all of them, or none."
+            "segments are given for some of the queries and keys, but not for all; give them for "
+            "all or for none."
         )
     if implementation not in (None, "xla"):
         raise ValueError(
             f"implementation={implementation!r} has no kernel for several texts in one row "
-            "(segment_ids); choose 'xla', or None, which takes XLA for them."
+            "(segment_ids); choose 'xla', or None, which uses XLA for them."
         )
 
 

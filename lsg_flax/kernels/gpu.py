@@ -81,7 +81,7 @@ def _seeds(plan: TiledPlan, key: PRNGKeyArray) -> UInt32[Array, "steps seeds"]:
 
 
 def _on_devices(plan: TiledPlan, inputs: TiledArrays):
-    """The kernels on each device of the ambient mesh for its own rows and heads."""
+    """Runs the kernels on each device of the ambient mesh, for its own rows and heads."""
     rows, heads = plan.row_axes or None, plan.head_axes or None
     whole, per_head = PartitionSpec(rows, None, heads), PartitionSpec(rows, heads)
 

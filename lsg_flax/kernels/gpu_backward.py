@@ -28,7 +28,7 @@ from lsg_flax.kernels.spec import Source
 
 
 class Saved(NamedTuple):
-    """Inputs of the backward pass; inside a kernel references to the parts of one row and head.
+    """Inputs of the backward pass; inside a kernel, references to the parts of one row and head.
 
     Attributes:
         gradient: gradient of the context.

@@ -78,7 +78,7 @@ def _divide(x: Int[Array, ""], number: int) -> tuple[Int[Array, ""], Int[Array, 
 
 
 def count_from(first: Int[Array, ""] | int, size: int) -> Int[Array, "_"]:
-    """first, first + 1, ..."""
+    """Returns `size` consecutive numbers, from `first` on."""
     return first + lax.broadcasted_iota(jnp.int32, (size,), 0)
 
 
@@ -115,7 +115,7 @@ def over_keys(plan: TiledPlan, inputs: TiledArrays, queries, function, total):
 
 
 def input_parts(inputs: TiledArrays) -> TiledArrays:
-    """The parts of the inputs that a program gets: all tokens of its row and head."""
+    """Returns the parts of the inputs that a program gets: all tokens of its row and head."""
 
     def of_source(source: Source) -> Source:
         several = source.mask.shape[1] > 1
@@ -135,7 +135,7 @@ def input_parts(inputs: TiledArrays) -> TiledArrays:
 
 
 def of_head(x: Array | jax.ShapeDtypeStruct):
-    """The part of a program's row and head of an array [B, T, N, H] or [B, N, T]."""
+    """Returns the part of an array, [B, T, N, H] or [B, N, T], for a program's row and head."""
     if len(x.shape) == 3:
         return triton.part((None, None, x.shape[2]), lambda i, n, b: (b, n, 0))
     return triton.part((None, x.shape[1], None, x.shape[3]), lambda i, n, b: (b, 0, n, 0))
@@ -158,7 +158,7 @@ def _kernel(plan: TiledPlan, inputs: TiledArrays, outputs) -> None:
         return new, whole, context * shrink[:, None] + part
 
     size = places.shape[0]
-    # Half the minimum: exp(NEGATIVE - top) is then 0 in a row that sees nothing, too.
+    # Half the minimum: exp(NEGATIVE - top) is then 0 in a row that sees nothing too.
     start = (
         jnp.full((size,), NEGATIVE / 2, jnp.float32),
         jnp.zeros((size,), jnp.float32),
@@ -173,7 +173,7 @@ def _kernel(plan: TiledPlan, inputs: TiledArrays, outputs) -> None:
 def forward(
     plan: TiledPlan, inputs: TiledArrays
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """The context, and the log-normaliser of each query."""
+    """Returns the context, and the log-normaliser of each query."""
     batch, length, heads, _ = inputs.query.shape
     outputs = (
         jax.ShapeDtypeStruct(inputs.query.shape, inputs.query.dtype),

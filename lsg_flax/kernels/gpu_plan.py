@@ -45,7 +45,7 @@ class Tiles(NamedTuple):
 
 @dataclass(frozen=True)
 class TiledPlan:
-    """A call.
+    """The static plan of a call.
 
     Attributes:
         windows: windows of all sources; the shared keys are the last source.
@@ -87,21 +87,21 @@ class TiledPlan:
         return self.blocks * self.tiles_of_block
 
     def keys_of(self, width: int) -> int:
-        """Keys of a tile where there are `width` of them."""
+        """Returns the number of keys in a tile, for a window of `width` keys."""
         return min(self.tiles.keys, _tile_of(width))
 
     def windows_of(self, source: int) -> list[TiledWindow]:
-        """Those of one source."""
+        """Returns the windows of one source."""
         return [seen for seen in self.windows if seen.window.source == source]
 
 
 def _tile_of(count: int) -> int:
-    """The smallest power of two that is at least the number."""
+    """Returns the smallest power of two that is at least `count` and LEAST_TILE."""
     return max(LEAST_TILE, 1 << (count - 1).bit_length())
 
 
 class TiledArrays(NamedTuple):
-    """The arrays that the kernels read; inside a kernel references to the parts of one row and
+    """The arrays that the kernels read; inside a kernel, references to the parts of one row and
     head.
 
     Attributes:
@@ -133,21 +133,22 @@ def tiled_windows(
 
 
 def refusal(queries: Queries, sources: tuple[Source, ...], biases: Biases) -> str | None:
-    """Why the kernels cannot compute a call, or None: what is given, what is allowed, what to do.
+    """Returns why the kernels cannot compute a call (what is given, what is allowed, what to do);
+    None if they can.
 
     Args:
-        sources: the shared keys too.
+        sources: all sources of keys, the shared keys too.
     """
     dtype, width = queries.features.dtype.name, queries.features.shape[2]
-    other = "or implementation='xla'"
+    other = "or use implementation='xla'"
     if not is_there():
-        return f"this JAX has no Triton backend of Pallas any more; use an older one, {other}."
+        return f"this version of JAX lacks Pallas' Triton backend; use an older version, {other}."
     if dtype not in DTYPES:
         return f"dtype {dtype} is none of {', '.join(DTYPES)}; cast the inputs, {other}."
     if width not in WIDTHS:
-        return f"heads of width {width} are none of {', '.join(map(str, WIDTHS))}; use {other[3:]}."
+        return f"head width {width} is none of {', '.join(map(str, WIDTHS))}; {other[3:]}."
     if jax.tree.leaves(biases):
-        return f"the GPU's kernels add no biases to scores; use {other[3:]}."
+        return f"the GPU kernels add no biases to scores; {other[3:]}."
     if any(source.positions is not None for source in sources):
-        return f"the GPU's kernels know keys by their places alone; use {other[3:]}."
+        return f"the GPU kernels do not support positions of keys; {other[3:]}."
     return None

@@ -1,4 +1,4 @@
-"""`attend` in a simple form: every query with its own list of keys. Its cost is quadratic: it is
+"""`attend` in a simple form: every query has its own list of keys. Its cost is quadratic, so it is
 for tests and for reading.
 
 Axes: B batch, N heads, H head width, T tokens (queries), S keys, W keys of a block's windows.
@@ -28,7 +28,7 @@ def attend_reference(
     shared: Source | None = None,
     biases: Biases = NO_BIASES,
 ) -> tuple[Float[Array, "B N H T"], Float[Array, "B N T"]]:
-    """`attend` without dropout."""
+    """Computes what `attend` does, without dropout."""
     batch, heads, _, length = queries.features.shape
     place = np.arange(length)[:, None]  # [T, 1]
     parts = []  # per window, and for the shared keys: value [B, N, H, T, W], score and mask

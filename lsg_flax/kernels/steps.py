@@ -27,7 +27,7 @@ class Operands(NamedTuple):
     biases: Biases
 
     def summed(self) -> "Operands":
-        """The arrays whose gradients are summed over the steps: all floats but the queries."""
+        """Returns the arrays whose gradients are summed over steps: all floats but the queries."""
         none: Any = None
         sources, shared = jax.tree.map(
             lambda s: Source(s.key, s.value, none),
@@ -48,7 +48,7 @@ class View(NamedTuple):
 
 def fill_up(spec: Spec, operands: Operands) -> tuple[Spec, Operands]:
     """Pads the operands to whole steps and to all keys that windows cover beyond the ends of their
-    sources; returns them, and the windows with their new offsets."""
+    sources; returns them, and the settings with the new offsets of windows."""
     length = operands.queries.features.shape[-1]
     blocks = -(-length // (spec.block * spec.blocks_per_step)) * spec.blocks_per_step
     sources, windows = list(operands.sources), list(spec.windows)
@@ -129,7 +129,7 @@ def _window_mask(
     if queries.positions is not None and source.positions is not None:
         of_keys = cut_window(source.positions, window, step, spec)
         return mask & window.rule.allows(queries.positions[..., None], of_keys[..., None, :])
-    # In NumPy, a constant of the program: by place a rule is the same for every block.
+    # In NumPy, a constant of the program: rules on indices are the same for every block.
     query, key = np.arange(spec.block)[:, None], np.arange(window.width)[None]
     key = key + window.offset - window.lead
     return mask & window.rule.allows(query, key)[None, None, None]
@@ -169,7 +169,7 @@ def add_gradients(totals: Operands, gradients: list[View], step, spec: Spec) -> 
             pairs = zip(view_biases(biases, spec), scores, strict=True)
             return [None if b is None else jnp.broadcast_to(b, x.shape) for b, x in pairs]
 
-        like, transpose = jax.vjp(spread, biases)  # sums over what a bias is broadcast along
+        like, transpose = jax.vjp(spread, biases)  # sums over the axes of broadcasting
         present = zip(scores, like, strict=True)
         (new,) = transpose([None if y is None else x for x, y in present])
         biases = jax.tree.map(jnp.add, biases, new)

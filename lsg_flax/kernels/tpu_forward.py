@@ -32,7 +32,7 @@ from lsg_flax.kernels.tpu_step import (
     turned,
 )
 
-SPILLS = 4 * MIB  # of vector memory, for registers
+SPILLS = 4 * MIB  # of vector memory, for spilled registers
 
 
 def block_specs(plan: FusedPlan, arrays: FusedArrays) -> FusedArrays:
@@ -77,7 +77,7 @@ def on_chip(plan: FusedPlan, dtype) -> OnChip:
 
 
 def parameters(plan: FusedPlan, backward: bool) -> pltpu.CompilerParams:
-    """The compiler parameters: steps of one group of heads run one after the other."""
+    """Returns the compiler parameters: steps of one group of heads run one after the other."""
     return pltpu.CompilerParams(
         dimension_semantics=("parallel", "parallel", "arbitrary"),
         vmem_limit_bytes=plan.memory(backward) + SPILLS,
@@ -115,7 +115,7 @@ def _one_block(plan: FusedPlan, step: Step, place, inputs: FusedArrays, memory, 
         scores = scores + inputs.hidden[0, head if per_head else 0, pl.ds(place, 1), :]
         if plan.has_rule:
             scores = jnp.where(allowed(plan, block, transposed=False), scores, HIDDEN)
-        # Half of it: exp(HIDDEN - top) is then 0 in a row that sees nothing, too.
+        # Half of it: exp(HIDDEN - top) is then 0 in a row that sees nothing too.
         top = jnp.maximum(scores.max(axis=1, keepdims=True), HIDDEN / 2)
         weights = jnp.exp(scores - top)
         whole = weights.sum(axis=1, keepdims=True)  # [Q, 1]

@@ -1,8 +1,8 @@
 """Full attention on TPUs by JAX's own kernels (splash attention), which never write scores to main
 memory.
 
-They read features first, as arrays are here, take the padding of keys as a segment that no query is
-in, and are kept up with new chips by JAX's authors.
+They read arrays with features first, as they are here, and treat the padding of keys as a segment
+without queries. JAX's authors keep them up to date with new chips.
 
 Axes: B batch, N heads, H head width, T tokens (queries), S keys.
 """
@@ -24,8 +24,8 @@ from lsg_flax.kernels.tpu_plan import DTYPES
 from lsg_flax.kernels.windows import pad
 from lsg_flax.kernels.xla import ATTENDED
 
-TILE = 128  # tokens that lie along the lanes
-LEAST_QUERIES = 512  # of fewer XLA keeps all scores on the chip, too, and is as fast
+TILE = 128  # tokens along the lanes
+LEAST_QUERIES = 512  # with fewer, XLA keeps all scores on the chip too, and is as fast
 WIDTHS = range(16, 257, 16)  # of heads, in rows of a tile of bfloat16
 SMALL = 512
 BLOCKS = (1024, 768, SMALL, 384, 256)  # the larger, the less often keys are read
@@ -33,11 +33,11 @@ BLOCKS = (1024, 768, SMALL, 384, 256)  # the larger, the less often keys are rea
 
 @dataclass(frozen=True)
 class FullPlan:
-    """A call.
+    """The static plan of a call.
 
     Attributes:
-        rows, heads: axes of the mesh along which rows of the batch and heads lie.
-        interpret: run it without a TPU, slowly.
+        rows, heads: mesh axes over which rows of the batch and heads are sharded.
+        interpret: whether to run without a TPU, slowly.
     """
 
     causal: bool
@@ -54,14 +54,14 @@ def plan_full(
     dropout_rate: float,
     axes: spread.Axes = ((), ()),
 ) -> FullPlan | None:
-    """How the kernels compute full attention; None where XLA shall.
+    """Returns how the kernels compute full attention; None if XLA computes it.
 
     Args:
-        axes: of meshes, along which rows and heads may lie.
+        axes: mesh axes that rows and heads may be sharded over.
 
     Raises:
-        ValueError: for implementation="pallas" where there is no TPU, or the case is none of
-            theirs.
+        ValueError: for implementation="pallas" if there is no TPU, or the kernels do not support
+            the case.
     """
     if not is_fused(implementation) or (implementation is None and query.shape[-1] < LEAST_QUERIES):
         return None
@@ -72,26 +72,26 @@ def plan_full(
 
 
 def _refusal(query, dropout_rate: float, used: tuple[str, ...]) -> str | None:
-    """Why the kernels cannot compute a call, or None."""
+    """Returns why the kernels cannot compute a call; None if they can."""
     batch, heads, width, _ = query.shape
-    other = "or implementation='xla'"
+    other = "or use implementation='xla'"
     if dropout_rate:
         return (
-            f"full attention is computed without dropout there, and dropout_rate={dropout_rate}; "
+            f"the kernels of full attention have no dropout, but dropout_rate={dropout_rate}; "
             f"set attention_probs_dropout_prob=0.0, {other}."
         )
     if query.dtype.name not in DTYPES:
         return f"dtype {query.dtype.name} is none of {', '.join(DTYPES)}; cast the inputs, {other}."
     if width not in WIDTHS:
-        return f"heads of width {width} are no multiple of 16 up to 256; use {other[3:]}."
+        return f"head width {width} is not a multiple of 16 up to 256; {other[3:]}."
     mesh = jax.sharding.get_abstract_mesh()
     idle = {name: mesh.shape[name] for name in mesh.auto_axes if mesh.shape[name] > 1}
     idle = {name: size for name, size in idle.items() if name not in used}
     if idle:
         return (
-            f"{batch} rows and {heads} heads do not spread over the mesh's "
-            f"{', '.join(f'{n}={size}' for n, size in idle.items())}, so that devices there would "
-            f"repeat each other's work; choose numbers that these divide, {other}."
+            f"{batch} rows and {heads} heads cannot be sharded evenly over the mesh's "
+            f"{', '.join(f'{n}={size}' for n, size in idle.items())}, so its devices would repeat "
+            f"each other's work; choose numbers of rows or heads that these divide, {other}."
         )
     return None
 
@@ -99,7 +99,7 @@ def _refusal(query, dropout_rate: float, used: tuple[str, ...]) -> str | None:
 def attend_full(
     plan: FullPlan, query: Float[Array, "B N H T"], source: Source
 ) -> Float[Array, "B N H T"]:
-    """The context. If the source has segments, its first tokens are the queries.
+    """Returns the context. If the source has segments, its first tokens are the queries.
 
     Args:
         query: already scaled.
@@ -114,11 +114,11 @@ def attend_full(
     attend = spread.on_devices(partial(_attend, plan), specs, features)
     context = attend(query, source.key, source.value, own, other)
     seen = _sees_any(plan, source, own, other)[:, None, None]
-    return jnp.where(seen, context, 0)  # else a mean of what is hidden
+    return jnp.where(seen, context, 0)  # otherwise the mean of hidden values
 
 
 def _sees_any(plan: FullPlan, source: Source, own, other) -> Bool[Array, "B #T"]:
-    """Which queries see a key at all."""
+    """Returns which queries see a key at all."""
     if source.segments is None:
         count = jnp.cumsum(source.mask[:, 0], axis=-1)
         return count > 0 if plan.causal else count[:, -1:] > 0
@@ -129,7 +129,7 @@ def _sees_any(plan: FullPlan, source: Source, own, other) -> Bool[Array, "B #T"]
 
 
 def _attend(plan: FullPlan, query, key, value, own, other):
-    """On one device; `own` and `other` are the segments of queries and keys."""
+    """Returns the context on one device; `own` and `other` are segments of queries and keys."""
     length, (block, key_block) = query.shape[-1], map(_block, (query, key))
     query, own = (pad(x, 0, -length % block) for x in (query, own))
     key, value, other = (pad(x, 0, -x.shape[-1] % key_block) for x in (key, value, other))
@@ -151,8 +151,8 @@ def _attend(plan: FullPlan, query, key, value, own, other):
 
 
 def _block(x: Float[Array, "B N H _"]) -> int:
-    """Tokens of a block: the largest one with the least padding, among those that fit the chip's
-    memory of which kernels are given 16 MiB."""
+    """Returns the tokens of a block: the largest size with the least padding, among those that fit
+    the 16 MiB of on-chip memory that the kernels get."""
     width, length = x.shape[2:]
     if length <= SMALL:
         return -(-length // TILE) * TILE
@@ -161,8 +161,8 @@ def _block(x: Float[Array, "B N H _"]) -> int:
 
 
 def _block_sizes(queries: int, keys: int) -> splash.BlockSizes:
-    layout = splash.QKVLayout.SEQ_MINOR  # as arrays are here: nothing is transposed
-    at_once = keys if keys <= SMALL else keys // 2  # whose scores are on the chip
+    layout = splash.QKVLayout.SEQ_MINOR  # the layout of arrays here: nothing is transposed
+    at_once = keys if keys <= SMALL else keys // 2  # keys whose scores are on the chip
     return splash.BlockSizes(
         block_q=queries,
         block_kv=keys,

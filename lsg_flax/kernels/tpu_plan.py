@@ -13,15 +13,15 @@ import jax.numpy as jnp
 
 from lsg_flax.kernels.spec import EVERYTHING, Rule
 
-LANES = 128  # of a register: as many features of neighbouring heads are computed together
+LANES = 128  # of a register: this many features of neighbouring heads are computed together
 GROUP = 8  # blocks of queries in a step of the grid: their log-normalisers fill a tile
 BLOCKS, WIDTHS, DTYPES = (64, 128, 256), (32, 64, 128), ("float32", "bfloat16")
 MIB = 2**20
-# What a kernel may use of a chip's vector memory, by what `device_kind` contains: its size in the
-# refusals of libtpu 0.0.42, less 1/16 that the compiler keeps for spilled registers.
+# Bytes of vector memory that a kernel may use, by a part of `device_kind`: the size that libtpu
+# 0.0.42 states when it refuses a program, less 1/16 that it keeps for spilled registers.
 VECTOR_MEMORY = {"v5p": 60 * MIB, "v5 lite": 120 * MIB, "v5e": 120 * MIB, "v6": 120 * MIB}
 _LEAST_MEMORY = 15 * MIB
-MOST_GROWTH = 40.0  # of a logarithm: so much larger or smaller than 1 nothing overflows
+MOST_GROWTH = 40.0  # the largest logarithm of xpos' factors with which nothing overflows
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class FusedSpec:
 
 @dataclass(frozen=True)
 class FusedPlan:
-    """A call: the pattern, and the sizes of its arrays.
+    """The static plan of a call: the pattern, and the sizes of its arrays.
 
     Attributes:
         blocks: number of blocks of queries in a range.
@@ -141,15 +141,17 @@ class FusedPlan:
 
     @property
     def block(self) -> int:
+        """Number of queries of a block."""
         return self.spec.block
 
     @property
     def selecting(self) -> Selecting:
+        """How representatives are selected."""
         return self.spec.selecting
 
     @property
     def group_heads(self) -> int:
-        """Heads that share the lanes."""
+        """Number of heads that share the lanes."""
         return LANES // self.width
 
     @property
@@ -181,10 +183,12 @@ class FusedPlan:
 
     @property
     def scale(self) -> float:
+        """Factor of the scores."""
         return self.width**-0.5 if self.spec.scale is None else self.spec.scale
 
     @property
     def scratch_blocks(self) -> int:
+        """Blocks of keys that the queries of a range see."""
         return self.before + self.blocks + self.after
 
     @property
@@ -194,12 +198,12 @@ class FusedPlan:
 
     @property
     def first_key_block(self) -> int:
-        """Where they begin on the chip."""
+        """The block on the chip at which these begin."""
         return 0 if self.extended else self.before
 
     @property
     def growth(self) -> float:
-        """The largest logarithm of what rotary positions multiply by."""
+        """The largest logarithm of the factors that rotary positions multiply by."""
         turn = self.spec.turn
         if turn is None:
             return 0.0
@@ -229,16 +233,17 @@ class FusedPlan:
 
     @property
     def key_rows(self) -> int:
-        """Keys that a step of the grid is given."""
+        """Number of keys that a step of the grid reads."""
         return self.key_blocks * self.block + (self.shared if self.behind else 0)
 
     @property
     def shared_row(self) -> int:
-        """Where the shared keys begin on the chip, behind all tokens."""
+        """The row on the chip at which the shared keys begin, behind all tokens."""
         return self.scratch_blocks * self.block
 
     def memory(self, backward: bool) -> int:
-        """Bytes of vector memory; arrays that are loaded while others are in use count twice."""
+        """Returns the bytes of vector memory; arrays that are loaded while others of their kind are
+        in use count twice."""
         size, row = jnp.dtype(self.dtype).itemsize, LANES
         chosen = self.key_blocks * self.selecting.step
         scratch = self.scratch_blocks * (self.block + self.selecting.step) + self.shared
@@ -248,11 +253,11 @@ class FusedPlan:
             moved += 2 * chosen
         total = 2 * scratch * row * size
         if backward:
-            moved += moved + GROUP * self.block
+            moved *= 2
             total += 2 * scratch * row * 4 + self.scratch_blocks * self.group_heads * self.block * 4
         total += 2 * moved * row * size + 2 * self.key_blocks * self.block * 4
         hidden = GROUP * self.group_heads * (-(-self.window // LANES) * LANES) * 4
-        work = 6 * self.block * self.window * 4  # scores and what becomes of them
+        work = 6 * self.block * self.window * 4  # scores and arrays computed from them
         if self.spec.turn is not None:
             work += 8 * (self.block + self.scratch_blocks) * row * 4
         return total + 2 * hidden + work
@@ -303,36 +308,37 @@ def tile(dtype: str) -> int:
 
 
 def refusal(plan: FusedPlan, chip: str | None) -> str | None:
-    """Why the kernels cannot compute a call, or None: what is given, what is allowed, what to do.
+    """Returns why the kernels cannot compute a call (what is given, what is allowed, what to do);
+    None if they can.
 
     Args:
-        chip: `device_kind` of the TPU; None if it is not one, and the memory is not asked for.
+        chip: `device_kind` of the TPU; None for another device, whose memory is not checked.
     """
     spec, sparse = plan.spec, plan.selecting
-    other = "or implementation='xla'"
+    other = "or use implementation='xla'"
     if plan.dtype not in DTYPES:
         return f"dtype {plan.dtype} is none of {', '.join(DTYPES)}; cast the inputs, {other}."
     if plan.block not in BLOCKS:
         return f"block_size={plan.block} is none of {_listed(BLOCKS)}; use one of them, {other}."
     if plan.width not in WIDTHS:
-        return f"heads of width {plan.width} are none of {_listed(WIDTHS)}; use {other[3:]}."
+        return f"head width {plan.width} is none of {_listed(WIDTHS)}; {other[3:]}."
     rows = tile(plan.dtype)
     if sparse.step % rows or sparse.width % rows:
         return (
             f"{sparse.step} representatives per block (block_size / sparsity_factor) and "
             f"sparse_block_size={sparse.width} must both be multiples of {rows} in {plan.dtype}; "
-            f"choose such ones, {other}."
+            f"change these settings, {other}."
         )
     if sparse.kind == "norm" and plan.block % sparse.chunk:
         return (
-            f"sparse_block_size={sparse.width}, from which 'norm' picks, must divide "
-            f"block_size={spec.block} or be larger; choose such a one, {other}."
+            f"sparse_block_size={sparse.width} must divide block_size={spec.block}, or be larger, "
+            f"for sparsity_type='norm'; change it, {other}."
         )
     if plan.growth > MOST_GROWTH:
         return (
-            f"use_xpos changes sizes by e ** {plan.growth:.0f} over {plan.blocks * plan.block} "
-            f"tokens, and e ** {MOST_GROWTH:.0f} is allowed; use a larger xpos_scale_base, shorter "
-            f"texts, {other}."
+            f"use_xpos scales by up to e ** {plan.growth:.0f} over {plan.blocks * plan.block} "
+            f"tokens, but at most e ** {MOST_GROWTH:.0f} is allowed; use a larger xpos_scale_base, "
+            f"shorter texts, {other}."
         )
     return None if chip is None else _too_large(plan, chip, other)
 
@@ -342,15 +348,15 @@ def _too_large(plan: FusedPlan, chip: str, other: str) -> str | None:
     if needed <= allowed:
         return None
     return (
-        f"{plan.blocks} blocks of {plan.block} tokens need {needed / MIB:.0f} MiB "
-        "of vector memory, "
-        f"and a kernel may use {allowed / MIB:.0f} MiB on {chip}; use smaller blocks, {other}."
+        f"{plan.blocks} blocks of {plan.block} tokens need {needed / MIB:.0f} MiB of vector "
+        f"memory, but a kernel may use {allowed / MIB:.0f} MiB on {chip}; use smaller blocks, "
+        f"{other}."
     )
 
 
 def cut_to_fit(plan: FusedPlan, chip: str) -> FusedPlan:
-    """Splits the blocks of a plan into the fewest ranges that fit the chip; returns it unchanged if
-    none do."""
+    """Splits the blocks of a plan into the fewest ranges that fit the chip; returns the plan
+    unchanged if no split fits."""
     for count in range(1, plan.blocks + 1):
         window = plan.spec.near.window
         blocks = -(-plan.blocks // (count * window)) * window
@@ -375,6 +381,6 @@ def _listed(numbers: tuple[int, ...]) -> str:
 
 
 def padded_heads(heads: int, width: int) -> int:
-    """Heads that fill whole groups."""
+    """Returns the number of heads, padded to whole groups."""
     group = max(1, LANES // width)
     return math.ceil(heads / group) * group

@@ -19,7 +19,7 @@ EXACT = lax.Precision.HIGHEST
 
 
 def places(shape: tuple[int, ...], axis: int) -> Int[Array, "..."]:
-    """0, 1, 2, ... along an axis."""
+    """Returns 0, 1, 2, ... along an axis."""
     return lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
@@ -82,7 +82,7 @@ def choice(
         before &= _over(other, sparse.chunk) == _over(token, sparse.chunk)
     rank = jnp.where(before, 1.0, 0.0).sum(axis=0, keepdims=True).astype(jnp.int32)
     kept = sparse.chunk // factor
-    place = _over(token, sparse.chunk) * kept + kept - 1 - rank  # rising, as the reference's
+    place = _over(token, sparse.chunk) * kept + kept - 1 - rank  # rising, as in the reference
     return jnp.where(rank < kept, place, -1)
 
 
@@ -95,7 +95,7 @@ def one_hot(plan: FusedPlan, chosen: Int[Array, "1 Q"], dtype) -> Float[Array, "
 def per_representative(
     plan: FusedPlan, matrix: Float[Array, "R Q"], real: Float[Array, "1 Q"]
 ) -> Float[Array, "R 1"] | float:
-    """The factor of sums: 1 over the number of real tokens if they are pooled."""
+    """Returns the factor of each sum: 1 over its number of real tokens if they are pooled."""
     if plan.selecting.kind != "pooling":
         return 1.0
     count = (matrix.astype(jnp.float32) * real).sum(axis=1, keepdims=True)
@@ -103,7 +103,7 @@ def per_representative(
 
 
 def product(x, y, contract: tuple[int, int], precision=None):
-    """A matrix product with float32 accumulation over one axis of each."""
+    """Returns a matrix product over one axis of each operand, accumulated in float32."""
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(
         x, y, dimensions, precision=precision, preferred_element_type=jnp.float32
@@ -111,7 +111,7 @@ def product(x, y, contract: tuple[int, int], precision=None):
 
 
 def exact_product(x, y, contract: tuple[int, int]):
-    """A product with a one-hot matrix, which loses nothing."""
+    """Returns a product with a one-hot matrix, which is exact."""
     return product(x, y, contract, EXACT if x.dtype == jnp.float32 else None)
 
 
@@ -129,17 +129,17 @@ def _rows(plan: FusedPlan) -> tuple[int, int, int, int]:
 
 
 def part_of(rows: int, block, before: int = 0):
-    """The slice of a block's rows, `before` blocks further on."""
+    """Returns the slice of a block's rows, `before` blocks further on."""
     return pl.ds(pl.multiple_of((block + before) * rows, rows), rows)
 
 
 def fill(plan: FusedPlan, numbers, inputs: FusedArrays, memory: OnChip, choices=None) -> None:
-    """Brings keys and values into the chip's memory, what nobody sees as zeros, with zeros in front
-    and behind, and their representatives.
+    """Loads keys and values into the chip's memory, and computes their representatives there.
+    Hidden keys become zeros, and so do the rows in front of the tokens and behind them.
 
     Args:
-        numbers: of the heads of this group.
-        choices: where to keep what `choice` says, for the backward pass.
+        numbers: numbers of the heads of this group.
+        choices: where to store the results of `choice` for the backward pass, if at all.
     """
     clear(plan, memory)
     _fill_shared(plan, inputs, memory)
@@ -178,13 +178,13 @@ def _fill_shared(plan: FusedPlan, inputs: FusedArrays, memory: OnChip) -> None:
             rows = ref[0, first : first + count, :]
             real = to_column(inputs.real[0, block : block + 1, :])[:count]
             there = plan.shared_row + first - plan.blocks * plan.block
-            # Behind the last there may be anything, which is not real.
+            # Rows behind the last key may contain anything; they are not real.
             array[there : there + count, :] = jnp.where(real > 0, rows, 0).astype(plan.dtype)
 
 
 def blocks_behind(plan: FusedPlan) -> list[tuple[int, int, int]]:
-    """The blocks of globals behind the tokens: their numbers, their first rows among the keys that
-    a step is given, and how many rows."""
+    """Returns the blocks of globals behind the tokens: their numbers, their first rows among the
+    keys that a step reads, and their numbers of rows."""
     if not plan.behind:
         return []
     numbers = range(plan.blocks, plan.blocks + plan.blocks_behind)
@@ -208,8 +208,8 @@ def _choose(plan: FusedPlan, block, real, numbers, pairs, choices) -> None:
 
 
 def seen(plan: FusedPlan, block) -> list[tuple[int, Array | int, int]]:
-    """Where the keys of a block of queries lie on the chip: among the tokens (0) or representatives
-    (1), from which row on, how many."""
+    """Returns where the keys of a block of queries are stored on the chip: among the tokens (0) or
+    the representatives (1), from which row on, and in how many rows."""
     size, sparse = plan.block, plan.selecting
     nearest = pl.multiple_of((block + plan.before - plan.near_before) * size, size)
     parts: list[tuple[int, Array | int, int]] = [(0, nearest, plan.near)]
@@ -226,7 +226,7 @@ def seen(plan: FusedPlan, block) -> list[tuple[int, Array | int, int]]:
 
 
 def gather(plan: FusedPlan, block, memory: OnChip):
-    """All keys and all values that a block of queries sees, [W, 128] each."""
+    """Returns all keys and all values that a block of queries sees, [W, 128] each."""
     gathered = []
     for i in range(2):
         parts = [memory[2 * which + i][pl.ds(a, n), :] for which, a, n in seen(plan, block)]
@@ -235,7 +235,7 @@ def gather(plan: FusedPlan, block, memory: OnChip):
 
 
 def _over(x, number: int):
-    """x // number, for a power of two (Q is one, and all that divides it)."""
+    """Returns x // number for a power of two (Q is one, and so are its divisors)."""
     return lax.shift_right_logical(x, jnp.int32(number.bit_length() - 1))
 
 

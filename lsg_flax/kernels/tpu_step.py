@@ -23,8 +23,8 @@ LEAST = 1e-30
 
 class Step(NamedTuple):
     """A step of the grid: its row of the batch and the numbers of its heads, among those of all
-    shards, and its first block of queries. (It is read outside loops, inside which interpreters do
-    not know it.)"""
+    shards, and its first block of queries. (It is read outside loops, because interpreters do
+    not know it inside them.)"""
 
     row: Array
     first: Array

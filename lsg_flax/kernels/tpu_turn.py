@@ -35,7 +35,7 @@ def tables(plan: FusedPlan) -> tuple[Tables, Tables] | None:
     place = np.arange(plan.block)
     first = (np.arange(plan.scratch_blocks) - plan.before) * plan.block
     angles, growth = np.asarray(turn.angles), np.asarray(turn.growth)
-    middle = plan.blocks * plan.block // 2  # where no size changes
+    middle = plan.blocks * plan.block // 2  # the position where xpos scales by 1
 
     def table(places, sizes):
         exact = np.exp(sizes[:, None] * growth + 1j * places[:, None] * angles)

@@ -83,7 +83,7 @@ def call(
 
 
 def part(shape: tuple[int | None, ...], index: Callable[..., tuple[Any, ...]]) -> Any:
-    """The part of an array that a program gets: its size along each axis, None to drop the axis;
+    """Returns the part of an array that a program gets: its size per axis, None to drop the axis;
     `index` computes which part from the program's position in the grid."""
     return pl.BlockSpec(shape, index)
 
@@ -118,7 +118,7 @@ def _where(reference: Any, places: Int[Array, "S"], exists: Bool[Array, "S"]):
 def product(
     x: Shaped[Array, "_ _"], y: Shaped[Array, "_ _"], contract: tuple[int, int]
 ) -> Float[Array, "_ _"]:
-    """A matrix product over one axis of each with float32 accumulation; float32 operands as JAX's
-    default precision says, as in XLA's products."""
+    """Returns a matrix product over one axis of each operand, accumulated in float32. JAX's default
+    precision applies to float32 operands, as in XLA's products."""
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)

@@ -13,7 +13,8 @@ from lsg_flax.kernels.spec import Spec, Window
 
 
 def pad(x, before: int, after: int):
-    """Pads the last axis with zeros (False) at the start and the end."""
+    """Pads the last axis of x, [..., S], with `before` zeros (False) at the start and `after` at
+    the end."""
     return x if before == after == 0 else jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(before, after)])
 
 
@@ -53,7 +54,7 @@ def _start(window: Window, step, spec: Spec):
 
 
 def _run(x, window: Window, step, spec: Spec):
-    """The run of keys that a window covers in all of a step's blocks."""
+    """Returns the run of keys that a window covers in all of a step's blocks."""
     width = (spec.blocks_per_step - 1) * window.stride + window.width
     return lax.dynamic_slice_in_dim(x, _start(window, step, spec), width, axis=-1)
 
@@ -66,7 +67,7 @@ def _unfold_all(runs, spec: Spec):
 def _unfold(
     x: Shaped[Array, "B N *H S"], window: Window, count: int
 ) -> Shaped[Array, "B N J *H W"]:
-    """The overlapping windows of `count` neighbouring blocks, from the run that they cover."""
+    """Returns the overlapping windows of `count` neighbouring blocks, from the run they cover."""
     stride, width = window.stride, window.width
     if count == 1:
         return jnp.expand_dims(x, 2)

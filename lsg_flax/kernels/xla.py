@@ -1,5 +1,5 @@
-"""Attention kernels in plain XLA, the definition of all others: query blocks against windows of
-keys under one softmax, with linear memory in both directions.
+"""Attention in plain XLA, whose results all other kernels reproduce: query blocks against windows
+of keys under one softmax, with linear memory in both directions.
 
 A query block sees some *windows* (runs of keys whose position depends on the block) and some
 *shared* keys (the same for every block). Local, sparse and global attention are windows and shared
@@ -29,10 +29,11 @@ from lsg_flax.kernels.dropout import kept
 from lsg_flax.kernels.spec import NEGATIVE, Biases, Queries, Source, Spec
 from lsg_flax.kernels.steps import Operands, View
 
-ATTENDED = "attended"  # under which `jax.checkpoint` knows what `attend` keeps of its results
+ATTENDED = "attended"  # the name of the results of `attend`, for `jax.checkpoint`
 
-# Scores of one step on an accelerator. On TPU they then stay on the chip: with 2**28 the compiler's
-# own numbers for two layers, 4 rows of 4,096 tokens on v5e were twice the traffic and 0.7 GiB more.
+# Bytes of the scores of one step on an accelerator. On TPU they then stay on the chip: with 2**28
+# the compiler's own numbers for two layers, 4 rows of 4,096 tokens on v5e were twice the traffic
+# and 0.7 GiB more.
 STEP_BYTES, TPU_STEP_BYTES = 2**28, 2**25
 
 
@@ -70,12 +71,12 @@ def _blocks_per_step(query, shared: Source | None, spec: Spec, blocks: int) -> i
     step_bytes = TPU_STEP_BYTES if "tpu" in kind else STEP_BYTES
     keys = sum(w.width for w in spec.windows) + (0 if shared is None else shared.key.shape[-1])
     one_block = 4 * query.shape[0] * query.shape[1] * spec.block * keys
-    devices = math.prod(mesh.shape[axis] for axis in mesh.auto_axes)  # rows and heads are spread
+    devices = math.prod(mesh.shape[axis] for axis in mesh.auto_axes)  # rows and heads are sharded
     return max(1, min(blocks, step_bytes * devices // one_block))
 
 
 def _product(equation: str, x: Array, y: Array) -> Float[Array, "B N #J _ _"]:
-    """A product over [B, N, J] with float32 accumulation; J = 1 broadcasts (the shared keys)."""
+    """Returns products over [B, N, J], accumulated in float32; J = 1 (shared keys) broadcasts."""
     x_letters, rest = equation.split(",")
     y_letters, out = rest.split("->")
     x_c, y_c = ("" if a.shape[2] == 1 else "c" for a in (x, y))
@@ -93,14 +94,14 @@ def _scores(query: Float[Array, "B N J H Q"], view: View) -> Float[Array, "B N J
 
 
 def _kept(dropout_key, step, index: int, shape: tuple[int, ...], rate: float):
-    """Dropout's factor for view `index` of a step; the same in the backward pass."""
+    """Returns dropout's factor for view `index` of a step; the same in the backward pass."""
     return kept(view_key(dropout_key, step, index), shape, rate)
 
 
 def view_key(
     dropout_key: PRNGKeyArray, step: Int[Array, ""], index: Int[Array, ""] | int
 ) -> PRNGKeyArray:
-    """The random key of dropout for view `index` of a step."""
+    """Returns the random key of dropout for view `index` of a step."""
     return jax.random.fold_in(jax.random.fold_in(dropout_key, step), index)
 
 
@@ -139,7 +140,7 @@ def _attend(spec: Spec, operands: Operands, dropout_key):
 
 
 def _attend_forward(spec: Spec, operands: Operands, dropout_key):
-    # Named, so that what makes the operands can be recomputed without computing these again.
+    # Named, so that `jax.checkpoint` can recompute the operands without computing these again.
     results = checkpoint_name(_forward(spec, operands, dropout_key), ATTENDED)
     return results, (operands, dropout_key, *results)
 

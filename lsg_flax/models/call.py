@@ -37,6 +37,16 @@ def refuse(why: str, **given: Any) -> None:
         raise ValueError(f"leave {', '.join(names)} out: {why}.")
 
 
+def refuse_attentions(wanted: bool) -> None:
+    """Raises ValueError if attention probabilities are asked for."""
+    require(
+        not wanted,
+        "output_attentions=True is not supported: LSG attention never computes the "
+        "[tokens, tokens] probabilities, and those of its blocks are not kept. To look at the "
+        "pattern use lsg_flax.attention.lsg_attention_reference.",
+    )
+
+
 def check_run(config: ModelConfig, dtypes: Mapping[str, Any], unroll: int) -> None:
     """Raises ValueError for invalid dtypes and `unroll`, and if the ambient mesh does not divide
     the heads."""

@@ -45,6 +45,11 @@ class ModelConfig:
             survive a round trip.
         RANGES: allowed ranges of the numeric fields. The upper ends exceed every real model.
         LENGTHENS: whether `convert_checkpoint` can make such a model read longer texts.
+
+    Raises:
+        ValueError: for a value of another type or outside its range, a pad_token_id that is not in
+            the table, a single label for single_label_classification, and settings that the family
+            does not have.
     """
 
     RANGES: ClassVar[dict[str, Range]] = {
@@ -98,7 +103,8 @@ class ModelConfig:
 
     @property
     def stacks(self) -> "dict[str, EncoderConfig]":
-        """The configs of the stacks of layers, by the first part of their parameters' paths."""
+        """The configs of the stacks of layers, by the first part of their parameters' paths; raises
+        NotImplementedError in this base class."""
         raise NotImplementedError
 
     @property
@@ -108,7 +114,8 @@ class ModelConfig:
 
     @property
     def filler(self) -> int:
-        """The token id for positions that a mask hides: the padding token, or 0."""
+        """The token id for positions that a mask hides: the padding token, or 0; raises ValueError
+        as `check_tokens`."""
         self.check_tokens()
         return (self.pad_token_id or 0) % self.vocab_size
 
@@ -136,6 +143,7 @@ class ModelConfig:
         if not self.LENGTHENS:
             return f"{remedy} (no conversion of a {self.model_type} model can {what})"
         length = "" if tokens is None else f", max_sequence_length={tokens}"
+        length += ", resize_lsg=True" if self.lsg else ""  # otherwise trained globals are lost
         return f"{remedy}, or {what}: lsg_flax.convert_checkpoint(source, target{length})"
 
     @property
@@ -256,6 +264,11 @@ class EncoderConfig(ModelConfig):
         num_hidden_groups: number of groups of layers with shared parameters (ALBERT): consecutive
             layers use the same group of `inner_group_num` layers.
         SHARES: pairs of fields, of which the second must divide the first.
+
+    Raises:
+        ValueError: as `ModelConfig`, and for an unknown activation, a hidden_size or number of
+            layers that is not divisible as it must be, more than 1,000 layers with parameters of
+            their own, and cross-attention without `is_decoder`.
     """
 
     RANGES: ClassVar[dict[str, Range]] = ModelConfig.RANGES | {
@@ -266,7 +279,7 @@ class EncoderConfig(ModelConfig):
         "attention_probs_dropout_prob": RATE,
         "max_position_embeddings": whole(1, 2**28),
         "type_vocab_size": whole(0, 2**20),
-        "layer_norm_eps": Range(0.0, 1.0, "must lie in [0, 1]"),
+        "layer_norm_eps": Range(0.0, 1.0, "must be in [0, 1]"),
         "classifier_dropout": RATE,
         "embedding_size": whole(1, 2**20),
         "num_hidden_groups": whole(1, MOST_LAYERS),

@@ -14,7 +14,7 @@ from lsg_flax.patterns import LSGConfig
 
 LSG_FIELDS = tuple(f.name for f in fields(LSGConfig))
 LABEL_COUNT = whole(1, 2**20)
-RATE = Range(0.0, 1 - 2**-53, "must lie in [0, 1)")  # of a dropout
+RATE = Range(0.0, 1 - 2**-53, "must be in [0, 1)")  # of a dropout
 # Fields that only some families have; None for all others, where PyTorch ignores them.
 ABSENT: dict[str, Any] = dict.fromkeys(("embedding_size", "num_hidden_groups", "inner_group_num"))
 NOT_A_DECODER: dict[str, Any] = {"is_decoder": False, "add_cross_attention": False}

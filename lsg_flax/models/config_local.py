@@ -34,6 +34,11 @@ class LocalTransformerConfig(EncoderConfig):
         ignore_index: a label that the loss ignores, beside -100.
         layers_insert_global_attn: numbers, from 1 on, of the layers that have a global attention
             layer in front; None or () for none.
+
+    Raises:
+        ValueError: as `EncoderConfig`, and for LSG attention, unknown fields of config.json, a
+            window that is larger than max_seq_len, options of windows that contradict each other,
+            and numbers of layers that do not exist.
     """
 
     RANGES: ClassVar[dict[str, Range]] = EncoderConfig.RANGES | {

@@ -24,7 +24,7 @@ class RealmConfig(EncoderConfig):
         **dict.fromkeys(("num_candidates", "reader_beam_size", "max_span_width"), whole(1, 2**20)),
         **dict.fromkeys(("reader_seq_len", "searcher_beam_size"), whole(1, 2**28)),
         "num_block_records": whole(0, 2**40),
-        "reader_layer_norm_eps": Range(0.0, 1.0, "must lie in [0, 1]"),
+        "reader_layer_norm_eps": Range(0.0, 1.0, "must be in [0, 1]"),
     }
 
     model_type: str = "realm"

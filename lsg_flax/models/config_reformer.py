@@ -29,6 +29,11 @@ class ReformerConfig(EncoderConfig):
         hash_seed: seed of every layer's rotations in every call; the numbers are JAX's.
         chunk_size_feed_forward, chunk_size_lm_head: tokens computed at a time, 0 for all: smaller
             chunks need less memory and more time.
+
+    Raises:
+        ValueError: as `EncoderConfig`, and for other kinds of layers, LSG attention, a decoder with
+            chunks after its own, numbers of buckets that cannot be hashed to, and axial shapes
+            that do not fit hidden_size.
     """
 
     RANGES: ClassVar[dict[str, Range]] = EncoderConfig.RANGES | {
@@ -263,7 +268,8 @@ class ReformerConfig(EncoderConfig):
         return config
 
     def with_overrides(self: _Same, **overrides: Any) -> _Same:
-        """As of other configs, without num_hidden_layers, which follows from attn_layers."""
+        """Returns a copy as other configs do; raises ValueError as these, and for
+        num_hidden_layers, which follows from attn_layers."""
         require(
             "num_hidden_layers" not in overrides,
             "num_hidden_layers cannot be set: it is the number of attn_layers; give attn_layers, "

@@ -27,6 +27,10 @@ class EncoderDecoderConfig(ModelConfig):
             the globals too; `pool_with_global` then has no effect.
         is_encoder_decoder, is_decoder: written to config.json for PyTorch. A causal_lm is the
             decoder on its own.
+
+    Raises:
+        ValueError: as `ModelConfig`, and for an unknown activation, heads that do not divide
+            hidden_size, and special tokens that are not in the table.
     """
 
     RANGES: ClassVar[dict[str, Range]] = ModelConfig.RANGES | {

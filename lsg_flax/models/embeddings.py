@@ -27,7 +27,8 @@ def sinusoids(rows: int, width: int) -> Float[np.ndarray, "P E"]:
 
 class Embeddings(Part):
     """The sum of word, position and segment embeddings with LayerNorm and dropout; and the
-    embeddings of the global tokens, with LayerNorm and dropout (reference-behaviour 1.3)."""
+    embeddings of the global tokens, with LayerNorm and dropout. Positions and segments of the
+    globals are not added here: conversion has put them into their table."""
 
     def table(self, rows: int, name: str) -> Float[Array, "V E"]:
         """Returns an embedding table in the dtype of the computation."""

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from lsg_flax.checks import require
 from lsg_flax.kernels import ATTENDED, rows_to_fill
@@ -32,6 +32,7 @@ from lsg_flax.patterns import (
     DEFAULT_LSH_SEED,
     Cache,
     LayerCache,
+    LSGConfig,
     Pattern,
     extend,
     pattern_of,
@@ -155,20 +156,11 @@ class Stack(Part):
         context = dataclasses.replace(self.context, filler=filler)
         layers = stack(context, **options, name="layers")
 
-        def run(layers, first, x, mask, call):
-            length, filling = x.shape[1], ((0, 0), (0, filler))
-            whole = jnp.concatenate([x, first], axis=1)
-            whole = jnp.pad(whole, (*filling, *[(0, 0)] * (x.ndim - 2)))  # [B, T + G + filler, D]
-            mask = jnp.pad(mask, ((0, 0), (0, split)), constant_values=True)
-            mask = jnp.pad(mask, filling)
-            numbers, segments = None, call.segments
-            if segments is not None:
-                texts = self.context.texts
-                segments = with_globals(segments, texts, split // texts)
-                segments = jnp.pad(jnp.roll(segments, -split, axis=1), filling)
+        def run(layers, first, x, call):
+            length = x.shape[1]
+            whole, call = _with_globals_behind(x, first, call, self.context.texts, filler)
             if call.cache is not None:
-                numbers = jnp.arange(self.config.num_hidden_layers)
-            call = call._replace(mask=mask, number=numbers, segments=segments)
+                call = call._replace(number=jnp.arange(self.config.num_hidden_layers))
             last, (states, new) = layers(whole, call)
             tokens, globals_ = slice(length), slice(length, length + split)
             if states is not None:
@@ -177,7 +169,7 @@ class Stack(Part):
             return last[:, globals_], last[:, tokens], states, new
 
         if shards == 1:
-            return run(layers, first, x, call.mask, call)
+            return run(layers, first, x, call)
         within = dataclasses.replace(context, sequence_axis=SEQUENCE)
         within = stack(within, **options, parent=None)
         rngs = {"dropout": self.make_rng("dropout")} if self.context.train else {}
@@ -185,7 +177,7 @@ class Stack(Part):
         def run_shard(params, rngs, first, x, mask, keys, memory, bias):
             apply = partial(within.apply, {"params": params}, rngs=rngs)
             call = LayerCall(mask, keys, memory, bias=bias)
-            after, last, states, _ = run(apply, first, x, mask, call)
+            after, last, states, _ = run(apply, first, x, call)
             if states is None:
                 return after, last
             return after, last, states[:, :, :split], states[:, :, split:]
@@ -242,15 +234,8 @@ class Encoder(Stack):
             project = self.dense(config.hidden_size, "embeddings_project")
         if not architecture.always_projects:
             x = project(x)
-        mask = inputs.attention_mask
-        mask = jnp.ones((x.shape[0], length), bool) if mask is None else mask.astype(bool)
-        segments = inputs.segment_ids
-        mask = mask if segments is None else mask & (segments != 0)
+        mask, segments = _token_mask(inputs, length, lsg), inputs.segment_ids
         if lsg:
-            if lsg.mask_first_token:
-                mask = (
-                    mask.at[:, 0].set(False) if segments is None else mask & ~begins_text(segments)
-                )
             mask = jnp.pad(mask, ((0, 0), (0, extra)))
             segments = segments if segments is None else jnp.pad(segments, ((0, 0), (0, extra)))
             x = jnp.pad(x, ((0, 0), (0, mask.shape[1] - x.shape[1]), (0, 0)))
@@ -265,11 +250,7 @@ class Encoder(Stack):
             norm = self.layer_norm("final_norm")
             after, last = norm(after), norm(last)
         if lsg and lsg.pool_with_global and not self.keep_globals:
-            if segments is None:
-                at_first = jnp.arange(last.shape[1])[None, :, None] == 0
-                last = jnp.where(at_first, after[:, :1], last)
-            else:
-                last = with_first_states(last, segments, after[:, :: lsg.num_global_tokens])
+            last = _pool_with_globals(last, after, segments, lsg.num_global_tokens)
         if states is not None:  # the reference pools in place, so its last entry is pooled too
             begin, end = (jnp.concatenate(pair, axis=1) for pair in ((first, x), (after, last)))
             states = (begin, *states[:-1], end)
@@ -303,6 +284,26 @@ class Encoder(Stack):
             return keys
         groups, inner = config.stack
         return keys.reshape(groups, config.num_hidden_layers // groups, inner)
+
+
+def _with_globals_behind(
+    x: Float[Array, "B T *S D"],
+    first: Float[Array, "B G *S D"],
+    call: LayerCall,
+    texts: int,
+    filler: int,
+) -> tuple[Float[Array, "B _ *S D"], LayerCall]:
+    """Joins the tokens, the globals `first` and `filler` rows of padding, in this order; the mask
+    and the segments of the call are then those of all of them."""
+    split, filling = first.shape[1], ((0, 0), (0, filler))
+    whole = jnp.concatenate([x, first], axis=1)
+    whole = jnp.pad(whole, (*filling, *[(0, 0)] * (x.ndim - 2)))  # [B, T + G + filler, D]
+    mask = jnp.pad(call.mask, ((0, 0), (0, split)), constant_values=True)
+    mask, segments = jnp.pad(mask, filling), call.segments
+    if segments is not None:
+        segments = with_globals(segments, texts, split // texts)
+        segments = jnp.pad(jnp.roll(segments, -split, axis=1), filling)
+    return whole, call._replace(mask=mask, segments=segments)
 
 
 def with_cache(
@@ -353,6 +354,30 @@ def _scan(step, length: int, unroll: int, *, shared: bool = False) -> Any:
         length=length,
         unroll=unroll,
     )
+
+
+def _token_mask(inputs: Inputs, length: int, lsg: LSGConfig | None) -> Bool[Array, "B T"]:
+    """Returns which tokens may be attended to, out of the first `length`."""
+    mask, segments = inputs.attention_mask, inputs.segment_ids
+    mask = jnp.ones((inputs.lead[0], length), bool) if mask is None else mask.astype(bool)
+    mask = mask if segments is None else mask & (segments != 0)
+    if not lsg or not lsg.mask_first_token:
+        return mask
+    return mask.at[:, 0].set(False) if segments is None else mask & ~begins_text(segments)
+
+
+def _pool_with_globals(
+    last: Float[Array, "B T D"],
+    after: Float[Array, "B _ D"],
+    segments: Int[Array, "B T"] | None,
+    count: int,
+) -> Float[Array, "B T D"]:
+    """Replaces the state of each text's first token by that of its first global, of which a text
+    has `count`."""
+    if segments is not None:
+        return with_first_states(last, segments, after[:, ::count])
+    at_first = jnp.arange(last.shape[1])[None, :, None] == 0
+    return jnp.where(at_first, after[:, :1], last)
 
 
 def _positions_behind_padding(inputs: Inputs, config: EncoderConfig) -> Int[Array, "#B T"]:

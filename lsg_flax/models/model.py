@@ -14,7 +14,7 @@ from flax.typing import Dtype
 from jaxtyping import Array
 
 from lsg_flax.checks import require
-from lsg_flax.models.call import Call, check_packable, check_run, refuse
+from lsg_flax.models.call import Call, check_packable, check_run, refuse, refuse_attentions
 from lsg_flax.models.config import EncoderConfig, ModelConfig
 from lsg_flax.models.config_local import LocalTransformerConfig
 from lsg_flax.models.config_reformer import ReformerConfig
@@ -143,26 +143,17 @@ class Model(nn.Module):
                 with values other than 0 and 1. Under jit, where values cannot be read, such an id
                 or mask gives NaN.
         """
-        if output_attentions:
-            raise ValueError(
-                "output_attentions=True is not supported: LSG attention never computes the "
-                "[tokens, tokens] probabilities, and those of its blocks are not kept. To look at "
-                "the pattern use lsg_flax.attention.lsg_attention_reference."
-            )
+        refuse_attentions(output_attentions)
         check_run(self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}, self.unroll)
         check_given(self.config, self.global_attention)
         arrays = self._given(arrays)
         ids = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, segment_ids
         inputs = Inputs(*ids)
-        if segment_ids is not None:
-            cached = cache is not None or cache_length is not None
-            check_packable(self.config, self.head_table, cached=cached)
-        per_text = self.head_table.pooled or not self.task_record.per_token
-        texts = count_segments(segment_ids, num_segments, self.answering_stack, answers=per_text)
         targets = Inputs(
             decoder_input_ids, decoder_attention_mask, inputs_embeds=decoder_inputs_embeds
         )
-        call = Call(cache, cache_length, train, output_hidden_states, texts)
+        call = Call(cache, cache_length, train, output_hidden_states)
+        call = call._replace(texts=self._texts(segment_ids, num_segments, call))
         states = {
             "encoder_hidden_states": encoder_hidden_states,
             "encoder_attention_mask": encoder_attention_mask,
@@ -191,6 +182,15 @@ class Model(nn.Module):
             f"{', '.join(self.task_record.arrays) or 'nothing'}.",
         )
         return arrays
+
+    def _texts(self, segment_ids: Any, num_segments: int | None, call: Call) -> int:
+        """The largest number of texts in a row; 0 if each row is one text. Raises ValueError if
+        the model or the call allows only that."""
+        if segment_ids is not None:
+            cached = call.cache is not None or call.cache_length is not None
+            check_packable(self.config, self.head_table, cached=cached)
+        per_text = self.head_table.pooled or not self.task_record.per_token
+        return count_segments(segment_ids, num_segments, self.answering_stack, answers=per_text)
 
     def _compare(self, inputs: Inputs, arrays: dict[str, Any], call: Call) -> ModelOutput:
         """Runs queries and their candidates, each through its embedder, and scores them."""

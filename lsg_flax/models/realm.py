@@ -1,5 +1,5 @@
 """REALM's heads, and the scores and losses computed from their outputs and further arrays
-(reference-behaviour 3; arXiv 2002.08909).
+(arXiv 2002.08909; the numbers are those of transformers 4.37's modeling_realm.py).
 
 Axes: B batch, C choices, T tokens, D model width, F features of a projection, V vocabulary, X
 spans. Choices are the candidates of a query, or the blocks that a question is answered from.

@@ -80,6 +80,9 @@ class Task:
         alone: whether the model also accepts a single row without a batch axis.
         learned_by: the task of the models that are trained for this one, if it is another: the loss
             is computed from their outputs.
+
+    Raises:
+        ValueError: for an unknown input_rank, scorer, kind of examples or loss.
     """
 
     name: str

@@ -110,8 +110,8 @@ def embed_blocks(
         How many blocks this call has embedded.
 
     Raises:
-        ValueError: for embeddings of another shape or that are not finite, and a partial file of
-            other settings or records; the message says what differs.
+        ValueError: for embeddings that have another shape or are not finite, and for a partial
+            file of other settings or records; the message says what differs.
         OSError: if it cannot be written, or another process is writing it; finished windows are
             kept.
     """
@@ -141,7 +141,7 @@ def embed_blocks(
 
 
 def write_embeddings(file: pathlib.Path, embeddings: Stored) -> None:
-    """Writes such a file from existing embeddings, part by part."""
+    """Writes the file of `embed_blocks` from existing embeddings, part by part."""
     count, width = map(int, embeddings.shape)
     with file.open("wb") as opened:
         opened.write(_header(count, width, {}))
@@ -152,15 +152,18 @@ def write_embeddings(file: pathlib.Path, embeddings: Stored) -> None:
 
 def _checked(vectors: Any, numbers: range, width: int) -> Float[np.ndarray, "B D"]:
     vectors, wanted = np.asarray(vectors, "<f4"), (len(numbers), width)
-    require(vectors.shape == wanted, f"embed gave {vectors.shape} and must give {wanted}.")
+    require(vectors.shape == wanted, f"embed returned {vectors.shape}, but must return {wanted}.")
     broken = [n for n, v in zip(numbers, vectors, strict=True) if not np.isfinite(v).all()]
-    require(not broken, f"the vectors of blocks {broken[:10]} are not finite.")
+    require(
+        not broken,
+        f"the embeddings of blocks {broken[:10]} are not finite; check the embedder's parameters.",
+    )
     return vectors
 
 
 def _header(count: int, width: int, settings: dict[str, Any]) -> bytes:
-    """The start of a safetensors file with one tensor: the length of its JSON, and the JSON, padded
-    with spaces to a multiple of eight bytes."""
+    """Returns the start of a safetensors file with one tensor: the length of its JSON, and the
+    JSON, padded with spaces to a multiple of eight bytes."""
     tensor = {"dtype": "F32", "shape": [count, width], "data_offsets": [0, count * width * 4]}
     metadata = {"format": "pt", _OURS: json.dumps(settings)}
     text = json.dumps({"__metadata__": metadata, BLOCK_EMBEDDINGS: tensor}).encode()
@@ -177,9 +180,9 @@ def _header_of(file: pathlib.Path) -> bytes:
 
 
 def _begin(partial: pathlib.Path, header: bytes, settings: dict[str, Any]) -> None:
-    """Writes the header if it is missing; raises ValueError for the file of another run."""
+    """Writes the header if it is missing; raises ValueError if the file is of another run."""
     there = _header_of(partial)
-    if there != header and header.startswith(there):  # nothing, or killed within it
+    if there != header and header.startswith(there):  # an empty file, or killed within its header
         partial.write_bytes(header)
     elif there != header:
         try:
@@ -189,8 +192,8 @@ def _begin(partial: pathlib.Path, header: bytes, settings: dict[str, Any]) -> No
         changes = differences(before, json.loads(json.dumps(settings)))
         told = "; ".join(f"{path} was {was!r} and is {now!r}" for path, was, now in changes)
         raise ValueError(
-            f"{partial} is of another run ({told or 'of other blocks or columns'}). Give what that "
-            "run was given, or remove the file to begin anew."
+            f"{partial} belongs to another run ({told or 'the shape of its embeddings differs'}). "
+            "Give the settings and blocks of that run, or remove the file to start over."
         )
 
 

@@ -23,7 +23,7 @@ from lsg_flax.open_qa.embeddings import BLOCK_EMBEDDINGS, BlockEmbedder, embed_b
 from lsg_flax.open_qa.records import BLOCK_RECORDS, Records, write_records
 
 _MODELS, _INDEX = (f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
-_STAGED = "block_emb.safetensors"  # the second part, until all others are written
+_STAGED = "block_emb.safetensors"  # the index, until all other files are written
 
 
 class OpenQAParts(NamedTuple):
@@ -90,8 +90,8 @@ def build_index(
 
     Raises:
         FileNotFoundError: if there is no checkpoint or no tokenizer.
-        ValueError: if it lacks embedder or reader, for embeddings to keep that are of another
-            number of blocks, and as `embed_blocks` and `write_folder`.
+        ValueError: if it lacks embedder or reader, if the embeddings to keep are of another number
+            of blocks, and as `embed_blocks` and `write_folder`.
         OSError: if another process writes there, or nothing can be written.
     """
     check_folder("folder", folder)
@@ -101,8 +101,8 @@ def build_index(
     beginnings = {name.split(".")[0] for name in tensors}
     require(
         beginnings == {"embedder", "reader"},
-        f"{model} has tensors of {sorted(beginnings)}, not of embedder and reader as a "
-        "RealmForOpenQA; lsg_flax.OpenQA.save_pretrained writes one.",
+        f"{model} has tensors of {sorted(beginnings)}, but must have those of embedder and reader, "
+        "as a RealmForOpenQA has; lsg_flax.OpenQA.save_pretrained writes such a folder.",
     )
     if tokenizer is None:
         raise FileNotFoundError(f"{model} has no tokenizer; copy its files there.")
@@ -111,8 +111,8 @@ def build_index(
     if keep_embeddings:
         require(
             kept.shape[0] == len(records),
-            f"{model} has embeddings of {kept.shape[0]} blocks and {records.place} "
-            f"{len(records)} blocks; make embeddings anew (keep_embeddings=False).",
+            f"{model} has embeddings of {kept.shape[0]} blocks, but {records.place} has "
+            f"{len(records)} blocks; compute new embeddings (keep_embeddings=False).",
         )
         write_folder(folder, parts, lambda file: embeddings.write_embeddings(file, kept))
         return 0

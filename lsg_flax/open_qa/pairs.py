@@ -41,15 +41,15 @@ def checked_config(model: Model, task: str, tokenizer: Tokenizer) -> RealmConfig
     config = model.config
     if model.task != task or not isinstance(config, RealmConfig):
         raise ValueError(
-            f"a {config.model_type} {model.task} is given, and must be a REALM {task}."
+            f"the model is a {config.model_type} for {model.task!r}; give a REALM for {task!r}."
         )
     lacking = [n for n in ("cls", "sep", "pad") if getattr(tokenizer, f"{n}_token_id") is None]
-    require(not lacking, f"the tokenizer lacks {lacking} tokens; give the model's own, a BERT's.")
+    require(not lacking, f"the tokenizer lacks {lacking} tokens; give the model's BERT tokenizer.")
     highest = max(tokenizer.get_vocab().values())
     require(
         highest < config.vocab_size,
-        f"the tokenizer has ids up to {highest}, and the model vocab_size={config.vocab_size}: it "
-        "is of another vocabulary; copy the tokenizer's files from the checkpoint of the model.",
+        f"the tokenizer has ids up to {highest}, but the model has vocab_size={config.vocab_size}: "
+        "it has another vocabulary; copy the tokenizer's files from the model's checkpoint.",
     )
     return config
 
@@ -86,20 +86,23 @@ def question_text(tokenizer: Tokenizer, ids: Int[np.ndarray, " T"]) -> str:
     tokens = [token for token in ids.tolist() if token not in special]
     require(
         bool(tokens),
-        f"the question has no tokens but {len(ids)} special ones; give one with words in it.",
+        f"the question has only {len(ids)} special tokens; ask one with words in it.",
     )
     return tokenizer.decode(tokens, skip_special_tokens=False)
 
 
 def check_answers(answer_ids: Sequence[Sequence[int]], max_span_width: int) -> None:
-    """Raises ValueError for answers that are empty or longer than every span."""
+    """Raises ValueError for answers that are empty or wider than max_span_width."""
     lengths = [len(answer) for answer in answer_ids]
-    require(bool(lengths) and min(lengths) > 0, f"answers of {lengths} tokens; give at least one.")
+    require(
+        bool(lengths) and min(lengths) > 0,
+        f"the answers have {lengths} tokens; give at least one answer, each of at least one token.",
+    )
     require(
         max(lengths) <= max_span_width,
-        f"answers of {lengths} tokens: the reader gives none of more than max_span_width="
-        f"{max_span_width}. Leave the longer ones out, or raise it in config.json, on which no "
-        "weight depends.",
+        f"the answers have {lengths} tokens, but the reader finds none of more than max_span_width="
+        f"{max_span_width}; leave the longer ones out, or raise it in config.json (no weight "
+        "depends on it).",
     )
 
 
@@ -138,13 +141,15 @@ def batch_encode_candidates(
         `input_ids`, `attention_mask` and `token_type_ids`, [B, C, T].
 
     Raises:
-        ValueError: if rows have different numbers of candidates, or pairs other numbers than texts.
+        ValueError: if rows have different numbers of candidates, or none, or `text_pair` has other
+            numbers than `text`.
     """
     both = [text] if text_pair is None else [text, text_pair]
     counts = [[len(row) for row in rows] for rows in both]
     require(
         counts[0] == counts[-1] and len({*counts[0]}) == 1 and counts[0][0] > 0,
-        f"rows have {' and '.join(map(str, counts))} candidates; give as many for each, from 1.",
+        f"rows have {' and '.join(map(str, counts))} candidates; give all rows the same "
+        "number, 1 or more.",
     )
     encoded = tokenizer(
         *([candidate for row in rows for candidate in row] for rows in both),

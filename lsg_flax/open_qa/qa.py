@@ -28,14 +28,14 @@ from lsg_flax.open_qa.reading import Retrieved, best_span
 from lsg_flax.open_qa.records import Records, open_records
 from lsg_flax.open_qa.search import Search, Stored, device_search
 
-_STEP = 32  # tokens by which questions are padded
+_STEP = 32  # questions are padded to multiples of it
 
 Question = dict[str, Int[np.ndarray, "B T"]]
 Answers = Sequence[Sequence[int]]  # ids, without special tokens
 
 
 class OpenQAOutput(NamedTuple):
-    """The result of a call: the reader's output, with the numbers of transformers; the answer's
+    """The result of a call: the reader's output, which equals that of transformers; the answer's
     ids, [T]; the numbers of the retrieved blocks, best first."""
 
     reader_output: ModelOutput
@@ -82,9 +82,9 @@ class OpenQA:
         width = pairs.checked_config(self.embedder, "embedder", self.tokenizer).retriever_proj_size
         require(
             tuple(self.embeddings.shape) == (len(self.records), width),
-            f"{self.records.place} has {len(self.records)} blocks and the embedder gives vectors "
-            f"of {width} numbers, but the embeddings are {tuple(self.embeddings.shape)}: they "
-            "belong to another corpus or embedder; `lsg-flax index` makes new ones.",
+            f"{self.records.place} has {len(self.records)} blocks and the embedder's embeddings "
+            f"have {width} features, but the index has shape {tuple(self.embeddings.shape)}: "
+            "they belong to another corpus or embedder; `lsg-flax index` computes new ones.",
         )
         longest = self.reader.max_length
         for name in ("reader_seq_len", "max_span_width"):
@@ -129,8 +129,8 @@ class OpenQA:
         embeddings = checkpoint.tensors.get(BLOCK_EMBEDDINGS)
         if not isinstance(embeddings, Stored):
             raise ValueError(
-                f"{folder} has no tensor {BLOCK_EMBEDDINGS!r}, the blocks' embeddings; make a "
-                "folder with them by `lsg-flax index`."
+                f"{folder} has no tensor {BLOCK_EMBEDDINGS!r}, the embeddings of blocks; make a "
+                "folder that has them with `lsg-flax index`."
             )
         parts = checkpoint.tokenizer, open_records(checkpoint.root), embeddings
         if parts[0] is None:
@@ -220,13 +220,14 @@ class OpenQA:
         require(
             bool(np.isfinite(score)),
             f"the best score of {question!r:.60} is {score}: parameters or embeddings of blocks "
-            "are not finite; use another checkpoint, and make its index again.",
+            "are not finite; use another checkpoint, and build its index again.",
         )
         text = self.tokenizer.decode(ids)
         return Answer(text, float(score), block, *self.records.texts([block]))
 
     def encode(self, question: str) -> Question:
-        """Returns a question's arrays, [1, T], padded to one of a few lengths."""
+        """Returns a question's arrays, [1, T], padded to one of a few lengths; raises ValueError if
+        it is too long, and for a tokenizer that is not the checkpoint's."""
         encoded = self.tokenizer([question], return_token_type_ids=True, return_tensors="np")
         names = ("input_ids", "attention_mask", "token_type_ids")
         return self._question(*(encoded[name] for name in names))
@@ -277,7 +278,7 @@ class OpenQA:
         require(
             ids.ndim == 2 and ids.shape[0] == 1 and 0 < ids.shape[1] <= limit,
             f"input_ids {ids.shape} must be one question, [1, tokens], of at most {limit} tokens; "
-            "ask one after the other, and shorten long ones.",
+            "ask one question per call, and shorten long ones.",
         )
         require(
             int(ids.min()) >= 0 and int(ids.max()) < words,
@@ -290,7 +291,7 @@ class OpenQA:
         require(
             ids.dtype.kind in "iu" and ids.shape == mask.shape == types.shape,
             f"input_ids, attention_mask and token_type_ids are {', '.join(kinds)}; ids must be "
-            "integers, and all of one shape.",
+            "integers, and all three must have one shape.",
         )
         fill = ((0, 0), (0, min(-ids.shape[1] % _STEP, limit - ids.shape[1])))
         arrays = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}

@@ -1,4 +1,4 @@
-"""The program that answers: runs a question and its retrieved blocks through embedder and reader.
+"""The program that answers: runs a question and the retrieved blocks through embedder and reader.
 
 Axes: D model width (here of the projection), T tokens.
 """

@@ -16,8 +16,8 @@ from lsg_flax.pipelines import TEXTS, read_texts
 
 BLOCK_RECORDS = "block_records.npy"
 _CONVERTER = (
-    "records are never unpickled. Convert it once: `lsg-flax index MODEL {file} FOLDER "
-    "--unpickle-records` (or lsg_flax.open_qa.unpickle_records) lets in bytes and texts alone"
+    "records are never unpickled by default. Convert the file once: `lsg-flax index MODEL {file} "
+    "FOLDER --unpickle-records` (or lsg_flax.open_qa.unpickle_records) allows only bytes and texts"
 )
 _ARRAYS = ("numpy.core.multiarray", "numpy._core.multiarray")
 _LET_IN = {
@@ -36,8 +36,8 @@ class Records:
     """
 
     def __init__(self, values: Sequence[bytes] | np.ndarray, place: str | os.PathLike):
-        """Takes UTF-8 bytes, in memory or mapped from a file; raises ValueError if there are
-        none."""
+        """Takes UTF-8 bytes, [blocks], in memory or mapped from a file; raises ValueError if there
+        are none."""
         self.values, self.place = values, str(place)
         require(len(values) > 0, f"{place} has no blocks; an index needs at least one.")
 
@@ -55,7 +55,7 @@ class Records:
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"block {number} of {self.place} is not valid UTF-8 ({error}); write the records "
-                "anew from texts in UTF-8."
+                "again, from texts in UTF-8."
             ) from error
 
 
@@ -83,7 +83,7 @@ def open_records(path: str | os.PathLike) -> Records:
     lines = read_texts(file, skippable=False)
     empty = [p for p, text in zip(lines.places, lines.texts, strict=True) if is_blank(text)]
     if empty:
-        raise ValueError(f"{empty[0]} is an empty block, of {len(empty)}; take such lines out.")
+        raise ValueError(f"{empty[0]} is an empty block, one of {len(empty)}; remove them.")
     return Records([text.encode() for text in lines.texts], file)
 
 
@@ -95,12 +95,12 @@ def _mapped(file: pathlib.Path) -> np.ndarray:
         if "pickle" in said or "Python objects" in said:
             advice = _CONVERTER.format(file=file)
             raise ValueError(f"{file} holds pickled objects or no array, and {advice}.") from error
-        raise ValueError(f"{file} is damaged: {said}; copy or make it again.") from error
+        raise ValueError(f"{file} is damaged: {said}; copy or create it again.") from error
     if not isinstance(values, np.ndarray) or values.dtype.kind != "S" or values.ndim != 1:
         kind = f"{getattr(values, 'dtype', 'no')} array {getattr(values, 'shape', '')}"
         raise ValueError(
-            f"{file} holds a {kind}; records are one dimension of fixed-width bytes in UTF-8, as "
-            "lsg_flax.open_qa.write_records makes them of texts."
+            f"{file} holds a {kind}; records must be an array with one dimension of fixed-width "
+            "bytes in UTF-8, as lsg_flax.open_qa.write_records writes it."
         )
     return values
 
@@ -115,7 +115,7 @@ def write_records(file: str | os.PathLike, records: Records) -> None:
     """
     lost = next((i for i, value in enumerate(records.values) if value[-1:] == b"\0"), None)
     if lost is not None:
-        raise ValueError(f"block {lost} of {records.place} ends in a zero byte; take it off.")
+        raise ValueError(f"block {lost} of {records.place} ends in a zero byte; remove it.")
     width, shape = max(map(len, records.values)), (len(records),)
     with file_aside(pathlib.Path(file)) as aside:
         written = np.lib.format.open_memmap(aside, "w+", np.dtype(f"S{width}"), shape)
@@ -139,14 +139,14 @@ def unpickle_records(file: str | os.PathLike) -> Records:
             shape, _, dtype = getattr(np.lib.format, header)(opened)
             values = _BytesAlone(opened).load() if dtype.hasobject else None
         except (ValueError, EOFError, IndexError, TypeError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{file} is no array of pickled bytes: {error}.") from error
+            raise ValueError(f"{file} is not an array of pickled bytes: {error}.") from error
     if values is None:
-        raise ValueError(f"{file} holds {dtype} {shape} and no pickle; open it as it is.")
+        raise ValueError(f"{file} holds {dtype} {shape}, not a pickle; use open_records.")
     if not isinstance(values, np.ndarray) or values.ndim != 1:
         raise ValueError(f"{file} holds {type(values).__name__} {shape}, not a list of blocks.")
     kinds = {type(value).__name__ for value in values if not isinstance(value, bytes | str)}
     if kinds:
-        raise ValueError(f"{file} holds {', '.join(sorted(kinds))}; blocks are bytes or texts.")
+        raise ValueError(f"{file} holds {', '.join(sorted(kinds))}; blocks must be bytes or texts.")
     return Records([v.encode() if isinstance(v, str) else bytes(v) for v in values], file)
 
 
@@ -155,5 +155,5 @@ class _BytesAlone(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _LET_IN:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not let in")
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not allowed")
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)

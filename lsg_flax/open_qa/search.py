@@ -62,7 +62,7 @@ def device_search(
         ValueError: if there are no embeddings, or `recall` is outside 0..1. The search raises it
             for queries of another width, and a beam larger than the index.
     """
-    require(recall is None or 0 < recall < 1, f"recall={recall} must lie between 0 and 1.")
+    require(recall is None or 0 < recall < 1, f"recall={recall} must be between 0 and 1, or None.")
     mesh = make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
     check_devices(mesh)
     count, width = _size(embeddings)
@@ -103,7 +103,7 @@ def faiss_search(embeddings: Stored, *, factory: str = "Flat") -> Search:
         faiss = importlib.import_module("faiss")
     except ImportError as error:
         raise ImportError(
-            "faiss_search needs faiss: pip install 'lsg-flax[faiss]'; device_search needs nothing."
+            "faiss_search needs faiss: pip install 'lsg-flax[faiss]', or use device_search."
         ) from error
     count, width = _size(embeddings)
     vectors = np.ascontiguousarray(embeddings[:], np.float32)
@@ -111,14 +111,14 @@ def faiss_search(embeddings: Stored, *, factory: str = "Flat") -> Search:
         index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
         index.train(vectors)
     except RuntimeError as error:
-        raise ValueError(f"factory={factory!r} is refused by faiss: {error}") from error
+        raise ValueError(f"faiss refuses factory={factory!r}: {error}") from error
     index.add(vectors)
 
     def search(queries: Float[np.ndarray, "questions D"], beam: int) -> Beam:
         _check(queries, beam, count, width)
         found = Beam(*index.search(np.ascontiguousarray(queries, np.float32), beam))
         few = int((found.blocks >= 0).sum(axis=1).min())
-        require(few == beam, f"{factory!r} of faiss found {few} of {beam} blocks; use 'Flat'.")
+        require(few == beam, f"factory={factory!r} found only {few} of {beam} blocks; use 'Flat'.")
         return found
 
     return search
@@ -126,14 +126,17 @@ def faiss_search(embeddings: Stored, *, factory: str = "Flat") -> Search:
 
 def _size(embeddings: Stored) -> tuple[int, int]:
     shape = tuple(map(int, embeddings.shape))
-    require(len(shape) == 2 and 0 not in shape, f"embeddings {shape} must be [blocks, width].")
+    require(
+        len(shape) == 2 and 0 not in shape,
+        f"embeddings {shape} must be [blocks, width], at least one of each.",
+    )
     return shape[0], shape[1]
 
 
 def _check(queries: np.ndarray, beam: int, count: int, width: int) -> None:
     require(
         queries.ndim == 2 and queries.shape[1] == width,
-        f"queries {queries.shape} must be [questions, {width}], as wide as blocks' embeddings.",
+        f"queries {queries.shape} must be [questions, {width}], as wide as the blocks' embeddings.",
     )
     require(
         1 <= beam <= count,
@@ -146,12 +149,12 @@ def _check(queries: np.ndarray, beam: int, count: int, width: int) -> None:
 def best_blocks(
     mesh: Mesh, count: int, beam: int, recall: float | None = None
 ) -> jax.stages.Wrapped:
-    """The jitted search, (embeddings [rows, D], queries [questions, D]) -> (scores, numbers), each
-    [questions, beam]. A device makes its scores in parts, of at most 256 MiB, and picks the best of
-    its own rows; only these are exchanged.
+    """Returns the jitted search, (embeddings [rows, D], queries [questions, D]) -> (scores,
+    numbers), each [questions, beam]. A device computes its scores in parts of at most 256 MiB, and
+    picks the best of its own rows; only these are exchanged.
 
     Args:
-        count: of the rows that are blocks; those behind are never found.
+        count: number of rows that are blocks; the rows after them are never found.
     """
 
     def of_shard(blocks: Array, queries: Array) -> tuple[Array, Array]:
@@ -162,7 +165,7 @@ def best_blocks(
         return _best(scores, rows + shards * blocks.shape[0], beam)
 
     parts, whole = PartitionSpec(AXES), PartitionSpec()
-    run = jax.shard_map(  # what all devices gather is the same on each
+    run = jax.shard_map(  # all devices gather the same
         of_shard, mesh=mesh, in_specs=(parts, whole), out_specs=whole, check_vma=False
     )
     return jax.jit(run)

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from lsg_flax.checks import require
 from lsg_flax.hub import Tokenizer
@@ -89,7 +89,7 @@ def _finite(loss: Array, step: int) -> float:
     if not np.isfinite(loss):
         raise FloatingPointError(
             f"the loss is {float(loss)} at step {step}; lower the learning rate, and check the "
-            "parameters that training began with."
+            "parameters that training started with."
         )
     return float(loss)
 
@@ -100,7 +100,7 @@ def finetune(
     optimizer: optax.GradientTransformation,
     *,
     steps: int,
-    key: jax.Array | None = None,
+    key: PRNGKeyArray | None = None,
     refresh_every: int | None = None,
 ) -> tuple[OpenQA, list[float]]:
     """Trains embedder and reader on the marginal likelihood of right blocks and right spans, one
@@ -186,6 +186,10 @@ class Pretraining:
         """Makes the inputs of both models: the text with its span masked, on its own and with each
         candidate (an empty one is added at the end); and the candidates on their own.
 
+        Returns:
+            Arrays by the models' names: "question" [1, T], "blocks" [C, T], "encoder" [1, C, T]
+            with labels [1, T].
+
         Raises:
             ValueError: for a text that is too long for the encoder.
         """
@@ -202,16 +206,16 @@ class Pretraining:
         seen = (pairs["input_ids"][0] == mask) == hidden
         require(
             bool(kept.all() and seen.all()) and int(hidden.sum()) == len(words) > 0,
-            f"{text!r:.60}, masked at {span}, must fit {length} tokens beside a block, and be "
-            "masked by whole words; give shorter texts.",
+            f"{text!r:.60} must fit {length} tokens beside a block, and its masked span {span} "
+            "must be whole words; give shorter texts.",
         )
         labels = {"labels": np.where(hidden, whole, IGNORED), "mlm_mask": hidden}
         question, blocks = ({n: x[0] for n, x in e.items()} for e in (alone, encode(others)))
         return {"question": question, "blocks": blocks, "encoder": pairs | labels}
 
-    def loss(self, params: Params, example: dict[str, Any]) -> Array:
-        """-log of the probability of the masked tokens, over all candidates by their relevance. It
-        has gradients for both models, because candidates are embedded here."""
+    def loss(self, params: Params, example: dict[str, Any]) -> Float[Array, ""]:
+        """Returns -log of the probability of the masked tokens, marginal over the candidates by
+        their relevance. Candidates are embedded here, so both models have gradients."""
         variables = {"params": params["embedder"]}
         query: Any = self.embedder.apply(variables, **example["question"])
         blocks: Any = self.embedder.apply(variables, **example["blocks"])

@@ -33,7 +33,16 @@ class Arrays(NamedTuple):
 
 
 def checked_tokens(query, key, value, mask, segments=None) -> Arrays:
-    """`checked_arrays` of self-attention; tokens of segment 0 are padding."""
+    """Returns `checked_arrays` of self-attention.
+
+    Args:
+        query, key, value, mask: as in `checked_arrays`, with S = T.
+        segments: numbers of the texts, [B, T]; tokens of segment 0 are padding.
+
+    Raises:
+        ValueError: as `checked_arrays`, and for other numbers of queries than of keys, and segments
+            that are not integers of that shape.
+    """
     if query.shape[:2] != key.shape[:2]:
         raise ValueError(
             f"query {query.shape} and key {key.shape} must have the same batch and tokens."
@@ -58,6 +67,11 @@ def checked_segments(segments, shape: tuple[int, ...]) -> Int[Array, "B _"]:
 
 def checked_arrays(query, key, value, mask) -> Arrays:
     """Returns the arrays with a boolean mask, keys and values repeated to one head per query head.
+
+    Args:
+        query: [B, T, N, H].
+        key, value: [B, S, heads, H]; `heads` divides N.
+        mask: boolean, [B, S]; None if all keys may be seen.
 
     Raises:
         ValueError: for shapes that do not fit together, and arrays that are not floating-point.
@@ -98,7 +112,8 @@ def checked_arrays(query, key, value, mask) -> Arrays:
 
 
 def check_shards(segment_ids, shards: int) -> None:
-    """Raises ValueError for rows of several texts that would be sharded over a sequence axis."""
+    """Raises ValueError for rows of several texts, with segment_ids [B, T], that would be sharded
+    over a sequence axis."""
     require(
         segment_ids is None or shards == 1,
         f"segment_ids with sequence={shards} devices: a row of several texts cannot be sharded "
@@ -108,8 +123,8 @@ def check_shards(segment_ids, shards: int) -> None:
 
 def checked_for(pattern: LSG, arrays: tuple, segment_ids, num_segments: int | None) -> Arrays:
     """Returns `checked_tokens` of query, key, value and mask, with the segments of the prepended
-    globals in front of those of the tokens; raises ValueError for invalid settings of the pattern
-    or of the segments."""
+    globals in front of those of the tokens, segment_ids [B, T - globals]; raises ValueError for
+    invalid settings of the pattern or of the segments."""
     if pattern.global_tokens not in ("prepended", "first_token", "none"):
         raise ValueError(
             f"global_tokens={pattern.global_tokens!r} is unknown; choose 'prepended', "

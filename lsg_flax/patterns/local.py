@@ -40,7 +40,8 @@ def attend_locally(
     run: Runtime,
     bias: Float[Array, "N Q W"] | None = None,
 ) -> Float[Array, "B N H T"]:
-    """Returns the context of local attention; `bias` is added to the scores of every window."""
+    """Returns the context of local attention; `bias` is added to the scores of every window. Raises
+    ValueError for a ring on a shard of a sequence."""
     length, size, run = query.shape[-1], pattern.window_size, run.on_shard()
     if pattern.wraps and length <= size:
         size, alone = length, {"window_size": length, "look_backward": 0, "look_forward": 0}

@@ -1,5 +1,6 @@
-"""LSH attention of Reformer, for arrays with features first: tokens are sorted into buckets of
-similar ones, and each token sees its chunk of that order and the neighbouring chunks.
+"""LSH attention of Reformer (arXiv 2001.04451, section 2), for arrays with features first: tokens
+are sorted into buckets of similar ones, and each token sees its chunk of that order and the
+neighbouring chunks.
 
 Axes: B batch, N heads, H head width, T tokens.
 """

@@ -58,6 +58,9 @@ def prefill(
         source: keys and values; the mask is False for padding. Slots after the prompt are free,
             whatever they hold.
         slots: number of slots, from `slots_for`.
+
+    Raises:
+        ValueError: for LSH attention, which has no such cache.
     """
     match pattern:
         case Full() | Local():
@@ -90,6 +93,9 @@ def step(
     Returns:
         The context, as `attention` gives it for the last of `cache.length + 1` tokens (NaN if no
         slot is free), and the new entries of the cache.
+
+    Raises:
+        ValueError: for LSH attention, which has no such cache.
     """
     tokens, split = cache.layers.tokens, _split(pattern)
     slots = tokens.mask.shape[-1] - split

@@ -92,6 +92,10 @@ class Local:
         wraps: whether windows form a ring, as in Reformer: the window before the first is the last,
             and tokens of up to one window all see each other. `causal` compares positions, so no
             token sees a later one through the ring either.
+
+    Raises:
+        ValueError: for sizes out of range, a causal pattern that looks forward, and a ring with
+            rotary positions, exact windows or a shared query and key.
     """
 
     window_size: int
@@ -119,10 +123,12 @@ class Local:
 
     @property
     def windows_seen(self) -> int:
+        """The number of windows that a token sees, its own included."""
         return self.look_backward + 1 + self.look_forward
 
     @property
     def split(self) -> int:
+        """The number of prepended globals: none."""
         return 0
 
     def needs_padding(self, length: int, shards: int = 1) -> int:
@@ -145,6 +151,9 @@ class LSH:
             chunks of all hashing rounds form one ring.
         num_buckets: number of buckets per round; or its factors, each hashed on its own.
         num_hashes: number of hashing rounds, whose attention is merged.
+
+    Raises:
+        ValueError: for sizes out of range, and numbers of buckets that are not even.
     """
 
     chunk_length: int
@@ -165,6 +174,7 @@ class LSH:
 
     @property
     def bucket_factors(self) -> tuple[int, ...]:
+        """The factors of the number of buckets, each hashed on its own."""
         given = self.num_buckets
         return (given,) if isinstance(given, int) else given
 
@@ -218,6 +228,10 @@ class Runtime:
         own_lengths: for attention in a ring, the number of tokens of each row, whole chunks: the
             ring of the row ends there, as if no padding followed.
         buckets: the buckets of whole chunks from an earlier pass; LSH attention then does not hash.
+
+    Raises:
+        ValueError: for blocks_per_step below 1, a dropout_rate outside [0, 1), and a rate without a
+            key.
     """
 
     dropout_rate: float = 0.0
@@ -235,7 +249,7 @@ class Runtime:
             blocks is None or blocks >= 1,
             f"blocks_per_step={blocks} must be at least 1, or None.",
         )
-        require(0.0 <= rate < 1.0, f"dropout_rate={rate} must lie in [0, 1).")
+        require(0.0 <= rate < 1.0, f"dropout_rate={rate} must be in [0, 1).")
         require(
             not rate or self.dropout_key is not None, f"dropout_rate={rate} needs a dropout_key."
         )

@@ -23,6 +23,7 @@ from lsg_flax.pipelines.generate import Summarization as Summarization
 from lsg_flax.pipelines.generate import Text2TextGeneration as Text2TextGeneration
 from lsg_flax.pipelines.generate import Translation as Translation
 from lsg_flax.pipelines.pipeline import Pipeline as Pipeline
+from lsg_flax.pipelines.pipeline import head_named as head_named
 from lsg_flax.pipelines.pipeline import pipeline as pipeline
 from lsg_flax.pipelines.spans import QuestionAnswering as QuestionAnswering
 from lsg_flax.pipelines.spans import TokenClassification as TokenClassification

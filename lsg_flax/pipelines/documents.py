@@ -31,6 +31,10 @@ COLUMNS = ("id", "text", "text_pair", "question", "context")  # fields that `col
 _CONTENTS = (("input_ids",), ("question", "context"), ("text",))  # fields that make a document
 
 
+class _NoSuchField(ValueError):
+    """A row does not have a field; in a table, no row has it."""
+
+
 class _LeftOut(Problems):
     """Passes on broken rows of data as broken lines of the file."""
 
@@ -103,6 +107,11 @@ class DocumentFile:
                 f"{given} is for a .jsonl, .csv or .parquet; {part.name} has only texts."
             )
 
+    @property
+    def _is_table(self) -> bool:
+        """Whether all rows have the same fields."""
+        return self._dataset is not None or {f.suffix for f in self._files} <= {".csv", ".parquet"}
+
     def _files_at(self, part: DatasetPart) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
         """Returns the text files if the source is a folder of texts, and all files."""
         for name, value in part._asdict().items():
@@ -149,8 +158,11 @@ class DocumentFile:
                 yield Document(name, line.raw, line.place, content)
 
     def leave_out(self, place: str, error: ValueError) -> None:
-        """Raises the error of the broken line at FILE:NUMBER, or counts it as skipped."""
+        """Raises the error of the broken line at FILE:NUMBER as a ValueError, or counts it as
+        skipped."""
         if self.broken_lines == "raise":
+            if isinstance(error, _NoSuchField) and self._is_table:
+                raise ValueError(f"{place}: {error}.") from error
             raise unskipped(place, error, skippable=self._skippable) from error
         if self._texts:
             self.skipped.append(pathlib.Path(place).name)
@@ -191,14 +203,13 @@ class DocumentFile:
             return {"text": line.text()}
         content = line.json_object()
         if self._text_column is not None and not isinstance(content.get(self._text_column), str):
-            raise ValueError(
-                f"it has {sorted(content)} and must have {self._text_column!r}, a text"
-            )
+            kind = ValueError if self._text_column in content else _NoSuchField
+            raise kind(f"it has {sorted(content)} and must have {self._text_column!r}, a text")
         if not self._columns:
             return _content(content)
         missing = [column for column in self._columns.values() if column not in content]
         if missing:
-            raise ValueError(f"it has {sorted(content)} and must have {missing[0]!r}")
+            raise _NoSuchField(f"it has {sorted(content)} and must have {missing[0]!r}")
         named = {name: content[column] for name, column in self._columns.items()}
         others = (name for name in COLUMNS if name not in named and name in content)
         if self._text_column is not None:  # only the text, no other content
@@ -215,11 +226,11 @@ def _content(content: dict[str, Any]) -> dict[str, Any]:
     """Checks the fields of a line; raises ValueError if they are not a document."""
     kind = next((names for names in _CONTENTS if content.keys() >= set(names)), None)
     if kind is None:
-        kinds = "; or ".join(" and ".join(names) for names in _CONTENTS)
-        raise ValueError(
-            f"it has {sorted(content)} and must have {kinds}; or name the field that is the text, "
-            "with columns= or text_column="
-        )
+        kinds = ", or ".join(" and ".join(names) for names in reversed(_CONTENTS))
+        texts = {name: len(text) for name, text in content.items() if isinstance(text, str)}
+        longest = max(texts.keys() - {"id"}, key=lambda name: (texts[name], name), default=None)
+        advice = f"; if the text has another name, pass text_column={longest!r}" * bool(longest)
+        raise _NoSuchField(f"it has {sorted(content)} and must have {kinds}{advice}")
     if content.get("text_pair", "") in (None, ""):  # no pair, as in training
         content = {name: value for name, value in content.items() if name != "text_pair"}
     for name in ("text", "text_pair", "question", "context"):

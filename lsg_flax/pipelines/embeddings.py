@@ -86,7 +86,7 @@ class Embedder:
         if not 1 <= self.max_length <= longest:
             remedy = self.model.config.or_convert("give fewer", max(self.max_length, longest + 1))
             raise ValueError(
-                f"max_length={self.max_length} must lie in 1..{longest}, what this model reads; "
+                f"max_length={self.max_length} must be in 1..{longest}, what this model reads; "
                 f"{remedy}."
             )
 

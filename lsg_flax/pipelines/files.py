@@ -155,11 +155,16 @@ def predict_file(
 
 
 def _limit_for(max_length: int | None, predictor: Predictor, tokenizer: Tokenizer | None) -> int:
-    longest = predictor.buckets[-1]
+    model, longest = predictor.model, predictor.buckets[-1]
     usual = longest if tokenizer is None else min(longest, tokenizer.model_max_length)
     limit = usual if max_length is None else max_length
     if not 1 <= limit <= longest:
-        raise ValueError(f"max_length={limit} must lie in 1..{longest}, the buckets.")
+        if longest < model.max_length:
+            raise ValueError(f"max_length={limit} must be in 1..{longest}, the largest of buckets.")
+        remedy = model.config.or_convert("give fewer", max(limit, longest + 1))
+        raise ValueError(
+            f"max_length={limit} must be in 1..{longest}, what this model reads; {remedy}."
+        )
     return limit
 
 

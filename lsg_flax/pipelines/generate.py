@@ -49,10 +49,13 @@ class Text2TextGeneration(PipelineTask):
 
     @property
     def option_names(self):
+        """The names of the options, those of `generate` included."""
         own = [name for name in super().option_names if name != "written"]
         return [*own, *OPTION_NAMES]
 
     def with_options(self, **options):
+        """Returns the task with other options. Of `max_length` and `max_new_tokens` the last given
+        one counts. Raises ValueError for unknown options."""
         before: dict[str, Any] = {**self.written}
         given = {name: options.pop(name) for name in OPTION_NAMES if name in options}
         if given.keys() & _LIMITS:  # these exclude each other: the last given one counts
@@ -61,10 +64,14 @@ class Text2TextGeneration(PipelineTask):
         return replace(super().with_options(**options), written=written)
 
     def rows(self, reader, item):
+        """Returns the rows of the prefix and one text; raises ValueError as other tasks, and for
+        task_specific_params of the checkpoint that are no objects."""
         prefix = self._stored(reader.config).get("prefix", reader.config.other("prefix", None))
         return reader.rows((prefix or "") + a_text(item))
 
     def program(self, model, tokenizer, mesh=None):
+        """Returns a program that runs `generate`; raises ValueError for options that do not fit the
+        model, and a tokenizer with other special tokens than the checkpoint's."""
         if tokenizer is not None:
             _check_tokenizer(tokenizer, model.config)
         stored = self._stored(model.config)
@@ -91,6 +98,7 @@ class Text2TextGeneration(PipelineTask):
         return self.written
 
     def answer(self, reader, item, rows, outputs):
+        """Returns the text, or the texts if several are generated."""
         answers = [{self.key: self._text(reader.tokenizer, ids)} for ids in outputs[0]["sequences"]]
         return answers[0] if len(answers) == 1 else answers
 
@@ -99,6 +107,7 @@ class Text2TextGeneration(PipelineTask):
         return tokenizer.decode(ids.tolist(), skip_special_tokens=True, **cleaned)
 
     def alone(self, item, answer):
+        """Returns a list even of one text, as transformers does."""
         return [answer] if isinstance(answer, dict) else answer
 
 
@@ -111,6 +120,7 @@ class Summarization(Text2TextGeneration):
     key: ClassVar = "summary_text"
 
     def entry(self, answer):
+        """Returns {"summary": ...}."""
         several = isinstance(answer, list)
         return {"summary": [a[self.key] for a in answer] if several else answer[self.key]}
 
@@ -131,6 +141,8 @@ class Translation(Text2TextGeneration):
     tgt_lang: str | None = None
 
     def rows(self, reader, item):
+        """Returns the rows of one text in src_lang; raises ValueError for languages that the
+        tokenizer or the checkpoint does not have."""
         tokenizer = reader.tokenizer
         if self._has_languages(reader.config, tokenizer) and tokenizer.src_lang != self.src_lang:
             tokenizer.src_lang = self.src_lang

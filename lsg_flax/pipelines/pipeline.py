@@ -48,6 +48,13 @@ TASKS: dict[str, type[PipelineTask]] = {
 ALIASES = {"ner": "token-classification", "sentiment-analysis": "text-classification"}
 
 
+def head_named(name: str) -> str:
+    """Returns the task of models (first of several) that a pipeline with this name needs, such as
+    "token_classification" for "ner"; other names as they are."""
+    name = ALIASES.get(name, name)
+    return next(iter(TASKS[name].heads)) if name in TASKS else name
+
+
 class Pipeline:
     """A pipeline for one task and model; made by `pipeline`."""
 
@@ -196,7 +203,7 @@ def pipeline(
     usual = min(limit, found.model_max_length)  # the length that the model was trained with
     max_length = usual if max_length is None else max_length
     if not 1 <= max_length <= limit:
-        raise ValueError(f"max_length={max_length} must lie in 1..{limit}, what this model reads.")
+        raise ValueError(f"max_length={max_length} must be in 1..{limit}, what this model reads.")
     if buckets is None:
         buckets = default_buckets(max_length, SENTENCE_BUCKET)
     reader = Reader(

@@ -46,6 +46,9 @@ class TokenClassification(PipelineTask):
             grouped (B- starts a new group); "first", "average", "max": the same for whole words,
             with the scores of the first token, the mean, or the most confident token.
         ignore_labels: labels or groups to leave out.
+
+    Raises:
+        ValueError: for an unknown aggregation_strategy.
     """
 
     heads: ClassVar = {"token_classification": ("logits",)}
@@ -56,10 +59,13 @@ class TokenClassification(PipelineTask):
         check_choice("aggregation_strategy", self.aggregation_strategy, get_args(Aggregation))
 
     def rows(self, reader, item):
+        """Returns the rows of one text; raises ValueError as other tasks, and for a slow
+        tokenizer."""
         reader.need_offsets("token-classification")
         return super().rows(reader, item)
 
     def answer(self, reader, item, rows, outputs):
+        """Returns the tokens or groups of a text whose labels are not in `ignore_labels`."""
         scores = softmax(outputs[0]["logits"], axis=-1)
         pieces = self._tokens(reader.tokenizer, item, rows[0].encoding, scores)
         if self.aggregation_strategy in ("first", "average", "max"):
@@ -164,6 +170,9 @@ class QuestionAnswering(PipelineTask):
         doc_stride: tokens that neighbouring windows share; by default half of max_seq_len, at most
             128.
         align_to_words: whether to extend answers to whole words.
+
+    Raises:
+        ValueError: for numbers that are not whole or too small, and flags that are not booleans.
     """
 
     heads: ClassVar = {"question_answering": ("start_logits", "end_logits")}
@@ -186,6 +195,8 @@ class QuestionAnswering(PipelineTask):
             raise ValueError(f"doc_stride={self.doc_stride!r} must be an integer of at least 0.")
 
     def items(self, inputs, question, context):
+        """Returns dicts of "question" and "context"; raises ValueError unless either these or
+        `inputs` are given, and for unequal numbers of questions and contexts."""
         given = [value is not None for value in (inputs, question, context)]
         if given not in ([True, False, False], [False, True, True]):
             raise ValueError(
@@ -204,11 +215,15 @@ class QuestionAnswering(PipelineTask):
         return [{"question": q, "context": c} for q, c in zip(question, contexts, strict=True)]
 
     def rows(self, reader, item):
+        """Returns a row for each window of the context.
+
+        Raises:
+            ValueError: for a slow tokenizer, another document than a dict of two texts, an empty
+                question or context, and a window that has no room for the context.
+        """
         reader.need_offsets("question-answering")
         if not isinstance(item, dict) or item.keys() != {"question", "context"}:
-            raise ValueError(
-                f"a document must be a dict of 'question' and 'context', got {item!r}."
-            )
+            raise ValueError(f"a document must have 'question' and 'context', got {item!r:.60}.")
         question, context = (a_text(item[name]) for name in ("question", "context"))
         if is_blank(question):
             raise ValueError("the question is empty.")
@@ -243,6 +258,7 @@ class QuestionAnswering(PipelineTask):
         return window, stride
 
     def answer(self, reader, item, rows, outputs):
+        """Returns the best answers of all windows."""
         windows = []
         for (inputs, encoding), output in zip(rows, outputs, strict=True):
             logits = np.stack([output["start_logits"], output["end_logits"]], axis=-1)

@@ -107,14 +107,15 @@ class PipelineTask:
         return None
 
     def items(self, inputs: Any, question: Any, context: Any) -> Any:
-        """Returns the documents from the caller's arguments: a single one, a list, or an
-        iterator."""
+        """Returns the documents from the caller's arguments: a single one, a list, or an iterator;
+        raises ValueError for arguments of another task."""
         if question is not None or context is not None:
             raise ValueError("question= and context= are for question-answering; give the text.")
         return inputs
 
     def rows(self, reader: Reader, item: Any) -> list[ModelRow]:
-        """Returns the rows of one document."""
+        """Returns the rows of one document; raises ValueError for one that is no text or too
+        long."""
         return reader.rows(a_text(item))
 
     def select(self, reader: Reader, rows: list[ModelRow]) -> Select | None:
@@ -122,7 +123,7 @@ class PipelineTask:
         return None
 
     def answer(self, reader: Reader, item: Any, rows: list[ModelRow], outputs: list[Result]) -> Any:
-        """Returns the answer for one document."""
+        """Returns the answer for one document; raises NotImplementedError in this base class."""
         raise NotImplementedError
 
     def entry(self, answer: Any) -> dict[str, Any]:
@@ -157,6 +158,9 @@ class FillMask(PipelineTask):
     Attributes:
         top_k: words per mask.
         targets: words to choose from; each must be one token.
+
+    Raises:
+        ValueError: if top_k is not a whole number of at least 1.
     """
 
     heads: ClassVar = {"masked_lm": ("logits",), "pretraining": ("prediction_logits",)}
@@ -167,6 +171,8 @@ class FillMask(PipelineTask):
         check_positive(top_k=self.top_k)
 
     def rows(self, reader, item):
+        """Returns the rows of one text; raises ValueError as other tasks, and if the tokenizer or
+        the text has no mask token."""
         tokenizer = reader.tokenizer
         if tokenizer.mask_token_id is None:
             raise ValueError("the tokenizer has no mask token, so nothing can be filled in.")
@@ -180,11 +186,14 @@ class FillMask(PipelineTask):
         return rows
 
     def select(self, reader, rows):
+        """Returns the function that selects the logits of mask tokens."""
         mask = reader.tokenizer.mask_token_id
         most = max(row.inputs["input_ids"].count(mask) for row in rows)
         return _MaskLogits(mask, 1 << (most - 1).bit_length())  # few values, few compilations
 
     def answer(self, reader, item, rows, outputs):
+        """Returns the words for each mask; raises ValueError for `targets` that are not one known
+        token each."""
         ids = np.array(rows[0].inputs["input_ids"])
         candidates = self._candidates(reader)
         answers = []
@@ -240,6 +249,10 @@ class TextClassification(PipelineTask):
         function_to_apply: function from logits to scores. By default that of the config's
             problem_type: none for regression, sigmoid for several labels per text or if there is
             only one label, else softmax.
+
+    Raises:
+        ValueError: for an unknown function, and a top_k that is neither "best", None nor a whole
+            number of at least 1.
     """
 
     heads: ClassVar = {"sequence_classification": ("logits",)}
@@ -252,6 +265,8 @@ class TextClassification(PipelineTask):
             check_positive(top_k=self.top_k)
 
     def rows(self, reader, item):
+        """Returns the rows of a text or a pair; raises ValueError as other tasks, and for a dict
+        with other keys."""
         if not isinstance(item, dict):
             return super().rows(reader, item)
         if not {"text"} <= item.keys() <= {"text", "text_pair"}:
@@ -259,6 +274,7 @@ class TextClassification(PipelineTask):
         return reader.rows(*(a_text(item[n]) for n in ("text", "text_pair") if n in item))
 
     def answer(self, reader, item, rows, outputs):
+        """Returns the labels with their scores, best first."""
         scores = self._scores(reader.config, outputs[0]["logits"])
         labels = [
             {"label": reader.config.labels[i], "score": float(scores[i])}
@@ -267,6 +283,8 @@ class TextClassification(PipelineTask):
         return labels[0] if self.top_k == "best" else labels[: self.top_k]
 
     def alone(self, item, answer):
+        """Returns the best label of a text in a list, that of a pair without one, as transformers
+        does."""
         return [answer] if self.top_k == "best" and isinstance(item, str) else answer
 
     def _scores(self, config: ModelConfig, logits: np.ndarray) -> np.ndarray:
@@ -288,6 +306,7 @@ class FeatureExtraction(PipelineTask):
     heads: ClassVar = {"base": ("last_hidden_state",)}
 
     def answer(self, reader, item, rows, outputs):
+        """Returns the states [T, D]."""
         return outputs[0]["last_hidden_state"]
 
 

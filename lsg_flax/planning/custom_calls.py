@@ -60,8 +60,8 @@ def is_own_kernel(instruction: Instruction) -> bool:
 
 
 def name_of(instruction: Instruction) -> str:
-    """Returns the name of a kernel (`pallas_call(name=...)`), without those of derivatives such as
-    `transpose(jvp(...))`, or the name of a library's kernel."""
+    """Returns the name of a kernel (`pallas_call(name=...)`), without transformations such as
+    `transpose(jvp(...))`; or the name of a library's kernel."""
     given = re.search(r'op_name="(?:[^"]*[/(])?([^"/()]+)\)*/pallas_call', instruction.attributes)
     return given[1] if given else target_of(instruction)
 

@@ -18,7 +18,7 @@ from lsg_flax.planning.settings import PlanSettings, StepReads
 from lsg_flax.sharding import batch_shardings
 
 _LOOKED_UP = r"(position|token_type)_embeddings/"
-_OF_STATES = r"cross_attention/(key|value)/"  # used once: the cache has their results
+_OF_STATES = r"cross_attention/(key|value)/"  # used once: the cache stores their results
 
 
 def generate_call(model: Model, settings: PlanSettings) -> Ready:
@@ -97,8 +97,8 @@ def step_reads(model: Model, params: Params, ready: Ready, mesh: Mesh) -> StepRe
 
 
 def _of_rows(kept: jax.ShapeDtypeStruct, heads: int, keys: int) -> int:
-    """Bytes per chip of keys or values [L, B, N, H, S], masks [L, B, 1, S] or queries [L, B, N, H],
-    whose heads and keys are sharded over so many chips."""
+    """Returns the bytes per chip of keys or values [L, B, N, H, S], masks [L, B, 1, S] or queries
+    [L, B, N, H], whose heads and keys are sharded over so many chips."""
     cut = heads if kept.ndim == 5 else 1
     length = kept.shape[-1]
     return math.prod(kept.shape[:-1]) // cut * -(-length // keys) * kept.dtype.itemsize

@@ -137,7 +137,9 @@ def read_loop(text: str) -> tuple[ProgramReport, ProgramReport]:
     runs = list(_walk(computations, entry))
     once, inside = ([r for r in runs if r.unbounded is within] for within in (False, True))
     if not inside:
-        raise ValueError("this program has no loop with an unknown number of rounds.")
+        raise ValueError(
+            "this program has no loop with an unknown number of rounds; use read_program for it."
+        )
     a_round = _report(inside, computations)
     return _report(once, computations), a_round._replace(unknown_loops=a_round.unknown_loops - 1)
 
@@ -187,7 +189,7 @@ def _walk(
         if instruction.opcode not in ("while", "fusion", "call", "conditional", "async-start"):
             continue  # others only call scalar functions, such as a reduction's
         turns = times * (rounds or 1)
-        if loop:  # a condition has no memory traffic, but maybe collectives
+        if loop:  # a condition may have collectives, but no memory traffic
             for condition in conditions_of(instruction):
                 yield from _walk(computations, condition, turns, fused=True, unbounded=without_end)
         inside = fused or instruction.opcode == "fusion"
@@ -207,7 +209,7 @@ def _walk(
 
 
 def _size(shape: str, *, everywhere: bool = False) -> int:
-    """Bytes of a shape in main memory, or `everywhere`."""
+    """Returns the bytes of a shape in main memory, or `everywhere`."""
     return sum(a.bytes for a in arrays_of(shape) if a.in_memory or everywhere)
 
 
@@ -247,8 +249,9 @@ def _dot_flops(run: _Run) -> float:
 
 
 def _convolution_flops(run: _Run) -> float:
-    """The FLOPs of a convolution. On TPU every product is one, and a batch of products is one over
-    a dilated axis: only pairs of output and kernel positions that meet a real element count."""
+    """Returns the FLOPs of a convolution. On TPU every product is a convolution, and a batch of
+    products has a dilated axis: only pairs of output and kernel positions that meet a real element
+    count."""
     attributes, (left, right) = run.instruction.attributes, _operand_dims(run)[:2]
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
     assert labels is not None, run.instruction
@@ -277,7 +280,7 @@ def _convolution_flops(run: _Run) -> float:
 
 @functools.lru_cache
 def _meeting(size: int, kernel: int, out: int, window: tuple[int, int, int, int]) -> int:
-    """How many (output, kernel) positions of one axis meet an element, not padding or a gap."""
+    """Returns how many (output, kernel) positions of an axis meet an element, no padding or gap."""
     low, stride, base, dilation = window
     starts = np.arange(out) * stride - low
     count = 0
@@ -301,7 +304,7 @@ def _braces(text: str, name: str) -> str:
 
 
 def _moved(run: _Run, computations: dict[str, Computation]) -> int:
-    """The bytes that an instruction reads from and writes to main memory."""
+    """Returns the bytes that an instruction reads from and writes to main memory."""
     instruction, own = run.instruction, run.computation
     allocates = "AllocateBuffer" in instruction.attributes
     if allocates or instruction.opcode in _FREE or instruction.opcode.endswith("-start"):
@@ -320,7 +323,8 @@ def _moved(run: _Run, computations: dict[str, Computation]) -> int:
 
 
 def _fusion_bytes(run: _Run, computations: dict[str, Computation]) -> int:
-    """The bytes that a fusion reads of its operands (often a slice) and writes (often in place)."""
+    """Returns the bytes that a fusion reads of its operands (often a slice) and writes (often in
+    place)."""
     inner = called_by(run.instruction)[0]
     read = sum(
         _used(computations, inner, place, _size(run.computation[operand].shape))
@@ -343,7 +347,7 @@ def _fusion_bytes(run: _Run, computations: dict[str, Computation]) -> int:
 
 
 def _used(computations, name: str, place: int, whole: int) -> int:
-    """How many of the `whole` bytes of its parameter number `place` a computation reads."""
+    """Returns how many of the `whole` bytes of its parameter `place` a computation reads."""
     if not whole:
         return 0
     body = computations[name]
@@ -380,13 +384,13 @@ def _payload(run: _Run) -> int:
     shapes = [run.computation[o].shape for o in run.instruction.operands]
     given = sum(_size(s, everywhere=True) for s in shapes)
     made = _size(run.instruction.shape, everywhere=True)
-    if run.instruction.opcode.endswith("-start"):  # its result holds the operand too
+    if run.instruction.opcode.endswith("-start"):  # its result includes the operand
         made -= given
     return max(given, made)
 
 
 def _group_size(attributes: str) -> int:
-    """The chips per group, for all forms in which XLA writes groups; 2 for a permute."""
+    """Returns the chips per group, for all forms in which XLA writes groups; 2 for a permute."""
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
         return len(listed[1].split(","))
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attributes):

@@ -51,7 +51,10 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
             instruction = _instruction(bool(found[1]), found[2], found[3])
             current[instruction.name] = instruction
     if not entry:
-        raise ValueError("this is not the text of a compiled program: it has no ENTRY computation.")
+        raise ValueError(
+            "this is not the text of a compiled program, because it has no ENTRY computation; give "
+            "compiled.as_text()."
+        )
     return computations, entry
 
 
@@ -78,13 +81,13 @@ def _instruction(is_root: bool, name: str, rest: str) -> Instruction:
 
 
 def _closing(text: str, opening: int) -> int:
-    """The position of the bracket that closes the one at `opening`."""
+    """Returns the position of the bracket that closes the one at `opening`."""
     depth = 0
     for place in range(opening, len(text)):
         depth += (text[place] == "(") - (text[place] == ")")
         if depth == 0:
             return place
-    raise ValueError(f"brackets do not close in {text[:80]!r}.")
+    raise ValueError(f"a bracket is not closed in {text[:80]!r}; give compiled.as_text().")
 
 
 class Array(NamedTuple):

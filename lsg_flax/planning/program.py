@@ -50,7 +50,7 @@ def planned_model(settings: PlanSettings) -> tuple[Model, PlanSettings, tuple[st
     elif settings.attention in ("local", "lsh"):
         own = settings.attention
         raise ValueError(
-            f"attention={own!r}: a {config.model_type} model has no such attention; give lsg or "
+            f"attention={own!r}: a {config.model_type} model has no such attention; choose lsg or "
             "full."
         )
     elif settings.attention == "full":
@@ -79,7 +79,7 @@ def planned_model(settings: PlanSettings) -> tuple[Model, PlanSettings, tuple[st
 
 def _as_it_is(settings: PlanSettings, config: ModelConfig, length: int, reads: int) -> PlanSettings:
     """Returns the settings with the attention of a family that cannot become LSG, whose checkpoints
-    are planned unchanged; raises ValueError for settings that ask for something else."""
+    are planned unchanged; raises ValueError for settings that would change it."""
     own = config.attention
     if settings.lsg or settings.attention == "full" or length > reads:
         asked = [*settings.lsg, *([] if length <= reads else [f"max_length={length}"])]
@@ -95,7 +95,7 @@ def _written(model: Model, settings: PlanSettings) -> dict[str, int]:
     """Returns the settings for the number of generated or target tokens; empty if there are none.
 
     Raises:
-        ValueError: if generated or target tokens are asked for and the task has none.
+        ValueError: if generated or target tokens are requested and the task has none.
     """
     writes, given = model.task_record.generates, settings.max_target_length
     if settings.mode == "generate":
@@ -218,7 +218,7 @@ def _placed(tree: Any, shardings: Any) -> Any:
 
 
 def _bytes_per_chip(tree: Any) -> int:
-    """The bytes per chip of abstract arrays with shardings; random keys are not counted."""
+    """Returns the bytes per chip of abstract arrays with shardings, without random keys."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):

@@ -1,8 +1,8 @@
-"""The picture of plans: their work beside what the memory and the links of their chip allow.
+"""Draws the rooflines of plans: their work, and what their chip allows.
 
-A point stands at its FLOPs per byte (across) and at the FLOP/s of the least time that it can take
-(up). The roof above it is the chip's peak, and where bytes are the limit their rate times FLOPs
-per byte. Main memory and the links to other chips have a panel each.
+A point has its FLOPs per byte as x, and the FLOP/s of the least time that it can take as y. The
+roof above it is the chip's peak or, if bytes are the limit, the bandwidth times FLOPs per byte.
+Main memory and the links to other chips have a panel each.
 """
 
 import os
@@ -31,8 +31,8 @@ class RooflinePoint(NamedTuple):
         flops: of matrix products.
         bytes: to and from main memory.
         sent: bytes to other chips.
-        seconds: the least that it can take.
-        limit: what takes so long: "FLOPs", "memory traffic" or "collectives".
+        seconds: the least time that it can take.
+        limit: what takes that time: "FLOPs", "memory traffic" or "collectives".
     """
 
     what: str
@@ -69,7 +69,7 @@ def _point(what: str, program: ProgramReport, times: dict[str, float]) -> Roofli
 
 
 def check_roofline(topology: str, file: pathlib.Path) -> None:
-    """Raises, before anything is compiled, what `draw_roofline` would raise of chip and file.
+    """Raises the errors of `draw_roofline` about chip and file, before anything is compiled.
 
     Raises:
         ValueError: for a topology without a chip, and for a file of another kind.
@@ -78,11 +78,11 @@ def check_roofline(topology: str, file: pathlib.Path) -> None:
     """
     if parse_topology(topology).chip is None:
         raise ValueError(
-            f"topology={topology!r} has no known peaks to draw {file} from; give that of a TPU or "
-            f"GPU: {', '.join(CHIPS)}."
+            f"topology={topology!r} has no known peaks, from which {file} is drawn; give one of "
+            f"TPUs or GPUs: {', '.join(CHIPS)}."
         )
     if file.suffix not in _KINDS:
-        raise ValueError(f"{file} must end in {', '.join(_KINDS)}, the kinds of pictures.")
+        raise ValueError(f"{file} must end in {', '.join(_KINDS)}, the formats of pictures.")
     folder = check_file(file).absolute().parent
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder to write {file.name} into; make it first.")
@@ -116,9 +116,9 @@ def roofline_figure(file: pathlib.Path, plans: Mapping[str, Plan]) -> Any:
     }
     if len(kinds) != 1 or not drawn:
         raise ValueError(
-            f"{file} is not drawn: it needs plans with FLOPs for one kind of chip, not "
-            f"{len(drawn)} of {len(plans)} plans for {', '.join(sorted(kinds)) or 'none'}. A "
-            "program that the compiler refuses has no FLOPs; make it fit first."
+            f"{file} is not drawn: it needs plans with FLOPs for one kind of chip, but "
+            f"{len(drawn)} of {len(plans)} plans for {', '.join(sorted(kinds)) or 'none'} have "
+            "FLOPs. A program that the compiler refuses has none; make it fit first."
         )
     (kind,) = kinds
     chip, every = CHIPS[kind], [point for points in drawn.values() for point in points]
@@ -141,7 +141,7 @@ def _heading(name: str, plan: Plan) -> str:
 
 
 class _Panel(NamedTuple):
-    """What bytes go to, FLOP/s and bytes/s of the chip, and the field of points with the bytes."""
+    """Where bytes go, the chip's FLOP/s and bytes/s, and the field of points with these bytes."""
 
     title: str
     peak: float
@@ -154,7 +154,7 @@ def _draw_points(axes: Any, panel: _Panel, drawn: Mapping[str, list[RooflinePoin
         axes.plot([], [], " ", label=name)
         for point in points:
             given = getattr(point, panel.field)
-            across = [point.flops / given] if given else []  # in the legend alone: it sends nothing
+            across = [point.flops / given] if given else []  # only the legend if it sends nothing
             up = [point.flops / point.seconds] * len(across)
             label = f"{point.what}: {1e3 * point.seconds:,.2f} ms at least, by its {point.limit}"
             style = {"marker": _MARKERS[point.what], "color": f"C{number}", "markersize": 9}
@@ -162,7 +162,7 @@ def _draw_points(axes: Any, panel: _Panel, drawn: Mapping[str, list[RooflinePoin
 
 
 def _draw_roof(axes: Any, panel: _Panel, points: list[RooflinePoint]) -> None:
-    """The roof over these points, its two numbers, and where its parts meet."""
+    """Draws the roof over these points, its two numbers, and where its parts meet."""
     from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
     edge = panel.peak / panel.rate

@@ -128,8 +128,8 @@ def largest_batch(
 
 
 def _guess(low_rows: int, low: Plan | None, high_rows: int, high: Plan | None) -> int:
-    """The rows at which a line through two measured needs, or through one and the fixed part, meets
-    the capacity."""
+    """Returns the rows at which a line through the memory of two plans, or of one plan and of no
+    rows, reaches the capacity."""
     known: Any = low or high
     fixed = known.memory.parameters + known.memory.optimizer
     ends = [(0, fixed)] + [

@@ -97,7 +97,7 @@ class PlanSettings:
         check_axes(self.mesh)
         if self.lora_target_modules and self.lora_r is None:
             raise ValueError(
-                f"lora_target_modules={self.lora_target_modules} need lora_r, the adapters' rank."
+                f"lora_target_modules={self.lora_target_modules} need lora_r, the rank; set it."
             )
         for name in ("max_length", "max_target_length", "max_new_tokens", "num_beams", "lora_r"):
             if (number := getattr(self, name)) is not None and number < 1:
@@ -150,7 +150,7 @@ class StepReads:
 
 @dataclasses.dataclass(frozen=True)
 class GenerationPlan:
-    """What a plan of generation has beside the work of a step.
+    """The results that only a plan of generation has, beside the work of a step.
 
     Attributes:
         reads: the bytes that a step must read, to compare its memory traffic with.

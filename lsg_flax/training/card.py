@@ -17,6 +17,7 @@ from lsg_flax.hub import (
     table,
     write_card,
 )
+from lsg_flax.progress import count_of
 from lsg_flax.training.log import SCORED, read_log
 from lsg_flax.training.settings import Settings, Words
 from lsg_flax.training.source import SourceModel
@@ -80,8 +81,8 @@ def _card(settings: Settings, train: TokenizedDataset, step: int) -> Card:
         sections[f"Scores on {held_out}"] = table(values, ("score", "value"))
     sections["Settings of `lsg-flax train`"] = f"```yaml\n{_given(settings)}```"
     about = (
-        f"`{_shown(settings.model)}`, trained for {settings.task} by lsg_flax, {step:,} steps, in "
-        f"{settings.dtype}."
+        f"`{_shown(settings.model)}`, trained for {settings.task} by lsg_flax, "
+        f"{count_of(step, 'step')}, in {settings.dtype}."
     )
     return Card(about, sections, scores, held_out)
 

@@ -1,6 +1,9 @@
 """Distillation of embeddings: a student that reads a long text at once learns the vectors that a
 dense teacher gives to short parts of it, and for the whole text their average.
 
+The loss is the squared distance of both vectors, as in arXiv 2004.09813. The student's vectors of
+parts are pooled from its states of the whole text, as in arXiv 2409.04701 (late chunking).
+
 Axes: B batch, T tokens, X spans (the parts of a text), D model width.
 """
 
@@ -154,7 +157,7 @@ def check_part(name: str, length: int | None, reads: int, frame: Frame) -> None:
     """Raises ValueError for a length of parts that the teacher called `name` cannot read."""
     if length is None or not frame.size < length <= reads:
         raise ValueError(
-            f"teacher_length={length} must lie in {frame.size + 1}..{reads}: {name} reads at most "
+            f"teacher_length={length} must be in {frame.size + 1}..{reads}: {name} reads at most "
             f"{reads} tokens, {frame.size} special ones included."
         )
 

@@ -156,13 +156,7 @@ def _evaluate_vectors(settings: Settings, progress: bool) -> EvaluationReport:
 
 def _source(settings: Settings) -> SourceModel:
     """Opens the checkpoint; raises ValueError if it has no head for the task."""
-    checkpoint = open_checkpoint(settings.model)
-    if checkpoint.head != settings.task:
-        names = ", ".join(checkpoint.architectures) or "a model without a head"
-        raise ValueError(
-            f"{settings.model} is {names} and has no head for {settings.task}; train that head "
-            "first (lsg-flax train), or give the task that the model was trained for."
-        )
+    open_checkpoint(settings.model).require_head(settings.task)
     return open_source(settings.model, settings.task, settings.max_length, convert=False)
 
 

@@ -10,7 +10,8 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from jax.sharding import Mesh
 from lsg_flax import hub
 from lsg_flax.data import DataOptions, TokenizedDataset, train_batches
 from lsg_flax.models import Model, Params
-from lsg_flax.progress import say
+from lsg_flax.progress import count_of, say
 from lsg_flax.training.card import check_publishing, publish
 from lsg_flax.training.embedding_source import no_pooler_needed
 from lsg_flax.training.flops import train_flops
@@ -149,19 +150,22 @@ def _run(
     when = every, settings.stopping(*settings.judged_by)
     evaluation = scores and Evaluation(lambda state: scores(trained_params(state)), *when)
     identity = settings.identity | _contents(model, steps, train, held_out)
-    saving = settings.saving(output / "checkpoints", every, identity)
+    saving = settings.saving(_checkpoints(settings), every, identity)
     flops = functools.partial(train_flops, model)
     log = settings.logging(output / "log", steps, flops=flops, progress=progress)
     step = step_by(optimizer)
     run = {"steps": steps, "mesh": mesh, "microbatches": settings.accumulate > 1}
     run |= {"evaluation": evaluation, "saving": saving, "logging": log}
-    if saved_steps(saving.folder):
+    if saved := saved_steps(saving.folder):
         check_settings(saving.folder, identity)  # `fit` checks too, but only after `begins()`
     begins()
+    if saved and saved[-1] >= steps and progress and jax.process_index() == 0:
+        done = count_of(steps, "step")
+        say(f"already finished after {done}: nothing is trained; more steps need another OUTPUT")
     state, history = fit(step, state, batches, **run)
     batches.close()
     if settings.picture and jax.process_index() == 0:
-        draw_run(output / "log", train.lengths, batches.buckets)
+        draw_run(output / "log", train.read_lengths, batches.buckets)
     last = history[-1] if history else {}
     if evaluation is not None and not history:  # the run was finished before this call
         last = evaluation.function(state)
@@ -182,9 +186,25 @@ def _load(
         source.check_tokens(part)
     _say_cut(data[0], options, shown=progress)
     dtype, head = jnp.dtype(settings.dtype).type, head_for(data[0], options)
-    with no_pooler_needed() if source.sentences else contextlib.nullcontext():
+    resumes = bool(saved_steps(_checkpoints(settings)))
+    with _needed_warnings(source, resumes=resumes):
         model, params = source.load(head, settings.lsg, dtype, mesh)
     return data, tokenizer, model.clone(remat=settings.remat), params
+
+
+def _checkpoints(settings: Settings) -> pathlib.Path:
+    return pathlib.Path(settings.output) / "checkpoints"
+
+
+@contextlib.contextmanager
+def _needed_warnings(source: SourceModel, *, resumes: bool) -> Iterator[None]:
+    """Suppresses warnings of weights that the run does not use: a pooler, or, if it resumes, those
+    that its checkpoint replaces."""
+    pooler = no_pooler_needed() if source.sentences else contextlib.nullcontext()
+    with pooler, warnings.catch_warnings():
+        if resumes:
+            warnings.filterwarnings("ignore", "weights for task")
+        yield
 
 
 def _say_cut(train: TokenizedDataset, options: DataOptions, *, shown: bool) -> None:

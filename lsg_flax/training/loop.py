@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from lsg_flax.models import Batch
-from lsg_flax.progress import Compiled, doing, say
+from lsg_flax.progress import Compiled, count_of, doing, say
 from lsg_flax.sharding import shard, shard_batch
 from lsg_flax.training.log import CompilationCounter, Logging, RunLog, StepRecorder
 from lsg_flax.training.losses import Metrics
@@ -57,6 +57,9 @@ class Evaluation:
         function: returns the metrics of a state.
         every: steps between two calls; the last step is always evaluated.
         stopping: ends the run early, and saves it, once its metrics stop improving.
+
+    Raises:
+        ValueError: if `every` is not a whole number of at least 1.
     """
 
     function: Callable[[TrainState], Metrics]
@@ -117,16 +120,9 @@ def fit(
     _check_options(evaluation, saving, mesh)
     iterator, logging, compiled = iter(batches), logging or Logging(), Compiled()
     with contextlib.ExitStack() as stack:
-        if mesh is not None:
-            state = shard(state, mesh)
-            stack.enter_context(jax.set_mesh(mesh))
-        saver = None
-        if saving is not None:
-            saver = stack.enter_context(Checkpoints(saving))  # first: it locks out other runs
-            state = _resumed(state, iterator, saving)
-        first, patience = int(state.step), _Patience(evaluation)
-        if saving is not None:
-            patience.go_on(saved_waiting(saving.folder, first))
+        state, saver = _begin(stack, state, iterator, mesh=mesh, saving=saving)
+        first = int(state.step)
+        patience = _Patience(evaluation, saving and saved_waiting(saving.folder, first))
         stop = stack.enter_context(Stop(active=saver is not None))
         out = stack.enter_context(RunLog(logging, first=first, steps=steps))
         counter = stack.enter_context(CompilationCounter(step))
@@ -172,6 +168,25 @@ def _check_options(
         )
 
 
+def _begin(
+    stack: contextlib.ExitStack,
+    state: TrainState,
+    iterator: Iterator[Batch],
+    *,
+    mesh: jax.sharding.Mesh | None,
+    saving: Saving | None,
+) -> tuple[TrainState, Checkpoints | None]:
+    """Enters the mesh and opens the checkpoints until `stack` ends; returns the state to start
+    from, sharded over the mesh, and the checkpoints."""
+    if mesh is not None:
+        state = shard(state, mesh)
+        stack.enter_context(jax.set_mesh(mesh))
+    if saving is None:
+        return state, None
+    saver = stack.enter_context(Checkpoints(saving))  # first: it locks out other runs
+    return _resumed(state, iterator, saving), saver
+
+
 def _resumed(state: TrainState, iterator: Iterator[Batch], saving: Saving) -> TrainState:
     """Returns the state to start from, and moves `iterator` to its position in the data."""
     if not (hasattr(iterator, "get_state") and hasattr(iterator, "set_state")):
@@ -200,13 +215,10 @@ def _resumed(state: TrainState, iterator: Iterator[Batch], saving: Saving) -> Tr
 class _Patience:
     """Counts how long a run has waited for better scores, for early stopping."""
 
-    def __init__(self, evaluation: Evaluation | None):
+    def __init__(self, evaluation: Evaluation | None, saved: Any):
+        """Starts from the count in a checkpoint; None if there is none."""
         self._rule = evaluation.stopping if evaluation else None
-        self.waiting: Waiting | None = None
-
-    def go_on(self, saved: Any) -> None:
-        """Continues from the count in a checkpoint."""
-        self.waiting = self._rule and saved and Waiting(*saved)
+        self.waiting: Waiting | None = self._rule and saved and Waiting(*saved)
 
     def see(self, scores: Metrics) -> Metrics:
         """Takes an evaluation's scores, and returns them."""
@@ -223,7 +235,7 @@ class _Patience:
         if self._rule is not None and self.waiting is not None and jax.process_index() == 0:
             say(
                 f"stopping early, after {number:,} of {steps:,} steps: {self._rule.metric} did not "
-                f"improve in {self.waiting.evaluations} evaluations; the best was "
+                f"improve in {count_of(self.waiting.evaluations, 'evaluation')}; the best was "
                 f"{self.waiting.best:.4f}"
             )
 

@@ -37,7 +37,7 @@ def make_schedule(
     """
     if not 0 <= warmup_steps < total_steps:
         raise ValueError(
-            f"warmup_steps={warmup_steps} must lie in 0..{total_steps - 1}, below "
+            f"warmup_steps={warmup_steps} must be in 0..{total_steps - 1}, below "
             f"total_steps={total_steps}."
         )
     falling = {
@@ -130,7 +130,8 @@ def layer_rates(params: Params, decay: float) -> Params:
     the layer before, and so on; with L layers it is `decay` ** (L + 1) for the embeddings. Stacked
     layers have a vector [L, 1, ...]. Each stack of an encoder-decoder counts on its own; word
     embeddings that both share take the factor of the deeper stack. A group of ALBERT's layers
-    counts as one layer.
+    counts as one layer. The factors are those of BEiT's fine-tuning (arXiv 2106.08254; its
+    optim_factory.py).
 
     Raises:
         ValueError: if layers are stacked by their kind of attention and so have no order, as in a

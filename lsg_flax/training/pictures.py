@@ -28,18 +28,18 @@ def _figure(size: tuple[float, float], file: pathlib.Path) -> Any:
         return None
 
 
-def draw_run(
-    log: pathlib.Path, lengths: Int[np.ndarray, "O"], buckets: tuple[int, ...]
-) -> pathlib.Path | None:
-    """Draws the loss, the scores, the learning rate and the lengths of a run.
+def run_figure(
+    log: pathlib.Path, lengths: dict[str, Int[np.ndarray, "O"]], buckets: tuple[int, ...]
+) -> Any:
+    """Returns the figure of a run: the loss, the scores, the learning rate and the lengths.
 
     Args:
-        log: folder with metrics.jsonl; gets run.png.
-        lengths: numbers of tokens of the training rows.
-        buckets: the lengths that they are padded to.
+        log: folder with metrics.jsonl.
+        lengths: numbers of tokens of the training rows by stream, the inputs first.
+        buckets: the lengths that inputs are padded to.
 
     Returns:
-        The file of the picture; None without matplotlib.
+        A figure of matplotlib; None, and a warning, without matplotlib.
     """
     records = read_log(log)
     figure = _figure((10.0, 7.0), log / RUN)
@@ -53,17 +53,37 @@ def draw_run(
     for name in names:
         _curve(score, records, name, label=name.removeprefix(SCORED), marker="o")
     _curve(rate, records, "learning_rate")
-    length.hist(lengths, bins=min(40, max(int(lengths.max()), 1)), color="C0")
+    longest = max(int(of.max()) for of in lengths.values())
+    colors = ["C0", "C2", "C3"][: len(lengths)]
+    length.hist(
+        [*lengths.values()], min(40, max(longest, 1)), stacked=True, color=colors, label=[*lengths]
+    )
     for bucket in buckets:
         length.axvline(bucket, color="C1", linewidth=1)
-    titles = ("loss", "scores on held-out data", "learning rate", "tokens of a row; buckets")
+    several = len(lengths) > 1
+    tokens = "tokens of a text; buckets of inputs" if several else "tokens of a row; buckets"
+    titles = ("loss", "scores on held-out data", "learning rate", tokens)
     for axes, title in zip((loss, score, rate, length), titles, strict=True):
         axes.set_title(title)
         if axes is not length:
             axes.set_xlabel("step")
-    loss.legend()
-    if names:
-        score.legend()
+    for axes, labelled in ((loss, True), (score, names), (length, several)):
+        if labelled:
+            axes.legend()
+    return figure
+
+
+def draw_run(
+    log: pathlib.Path, lengths: dict[str, Int[np.ndarray, "O"]], buckets: tuple[int, ...]
+) -> pathlib.Path | None:
+    """Draws a run as `run_figure` to run.png in the folder of its log.
+
+    Returns:
+        The file of the picture; None, and a warning, without matplotlib.
+    """
+    figure = run_figure(log, lengths, buckets)
+    if figure is None:
+        return None
     figure.savefig(log / RUN, dpi=100)
     return log / RUN
 

@@ -257,7 +257,7 @@ class Settings(Refinements, EmbeddingSettings):
                 if value is not None and value > _LARGEST:
                     raise ValueError(f"{name}={short(value)} must be at most {_LARGEST}.")
         if not 0 <= self.seed <= LARGEST_SEED:
-            raise ValueError(f"seed={short(self.seed)} must lie in 0..{LARGEST_SEED}.")
+            raise ValueError(f"seed={short(self.seed)} must be in 0..{LARGEST_SEED}.")
         for name in ("buckets", "target_buckets"):
             lengths = getattr(self, name)
             if lengths and not 1 <= min(lengths) <= max(lengths) <= _LARGEST:

@@ -33,6 +33,9 @@ class EarlyStopping:
     Attributes:
         metric: name of one of the evaluation's metrics.
         mode: whether "max" or "min" of it is best.
+
+    Raises:
+        ValueError: for a patience below 1 or a negative threshold.
     """
 
     metric: str

@@ -10,7 +10,6 @@ import numpy as np
 from lsg_flax.buckets import default_buckets
 from lsg_flax.data import (
     INPUT,
-    READ,
     TARGET,
     Packing,
     TokenizedDataset,
@@ -134,7 +133,6 @@ def _ladders(
 
 def _survey_of(data: TokenizedDataset, buckets: tuple[int, ...], length: int) -> DataSurvey:
     lengths = np.asarray(data.lengths)  # [O]
-    read = {name: stream.lengths for name, stream in data.streams.items() if name in READ}
     ladder = np.sort(buckets)
     padded = ladder[np.searchsorted(ladder, lengths)]
     found, counts = np.unique(padded, return_counts=True)
@@ -142,7 +140,7 @@ def _survey_of(data: TokenizedDataset, buckets: tuple[int, ...], length: int) ->
         len(data),
         data.skipped,
         data.spread,
-        {name: spread(of) for name, of in read.items() if name != INPUT},
+        {name: spread(of) for name, of in data.read_lengths.items() if name != INPUT},
         data.cut.words(length),
         _count_labels(data),
         dict(zip(found.tolist(), counts.tolist(), strict=True)),

@@ -69,7 +69,7 @@ def random_mask(generator, batch: int, length: int) -> np.ndarray:
 
 def leaks(pattern: dict, mask: np.ndarray) -> bool:
     """Whether the reference lets padding into the result: a group of nothing else, with
-    bos_pooling (reference-behaviour 1.7)."""
+    bos_pooling (docs/design.md)."""
     config = LSGConfig(**{k: v for k, v in pattern.items() if k in LSGConfig.__dataclass_fields__})
     length, block, factor = mask.shape[-1], config.block_size, config.sparsity_factor
     if not config.is_sparse or effective_type(config) != "bos_pooling" or factor == 1:

@@ -28,7 +28,7 @@ SIZES = dict(
 )
 DECODER = dict(is_decoder=True)
 # Differences of the config, and of the case. A token that sees only itself, in several rounds, has
-# weights in float32 that are off by 3e-3, see reference-behaviour.md.
+# weights in float32 that are off by 3e-3 (docs/design.md).
 OPTIONS = {
     "usual": ({}, {}),
     "usual_causal": (DECODER, {}),

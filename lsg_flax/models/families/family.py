@@ -194,6 +194,17 @@ class Family:
             )
         return self.heads[task]
 
+    def contains(self, own: str, task: str) -> bool:
+        """Whether a checkpoint with the head `own` has the trained head of another task too, such
+        as that of masked_lm in one of pretraining. Tasks name their `classifier` alike, but each
+        is another.
+
+        Raises:
+            ValueError: if the family has no head for the task.
+        """
+        wanted = {row.torch for row in self.head(task).rows}
+        return "classifier" not in wanted and wanted <= {row.torch for row in self.head(own).rows}
+
     def task_of(self, class_name: str) -> str | None:
         """Returns the task of a PyTorch class; None if the class is not of this family."""
         names = {
