@@ -21,7 +21,7 @@ from lsg_flax.attention import (
 )
 from lsg_flax.models import read_config
 from lsg_flax.patterns import Local
-from lsg_flax.patterns.config import LSGConfig
+from lsg_flax.patterns.config import SPARSITY_TYPES, LSGConfig
 from lsg_flax.training.losses import loss_fn
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -169,6 +169,11 @@ MODELS = [  # family, task, LSG or full attention
     ("squeezebert", "sequence_classification", LSG),
     ("bert", "sequence_classification", dataclasses.replace(LSG, mask_first_token=True)),
     ("bert", "token_classification", dataclasses.replace(LSG, pool_with_global=False)),
+    *(
+        ("bert", "token_classification", dataclasses.replace(LSG, sparsity_type=kind))
+        for kind in SPARSITY_TYPES
+        if kind != LSG.sparsity_type
+    ),
 ]
 
 
