@@ -29,10 +29,9 @@ from tpu_programs import (
 ROWS, TOKENS, HEADS, WIDTH, BLOCK = 4, 4096, 12, 64, 128
 FILLER = 15  # places behind tokens and global that fill up a tile
 # Of a kernel's loops, for one group of heads: over blocks that are brought into the chip, over
-# blocks of queries, over the keys of globals (twice for gradients), and over blocks of which
-# gradients are written.
+# blocks of queries, over the keys of globals, and over blocks of which gradients are written.
 BLOCKS, RUNS = TOKENS // BLOCK, TOKENS // BLOCK // 16
-ROUNDS = {"forward": (BLOCKS, BLOCKS, RUNS), "backward": (BLOCKS, BLOCKS, RUNS, RUNS, BLOCKS)}
+ROUNDS = {"forward": (BLOCKS, BLOCKS, RUNS), "backward": (BLOCKS, BLOCKS, RUNS, BLOCKS)}
 COPY = 64  # bundles at most of a loop that copies what is less than a tile, in a round or two
 OPERATIONS = ("sort", "gather", "scatter")
 CASES = [(what, passes) for what in ("layer", "pallas", "xla") for passes in ("forward", "both")]

@@ -94,7 +94,7 @@ def test_a_real_tpu_compilation_makes_a_row_of_the_report(script, tmp_path, caps
     script("tpu_report").main([*options, "--output", str(tmp_path)])
     (row,) = json.loads((tmp_path / "tpu_report.json").read_text())
     assert 0 < row["gigabytes"] <= 0.3 and row["sort"] == row["gather"] == row["scatter"] == 0
-    assert 0 < row["forward"] <= 1.2e6 and row["forward"] < row["backward"] <= 2.3e6
+    assert 0 < row["forward"] <= 1.2e6 and row["forward"] < row["backward"] < 2.2e6
     assert "| v5e | fused kernels within a layer, forward and backward |" in capsys.readouterr().out
 
 

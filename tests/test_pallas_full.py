@@ -276,10 +276,11 @@ def test_a_real_tpu_compilation_of_full_and_local_attention():
     found = {(line.pop("case"), line.pop("passes")): line for line in lines}
     array = 2 * 4 * 4096 * 12 * 64 / 1e9
     assert found["local", "forward"]["gigabytes"] < 1.1 * 4 * array
-    # With gradients copies to [rows, tokens, features] too, of which one is a temporary array.
-    assert found["local", "both"]["gigabytes"] < 4.2 * 4 * array
-    assert found["local", "forward"]["temporaries"] < 5
-    assert found["local", "both"]["temporaries"] < 1.1e3 * array
+    assert (
+        found["local", "both"]["gigabytes"] < 5.5 * 4 * array
+    )  # copies to [rows, tokens, features], too
+    for passes in ("forward", "both"):
+        assert found["local", passes]["temporaries"] < 5
     assert found["full", "forward"]["gigabytes"] < 0.5 and found["full", "both"]["gigabytes"] < 1.5
     assert found["full", "forward"]["temporaries"] < 5
     assert found["full", "both"]["temporaries"] < 220

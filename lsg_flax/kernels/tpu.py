@@ -256,12 +256,12 @@ def _attend(plan: FusedPlan, arrays: FusedArrays) -> Float[Array, "B T D"]:
 
 def _attend_forward(plan: FusedPlan, arrays: FusedArrays):
     results = checkpoint_name(tpu_forward.forward(plan, arrays), ATTENDED)
-    return results[0], (arrays, results[1])
+    return results[0], (arrays, results)
 
 
 def _attend_backward(plan: FusedPlan, saved, gradient):
-    arrays, normaliser = saved
-    gradients = tpu_backward.backward(plan, arrays, normaliser, gradient)
+    arrays, results = saved
+    gradients = tpu_backward.backward(plan, arrays, results, gradient)
     none = FusedArrays(*(None for _ in FusedArrays._fields))
     return (none._replace(**gradients._asdict()),)
 

@@ -24,10 +24,9 @@ from lsg_flax.kernels.tpu_plan import GROUP, FusedArrays, FusedPlan, OnChip
 
 
 class Results(NamedTuple):
-    """References to the log-normalisers of the forward pass, and to the gradient of its context.
-    The context itself is not read: it is rounded, so the weighted mean of the weights' gradients
-    is more exact without it."""
+    """References to the results of the forward pass, and to the gradient of its context."""
 
+    context: Any  # [B, T, D]
     gradient: Any  # [B, T, D]
     normaliser: Any  # [B, N, T / Q, Q]
 
@@ -84,12 +83,14 @@ def _one_block(plan, step, place, inputs, results, gradients, scratch) -> None:
     rows = select.part_of(plan.block, place)
     query = tpu_step.turned(plan, inputs, inputs.query[0, rows, :], block)
     gradient = results.gradient[0, rows, :]
+    both = gradient.astype(jnp.float32) * results.context[0, rows, :].astype(jnp.float32)
     of_queries: list[Array] = []
     of_keys: list[Array] = []  # of keys and values, [W, 128]
     for head in range(plan.group_heads):
         mine = select.of_head(plan, head)
         own_query = tpu_step.scaled(plan, query, head)
         own_gradient = jnp.where(mine, gradient, 0).astype(plan.dtype)
+        delta = select.to_row(jnp.where(mine, both, 0.0).sum(axis=1, keepdims=True))  # [1, Q]
         scores = select.product(key, own_query, (1, 1))  # [W, Q]
         normaliser = results.normaliser[0, head, pl.ds(place, 1), :]
         weights = jnp.exp(jnp.minimum(scores - normaliser, 0.0))
@@ -98,15 +99,13 @@ def _one_block(plan, step, place, inputs, results, gradients, scratch) -> None:
         of_weights = select.product(value, own_gradient, (1, 1))
         kept = weights
         if plan.spec.dropout_rate:
-            kept = weights * tpu_step.dropped(
-                plan, step, inputs.seeds, block, head, transposed=True
-            )
-        of_scores = kept * of_weights
-        of_scores -= weights * of_scores.sum(axis=0, keepdims=True)
-        of_scores = of_scores.astype(plan.dtype)
-        # In this order, in which the compiler's schedule is shortest.
-        of_value = select.product(kept.astype(plan.dtype), own_gradient, (1, 0))
-        parts = select.product(of_scores, own_query, (1, 0)), of_value  # [W, 128]
+            factor = tpu_step.dropped(plan, step, inputs.seeds, block, head, transposed=True)
+            kept, of_weights = weights * factor, of_weights * factor
+        of_scores = (weights * (of_weights - delta)).astype(plan.dtype)
+        parts = (
+            select.product(of_scores, own_query, (1, 0)),  # [W, 128]
+            select.product(kept.astype(plan.dtype), own_gradient, (1, 0)),
+        )
         of_queries.append(select.product(of_scores, key, (0, 0)))  # [Q, 128]
         of_keys = [x + y for x, y in zip(of_keys, parts, strict=True)] if head else list(parts)
     of_query = select.join_heads(plan, of_queries) * plan.scale
@@ -171,13 +170,14 @@ def _finish(plan: FusedPlan, inputs, gradients: Gradients, scratch: Scratch) -> 
 def backward(
     plan: FusedPlan,
     arrays: FusedArrays,
-    normaliser: Float[Array, "B N _ Q"],
+    results: tuple[Float[Array, "B T D"], Float[Array, "B N _ Q"]],
     gradient: Float[Array, "B T D"],
 ) -> Gradients:
     """Returns the gradients of queries, keys and values."""
+    context, normaliser = results
     specs = tpu_forward.block_specs(plan, arrays)
-    given = Results(gradient, normaliser)
-    given_specs = Results(specs.query, tpu_forward.normaliser_spec(plan))
+    given = Results(context, gradient, normaliser)
+    given_specs = Results(specs.query, specs.query, tpu_forward.normaliser_spec(plan))
     wanted = Gradients(arrays.query, arrays.key, arrays.value, arrays.shared, arrays.given)
     wanted_specs = Gradients(specs.query, specs.key, specs.value, specs.shared, specs.given)
     scratch = _scratch(plan)
@@ -185,7 +185,7 @@ def backward(
     outputs = pl.pallas_call(
         partial(_kernel, plan, trees),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.tree.leaves(wanted)],
-        grid=(gradient.shape[0], plan.heads // plan.group_heads, plan.steps),
+        grid=(context.shape[0], plan.heads // plan.group_heads, plan.steps),
         in_specs=jax.tree.leaves((specs, given_specs)),
         out_specs=jax.tree.leaves(wanted_specs),
         scratch_shapes=jax.tree.leaves(scratch),

@@ -106,44 +106,35 @@ def _backward(plan, step: Step, block: Block, inputs, results, of_query, scratch
         of_query[0, here, :] = gradient
         return
     heads = range(plan.group_heads)
-    query = _rows(plan, block, inputs.query)
+    query, context = (_rows(plan, block, x) for x in (inputs.query, results.context))
     own = _stacked(plan, [scaled(plan, query, head) for head in heads])
-    mine = [jnp.where(select.of_head(plan, head), gradient, 0) for head in heads]
-    own_gradient = _stacked(plan, [x.astype(plan.dtype) for x in mine])
+    mine = [select.of_head(plan, head) for head in heads]
+    own_gradient = _stacked(plan, [jnp.where(m, gradient, 0).astype(plan.dtype) for m in mine])
+    both = gradient.astype(jnp.float32) * context.astype(jnp.float32)
+    delta = _stacked(plan, [jnp.where(m, both, 0.0).sum(axis=1, keepdims=True) for m in mine])
     at = slice(block.place, block.place + 1)
     columns = [select.to_column(results.normaliser[0, head, at, :]) for head in heads]
     normaliser = _stacked(plan, [column[: block.rows] for column in columns])  # [O, 1]
 
-    def read(run: KeyRun):
-        """The keys, the weights before and after dropout, and these times their gradients."""
-        key, value = (x[_seen(run), :] for x in scratch.memory[:2])
-        scores = select.product(own, key, (1, 1)) + run.hidden
-        kept = weights = jnp.exp(jnp.minimum(scores - normaliser, 0.0))
-        if plan.spec.dropout_rate:
-            kept = weights * _dropped(plan, step, block, inputs.seeds, run)
-        return key, weights, kept, kept * select.product(own_gradient, value, (1, 1))
-
-    def add_to_mean(run: KeyRun, carry: Carry) -> Carry:
-        part = read(run)[-1].sum(axis=1, keepdims=True)
-        return part if carry is None else carry + part
-
-    mean = _over_keys(plan, inputs, add_to_mean)  # [O, 1]
-
     def one_run(run: KeyRun, carry: Carry) -> Carry:
-        key, weights, kept, of_kept = read(run)
-        of_scores = (of_kept - weights * mean).astype(plan.dtype)
-        scratch.sums.keys[_seen(run), :] += select.product(of_scores, own, (0, 0))
-        of_value = select.product(kept.astype(plan.dtype), own_gradient, (0, 0))
-        scratch.sums.values[_seen(run), :] += of_value
+        there = pl.ds(run.start, run.hidden.shape[1])
+        key, value = (x[there, :] for x in scratch.memory[:2])
+        scores = select.product(own, key, (1, 1)) + run.hidden
+        weights = jnp.exp(jnp.minimum(scores - normaliser, 0.0))
+        of_weights, kept = select.product(own_gradient, value, (1, 1)), weights
+        if plan.spec.dropout_rate:
+            factor = _dropped(plan, step, block, inputs.seeds, run)
+            kept, of_weights = weights * factor, of_weights * factor
+        of_scores = (weights * (of_weights - delta)).astype(plan.dtype)
+        scratch.sums.keys[there, :] += select.product(of_scores, own, (0, 0))
+        scratch.sums.values[there, :] += select.product(
+            kept.astype(plan.dtype), own_gradient, (0, 0)
+        )
         total = select.product(of_scores, key, (1, 0))
         return total if carry is None else carry + total
 
     total = _join(plan, _over_keys(plan, inputs, one_run)) * plan.scale
     of_query[0, here, :] = total.astype(plan.dtype)
-
-
-def _seen(run: KeyRun):
-    return pl.ds(run.start, run.hidden.shape[1])
 
 
 def _here(plan: FusedPlan, block: Block):

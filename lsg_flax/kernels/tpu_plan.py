@@ -253,7 +253,7 @@ class FusedPlan:
             moved += 2 * chosen
         total = 2 * scratch * row * size
         if backward:
-            moved *= 2
+            moved += moved + GROUP * self.block
             total += 2 * scratch * row * 4 + self.scratch_blocks * self.group_heads * self.block * 4
         total += 2 * moved * row * size + 2 * self.key_blocks * self.block * 4
         hidden = GROUP * self.group_heads * (-(-self.window // LANES) * LANES) * 4
