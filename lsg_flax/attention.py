@@ -361,11 +361,8 @@ def attend_windows(
     run: Runtime = ONE_DEVICE,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """`local_attention` with its options in two records, `pattern` and `run`.
-
-    Raises:
-        ValueError: as `local_attention`.
-    """
+    """`local_attention` with its options in two records, `pattern` and `run`; raises ValueError as
+    it does."""
     inputs = checked_tokens(query, key, value, mask, segment_ids)
     _check_bias(pattern, attn_bias, query.shape[2])
     features, source = inputs.features_first()

@@ -30,6 +30,7 @@ from lsg_flax.models import Model, Params, Pooling, check_pooling
 from lsg_flax.models import pool as pool
 from lsg_flax.pipelines.broken import BrokenLines, warn_of_skipped
 from lsg_flax.pipelines.documents import DocumentFile, Documents
+from lsg_flax.pipelines.tasks import check_max_length
 from lsg_flax.progress import say
 
 TEXTS, VECTORS = KINDS, (".npy", ".jsonl")
@@ -79,16 +80,10 @@ class Embedder:
 
     def __post_init__(self):
         """Checks that the parts fit together."""
-        longest = self.model.max_length
         if self.model.task != "base":
             raise ValueError(f"the model's task is {self.model.task!r}; load it with task='base'.")
         check_pooling(self.pooling, self.model.config)
-        if not 1 <= self.max_length <= longest:
-            remedy = self.model.config.or_convert("give fewer", max(self.max_length, longest + 1))
-            raise ValueError(
-                f"max_length={self.max_length} must be in 1..{longest}, what this model reads; "
-                f"{remedy}."
-            )
+        check_max_length(self.model, self.max_length)
 
     @classmethod
     def from_pretrained(

@@ -40,6 +40,7 @@ from lsg_flax.pipelines.tasks import (
     PipelineTask,
     Reader,
     TextClassification,
+    check_max_length,
     in_float32,
 )
 from lsg_flax.progress import Bar, say
@@ -155,16 +156,12 @@ def predict_file(
 
 
 def _limit_for(max_length: int | None, predictor: Predictor, tokenizer: Tokenizer | None) -> int:
-    model, longest = predictor.model, predictor.buckets[-1]
+    longest = predictor.buckets[-1]
     usual = longest if tokenizer is None else min(longest, tokenizer.model_max_length)
     limit = usual if max_length is None else max_length
-    if not 1 <= limit <= longest:
-        if longest < model.max_length:
-            raise ValueError(f"max_length={limit} must be in 1..{longest}, the largest of buckets.")
-        remedy = model.config.or_convert("give fewer", max(limit, longest + 1))
-        raise ValueError(
-            f"max_length={limit} must be in 1..{longest}, what this model reads; {remedy}."
-        )
+    if limit > longest and longest < predictor.model.max_length:
+        raise ValueError(f"max_length={limit} must be in 1..{longest}, the largest of buckets.")
+    check_max_length(predictor.model, limit)
     return limit
 
 

@@ -29,6 +29,7 @@ from lsg_flax.pipelines.tasks import (
     Reader,
     TextClassification,
     check_choice,
+    check_max_length,
     in_float32,
 )
 
@@ -202,8 +203,7 @@ def pipeline(
     found, limit = _tokenizer_of(tokenizer), network.max_length
     usual = min(limit, found.model_max_length)  # the length that the model was trained with
     max_length = usual if max_length is None else max_length
-    if not 1 <= max_length <= limit:
-        raise ValueError(f"max_length={max_length} must be in 1..{limit}, what this model reads.")
+    check_max_length(network, max_length)
     if buckets is None:
         buckets = default_buckets(max_length, SENTENCE_BUCKET)
     reader = Reader(

@@ -325,6 +325,16 @@ def a_text(item: object) -> str:
     return valid_text(item)
 
 
+def check_max_length(model: Model, length: int) -> None:
+    """Raises ValueError for a number of tokens that the model does not read."""
+    longest = model.max_length
+    if not 1 <= length <= longest:
+        remedy = model.config.or_convert("give fewer", max(length, longest + 1))
+        raise ValueError(
+            f"max_length={length} must be in 1..{longest}, what this model reads; {remedy}."
+        )
+
+
 def check_positive(**numbers: object) -> None:
     """Raises ValueError unless all numbers are integers of at least 1."""
     for name, number in numbers.items():
