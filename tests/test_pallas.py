@@ -64,7 +64,7 @@ def test_kernels_equal_the_oracle(case):
     assert_equal(case, 0, "pallas_interpret")
 
 
-# The same examples in each run: with rare ones (the last bfloat16 case with seed 30019) two or three
+# The same examples in each run: with rare ones (the last bfloat16 case with seed 30019) a few
 # gradients are beyond the limit, because they are computed from the rounded context.
 @pytest.mark.slow
 @hypothesis.settings(max_examples=12, deadline=None, derandomize=True, database=None)
