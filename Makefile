@@ -107,6 +107,7 @@ package: .venv/installed  ## build sdist and wheel, install the wheel, convert a
 	$(PIP) --constraint constraints.txt build
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist > /dev/null
+	@! tar -xOf dist/*.tar.gz --wildcards '*/PKG-INFO' | grep -nE '\]\((docs|examples|[A-Z])' || { echo 'PyPI has no such files'; exit 1; }
 	$(PYTHON) -m venv --clear .venv-package
 	.venv-package/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$$(ls dist/*.whl)[demo]"
 	.venv-package/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(DATA)

@@ -56,7 +56,8 @@ class Chip(NamedTuple):
         memory: bytes of memory. For a TPU those that a program can use, as XLA states when it
             refuses one (libtpu 0.0.42; the published capacity is a little more); for a GPU all that
             CUDA reports.
-        flops: matrix FLOP/s in bfloat16, without sparsity.
+        flops: matrix FLOP/s in bfloat16, without sparsity (a T4's in float16, as it has no
+            bfloat16).
         bandwidth: bytes/s of main memory.
         links: bytes/s that the chip sends to its neighbours over all links together.
         kinds: parts of JAX's `device_kind` by which it is recognised.
@@ -73,8 +74,8 @@ class Chip(NamedTuple):
 
 # Sources: "system architecture" pages of Google Cloud's TPU documentation (peak compute, HBM
 # bandwidth, inter-chip interconnect in Gbit/s: v4 2400, v5e 1600, v5p 4800, v6e 3584); NVIDIA's
-# data sheets (the SXM forms, A100 with 80 GB; half of NVLink's two-way bandwidth, of an L4
-# PCIe 4.0's), memory and the compiler's data as CUDA reports them.
+# data sheets (the SXM forms, A100 with 80 GB; half of NVLink's two-way bandwidth, of an L4 and a
+# T4 that of PCIe 4.0 and 3.0), memory and the compiler's data as CUDA reports them.
 CHIPS: dict[str, Chip] = {
     "v4": Chip(
         *(int(30.75 * GIB), 275e12, 1228e9, 300e9, ("TPU v4",)), Tpu(1.05e9, "v4-8", "megacore")
@@ -109,6 +110,10 @@ CHIPS: dict[str, Chip] = {
     "l4": Chip(
         *(int(22.03 * GIB), 121e12, 300e9, 32e9, ("L4",)),
         Gpu("NVIDIA L4", (8, 9), 58, 128, 1536, 100 << 10, 48 << 20, 2.04),
+    ),
+    "t4": Chip(
+        *(15_843_721_216, 65e12, 320e9, 16e9, ("T4",)),
+        Gpu("Tesla T4", (7, 5), 40, 64, 1024, 64 << 10, 4 << 20, 1.59),
     ),
 }
 # Limits of a TPU slice, of one GPU host, and of devices simulated by a processor.

@@ -81,11 +81,12 @@ def _tpu_options(topology: Topology, tpu: Tpu) -> dict[str, Any]:
 def _gpu_options(topology: Topology, chip: Chip, gpu: Gpu) -> dict[str, Any]:
     """Returns the options for one host of GPUs: the fields of XLA's GpuTargetConfigProto, and the
     topology."""
+    reserved = 1024 * (gpu.capability >= (8, 0))  # bytes of each block that CUDA keeps
     device: dict[str, int | float] = {
         "threads_per_block_limit": 1024,
         "threads_per_warp": 32,
         "shared_memory_per_block": 48 << 10,
-        "shared_memory_per_block_optin": gpu.shared - 1024,  # CUDA keeps one KiB of each block
+        "shared_memory_per_block_optin": gpu.shared - reserved,
         "shared_memory_per_core": gpu.shared,
         "threads_per_core_limit": gpu.threads,
         "core_count": gpu.cores,

@@ -1,6 +1,7 @@
 """The short examples run as they stand, in a tiny setting. The demo: test_demo.py."""
 
 import glob
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -8,6 +9,7 @@ import pathlib
 import subprocess
 import sys
 from fnmatch import fnmatch
+from types import SimpleNamespace
 
 import compiling
 import nbformat
@@ -166,9 +168,7 @@ def test_the_notebook_runs_as_it_stands(tmp_path, monkeypatch):
 )
 @pytest.mark.parametrize("source", ["clone", "wheel", "PyPI"])
 def test_the_notebook_installs_what_its_device_needs(tmp_path, monkeypatch, devices, build, source):
-    cell = next(c for c in nbformat.read(NOTEBOOK, as_version=4).cells if c.id == "install")
     ran = []
-    monkeypatch.setattr(subprocess, "run", lambda command, check: ran.append(command))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(glob, "glob", lambda pattern: [d for d in devices if fnmatch(d, pattern)])
     monkeypatch.chdir(EXAMPLES if source == "clone" else tmp_path)
@@ -176,11 +176,57 @@ def test_the_notebook_installs_what_its_device_needs(tmp_path, monkeypatch, devi
     places = {"clone": EXAMPLES.parent, "wheel": wheel}
     if source == "wheel":
         wheel.touch()
-    exec(cell.source, {})
+    run_install_cell(monkeypatch, lambda command: ran.append(command) or True)
     where = f" @ {places[source].resolve().as_uri()}" if source in places else ""
-    assert ran == [
-        [sys.executable, "-m", "pip", "install", "--quiet", build, f"lsg-flax[plots]{where}"]
-    ]
+    ((option, _, *packages),) = ran
+    assert option == "--constraint" and packages == [build, f"lsg-flax[plots]{where}"]
+
+
+def run_install_cell(monkeypatch, pip):
+    """Runs the notebook's first cell; `pip` gets what pip would install and says if it succeeds."""
+    cell = next(c for c in nbformat.read(NOTEBOOK, as_version=4).cells if c.id == "install")
+
+    def run(command, check, capture_output):
+        assert command[:5] == [sys.executable, "-m", "pip", "install", "--quiet"]
+        assert capture_output != check
+        return SimpleNamespace(returncode=0 if pip(command[5:]) else 1)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    exec(cell.source, {})
+
+
+def test_the_notebook_keeps_imported_packages_or_asks_for_a_restart(monkeypatch):
+    """Hosted runtimes import numpy before the first cell; a newer numpy below it breaks scipy."""
+    loaded = f"numpy=={np.__version__}"
+    find_spec = importlib.util.find_spec
+    absent = "lsg_flax"
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == absent else find_spec(name)
+    )
+    kept = []
+
+    def keeps(what):
+        kept.extend(pathlib.Path(what[1]).read_text().split())
+        return True
+
+    run_install_cell(monkeypatch, keeps)
+    assert loaded in kept
+
+    version = importlib.metadata.version
+    ran = []
+
+    def replaces(what):
+        ran.append(what)
+        if what[0] == "--constraint":
+            return False
+        monkeypatch.setattr(
+            importlib.metadata, "version", lambda name: "9" if name == "numpy" else version(name)
+        )
+        return True
+
+    with pytest.raises(RuntimeError, match=rf"Restart this runtime.*: {loaded} had been imported"):
+        run_install_cell(monkeypatch, replaces)
+    assert ran[1] == ran[0][2:]
 
 
 def test_the_notebook_is_committed_without_outputs():
@@ -215,4 +261,4 @@ def test_every_short_example_is_at_most_100_lines():
         "finetune_classification.py",
     }
     for file in files:
-        assert len(file.read_text().splitlines()) <= 100, file
+        assert len(file.read_text().split()) <= 100, file

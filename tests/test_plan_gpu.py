@@ -161,6 +161,7 @@ def test_what_fits_a_gpu_is_what_jax_takes_of_it(monkeypatch):
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA GH200 480GB", "h200"),
         ("NVIDIA L4", "l4"),
+        ("Tesla T4", "t4"),
         ("TPU v5 lite", "v5e"),
         ("TPU v5", "v5p"),
     ],
