@@ -103,11 +103,12 @@ docs-serve: docs  ## serve it on http://localhost:8000
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory docs/site 8000
 
 # The wheel is built from the sdist. The demo's first stage runs with it, in an environment without the clone.
-package: .venv/installed  ## build sdist and wheel, install the wheel, convert and check a real model with it
+package: .venv/installed  ## build sdist, wheel and a notebook that carries it; install the wheel, convert and check a real model with it
 	$(PIP) --constraint constraints.txt build
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist > /dev/null
 	@! tar -xOf dist/*.tar.gz --wildcards '*/PKG-INFO' | grep -nE '\]\((docs|examples|[A-Z])' || { echo 'PyPI has no such files'; exit 1; }
+	$(BIN)/python examples/standalone_notebook.py dist/*.whl dist/long_classifier.ipynb
 	$(PYTHON) -m venv --clear .venv-package
 	.venv-package/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$$(ls dist/*.whl)[demo]"
 	.venv-package/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(DATA)

@@ -229,6 +229,20 @@ def test_the_notebook_keeps_imported_packages_or_asks_for_a_restart(monkeypatch)
     assert ran[1] == ran[0][2:]
 
 
+def test_a_notebook_carries_the_package(script, tmp_path, monkeypatch):
+    wheel, notebook = tmp_path / "lsg_flax-9.0-py3-none-any.whl", tmp_path / "made" / "new.ipynb"
+    wheel.write_bytes(bytes(range(256)))
+    notebook.parent.mkdir()
+    script("standalone_notebook").main([str(wheel), str(notebook)])
+    carrying = nbformat.read(notebook, as_version=4)
+    nbformat.validate(carrying)
+    assert [c.id for c in carrying.cells[:3]] == ["title", "wheel", "install"]
+    assert carrying.cells[:1] + carrying.cells[2:] == nbformat.read(NOTEBOOK, as_version=4).cells
+    monkeypatch.chdir(notebook.parent)
+    exec(carrying.cells[1].source, {})
+    assert (notebook.parent / wheel.name).read_bytes() == wheel.read_bytes()
+
+
 def test_the_notebook_is_committed_without_outputs():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
