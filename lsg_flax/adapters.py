@@ -24,7 +24,8 @@ _MASK = (
 
 @dataclasses.dataclass(frozen=True)
 class AttentionFn:
-    """LSG or local attention that replaces `flax.linen.dot_product_attention` (or `flax.nnx`'s):
+    """`lsg_attention` or `local_attention` in place of `flax.linen.dot_product_attention` (or
+    `flax.nnx`'s):
     `nn.MultiHeadDotProductAttention(num_heads=8, attention_fn=AttentionFn(LSGConfig()))`.
 
     The layer's parameters stay as they are. Up to two blocks of tokens its numbers are those of
@@ -72,7 +73,8 @@ class AttentionFn:
             query, key, value: projected inputs.
             mask: see the class.
             broadcast_dropout: ignored; dropout is drawn for every weight on its own.
-            dropout_rng, dropout_rate, deterministic: dropout of attention weights.
+            dropout_rng, dropout_rate, deterministic: dropout of attention weights, and its
+                probability.
             dtype: of the computation.
             is_causal: as `causal` of the class, for this call.
 

@@ -59,7 +59,8 @@ def lsg_attention(
     segment_ids: Int[Array, "B _"] | None = None,
     num_segments: int | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Local + sparse + global attention, linear in the number of tokens.
+    """Local + sparse + global attention (arXiv 2210.15497, section 3), linear in the number of
+    tokens. Numbers are those of lsg_converter's LSGSelfAttention; docs/design.md lists differences.
 
     A query attends to its own block and both neighbouring blocks (only the previous one if causal),
     to `sparse_block_size` representatives on either side of those, and to the globals, under one
@@ -218,7 +219,7 @@ def attention_pattern(
     causal: bool = False,
     global_tokens: GlobalTokens = "prepended",
 ) -> Bool[np.ndarray, "T S"]:
-    """Returns which query may see which key, as a boolean matrix.
+    """Returns which query may see which key in `lsg_attention`, as a boolean matrix.
 
     Args:
         config: the pattern.
@@ -245,7 +246,8 @@ def full_attention(
     implementation: Implementation | None = None,
     segment_ids: Int[Array, "B S"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Ordinary attention of every query to every key, in memory linear in the length.
+    """Ordinary attention of every query to every key (arXiv 1706.03762, section 3.2.1), in memory
+    linear in the length (as in arXiv 2112.05682).
 
     Args:
         query: projected queries.
@@ -317,7 +319,7 @@ def local_attention(
         use_rotary_pos_emb: whether to rotate queries and keys by their positions. As in the
             reference, queries get the positions of the last window that they see, not of their own.
         use_xpos, xpos_scale_base: whether to scale rotated queries and keys by their positions as
-            well (xpos), and the base of that scale, by default half a window.
+            well (xpos), and the base of that scale in tokens, by default half a window.
         attn_bias: added to the scores of each window, whose queries see W = (look_backward + 1 +
             look_forward) * window_size keys.
         dropout_rate: probability of dropping an attention weight; needs `dropout_key`.

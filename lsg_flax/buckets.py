@@ -5,8 +5,8 @@ MOST_TOKENS = 2**27  # of a process's batch; each array of ids then takes half a
 
 
 def default_buckets(limit: int, *shorter: int) -> tuple[int, ...]:
-    """Returns the lengths to compile for, up to `limit`: the `shorter` ones, powers of two from
-    512, and `limit` itself."""
+    """Returns the lengths in tokens to compile for, up to `limit`: the `shorter` ones, powers of
+    two from 512, and `limit` itself."""
     lengths = [*shorter, SHORTEST_BUCKET]
     while lengths[-1] < limit:
         lengths.append(2 * lengths[-1])

@@ -365,7 +365,8 @@ def _widened(x: jax.Array) -> jax.Array:
 
 
 def check_heads(num_attention_heads: int) -> None:
-    """Raises ValueError if the tensor axis of the ambient mesh does not divide the heads."""
+    """Raises ValueError if the tensor axis of the ambient mesh does not divide
+    `num_attention_heads`, a number of heads."""
     count = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
     if num_attention_heads % count:
         raise ValueError(

@@ -1,33 +1,22 @@
-"""The shape of the project: who imports whom, no torch, docstrings, and the parameter trees of
-every model.
+"""The shape of the project: who imports whom, no torch, and the parameter trees of every model.
 
 python tests/test_structure.py    records tests/golden/parameter_trees.json anew
 """
 
 import ast
-import builtins
-import importlib
-import inspect
 import json
 import os
 import pathlib
 import re
 import subprocess
 import sys
-import textwrap
-import types
-from collections.abc import Iterator
 
 import flax.traverse_util
-import jax
-import numpy as np
 import pytest
-from jaxtyping import Array, Float
 from tiny_config import OF_TRANSFORMERS, spelled
 
 import lsg_flax
 from lsg_flax import LSGConfig
-from lsg_flax.checks import require
 from lsg_flax.models import FAMILIES, ModelConfig, read_config
 
 PACKAGE = pathlib.Path(lsg_flax.__file__).parent
@@ -223,162 +212,6 @@ def test_importing_everything_needs_no_torch(tmp_path):
     assert done.returncode == 0, done.stderr
     poisoned = subprocess.run([sys.executable, "-c", "import torch"], env=environment, stderr=-3)
     assert poisoned.returncode == 1
-
-
-# ----------------------------------------------------------------------- docstrings of public names
-
-SHAPE = re.compile(r"(?<!\w)\[[\w*.+ ,-]+\]")  # such as [B, T, D]
-SPECIAL = ("__init__", "__post_init__", "__call__")  # these may be documented by their class
-
-
-def public_names() -> dict[str, type | types.FunctionType]:
-    """The classes and functions of the faces, and of the modules that docs/api shows as a whole."""
-    folders = [p.parent.relative_to(PACKAGE.parent).parts for p in PACKAGE.rglob("__init__.py")]
-    faces = [".".join(parts) for parts in folders if parts[-1] != "cli"]
-    pages = "".join(page.read_text() for page in sorted(DESIGN.parent.glob("api/*.md")))
-    whole = re.findall(r"automodule:: (lsg_flax\.\w+)$", pages, re.MULTILINE)
-    found = {}
-    for module in map(importlib.import_module, [*faces, *whole]):
-        home = module.__name__ if module.__name__ in whole else "lsg_flax."
-        for name, item in vars(module).items():
-            kind = inspect.unwrap(item) if callable(item) else None
-            is_ours = str(getattr(kind, "__module__", "")).startswith(home) and name[0] != "_"
-            if is_ours and isinstance(kind, type | types.FunctionType):
-                found[f"{kind.__module__}.{name}"] = kind
-    return found
-
-
-def function_of(member: object) -> types.FunctionType | None:
-    """The function of a method or property; None for what is none."""
-    for name in ("fget", "func", "__func__"):
-        member = getattr(member, name, None) or member
-    member = inspect.unwrap(member) if callable(member) else None
-    return member if isinstance(member, types.FunctionType) else None
-
-
-def source_of(item: type | types.FunctionType) -> ast.AST:
-    return ast.parse(textwrap.dedent(inspect.getsource(item))).body[0]
-
-
-def uncaught(node: ast.AST) -> Iterator[ast.AST]:
-    """The node and all that is below it, but not what stands under `try` with an `except`."""
-    yield node
-    caught = node.body if isinstance(node, ast.Try) and node.handlers else []
-    for child in ast.iter_child_nodes(node):
-        if child not in caught:
-            yield from uncaught(child)
-
-
-def errors_of(function: types.FunctionType, owner: type | None, seen: set) -> set[type]:
-    """What a function raises: by itself, in private functions of its module or class, and in
-    `require` and functions named check...; ValueError in such methods of other objects."""
-    known, found = vars(builtins) | function.__globals__, set()
-    for node in uncaught(source_of(function)):
-        if isinstance(node, ast.Raise) and node.exc is not None:
-            raised = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
-            error = known.get(ast.unparse(raised))
-            found |= {error} if isinstance(error, type) else set()
-        elif isinstance(node, ast.Call):
-            name = re.sub(r"^(self|cls)\.", "", ast.unparse(node.func))
-            called = function_of(getattr(owner, name, None) or known.get(name))
-            is_ours = str(getattr(called, "__module__", "")).startswith("lsg_flax.")
-            if is_ours and re.match(r"_[a-z]|require$|check", name) and called not in seen:
-                found |= errors_of(called, owner, seen | {called})
-            found |= {ValueError} if re.search(r"\.check(_\w+)?$", name) else set()
-    return found
-
-
-def is_said(error: type, text: str) -> bool:
-    """Whether "raises" stands before the error or a more general one."""
-    names = [e.__name__ for e in error.__mro__ if e not in (Exception, BaseException, object)]
-    return bool(re.search(rf"[Rr]aises?\b.*\b({'|'.join(names)})\b", text, re.DOTALL))
-
-
-def has_no_axes(annotation: ast.expr) -> bool:
-    """Whether it is an array, but not one of jaxtyping such as Float[Array, "B T"]."""
-    rest = re.sub(r"\w+\[[^\[\]]*'[^\[\]]*\]", "", ast.unparse(annotation))
-    return bool(re.search(r"\b(Array|ndarray|ArrayLike)\b", rest))
-
-
-def lacks_of(function: types.FunctionType, text: str, owner: type | None = None) -> set[str]:
-    """The parts that the docstring of a function lacks: itself, errors, and shapes unless types
-    give them. A parameter without a type is an array, or one of the method that is overridden."""
-    node = source_of(function)
-    parameters = [*node.args.args, *node.args.kwonlyargs]
-    kinds = [p.annotation for p in parameters if p.arg not in ("self", "cls")]
-    kinds += [node.returns or ast.Name("_")]
-    overrides = owner and any(function.__name__ in vars(base) for base in owner.__mro__[1:-1])
-    untyped = None in kinds and not overrides
-    shapeless = untyped or any(has_no_axes(kind) for kind in kinds if kind)
-    lacks = {e.__name__ for e in errors_of(function, owner, set()) if not is_said(e, text)}
-    lacks |= {"shapes"} if shapeless and not SHAPE.search(text) else set()
-    return lacks if text else {"docstring"} | lacks
-
-
-def lacks_of_class(owner: type) -> dict[str, set[str]]:
-    """The parts that the docstrings of a class and its public methods lack. A method without a
-    docstring has that of the method that it overrides."""
-    node = source_of(owner)
-    said = ast.get_docstring(node) or ""  # __doc__ of a dataclass is never empty
-    fields = [n.annotation for n in node.body if isinstance(n, ast.AnnAssign)]
-    shapeless = any(map(has_no_axes, fields)) and not SHAPE.search(said)
-    found = {"": ({"shapes"} if shapeless else set()) | (set() if said else {"docstring"})}
-    for name, member in vars(owner).items():
-        function, is_public = function_of(member), name in SPECIAL or name[0] != "_"
-        # Not what dataclasses, NamedTuple and Protocol make.
-        if function and is_public and function.__code__.co_filename == inspect.getfile(owner):
-            texts = [vars(base)[name].__doc__ for base in owner.__mro__ if name in vars(base)]
-            text = next(filter(None, texts), "")
-            text += said if name in SPECIAL else ""
-            found[f".{name}"] = lacks_of(function, text, owner)
-    return found
-
-
-def test_public_docstrings_give_errors_and_shapes():
-    """And all public functions, classes and methods have one."""
-    names, lacks = public_names(), {}
-    assert len(names) > 250
-    for name, item in names.items():
-        is_class, text = isinstance(item, type), item.__doc__ or ""
-        parts = lacks_of_class(item) if is_class else {"": lacks_of(item, text)}
-        lacks |= {f"{name}{member}": sorted(part) for member, part in parts.items() if part}
-    assert not lacks, "\n".join(f"{name} lacks {part}" for name, part in sorted(lacks.items()))
-
-
-def test_lacking_parts_of_docstrings_are_found():
-    def bare(x: np.ndarray, y: Float[Array, "B"]):
-        """Says which array [B, T] y is, and names ValueError."""
-        require(x is not y, "")
-
-    class Record:
-        """Raises TypeError."""
-
-        x: jax.Array
-
-        def __post_init__(self):
-            require(self.x is not None, "")
-
-        def says(self, y) -> Float[Array, "B"]:
-            """Raises OSError: for a folder [B]."""
-            raise NotADirectoryError(y)
-
-        def catches(self):
-            try:
-                raise ValueError
-            except ValueError:
-                raise KeyError from None
-
-    assert lacks_of(bare, bare.__doc__) == {"ValueError"}
-    assert lacks_of(bare, "Takes x.") == {"ValueError", "shapes"}
-    assert lacks_of(bare, "Raises ValueError for x [B].") == set()
-    assert lacks_of_class(Record) == {
-        "": {"shapes"},
-        ".__post_init__": {"ValueError"},
-        ".says": set(),
-        ".catches": {"docstring", "KeyError"},
-    }
-    by_its_private_function = {"docstring", "FileNotFoundError", "ValueError"}
-    assert lacks_of(function_of(lsg_flax.data.files_at), "") == by_its_private_function
 
 
 # -------------------------------------------------------------------------------- parameter trees

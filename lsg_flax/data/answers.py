@@ -15,8 +15,8 @@ _OUTSIDE = -1e4  # replaces the logits of all other tokens, as in transformers
 
 
 class AnswerSpan(NamedTuple):
-    """Characters `start` to `end` of a context, and the product of the probabilities of the span's
-    first and last token."""
+    """Characters `start` to `end` of a context, and as `score` the product of the probabilities of
+    the span's first and last token (as transformers' QuestionAnsweringPipeline)."""
 
     score: float
     start: int
@@ -24,7 +24,8 @@ class AnswerSpan(NamedTuple):
 
 
 class WindowAnswers(NamedTuple):
-    """The best spans of a window, and the score of there being no answer in it."""
+    """The best spans of a window, and as `impossible` the score of there being no answer in it;
+    each score is as in `AnswerSpan`."""
 
     spans: list[AnswerSpan]
     impossible: float
@@ -32,7 +33,8 @@ class WindowAnswers(NamedTuple):
 
 def answer_places(encoding: Any, *, whole_words: bool = True) -> Int[np.ndarray, "T 2"]:
     """Returns for each token where in the context an answer starts whose first token it is, and
-    where one ends whose last token it is; -1 for tokens outside the context.
+    where one ends whose last token it is, in characters; -1 for tokens outside the context.
+    (transformers' QuestionAnsweringPipeline, with `align_to_words`)
 
     Args:
         encoding: a fast tokenizer's encoding of a question and a context.
@@ -58,7 +60,7 @@ def window_answers(
     count: int,
     longest: int,
 ) -> WindowAnswers:
-    """Returns the `count` best answers of a window.
+    """Returns the `count` best answers of a window, as transformers' QuestionAnsweringPipeline.
 
     Args:
         logits: start and end logits of each token.
@@ -80,6 +82,7 @@ def merge_windows(
 ) -> list[AnswerSpan]:
     """Returns the `count` best answers of a context. Of equal scores that of the first window wins.
     If `may_be_empty`, the span 0 to 0 competes with the lowest score of "no answer" of all windows.
+    (transformers' QuestionAnsweringPipeline)
     """
     windows = list(windows)
     answers = [span for window in windows for span in window.spans]
@@ -97,7 +100,8 @@ def best_spans(
     longest: int,
 ) -> list[tuple[int, int, float]]:
     """Returns the `count` best (first, last, score) of up to `longest` tokens, both ends allowed;
-    the score is start * end. All [T, T] pairs are never formed: documents are long."""
+    the score is start * end. All [T, T] pairs are never formed: documents are long. (transformers'
+    `decode_spans`)"""
     length = len(start)
     last = np.arange(length)[:, None] + np.arange(min(longest, length))[None]  # [T, A]
     inside = last < length

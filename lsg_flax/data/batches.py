@@ -87,11 +87,11 @@ class TrainBatches(Iterator[Batch]):
         return {name: x.reshape(*rows.shape, *x.shape[1:]) for name, x in batch.items()}
 
     def bucket_at(self, number: int) -> int:
-        """Returns the length of the inputs of batch `number`."""
+        """Returns the length in tokens of the inputs of batch `number`."""
         return self._order.batch(number)[0][0]
 
     def steps(self, epochs: int) -> int:
-        """Returns the number of batches in the first `epochs` epochs."""
+        """Returns the number of batches (steps) in the first `epochs` epochs."""
         return self._order.start(epochs)
 
     def epoch_at(self, number: int) -> int:
@@ -146,9 +146,10 @@ def train_batches(
     Args:
         batch_size: rows of a (micro)batch of all processes together.
         seed: seed of the order and of masked tokens; the same seed gives the same batches.
-        buckets: lengths to pad to; by default `default_buckets` of the data's `max_length`. For
-            data of several streams a mapping of their names, such as {"input": (512, 4096)};
-            streams that are not given are padded to `default_buckets` of their longest row.
+        buckets: lengths in tokens to pad to; by default `default_buckets` of the data's
+            `max_length`. For data of several streams a mapping of their names, such as {"input":
+            (512, 4096)}; streams that are not given are padded to `default_buckets` of their
+            longest row.
         microbatches: M > 1 gives arrays [M, B, ...], all M of the same bucket.
         epochs: number of epochs; by default endless.
         remainder: what happens to the rows of a bucket that do not fill a batch at the end of an
@@ -158,7 +159,8 @@ def train_batches(
             texts are packed.
         shuffle: False keeps the order of the data within a bucket, bucket after bucket.
         mask_probability: share of tokens that masked language models predict; of them 80 % become
-            the mask token, 10 % a random one, 10 % stay. Special tokens are never predicted.
+            the mask token, 10 % a random one, 10 % stay (arXiv 1810.04805, section 3.1). Special
+            tokens are never predicted.
         process_index, process_count: by default JAX's; each process gets its own rows of the same
             batches.
         prefetch: batches that threads prepare ahead; 0 prepares none.

@@ -152,7 +152,8 @@ class Stream:
 
 
 def spread(lengths: Int[np.ndarray, "O"]) -> dict[str, int]:
-    """Returns the shortest length, the median, the 90th percentile and the longest, by name."""
+    """Returns the shortest of `lengths` in tokens, the median, the 90th percentile and the longest,
+    by name."""
     points = {"shortest": 0.0, "half": 0.5, "90 %": 0.9, "longest": 1.0}
     found = np.quantile(lengths, list(points.values()), method="nearest")
     return {name: int(length) for name, length in zip(points, found, strict=True)}

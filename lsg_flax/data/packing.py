@@ -23,12 +23,12 @@ _PLAN = 4  # random stream of the seed; batches use others
 
 @dataclass(frozen=True)
 class Packing:
-    """How texts are packed into rows.
+    """How texts are packed into rows without seeing each other (arXiv 2107.02027, section 3.2).
 
     Attributes:
         length: tokens of a row.
-        block: each text begins at a multiple of it: the block size of LSG attention, or 1 for full
-            attention.
+        block: each text begins at a multiple of this number of tokens: the block size of LSG
+            attention, or 1 for full attention.
         texts: most texts of a row; None for as many as fit.
 
     Raises:
@@ -47,14 +47,14 @@ class Packing:
             )
 
     def room(self, lengths: Int[np.ndarray, "*O"]) -> Int[np.ndarray, "*O"]:
-        """Returns the tokens of texts including the padding after them to whole blocks."""
+        """Returns `lengths`, the tokens of texts, including the padding to whole blocks."""
         return -(-lengths // self.block) * self.block
 
 
 def pack_rows(
     lengths: Int[np.ndarray, "_"], packing: Packing, *, seed: int = 0
 ) -> Int[np.ndarray, "O texts"]:
-    """Returns the numbers of the texts of each row, -1 after a row's last text.
+    """Returns the numbers of the texts of each row, see `Packing`; -1 after a row's last text.
 
     The seed shuffles the texts. Of each few thousand, the longest is placed first, each into the
     first row that has room (first fit, decreasing).

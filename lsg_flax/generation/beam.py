@@ -24,7 +24,8 @@ from lsg_flax.generation.sampling import Sample, top_k, warp
 
 @dataclass(frozen=True)
 class Beams:
-    """The settings of beam search, or with `sample` of beam sampling.
+    """The settings of beam search, or with `sample` of beam sampling, as transformers'
+    `beam_search` and `beam_sample` with its BeamSearchScorer.
 
     Attributes:
         count: number of beams per row.

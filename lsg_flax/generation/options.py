@@ -27,7 +27,7 @@ class GenerateOptions(TypedDict, total=False):
 
     Attributes:
         max_length: largest number of tokens, the prompt included; 20 by default.
-        max_new_tokens: the same without the prompt, instead of max_length.
+        max_new_tokens: largest number of tokens without the prompt, instead of max_length.
         num_beams, length_penalty, early_stopping: of beam search (see `Beams`).
         num_return_sequences: number of texts per row, which follow each other in the result.
         do_sample: whether tokens are drawn, with `key`.
@@ -66,7 +66,7 @@ class GenerateOptions(TypedDict, total=False):
 
 
 class GenerateCall(GenerateOptions, total=False):
-    """The options, and further arguments of one call.
+    """The options, and further arguments of one call of `generate`.
 
     Attributes:
         decoder_input_ids: for an encoder-decoder the tokens [B, T] that each row begins with; the

@@ -36,7 +36,8 @@ def check_number(name: str, value: float, *, positive: bool = True) -> None:
 
 @dataclass(frozen=True)
 class Rules:
-    """Restrictions of the next token, by transformers' names; the defaults restrict nothing.
+    """Restrictions of the next token, by the names of transformers' `generate`; the defaults
+    restrict nothing.
 
     Attributes:
         eos_token_id: tokens that end a row.

@@ -18,16 +18,26 @@ from lsg_flax.sharding import over_rows
 
 @dataclass(frozen=True)
 class Greedy:
-    """Chooses the most likely token."""
+    """Chooses the most likely token, as transformers' `greedy_search`."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Draws a token from the most likely ones; raises ValueError for values out of range."""
+    """Draws a token from the most likely ones, as transformers' TemperatureLogitsWarper,
+    TopKLogitsWarper and TopPLogitsWarper (nucleus sampling, arXiv 1904.09751).
 
-    temperature: float = 1.0  # divides the logits
-    top_k: int | None = None  # keeps the k most likely tokens
-    top_p: float | None = None  # keeps the fewest of these whose total probability reaches this
+    Attributes:
+        temperature: the logits are divided by it.
+        top_k: number of tokens to draw from, the most likely ones; None for all.
+        top_p: draw from the fewest of these whose total probability reaches it; None for all.
+
+    Raises:
+        ValueError: for values out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
 
     def __post_init__(self):
         check_number("temperature (do_sample=False is greedy): temperature", self.temperature)

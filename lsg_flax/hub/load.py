@@ -93,7 +93,7 @@ def convert_checkpoint(
     """Converts a checkpoint to an LSG one that reads `max_sequence_length` tokens, with the same
     weights.
 
-    Options and numbers are those of the reference's LSGConverter. A sentence-transformers folder
+    Options and numbers are those of lsg_converter's LSGConverter. A sentence-transformers folder
     remains one, with the new length.
 
     Args:
@@ -103,7 +103,7 @@ def convert_checkpoint(
         task, check: as in `from_pretrained`.
         random_global_init: whether to draw the global embeddings from the distribution of the word
             table instead of using [MASK].
-        global_positional_stride: distance between the positions of neighbouring globals.
+        global_positional_stride: positions from one global to the next.
         keep_first_global_token: whether to keep global 0 unchanged (LSG sources only).
         resize_lsg: whether to change only the positions (LSG sources only). Otherwise the globals
             of such a source are initialised anew, as in the reference, with a warning.
@@ -187,7 +187,8 @@ def make_lsg(
     options: LSGOptions,
     pattern: dict[str, Any],
 ) -> tuple[Model, Params]:
-    """Converts a model to LSG in memory, and sets the tokenizer's `model_max_length`.
+    """Converts a model to LSG in memory, as `convert_checkpoint`, and sets the tokenizer's
+    `model_max_length`.
 
     Args:
         model, params: the source.

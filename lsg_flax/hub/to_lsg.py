@@ -23,13 +23,13 @@ from lsg_flax.patterns import MAX_GLOBAL_TOKENS, LSGConfig
 
 @dataclass(frozen=True)
 class LSGOptions:
-    """The options of the reference's converter, by its names.
+    """The options of lsg_converter's LSGConverter, by its names.
 
     Attributes:
         max_sequence_length: number of tokens that the new model reads.
         random_global_init: whether to draw globals from the distribution of the word table instead
             of using [MASK].
-        global_positional_stride: distance between the positions of neighbouring globals.
+        global_positional_stride: positions from one global to the next.
         keep_first_global_token: whether to keep global 0 unchanged (LSG sources only).
         resize_lsg: whether to change only the positions (LSG sources only).
         use_token_ids: whether to add the embedding of segment 0 to the globals.

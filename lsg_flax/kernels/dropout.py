@@ -39,7 +39,8 @@ def kept_at(place: UInt32[Array, "..."], seed, rate: float) -> Float[Array, "...
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def drop(x: Float[Array, "..."], key: PRNGKeyArray, rate: float) -> Float[Array, "..."]:
-    """Applies dropout; the backward pass needs only the key."""
+    """Sets entries to 0 with probability `rate`, and scales the others, as Flax's `nn.Dropout`; the
+    backward pass needs only the key."""
     return x * kept(key, x.shape, rate).astype(x.dtype)
 
 

@@ -30,7 +30,8 @@ def attend(
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B N H T"], Float[Array, "B N T"]]:
     """Computes the attention of every block of queries to its windows of the sources and to the
-    shared keys, under one softmax. `attend_reference` computes the same in a simple way.
+    shared keys, under one softmax. The backward pass recomputes the scores (arXiv 2205.14135,
+    section 3.1). `attend_reference` computes the same in a simple way.
 
     Args:
         spec: the static settings.
@@ -152,7 +153,7 @@ def merge_softmax_parts(
     context: Float[Array, "B N H T"], normaliser: Float[Array, "B N T"], axis: str
 ) -> tuple[Float[Array, "B N H T"], Float[Array, "B N T"]]:
     """Merges parts of attention, each the result of `attend` for some of the keys, into attention
-    to all keys.
+    to all keys (arXiv 2205.14135, section 3.1).
 
     Args:
         context, normaliser: one part.

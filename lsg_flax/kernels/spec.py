@@ -106,6 +106,7 @@ class Spec:
         shared_rule: the rule for the shared keys.
         blocks_per_step: blocks computed at once, which trades memory for parallelism; 0 chooses by
             the device.
+        dropout_rate: probability of dropping an attention weight.
         axes: mesh axes that rows and heads may be sharded over.
         one_segment: whether all queries of a block belong to one segment, which saves comparisons.
     """

@@ -88,7 +88,8 @@ def attend_fused(
     given: Source | None = None,
     key: PRNGKeyArray | None = None,
 ) -> Float[Array, "B N H T"]:
-    """Returns the context of tokens in whole blocks, and of `plan.behind` globals after them.
+    """Returns the context of tokens in whole blocks, and of `plan.behind` globals after them; see
+    `attend`.
 
     Args:
         plan: from `plan_fused`.

@@ -54,9 +54,10 @@ def plan_full(
     dropout_rate: float,
     axes: spread.Axes = ((), ()),
 ) -> FullPlan | None:
-    """Returns how the kernels compute full attention; None if XLA computes it.
+    """Returns how JAX's `splash_attention` computes full attention; None if XLA computes it.
 
     Args:
+        dropout_rate: probability of dropping an attention weight.
         axes: mesh axes that rows and heads may be sharded over.
 
     Raises:
@@ -99,7 +100,8 @@ def _refusal(query, dropout_rate: float, used: tuple[str, ...]) -> str | None:
 def attend_full(
     plan: FullPlan, query: Float[Array, "B N H T"], source: Source
 ) -> Float[Array, "B N H T"]:
-    """Returns the context. If the source has segments, its first tokens are the queries.
+    """Returns the context by JAX's `splash_attention`. If the source has segments, its first tokens
+    are the queries.
 
     Args:
         query: already scaled.

@@ -33,7 +33,7 @@ class Selecting:
             "none", or "given" if they are chosen outside the kernel.
         step: representatives per block.
         width: how many of them a query sees on each side.
-        right: distance from a block's first representative to the start of its right-hand window.
+        right: representatives from a block's first one to the start of its right-hand window.
         chunk: number of tokens from which "norm" takes the keys with the largest norms.
     """
 
@@ -71,8 +71,8 @@ class Turn:
     """Rotary positions.
 
     Attributes:
-        angles: by which the features h and h + H / 2 of a head rotate from one position to the
-            next.
+        angles: radians by which the features h and h + H / 2 of a head rotate from one position
+            to the next.
         growth: logarithm of the factor by which queries grow, and keys shrink, per position.
         ahead: how many positions after its own a query is rotated to.
     """
@@ -88,6 +88,7 @@ class FusedSpec:
     representatives and the shared keys.
 
     Attributes:
+        dropout_rate: probability of dropping an attention weight.
         scale: factor of the scores; by default H ** -0.5.
     """
 

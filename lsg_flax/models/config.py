@@ -36,9 +36,11 @@ AnyConfig = TypeVar("AnyConfig", bound="ModelConfig")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The fields that all models have. Attributes follow Hugging Face's names.
+    """The fields that all models have, with the names of transformers' BertConfig and its like.
 
     Attributes:
+        vocab_size, hidden_size: number of tokens in the table, and of features of a state.
+        initializer_range: standard deviation of drawn weights.
         labels: the label names in id order (`id2label`).
         lsg: the attention pattern; None for full attention.
         extra: all fields of config.json that lsg_flax does not use, as canonical JSON, so that they
@@ -157,7 +159,7 @@ class ModelConfig:
         return IGNORED
 
     def cuts_last_token(self, length: int) -> bool:
-        """Whether next-token losses on rows of this length read all tokens but the last, which is
+        """Whether next-token losses on rows of `length` tokens read all but the last, which is
         only a label."""
         return False
 
@@ -167,8 +169,8 @@ class ModelConfig:
         return 1
 
     def check_training_length(self, length: int) -> None:
-        """Raises ValueError for a number of tokens that the model cannot be trained on. Few models
-        have such numbers."""
+        """Raises ValueError for a `length` in tokens that the model cannot be trained on. Few
+        models have such lengths."""
 
     @property
     def num_labels(self) -> int:
@@ -256,11 +258,16 @@ class ModelConfig:
 class EncoderConfig(ModelConfig):
     """The config of an encoder, or of a decoder on its own, of any supported family.
 
-    The defaults are BERT's; `EncoderConfig.from_dict({"model_type": ...})` has those of another
-    family.
+    Names and defaults are those of transformers' BertConfig;
+    `EncoderConfig.from_dict({"model_type": ...})` has the defaults of another family.
 
     Attributes:
-        embedding_size: width of the embedding tables if it is not `hidden_size`.
+        num_hidden_layers, num_attention_heads: number of layers, and of heads of each.
+        intermediate_size: features between the two projections of a feed-forward layer.
+        hidden_dropout_prob, attention_probs_dropout_prob, classifier_dropout: probabilities of
+            dropping a feature of a state, an attention weight, and a feature that a head reads.
+        max_position_embeddings, type_vocab_size: number of positions and of segments.
+        embedding_size: features of the embedding tables if it is not `hidden_size`.
         num_hidden_groups: number of groups of layers with shared parameters (ALBERT): consecutive
             layers use the same group of `inner_group_num` layers.
         SHARES: pairs of fields, of which the second must divide the first.
@@ -345,12 +352,12 @@ class EncoderConfig(ModelConfig):
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head."""
+        """Features of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
     @property
     def embedding_width(self) -> int:
-        """Width of the embedding tables."""
+        """Features of the embedding tables."""
         return self.embedding_size or self.hidden_size
 
     @property

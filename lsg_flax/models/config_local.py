@@ -28,9 +28,18 @@ class LocalTransformerConfig(EncoderConfig):
     original names (`dim`, `depth`, `heads`, `num_tokens`, `max_seq_len`, `attn_dropout`).
 
     Attributes:
-        vocab_size: 0 for `num_tokens=None`: the model reads embeddings and returns states.
+        vocab_size: number of tokens in the table; 0 for `num_tokens=None`: the model reads
+            embeddings and returns states.
+        local_attn_window_size: tokens per window.
+        dim_head: features of one attention head.
+        ff_mult: 3 / 2 of the features inside a feed-forward layer, as a multiple of hidden_size.
+        ff_dropout: probability of dropping a feature in it.
+        xpos_scale_base: in tokens, see `lsg_flax.local_attention`.
+        num_residual_streams: number of residual streams (hyper-connections).
+        qk_scale: factor of the scores with qk_rmsnorm.
         exact_windowsize: None means True.
-        look_forward: None means 0 for a causal model, else 1.
+        look_backward, look_forward: number of windows before and after its own that a token sees;
+            look_forward=None means 0 for a causal model, else 1.
         ignore_index: a label that the loss ignores, beside -100.
         layers_insert_global_attn: numbers, from 1 on, of the layers that have a global attention
             layer in front; None or () for none.
@@ -154,7 +163,7 @@ class LocalTransformerConfig(EncoderConfig):
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head."""
+        """Features of one attention head."""
         return self.dim_head
 
     @property
@@ -179,7 +188,7 @@ class LocalTransformerConfig(EncoderConfig):
 
     def cuts_last_token(self, length: int) -> bool:
         """As in PyTorch's `return_loss`, but only where it matters: if tokens see later ones, or
-        the last token has no position."""
+        the last of `length` tokens has no position."""
         read = self.max_position_embeddings
         return length == read + 1 or (not self.causal and length <= read)
 

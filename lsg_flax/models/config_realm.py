@@ -9,11 +9,15 @@ from lsg_flax.models.config import EncoderConfig
 
 @dataclass(frozen=True, kw_only=True)
 class RealmConfig(EncoderConfig):
-    """The config of a REALM model. Attributes follow Hugging Face's names and defaults.
+    """The config of a REALM model (arXiv 2002.08909), with the names and defaults of transformers'
+    RealmConfig.
 
     Attributes:
-        num_candidates, num_block_records: sizes of PyTorch's buffers; here the shapes of the arrays
-            decide.
+        retriever_proj_size, span_hidden_size: features of an embedding, and of a span.
+        num_candidates, num_block_records: number of candidates and blocks in PyTorch's buffers;
+            here the shapes of the arrays decide.
+        searcher_beam_size, reader_beam_size: number of blocks retrieved in training, and read.
+        max_span_width: most tokens of an answer.
         reader_seq_len: largest number of tokens of a question and a block together.
         own_query_embedder: whether a scorer has a second embedder, for queries. PyTorch's
             config.json does not say so; it follows from the checkpoint's tensors.

@@ -17,15 +17,22 @@ KINDS: tuple[LayerKind, ...] = get_args(LayerKind)
 
 @dataclass(frozen=True, kw_only=True)
 class ReformerConfig(EncoderConfig):
-    """The config of a Reformer. Attributes follow Hugging Face's names and defaults. Settings that
-    all models have are named as in other configs; config.json keeps Hugging Face's names for them
-    (`feed_forward_size`, `local_attention_probs_dropout_prob`).
+    """The config of a Reformer (arXiv 2001.04451), with the names and defaults of transformers'
+    ReformerConfig. Settings that all models have are named as in other configs; config.json keeps
+    its own names for them (`feed_forward_size`, `local_attention_probs_dropout_prob`).
 
     Attributes:
         attn_layers: "local" or "lsh" for each layer; `num_hidden_layers` is their number.
+        attention_head_size: features of one attention head.
+        axial_norm_std: standard deviation of drawn position tables.
         axial_pos_shape: rows and columns in which the positions of a text are arranged.
-        num_buckets: None chooses by the number of tokens of a call (see `buckets`), and is not
-            changed by it.
+        axial_pos_embds_dim: features of a row's and of a column's position.
+        local_attn_chunk_length, lsh_attn_chunk_length: tokens per chunk.
+        local_num_chunks_before, lsh_num_chunks_before: chunks before its own that a token sees.
+        local_num_chunks_after, lsh_num_chunks_after: chunks after its own that a token sees.
+        lsh_attention_probs_dropout_prob: probability of dropping an attention weight.
+        num_buckets, num_hashes: number of buckets and rounds of hashing. num_buckets=None chooses
+            by the number of tokens of a call (see `buckets`), and is not changed by it.
         hash_seed: seed of every layer's rotations in every call; the numbers are JAX's.
         chunk_size_feed_forward, chunk_size_lm_head: tokens computed at a time, 0 for all: smaller
             chunks need less memory and more time.
@@ -148,7 +155,7 @@ class ReformerConfig(EncoderConfig):
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head."""
+        """Features of one attention head."""
         return self.attention_head_size
 
     @property
@@ -168,8 +175,8 @@ class ReformerConfig(EncoderConfig):
         return math.lcm(*map(self.chunk_length, self.kinds))
 
     def needs_padding(self, length: int) -> int:
-        """Returns how many tokens to add so that every layer has whole chunks; 0 up to the shortest
-        chunk."""
+        """Returns how many tokens to add to `length` tokens so that every layer has whole chunks; 0
+        up to the shortest chunk."""
         short_enough = length <= min(map(self.chunk_length, self.kinds))
         return 0 if short_enough else -length % self.chunk_multiple
 
@@ -229,7 +236,8 @@ class ReformerConfig(EncoderConfig):
         return LSH(chunk, causal, before, after, self.buckets(length), self.num_hashes)
 
     def keys_seen(self, length: int) -> float:
-        """Returns the number of keys that a token sees, as the mean over the layers."""
+        """Returns the number of keys that one of `length` tokens sees, as the mean over the
+        layers."""
         seen = {"local": 1, "lsh": self.num_hashes}
         for kind in KINDS:
             sides = (getattr(self, f"{kind}_num_chunks_{side}") for side in ("before", "after"))

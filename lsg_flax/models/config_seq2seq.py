@@ -16,10 +16,16 @@ _FORCED = ("forced_bos_token_id", "forced_eos_token_id")
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderDecoderConfig(ModelConfig):
-    """The config of an encoder and a decoder that share one word table. Attributes follow Hugging
-    Face's BartConfig.
+    """The config of an encoder and a decoder that share one word table. Attributes are those of
+    transformers' BartConfig.
 
     Attributes:
+        encoder_layers, decoder_layers: number of layers.
+        encoder_attention_heads, decoder_attention_heads: number of heads of each layer.
+        encoder_ffn_dim, decoder_ffn_dim: features between the projections of a feed-forward layer.
+        dropout, attention_dropout, activation_dropout, classifier_dropout: probabilities of
+            dropping a feature of a state, an attention weight, a feature inside feed-forward
+            layers, and one that the head of sequence classification reads.
         lsg: the attention pattern of the encoder; the decoder's attention is always full.
         encoder_layerdrop, decoder_layerdrop: probability that a layer is skipped during training.
         max_position_embeddings: the largest number of tokens that each stack reads.

@@ -17,8 +17,9 @@ from lsg_flax.sharding import constrain
 
 
 def sinusoids(rows: int, width: int) -> Float[np.ndarray, "P E"]:
-    """Returns the fixed position table of Pegasus: sines in the first half of the columns, cosines
-    in the second."""
+    """Returns the position table of transformers' PegasusSinusoidalPositionalEmbedding, `rows`
+    positions of `width` features: sines in the first half of the columns, cosines in the second.
+    """
     half = np.arange((width + 1) // 2)
     angles = np.arange(rows)[:, None] / 10000 ** (2 * half / width)
     table = np.concatenate([np.sin(angles), np.cos(angles[:, : width // 2])], axis=1)

@@ -258,8 +258,8 @@ class QuestionAnsweringHead(Head):
 def label_log_probs(
     logits: Float[Array, "*N V"], labels: Int[Array, "*#N"], smoothing: float = 0.0
 ) -> Float[Array, "*N"]:
-    """Returns log softmax(logits)[label] in float32; 0 for a label of -100, NaN for a label that is
-    not a class.
+    """Returns log softmax(logits)[label], in nats and float32, as PyTorch's CrossEntropyLoss; 0 for
+    a label of -100, NaN for a label that is not a class.
 
     Args:
         logits: [..., classes].

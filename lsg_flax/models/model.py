@@ -44,7 +44,8 @@ MOST_TOKENS = 2**28  # that a model without positions accepts
 
 
 class Model(nn.Module):
-    """A body with the head of one task, as a Linen module.
+    """A body with the head of one task, as a Linen module; its numbers are those of the
+    PyTorch class, such as transformers' BertForMaskedLM or lsg_converter's LSGBertForMaskedLM.
 
     Its parameters are {"shared": ..., "encoder": ..., "decoder": ..., "pooler": ..., "head": ...},
     those of them that the family and the task have.

@@ -14,7 +14,8 @@ Batch = dict[str, Any]  # arrays by Hugging Face's names, inputs and labels
 
 @flax.struct.dataclass
 class ModelOutput:
-    """The outputs of a model, by Hugging Face's names; a field that the task does not have is None.
+    """The outputs of a model, by the names of transformers' MaskedLMOutput and its like; a field
+    that the task does not have is None.
 
     Shapes: `last_hidden_state` is [B, T, D] and `pooler_output` [B, D]; `logits` are [B, T, V] for
     language models, [B, T, labels] for token classification, [B, labels] for sequence

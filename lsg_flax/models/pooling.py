@@ -21,7 +21,8 @@ def pool(
     *,
     normalize: bool = False,
 ) -> Float[Array, "B D"]:
-    """Returns one vector per text, in float32; zeros for a text of padding only.
+    """Returns one vector per text, as sentence-transformers' `Pooling`, in float32; zeros for a
+    text of padding only.
 
     Args:
         states: the encoder's last states.
@@ -49,7 +50,8 @@ def pool(
 
 
 def unit(vectors: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
-    """Scales vectors to length 1; zeros stay zeros, and have a finite gradient."""
+    """Scales vectors to length 1, as sentence-transformers' `Normalize`; zeros stay zeros, and have
+    a finite gradient."""
     squares = (vectors**2).sum(axis=-1, keepdims=True)
     return vectors * lax.rsqrt(jnp.maximum(squares, 1e-24))
 

@@ -49,7 +49,7 @@ class Target(NamedTuple):
         output: the field of `ModelOutput` that is trained.
         labels: name of the array of the batch that it is compared with.
         loss: how it is compared, see `Loss`.
-        weight: weight of the term in the sum.
+        weight: factor of the term in the sum.
     """
 
     output: str

@@ -36,8 +36,8 @@ Embed = Callable[[Sequence[str]], Float[np.ndarray, "B D"]]
 
 
 class BlockEmbedder:
-    """Computes embeddings of texts with a model of the task "embedder": [CLS] text [SEP], truncated
-    to what the model reads.
+    """Computes embeddings of texts with a model of the task "embedder" (transformers'
+    RealmEmbedder): [CLS] text [SEP], truncated to what the model reads.
 
     Attributes:
         width: number of features of an embedding.

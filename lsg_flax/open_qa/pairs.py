@@ -110,7 +110,8 @@ def block_has_answer(
     input_ids: Int[np.ndarray, "blocks T"], answer_ids: Sequence[Sequence[int]], *, sep: int
 ) -> AnswerPlaces:
     """Finds every position between a row's first and second [SEP] (of id `sep`) where an answer's
-    ids start: in the order of the answers, then from left to right, padded with -1."""
+    ids start: in the order of the answers, then from left to right, padded with -1. (transformers'
+    `RealmRetriever.block_has_answer`)"""
     passed = (input_ids == sep).cumsum(axis=1)
     inside = (passed == 1) & (input_ids != sep)
     found: list[list[tuple[int, int]]] = [[] for _ in input_ids]
@@ -134,8 +135,8 @@ def batch_encode_candidates(
     max_length: int,
     text_pair: Sequence[Sequence[str]] | None = None,
 ) -> dict[str, Int[np.ndarray, "B C T"]]:
-    """Encodes the candidates of each row, truncated and padded to `max_length`, as RealmTokenizer's
-    method of this name with truncation.
+    """Encodes the candidates of each row, truncated and padded to `max_length` tokens, as the
+    method of this name of transformers' RealmTokenizer with truncation.
 
     Returns:
         `input_ids`, `attention_mask` and `token_type_ids`, [B, C, T].

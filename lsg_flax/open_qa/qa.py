@@ -35,8 +35,8 @@ Answers = Sequence[Sequence[int]]  # ids, without special tokens
 
 
 class OpenQAOutput(NamedTuple):
-    """The result of a call: the reader's output, which equals that of transformers; the answer's
-    ids, [T]; the numbers of the retrieved blocks, best first."""
+    """The result of a call: the reader's output and the answer's ids, [T], as in transformers'
+    RealmForOpenQAOutput; and the numbers of the retrieved blocks, best first."""
 
     reader_output: ModelOutput
     predicted_answer_ids: Int[np.ndarray, " T"]
@@ -54,7 +54,8 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class OpenQA:
-    """A retriever and a reader with an index of text blocks.
+    """A retriever and a reader with an index of text blocks: transformers' RealmForOpenQA (arXiv
+    2002.08909).
 
     Attributes:
         embedder, reader: models of the tasks "embedder" and "reader".

@@ -47,16 +47,16 @@ def device_search(
     dtype: Dtype = jnp.float32,
     recall: float | None = None,
 ) -> Search:
-    """Makes a search on devices, which keep the embeddings in memory; each device reads only its
-    own part of a file.
+    """Makes a search for the largest inner products (arXiv 2002.08909, section 3.3) on devices,
+    which keep the embeddings in memory; each device reads only its own part of a file.
 
     Args:
         embeddings: embeddings of the blocks, [blocks, D].
         mesh: a mesh of `sharding.make_mesh`, over all devices of which blocks are sharded; by
             default one device.
         dtype: of the embeddings and their products; sums are float32.
-        recall: None for the exact best blocks; otherwise `lax.approx_max_k` finds about this share
-            of them, which is faster on a TPU.
+        recall: None for the exact best blocks; otherwise `lax.approx_max_k` (arXiv 2206.14286)
+            finds about this share of them, which is faster on a TPU.
 
     Raises:
         ValueError: if there are no embeddings, or `recall` is outside 0..1. The search raises it
@@ -88,7 +88,8 @@ def device_search(
 
 
 def faiss_search(embeddings: Stored, *, factory: str = "Flat") -> Search:
-    """Makes a search by faiss, for indexes that are faster on a CPU than exact search.
+    """Makes a search by faiss (arXiv 1702.08734), for indexes that are faster on a CPU than exact
+    search.
 
     Args:
         embeddings: embeddings of the blocks, [blocks, D].
@@ -149,12 +150,14 @@ def _check(queries: np.ndarray, beam: int, count: int, width: int) -> None:
 def best_blocks(
     mesh: Mesh, count: int, beam: int, recall: float | None = None
 ) -> jax.stages.Wrapped:
-    """Returns the jitted search, (embeddings [rows, D], queries [questions, D]) -> (scores,
-    numbers), each [questions, beam]. A device computes its scores in parts of at most 256 MiB, and
-    picks the best of its own rows; only these are exchanged.
+    """Returns the jitted search of `device_search`, (embeddings [rows, D], queries [questions, D])
+    -> (scores, numbers), each [questions, beam]. A device computes its scores in parts of at most
+    256 MiB, and picks the best of its own rows; only these are exchanged.
 
     Args:
         count: number of rows that are blocks; the rows after them are never found.
+        beam: number of blocks to find for each question.
+        recall: as in `device_search`.
     """
 
     def of_shard(blocks: Array, queries: Array) -> tuple[Array, Array]:

@@ -104,8 +104,8 @@ def finetune(
     refresh_every: int | None = None,
 ) -> tuple[OpenQA, list[float]]:
     """Trains embedder and reader on the marginal likelihood of right blocks and right spans, one
-    question per step. A question without an answer in its searcher_beam_size blocks gives no
-    gradient.
+    question per step (the losses of transformers' RealmForOpenQA). A question without an answer in
+    its searcher_beam_size blocks gives no gradient.
 
     Args:
         qa: the models and the index to start from.
@@ -160,8 +160,9 @@ def finetune(
 
 
 def salient_spans(text: str) -> list[tuple[int, int]]:
-    """Returns the spans of names, dates and numbers in a text. Where the paper uses a tagger, these
-    are rules: capitalised words that do not start a sentence, or are several, and digits."""
+    """Returns the spans of names, dates and numbers in a text, in characters (arXiv 2002.08909,
+    section 3.4). Where the paper uses a tagger, these are rules: capitalised words that do not
+    start a sentence, or are several, and digits."""
     found = []
     for match in _SALIENT.finditer(text):
         begins = _TITLE.search(text[: match.start()]) and not match[0][0].isdigit()
@@ -172,8 +173,9 @@ def salient_spans(text: str) -> list[tuple[int, int]]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pretraining:
-    """The models of pretraining, which predict masked names and dates from retrieved blocks: an
-    embedder and a knowledge-augmented encoder with one tokenizer, and the texts of the blocks."""
+    """The models of pretraining, which predict masked names and dates from retrieved blocks (arXiv
+    2002.08909, section 3): an embedder and a knowledge-augmented encoder with one tokenizer, and
+    the texts of the blocks."""
 
     embedder: Model
     encoder: Model
@@ -214,8 +216,9 @@ class Pretraining:
         return {"question": question, "blocks": blocks, "encoder": pairs | labels}
 
     def loss(self, params: Params, example: dict[str, Any]) -> Float[Array, ""]:
-        """Returns -log of the probability of the masked tokens, marginal over the candidates by
-        their relevance. Candidates are embedded here, so both models have gradients."""
+        """Returns -log of the probability of the masked tokens, in nats, marginal over the
+        candidates by their relevance. Candidates are embedded here, so both models have gradients.
+        """
         variables = {"params": params["embedder"]}
         query: Any = self.embedder.apply(variables, **example["question"])
         blocks: Any = self.embedder.apply(variables, **example["blocks"])
@@ -236,7 +239,8 @@ def pretrain(
     seed: int = 0,
 ) -> tuple[Params, list[float]]:
     """Trains both models, one text per step, of which one salient span is masked. Its candidates
-    are the best num_candidates - 1 blocks that do not contain the text, and an empty one.
+    are the best num_candidates - 1 blocks that do not contain the text, and an empty one (arXiv
+    2002.08909, sections 3.3 and 3.4).
 
     Args:
         models: the models and the blocks.

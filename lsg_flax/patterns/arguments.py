@@ -112,8 +112,8 @@ def checked_arrays(query, key, value, mask) -> Arrays:
 
 
 def check_shards(segment_ids, shards: int) -> None:
-    """Raises ValueError for rows of several texts, with segment_ids [B, T], that would be sharded
-    over a sequence axis."""
+    """Raises ValueError for rows of several texts, with segment_ids [B, T], if there are several
+    `shards` of the sequence."""
     require(
         segment_ids is None or shards == 1,
         f"segment_ids with sequence={shards} devices: a row of several texts cannot be sharded "
@@ -123,8 +123,8 @@ def check_shards(segment_ids, shards: int) -> None:
 
 def checked_for(pattern: LSG, arrays: tuple, segment_ids, num_segments: int | None) -> Arrays:
     """Returns `checked_tokens` of query, key, value and mask, with the segments of the prepended
-    globals in front of those of the tokens, segment_ids [B, T - globals]; raises ValueError for
-    invalid settings of the pattern or of the segments."""
+    globals of `num_segments` texts in front of those of the tokens, segment_ids [B, T - globals];
+    raises ValueError for invalid settings of the pattern or of the segments."""
     if pattern.global_tokens not in ("prepended", "first_token", "none"):
         raise ValueError(
             f"global_tokens={pattern.global_tokens!r} is unknown; choose 'prepended', "

@@ -23,6 +23,7 @@ def keep_rows(
     """Makes the cache of a layer from a prompt whose mask is False after each row's tokens.
 
     Args:
+        slots: number of slots, from `slots_for`.
         buckets: the buckets of the tokens; ignored for local attention, which has none.
         first: the number of tokens of a row from which on a new token sees only its window.
     """
@@ -34,8 +35,9 @@ def keep_rows(
 
 def windows_from(pattern: LSH, length: Int[Array, "B"], padded: Int[Array, "B"]) -> Int[Array, "B"]:
     """Returns the number of tokens of a row from which on a new token sees only its window instead
-    of all tokens. As in the reference: after a prompt that was hashed, which is one padded to more
-    than a chunk, this is so at once; the first step after exactly one chunk hashes it."""
+    of all tokens. As in transformers' LSHSelfAttention: after a prompt of `length` tokens that was
+    hashed, which is one `padded` to more than a chunk, this is so at once; the first step after
+    exactly one chunk hashes it."""
     chunk = pattern.chunk_length
     return jnp.where(padded > chunk, 0, chunk + (length == chunk)).astype(jnp.int32)
 
@@ -76,7 +78,8 @@ def step_in_ring(
     cache: Cache,
     layer: Int[Array, ""],
 ) -> Float[Array, "B N H 1"]:
-    """Returns the next token's context over its own window and the windows before it."""
+    """Returns the next token's context over its own window and the windows before it, as
+    transformers' LocalSelfAttention of Reformer."""
     size, before = pattern.window_size, pattern.look_backward
     begin = jnp.maximum(cache.position // size - before, 0) * size
     slots = begin[:, None] + jnp.arange((before + 1) * size)[None]  # [B, W]
@@ -94,9 +97,9 @@ def step_by_buckets(
     cache: Cache,
     layer: Int[Array, ""],
 ) -> tuple[Float[Array, "B N H 1"], Int[Array, "B N rounds 1"]]:
-    """Returns the next token's context and its buckets, by the reference's algorithm: the token is
-    sorted in among the row's tokens, and sees the chunks around its position in this order, which
-    form a ring."""
+    """Returns the next token's context and its buckets, as transformers' LSHSelfAttention: the
+    token is sorted in among the row's tokens, and sees the chunks around its position in this
+    order, which form a ring."""
     assert cache.layers.buckets is not None and cache.layers.first is not None
     chunk, before, rounds = pattern.chunk_length, pattern.chunks_before, pattern.num_hashes
     own = bucket_of(pattern, query_key, token.mask, run)  # [B, N, rounds, 1]

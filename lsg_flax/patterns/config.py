@@ -26,7 +26,9 @@ _RANGES = {
 
 @dataclass(frozen=True)
 class LSGConfig:
-    """The attention pattern: local blocks, sparse representatives, global tokens.
+    """The attention pattern: local blocks, sparse representatives, global tokens (arXiv 2210.15497,
+    section 3; fields but `strict_reference` and defaults are those of lsg_converter's
+    LSGBertConfig).
 
     Every query block of `block_size` tokens attends to its own block and both neighbours, to
     `sparse_block_size` sparse representatives on either side of those, and to the global tokens.

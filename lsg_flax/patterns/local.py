@@ -40,8 +40,8 @@ def attend_locally(
     run: Runtime,
     bias: Float[Array, "N Q W"] | None = None,
 ) -> Float[Array, "B N H T"]:
-    """Returns the context of local attention; `bias` is added to the scores of every window. Raises
-    ValueError for a ring on a shard of a sequence."""
+    """Returns the context of `local_attention`; `bias` is added to the scores of every window.
+    Raises ValueError for a ring on a shard of a sequence."""
     length, size, run = query.shape[-1], pattern.window_size, run.on_shard()
     if pattern.wraps and length <= size:
         size, alone = length, {"window_size": length, "look_backward": 0, "look_forward": 0}
@@ -197,7 +197,8 @@ def _biases(bias: Float[Array, "N Q W"] | None, windows: tuple[Window, ...]) -> 
 
 
 def unit(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
-    """Normalises vectors along an axis to length 1; zeros stay zeros."""
+    """Normalises vectors along an axis to length 1, as local-attention's `l2norm`; zeros stay
+    zeros."""
     square = jnp.sum(x.astype(jnp.float32) ** 2, axis=axis, keepdims=True)
     length = jnp.sqrt(jnp.where(square > 0, square, 1.0))  # the root of 0 has no gradient
     return (x / jnp.maximum(length, 1e-12)).astype(x.dtype)

@@ -154,7 +154,7 @@ def bucket_of(
     pattern: LSH, vectors: Float[Array, "B N H T"], mask: Bool[Array, "B 1 T"], run: Runtime
 ) -> Int[Array, "B N rounds T"]:
     """Returns the bucket of every vector in every round; padding gets a last bucket of its own. No
-    gradient flows through it."""
+    gradient flows through it. (arXiv 2001.04451, section 2; transformers' LSHSelfAttention)"""
     rotations = rotations_of(pattern, vectors.shape[1], vectors.shape[2], run)
     turned = jnp.einsum(
         "nhrk,bnht->bnrkt",
@@ -175,7 +175,7 @@ def sort_by_bucket(
     pattern: LSH, buckets: Int[Array, "B N rounds T"]
 ) -> tuple[Int[Array, "B N rounds T"], Int[Array, "B N rounds T"]]:
     """Returns the tokens of each round sorted by bucket, stably, and the position of each token in
-    this order."""
+    this order. (transformers' LSHSelfAttention)"""
     length = buckets.shape[-1]
     number = lax.broadcasted_iota(jnp.int32, buckets.shape, 3)
     bits = (length - 1).bit_length()

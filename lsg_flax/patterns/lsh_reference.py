@@ -13,7 +13,8 @@ from lsg_flax.patterns.pattern import LSH
 def attend_by_buckets_reference(
     pattern: LSH, query_key: Float[Array, "B N H T"], source: Source, buckets: Int[Array, "B N _ T"]
 ) -> Float[Array, "B N H T"]:
-    """Returns the context of LSH attention without dropout, for tokens in these buckets.
+    """Returns the context of LSH attention (arXiv 2001.04451, section 2) without dropout, for
+    tokens in these buckets.
 
     Merging rounds by their normalisers equals one softmax over the keys of all rounds, in which a
     key counts as often as it is seen.

@@ -34,7 +34,8 @@ GlobalTokens = Literal["prepended", "first_token", "none"]
 
 @dataclass(frozen=True)
 class Full:
-    """Full attention: every query sees every key, or, if causal, those up to its own position."""
+    """Full attention: every query sees every key, or, if causal, those up to its own position (see
+    `lsg_flax.full_attention`)."""
 
     causal: bool = False
 
@@ -132,8 +133,8 @@ class Local:
         return 0
 
     def needs_padding(self, length: int, shards: int = 1) -> int:
-        """Returns how many padding tokens to add so that every shard has whole windows, at least as
-        many as its neighbours see."""
+        """Returns how many padding tokens to add to `length` tokens so that each of `shards`
+        devices has whole windows, at least as many as its neighbours see."""
         least = max(1, self.look_backward, self.look_forward) if shards > 1 else 1
         windows = max(-(-length // (self.window_size * shards)), least)
         return windows * self.window_size * shards - length
@@ -141,8 +142,9 @@ class Local:
 
 @dataclass(frozen=True)
 class LSH:
-    """Reformer's LSH attention: queries, which are also the keys, are hashed into buckets and
-    sorted by bucket; each sees its own chunk of this order and the neighbouring chunks.
+    """LSH attention of Reformer (arXiv 2001.04451, section 2; transformers' LSHSelfAttention):
+    queries, which are also the keys, are hashed into buckets and sorted by bucket; each sees its
+    own chunk of this order and the neighbouring chunks.
 
     Attributes:
         chunk_length: tokens per chunk. Up to one chunk every token sees all others.
@@ -199,7 +201,8 @@ def pattern_of(
     texts: int = 1,
     filler: int = 0,
 ) -> Pattern:
-    """Returns the LSG pattern of a config; full attention if `lsg` is None."""
+    """Returns the pattern of a config, for `texts` and `filler` see `LSG`; full attention if `lsg`
+    is None."""
     return Full(causal) if lsg is None else LSG(lsg, causal, global_tokens, texts, filler)
 
 

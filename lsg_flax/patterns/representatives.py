@@ -25,15 +25,17 @@ def pad_to_blocks(
 
 
 def right_offset(config: LSGConfig) -> int:
-    """The first representative in the right-hand window of block 0. With one representative per
-    block the reference starts at the block itself."""
+    """The number of the first representative in the right-hand window of block 0. With one per
+    block lsg_converter's `LSGAttentionProduct.reshape_to_sparse_block` starts at the block itself.
+    """
     return 2 * config.sparse_step if config.sparse_step > 1 else 0
 
 
 def representatives_of(
     pattern: LSG, query: Float[Array, "B N H T"], source: Source, run: Runtime
 ) -> Source:
-    """Returns the representatives of a shard's tokens."""
+    """Returns the representatives of a shard's tokens (`get_sparse_tokens_with_...` of
+    lsg_converter's LSGSelfAttention)."""
     config, blocks = pattern.config, None
     if source.segments is None:
         bos_query = first_query(config, query, source.mask, run.sequence_axis)

@@ -19,11 +19,11 @@ THETA = 10_000.0
 @dataclass(frozen=True)
 class Rotary:
     """Rotates pairs of features by the position in the window, so that scores depend on the
-    distance between query and key.
+    distance between query and key (arXiv 2104.09864; xpos: arXiv 2212.10554).
 
     Attributes:
         xpos_base: with xpos, scores shrink with the distance of a key, by a power of distance /
-            `xpos_base`; None for no xpos.
+            `xpos_base`, both in tokens; None for no xpos.
     """
 
     xpos_base: float | None = None
@@ -55,8 +55,8 @@ class Rotary:
         return rotated.reshape(x.shape).astype(x.dtype)
 
     def of_a_place(self, width: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Returns the angle by which each pair of features rotates from one position to the next,
-        and the logarithm of its scale factor."""
+        """Returns the angle in radians by which each pair of the `width` features of a head rotates
+        from one position to the next, and the logarithm of its scale factor."""
         angles = frequencies(width)
         growth = np.zeros_like(angles)
         if self.xpos_base is not None:
@@ -76,8 +76,8 @@ class Rotary:
 
 
 def frequencies(width: int) -> Float[np.ndarray, "_"]:
-    """Returns the angles by which the pairs of a head of this width rotate from one position to the
-    next."""
+    """Returns the angles in radians by which the pairs of a head of `width` features rotate from
+    one position to the next (arXiv 2104.09864)."""
     even = np.arange(0, width, 2, dtype=np.float32)
     return 1.0 / np.float32(THETA) ** (even / np.float32(width))
 
@@ -91,7 +91,9 @@ def _shrink(width: int) -> Float[np.ndarray, "_"]:
 def rotary_of(
     width: int, window_size: int, *, used: bool, xpos: bool, base: float | None
 ) -> Rotary | None:
-    """Makes the record from local-attention's options for heads of this width; None if not `used`.
+    """Makes the record from local-attention's options for heads of `width` features and windows of
+    `window_size` tokens, with `base` in tokens too; None if not `used`. (local-attention's
+    `rotary.py`)
 
     Raises:
         ValueError: for options that contradict each other, and heads of odd width.

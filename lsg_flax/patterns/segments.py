@@ -72,7 +72,7 @@ def with_globals(tokens: Int[Array, "B T"], texts: int, each: int) -> Int[Array,
 def are_texts(ids: Any, number: int, block: int) -> Any:
     """Returns which rows of a NumPy or JAX array are valid segments: at most `number` texts,
     numbered in rising order from 1, the tokens of each contiguous and starting at a multiple of
-    `block`."""
+    `block` tokens."""
     numbers: Any = np if isinstance(ids, np.ndarray) else jnp
     before = numbers.pad(ids, ((0, 0), (1, 0)))[:, :-1]
     highest = (
@@ -89,7 +89,7 @@ def only_of_texts(
     context: Float[Array, "B *T"], segments: Int[Array, "B _"] | None, block: int
 ) -> Float[Array, "B *T"]:
     """Returns the context; under jit, where segments cannot be read, NaN for rows with invalid
-    segments.
+    segments (see `are_texts`, also for `block`).
 
     Raises:
         ValueError: for invalid segments outside jit.

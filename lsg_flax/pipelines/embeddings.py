@@ -53,7 +53,7 @@ class _Pooled:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Embedder:
-    """Computes embeddings of texts.
+    """Computes embeddings of texts, as sentence-transformers' SentenceTransformer.
 
     Attributes:
         model, params: a model of the task "base" and its parameters.
@@ -100,9 +100,9 @@ class Embedder:
 
         Args:
             path: folder or hub id.
-            pooling, normalize, max_length: replace the settings of the folder. If neither has them,
-                vectors are not normalized, and texts are truncated where model and tokenizer
-                require it.
+            pooling, normalize, max_length: replace the settings of the folder (max_length is in
+                tokens). If neither has them, vectors are not normalized, and texts are truncated
+                where model and tokenizer require it.
             dtype: of the model's computation; vectors are always float32.
 
         Raises:

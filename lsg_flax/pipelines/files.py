@@ -56,11 +56,17 @@ _PROBE = "Él NAÏVE 12.5% 日本 [MASK]\n it's"  # distinguishes tokenizers wit
 
 
 class Written(NamedTuple):
-    """The result of `predict_file`."""
+    """The result of `predict_file`.
 
-    documents: int  # number of lines of the target
-    computed: int  # how many of them this call computed; the others were finished before
-    skipped: tuple[int | str, ...]  # numbers of skipped lines of the source, from 1, or its files
+    Attributes:
+        documents: number of lines of the target.
+        computed: how many of them this call computed; the others were finished before.
+        skipped: numbers of skipped lines of the source, from 1, or its files.
+    """
+
+    documents: int
+    computed: int
+    skipped: tuple[int | str, ...]
 
 
 def predict_file(

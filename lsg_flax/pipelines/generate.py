@@ -28,7 +28,7 @@ _LIMITS = {"max_length", "max_new_tokens"}
 @dataclass(frozen=True)
 class Text2TextGeneration(PipelineTask):
     """Generates text with an encoder-decoder: {"generated_text"}, or a list of these if
-    num_return_sequences asks for several.
+    num_return_sequences asks for several. (transformers' Text2TextGenerationPipeline)
 
     The options of `generate` are options too; `max_length` then limits generated tokens. Defaults
     are the checkpoint's, first those in its task_specific_params for the task; their `prefix`, or

@@ -152,11 +152,11 @@ def pipeline(
     """Makes a pipeline from text to answers, such as `pipeline("fill-mask", path)("Paris is the
     [MASK] of France.")`.
 
-    Answers are those of transformers 4.37, with these differences: a list gives a list, also for a
-    single text; a text that is too long raises unless `truncation=True`; targets of fill-mask must
-    be one token; problem_type "regression" applies no function to the logits (as transformers 5);
-    windows of question answering are as long as the model reads, not 384 tokens; features are
-    arrays.
+    Answers are those of transformers 4.37's `pipeline`, with these differences: a list gives a
+    list, also for a single text; a text that is too long raises unless `truncation=True`; targets
+    of fill-mask must be one token; problem_type "regression" applies no function to the logits (as
+    transformers 5); windows of question answering are as long as the model reads, not 384 tokens;
+    features are arrays.
 
     Args:
         task: "fill-mask", "text-classification", "token-classification", "question-answering",

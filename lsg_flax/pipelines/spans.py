@@ -39,7 +39,8 @@ class _Piece(NamedTuple):
 @dataclass(frozen=True)
 class TokenClassification(PipelineTask):
     """Labels tokens: {"entity", "score", "index", "word", "start", "end"}, or groups of them:
-    {"entity_group", "score", "word", "start", "end"}.
+    {"entity_group", "score", "word", "start", "end"}; "start" and "end" are characters, "score" is
+    a probability. (transformers' TokenClassificationPipeline)
 
     Attributes:
         aggregation_strategy: "none": single tokens; "simple": neighbours of the same entity are
@@ -159,7 +160,7 @@ def _group(pieces: list[_Piece], labels: list[str], tokenizer) -> list[dict[str,
 @dataclass(frozen=True)
 class QuestionAnswering(PipelineTask):
     """Finds answers in a context: {"score", "start", "end", "answer"} with character positions, or
-    a list of them if there are several.
+    a list of them if there are several. (transformers' QuestionAnsweringPipeline)
 
     Attributes:
         top_k: largest number of answers, per window and in total.

@@ -153,7 +153,8 @@ class _MaskLogits(NamedTuple):
 @dataclass(frozen=True)
 class FillMask(PipelineTask):
     """Predicts words for mask tokens: per text a list of {"score", "token", "token_str",
-    "sequence"}; for several masks a list of such lists.
+    "sequence"}, where "score" is a probability; for several masks a list of such lists.
+    (transformers' FillMaskPipeline)
 
     Attributes:
         top_k: words per mask.
@@ -241,7 +242,8 @@ class FillMask(PipelineTask):
 
 @dataclass(frozen=True)
 class TextClassification(PipelineTask):
-    """Labels texts, or pairs {"text", "text_pair"}: {"label", "score"}.
+    """Labels texts, or pairs {"text", "text_pair"}: {"label", "score"}. (transformers'
+    TextClassificationPipeline)
 
     Attributes:
         top_k: number of labels in a list, best first (None for all); "best" for the best label
@@ -301,7 +303,8 @@ class TextClassification(PipelineTask):
 @dataclass(frozen=True)
 class FeatureExtraction(PipelineTask):
     """Returns the states [T, D] of a text's tokens, with special tokens and without padding, as a
-    numpy array (transformers returns nested lists with a leading axis of 1)."""
+    numpy array (transformers' FeatureExtractionPipeline returns nested lists with a leading axis
+    of 1)."""
 
     heads: ClassVar = {"base": ("last_hidden_state",)}
 

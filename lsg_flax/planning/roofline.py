@@ -92,7 +92,8 @@ def check_roofline(topology: str, file: pathlib.Path) -> None:
 
 
 def draw_roofline(file: pathlib.Path, plans: Mapping[str, Plan]) -> None:
-    """Draws plans for one kind of chip, by the names that they have in the picture.
+    """Draws plans for one kind of chip, by the names that they have in the picture, as a roofline
+    (Williams et al. 2009, doi 10.1145/1498765.1498785).
 
     Raises:
         ValueError: for plans of several kinds of chips, plans without any FLOPs (all were refused),

@@ -51,7 +51,8 @@ class PlanSettings:
         accumulate: number of microbatches per step.
         dtype, param_dtype: of the computation, and of parameters and optimizer state.
         lora_r, lora_target_modules: as in `training.Settings`: train only adapters and the head.
-        ema_decay: as in `training.Settings`: also keep an average of the trainable parameters.
+        ema_decay: as in `training.Settings`: also keep an average of the trainable parameters, and
+            which share of it a step keeps.
 
     Raises:
         ValueError: for invalid settings.
@@ -132,10 +133,11 @@ class StepReads:
     on. (A decoder with LSG attention reads only a part of its cache.)
 
     Attributes:
-        weights: parameters of the decoder and the head, in the precision of the computation,
+        weights: bytes of the parameters of decoder and head, in the precision of the computation,
             without tables in which it only looks up rows.
-        self_cache: the cache of generated tokens, and of a decoder's prompt, for every beam.
-        cross_cache: keys and values of the encoder's states, once per row.
+        self_cache: bytes of the cache of generated tokens, and of a decoder's prompt, for every
+            beam.
+        cross_cache: bytes of the keys and values of the encoder's states, once per row.
     """
 
     weights: int
@@ -144,7 +146,7 @@ class StepReads:
 
     @property
     def total(self) -> int:
-        """The sum of all three."""
+        """The bytes of all three."""
         return self.weights + self.self_cache + self.cross_cache
 
 
@@ -155,7 +157,7 @@ class GenerationPlan:
     Attributes:
         reads: the bytes that a step must read, to compare its memory traffic with.
         prefill: the work of one chip before the first step: encoder, prompt and first token.
-        prefill_times: see `Plan.times`.
+        prefill_times: seconds, see `Plan.times`.
     """
 
     reads: StepReads

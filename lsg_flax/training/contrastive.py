@@ -27,17 +27,18 @@ def ranking_loss(
     *,
     scale: float,
 ) -> Float[Array, ""]:
-    """Returns the mean over the anchors of -log softmax(scale * cosine)[own], in float32.
+    """Returns the mean over the anchors of -log softmax(scale * cosine)[own], in nats and float32.
 
-    It is the loss of sentence-transformers' MultipleNegativesRankingLoss, where all other
-    candidates are negatives. Under a mesh the batch is that of all devices: XLA gathers the
-    candidates.
+    It is the loss of sentence-transformers' MultipleNegativesRankingLoss (arXiv 1705.00652, section
+    4.4), where all other candidates are negatives. Under a mesh the batch is that of all devices:
+    XLA gathers the candidates.
 
     Args:
         anchors: embeddings of texts; the positive of an anchor is the candidate of the same index.
         candidates: embeddings of the positives, followed by those of negatives of any anchor.
         others: which candidates are negatives of each anchor. An anchor without negatives does not
             count.
+        scale: factor of the cosines.
     """
     rows = len(anchors)
     sides = unit(anchors.astype(jnp.float32)), unit(candidates.astype(jnp.float32))

@@ -28,7 +28,7 @@ def peak_flops(device_kind: str) -> float | None:
 
 def train_flops(model: Model, batch: Batch) -> float:
     """Returns the model FLOPs of a training step on a batch: those that the formulas need on real
-    tokens.
+    tokens (as in PaLM, arXiv 2204.02311, appendix B).
 
     They are 6 P + 12 L D S per real token: two FLOPs for each of the P parameters in matrix
     products (the encoder's kernels, as often as they are used, and those of heads that answer per

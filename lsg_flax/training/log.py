@@ -68,8 +68,8 @@ class Logging:
         folder: folder of metrics.jsonl, which gets one line per step; None writes nothing.
         tensorboard: write event files there too, with the package tensorboardX.
         flops: function that returns the model FLOPs of a batch, such as
-            `partial(train_flops, model)`; it gives the utilisation `mfu` on chips that `PEAK_FLOPS`
-            knows.
+            `partial(train_flops, model)`; it gives the utilisation `mfu`, a share, on chips that
+            `PEAK_FLOPS` knows.
         progress: show a progress bar, or lines if stderr is not a terminal.
         every: steps between two lines; by default there is one every ten seconds. Evaluated steps
             and the last one always have a line.

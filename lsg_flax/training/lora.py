@@ -30,11 +30,12 @@ _FROZEN = rf"^{_SCALING}$|^(?!.*({_A}|{_B})$)(?=.*?(?:{{}}))"
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:
-    """Which projections get adapters; the fields have PEFT's names.
+    """Which projections get adapters (arXiv 2106.09685); the fields have the names of PEFT's
+    LoraConfig.
 
     Attributes:
-        r: rank, the width between the two matrices.
-        alpha: the adapters' product is scaled by `alpha / r`.
+        r: rank, the number of features between the two matrices.
+        alpha: the adapters' product has the factor `alpha / r`.
         target_modules: ends of paths in the stacks of layers, such as "query", "mlp_up" or
             "decoder/layers/attention/value".
     """
@@ -70,7 +71,8 @@ class LoRA:
 
 def add_lora(params: Params, lora: LoRA, key: PRNGKeyArray, *, mesh: Mesh | None = None) -> Params:
     """Returns the parameters with adapters that change nothing yet: "_lora_a" [L, D, r] is drawn
-    uniformly from +-1 / sqrt(D), as in PEFT, and "_lora_b" [L, r, F] is zero.
+    uniformly from +-1 / sqrt(D), as in PEFT, and "_lora_b" [L, r, F] is zero. (arXiv 2106.09685,
+    section 4.1)
 
     Args:
         mesh: the mesh that the parameters are sharded over; adapters are sharded as their kernel.
@@ -98,7 +100,7 @@ def add_lora(params: Params, lora: LoRA, key: PRNGKeyArray, *, mesh: Mesh | None
 
 def merge_lora(params: Params) -> Params:
     """Returns the parameters as the model has them, with the adapters' products added to their
-    kernels; a tree without adapters is returned unchanged."""
+    kernels (arXiv 2106.09685, section 4.1); a tree without adapters is returned unchanged."""
     flat: dict[str, Any] = flax.traverse_util.flatten_dict(params, sep="/")
     if _SCALING not in flat:
         return params

@@ -96,7 +96,8 @@ def loss_fn(
     label_smoothing: float = 0.0,
     class_weights: Sequence[float] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """Returns the loss of a batch, equal to that of Hugging Face's class for the task, in float32.
+    """Returns the loss of a batch in float32, equal to that of the class for the task, such as
+    transformers' BertForMaskedLM; cross-entropies are in nats.
 
     Labels of -100 do not count; if none counts the loss is 0 (PyTorch's is NaN). A label that is
     neither -100 nor a class gives NaN. The loss of `sequence_classification` depends on
@@ -106,8 +107,9 @@ def loss_fn(
     Args:
         batch: inputs and targets by Hugging Face's names.
         dropout_key: trains with dropout and new LSH rotations; None evaluates.
-        label_smoothing, class_weights: as in PyTorch's CrossEntropyLoss, where the weights (one
-            for each class) also count in the mean; see `LabelOptions`.
+        label_smoothing, class_weights: share of a label that is spread over all classes, and a
+            factor for each class, as in PyTorch's CrossEntropyLoss, where the weights also count
+            in the mean.
 
     Returns:
         The loss, and metrics: `loss`, `targets` (number of labels that counted), `tokens` (number

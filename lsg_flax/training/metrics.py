@@ -50,11 +50,11 @@ def evaluate(
     """Returns the loss and the scores of the model's task; they do not depend on how rows are
     spread over batches.
 
-    The scores by kind of loss are `classification_scores` for a class per row, `entity_scores` for
-    named classes per token, `perplexity` for other classes per token, `span_scores` for positions
-    (the best start and end together, at most 30 tokens; `finetune` and `evaluate_files` score
-    answers as texts), and by problem type `regression_scores` and `multi_label_scores` (labels
-    whose logit is above 0).
+    The scores by kind of loss are `classification_scores` (as scikit-learn's `f1_score`) for a
+    class per row, `entity_scores` (seqeval's `f1_score`) for named classes per token, `perplexity`
+    for other classes per token, `span_scores` for positions (the best start and end together, at
+    most 30 tokens; `finetune` and `evaluate_files` score answers as texts), and by problem type
+    `regression_scores` and `multi_label_scores` (labels whose logit is above 0).
 
     Args:
         batches: pairs of a batch and its rows' numbers, as `data.eval_batches` returns them; -1
@@ -64,7 +64,8 @@ def evaluate(
             processes each passes its own rows.
 
     Returns:
-        "eval_loss" and the scores; each name begins with "eval_".
+        "eval_loss" and the scores; each name begins with "eval_". Scores are shares from 0 to 1,
+        but for perplexity, mean squared errors and correlations.
 
     Raises:
         ValueError: for a task without a loss, batches that do not fit, or if nothing counts.

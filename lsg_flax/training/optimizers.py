@@ -80,16 +80,24 @@ def make_optimizer(
     layerwise_lr_decay: float | None = None,
     ema_decay: float | None = None,
 ) -> optax.GradientTransformation:
-    """Returns AdamW after clipping by the global norm, with the learning rates of `make_schedule`.
-    Biases, LayerNorm's parameters and buffers have no weight decay.
+    """Returns AdamW (arXiv 1711.05101, by optax's `adamw`) after clipping by the global norm, with
+    the learning rates of transformers' `get_linear_schedule_with_warmup` and its like. Biases,
+    LayerNorm's parameters and buffers have no weight decay.
 
     Args:
+        learning_rate, schedule: the rate after warmup, and how it changes from then on.
+        total_steps, warmup_steps: steps of the run, and those in which the rate rises.
+        weight_decay: times the learning rate, the share of a parameter that a step subtracts.
+        max_grad_norm: largest global norm of the gradients; None does not clip.
+        b1, b2: shares of the old moments that a step keeps.
         frozen: regular expression, searched in paths such as "encoder/layers/mlp_up/kernel";
             parameters that match keep every bit and have no optimizer state. They do not count in
             the norm, so their gradients are not even computed.
         layerwise_lr_decay: the learning rate of each layer, from the head down, as a share of that
-            of the layer above; see `layer_rates`.
-        ema_decay: keeps a moving average of the trainable parameters; see `average_params`.
+            of the layer above (arXiv 2106.08254); see `layer_rates`.
+        ema_decay: keeps a moving average of the trainable parameters, as TensorFlow's
+            ExponentialMovingAverage with `num_updates`; the largest share of the old average that a
+            step keeps.
 
     Returns:
         The optimizer; its state (moments) has the parameters' dtype, so keep those float32.

@@ -38,14 +38,16 @@ class Refinements:
     ] = None
     ema_decay: Annotated[
         float | None,
-        of_refinements("keep, evaluate and save a moving average of the model, such as 0.999"),
+        of_refinements(
+            "keep, evaluate and save a moving average; share kept in a step, such as 0.999"
+        ),
     ] = None
     lora_r: Annotated[
         int | None,
         of_refinements("train adapters of this rank (LoRA) and the head; merged when saved"),
     ] = None
     lora_alpha: Annotated[
-        float | None, of_refinements("scales adapters by alpha / r", f"{LoRA.alpha:g}")
+        float | None, of_refinements("adapters are multiplied by alpha / r", f"{LoRA.alpha:g}")
     ] = None
     lora_target_modules: Annotated[
         tuple[str, ...] | None,

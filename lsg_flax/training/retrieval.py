@@ -21,7 +21,8 @@ def retrieval_scores(
     *,
     scale: float,
 ) -> Scores:
-    """Returns retrieval scores and a loss, as means over the queries.
+    """Returns retrieval scores from 0 to 1, as sentence-transformers'
+    InformationRetrievalEvaluator, and a loss in nats, as means over the queries.
 
     `recall@1` and `recall@10` are the share of a query's documents among the first 1 or 10;
     `mrr@10` is the reciprocal rank of the first of its documents; `ndcg@10` is their discounted

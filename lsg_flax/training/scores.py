@@ -136,9 +136,9 @@ def make_rouge_scorer() -> Any:
 
 def rouge_scores(written: Sequence[str], references: Sequence[str]) -> Scores:
     """Returns `rouge1`, `rouge2`, `rougeL` and `rougeLsum`, from 0 to 1: means over the texts of
-    the F1 of rouge-score with its stemmer, which reads only a-z and 0-9. For `rougeLsum` a sentence
-    ends at the end of a line, and at white space after ".", "!" or "?", with or without a closing
-    quote or bracket.
+    the F1 of rouge-score's RougeScorer with its stemmer, which reads only a-z and 0-9. For
+    `rougeLsum` a sentence ends at the end of a line, and at white space after ".", "!" or "?", with
+    or without a closing quote or bracket.
 
     Raises:
         ImportError: if rouge-score is not installed.

@@ -111,7 +111,7 @@ class Settings(Refinements, EmbeddingSettings):
     buckets: Annotated[
         tuple[int, ...] | None,
         of_data(
-            "lengths that rows are padded to; one with --packing",
+            "lengths in tokens that rows are padded to; one with --packing",
             "powers of two from 512, then --max-length",
         ),
     ] = None
@@ -121,7 +121,10 @@ class Settings(Refinements, EmbeddingSettings):
     ] = None
     target_buckets: Annotated[
         tuple[int, ...] | None,
-        of_data("lengths that targets are padded to", "powers of two from 512, then the longest"),
+        of_data(
+            "lengths in tokens that targets are padded to",
+            "powers of two from 512, then the longest",
+        ),
     ] = None
     src_lang: Annotated[
         str | None, of_data("language of the texts, such as mBART's en_XX", "the tokenizer's")
@@ -358,7 +361,7 @@ class Settings(Refinements, EmbeddingSettings):
 
     @property
     def ladder(self) -> tuple[int, ...] | None:
-        """The lengths that rows of one text each are padded to; None with packing."""
+        """The lengths in tokens that rows of one text each are padded to; None with packing."""
         return None if self.packing else self.buckets
 
     @property

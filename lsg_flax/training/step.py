@@ -87,14 +87,14 @@ def make_train_step(
     summed losses of each are divided by the number (or weights) of the labels that count in all M
     together, so the gradient is that of one batch of M * B, however the labels are spread (only
     dropout masks differ). Gradients are summed in float32. `model.clone(remat="full")` recomputes
-    activations. Labels are smoothed and weighted as in `loss_fn`.
+    activations. `label_smoothing` and `class_weights` are as in `loss_fn`.
 
     Returns:
         The step. Its metrics are those of `loss_fn` (over all microbatches) and `update_norm`, the
         global norm of the update of the parameters.
 
     Raises:
-        ValueError: while tracing, for a batch that does not fit.
+        ValueError: for `accumulate_steps` below 1; while tracing, for a batch that does not fit.
     """
     if accumulate_steps < 1:
         raise ValueError(f"accumulate_steps={accumulate_steps} must be at least 1.")

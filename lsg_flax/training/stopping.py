@@ -32,6 +32,8 @@ class EarlyStopping:
 
     Attributes:
         metric: name of one of the evaluation's metrics.
+        patience: number of evaluations.
+        threshold: a difference of scores.
         mode: whether "max" or "min" of it is best.
 
     Raises:

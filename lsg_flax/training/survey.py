@@ -42,7 +42,8 @@ class DataSurvey:
         others: the same for the rows' other texts, such as positives.
         cut: what is truncated of long texts, in words; "" if nothing is.
         labels: how often each label occurs, if labels have names.
-        buckets: number of rows that are padded to each length; with packing rows of several texts.
+        buckets: number of rows that are padded to each length in tokens; with packing rows of
+            several texts.
         real: share of their positions that are not padding.
     """
 

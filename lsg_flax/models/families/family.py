@@ -99,8 +99,8 @@ class PositionTable(NamedTuple):
 
 @dataclass(frozen=True)
 class ToLSG:
-    """How a family's checkpoint is converted to LSG: the paths of tables that the conversion reads
-    and writes.
+    """How a family's checkpoint is converted to LSG (lsg_converter's LSGConverter): the paths of
+    the tables that the conversion reads and writes.
 
     Attributes:
         positions: tables that get more rows.
@@ -268,6 +268,7 @@ def _expand(row: Row, layers: dict[tuple[int, ...], tuple[int, ...]], prefix: st
 
 
 def modern_name(name: str) -> str:
-    """Returns the current name of a tensor: in old checkpoints LayerNorm has gamma and beta."""
+    """Returns the current name of a tensor: in old checkpoints LayerNorm has gamma and beta, which
+    transformers' `from_pretrained` renames too."""
     name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
     return re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
