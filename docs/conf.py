@@ -4,6 +4,9 @@ import dataclasses
 import re
 import typing
 
+from numpy.typing import ArrayLike
+from sphinx.util.typing import stringify_annotation
+
 import lsg_flax
 from lsg_flax.training import Help
 
@@ -59,14 +62,24 @@ def _helps(item):
     return [(field, help) for field, help in said if isinstance(help, Help)]
 
 
+LONG = {stringify_annotation(ArrayLike, "smart"): "ArrayLike"}
+LONG |= {stringify_annotation(ArrayLike, "fully-qualified-except-typing"): "ArrayLike"}
+LONG |= {"jaxlib._jax.Array": "Array", "<factory>": "..."}
+QUALIFIERS = r"\b(?:jaxtyping|collections\.abc|pathlib|lsg_flax[\w.]*)\.(?=[A-Z])"
+
+
+def _shorten(text):
+    """Replaces types whose full names nobody writes."""
+    for long, short in LONG.items():
+        text = text.replace(long, short)
+    return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
+
+
 def _signature(_app, _what, _name, item, _options, signature, returns):
-    """`Array` is called by the module that defines it, which nobody imports it from; a signature
-    of dozens of settings is a list below the docstring."""
+    """A signature of dozens of settings is a list below the docstring."""
     if _helps(item):
         return "(**settings)", returns
-    return tuple(
-        part and part.replace("jaxlib._jax.Array", "Array") for part in (signature, returns)
-    )
+    return tuple(part and _shorten(part) for part in (signature, returns))
 
 
 def _settings(_app, _what, _name, item, _options, lines):
@@ -80,13 +93,24 @@ def _settings(_app, _what, _name, item, _options, lines):
         about = f"{help.about} ({'required' if required else f'default: {default}'})"
         groups.setdefault(help.group, []).append(f"* ``{field.name}`` -- {about}")
     for group, rows in groups.items():
+        rows.sort(key=lambda row: "(required)" not in row)
         lines += ["", f"**{group.capitalize()}**", "", *rows, ""]
+
+
+def _whole(_app, what, _name, _object, _options, lines):
+    """Types stand in the signatures: a colon in what is returned does not end a type."""
+    text = "\n".join(lines)
+    text = re.sub(r":returns: (.*?)\n:rtype: ([^\n]*)", r":returns: \2: \1", text, flags=re.DOTALL)
+    if what == "property":
+        text = re.sub(r"\A(.*?)\n*:type: ([^\n]*)", r"\2: \1", text, flags=re.DOTALL)
+    lines[:] = text.split("\n")
 
 
 def _literal(_app, _what, _name, _object, _options, lines):
     """Axes such as *B, and values in quotes such as "eval_", mean no reStructuredText."""
     for number, line in enumerate(lines):
         if ":type" in line:
+            line = re.sub(QUALIFIERS, "", _shorten(line))
             lines[number] = line.replace("*", r"\*")
         elif "`" not in line:
             lines[number] = re.sub(r'"[^"\s]*(?:\*|_")[^"\s]*"?', r"``\g<0>``", line)
@@ -96,4 +120,5 @@ def setup(app):
     """Sphinx calls it."""
     app.connect("autodoc-process-signature", _signature)
     app.connect("autodoc-process-docstring", _settings)
-    app.connect("autodoc-process-docstring", _literal, priority=900)  # behind napoleon
+    app.connect("autodoc-process-docstring", _whole, priority=800)  # behind napoleon
+    app.connect("autodoc-process-docstring", _literal, priority=900)

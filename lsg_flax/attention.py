@@ -41,6 +41,7 @@ from lsg_flax.patterns import LSGConfig as LSGConfig
 ONE_DEVICE = Runtime()
 
 
+@sharding.with_auto_axes
 def lsg_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T K H"],
@@ -234,6 +235,7 @@ def attention_pattern(
     return patterns.seen_by(LSG(config, causal, global_tokens), length)
 
 
+@sharding.with_auto_axes
 def full_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
@@ -273,6 +275,7 @@ def full_attention(
     return tokens_first(patterns.attention(Full(causal), features, source, run))
 
 
+@sharding.with_auto_axes
 def local_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T K H"],
@@ -352,6 +355,7 @@ def local_attention(
     return attend_windows(query, key, value, mask, pattern=pattern, **more)
 
 
+@sharding.with_auto_axes
 def attend_windows(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T K H"],

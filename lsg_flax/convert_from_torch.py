@@ -25,10 +25,11 @@ from lsg_flax.models import (
     Params,
     family_of,
 )
-from lsg_flax.tensor_names import NamedTensors, name_tensors, of_part, of_tensorflow
+from lsg_flax.tensor_names import FLOATS, NamedTensors, name_tensors, of_part, of_tensorflow
 
 HEAD_SEED = 0  # seed of head weights that a checkpoint lacks
 _LISTED = 12
+_COLLECTIONS = ' Pass the tree of parameters alone: variables["params"].'
 _FIXED = "/buffer"  # an array that is never trained: if a file lacks it, it has its initial value
 
 
@@ -94,7 +95,7 @@ def has_head(tensors: Mapping[str, Any], config: ModelConfig, task: str) -> bool
     """Whether the tensors of a state dict have all names of a task's head.
 
     Raises:
-        ValueError: if the family has no such head, or two tensors that differ have one name.
+        ValueError: if the family has no such head, or if two different tensors map to one name.
     """
     family = family_of(config.model_type)
     tensors = of_part(of_tensorflow(tensors, family), family.head(task).part)
@@ -129,7 +130,7 @@ def params_to_torch(params: Params, model: Model) -> dict[str, np.ndarray]:
     strict loading works. Shapes are PyTorch's, such as [out, in] for a projection.
 
     Raises:
-        ValueError: if `params` are not those of `model`.
+        ValueError: if `params` are not those of `model`, or are no floating-point numbers.
     """
     config, family = model.config, family_of(model.config.model_type)
     if model.embedders:
@@ -146,7 +147,14 @@ def params_to_torch(params: Params, model: Model) -> dict[str, np.ndarray]:
             f"unexpected {sorted(leaves.keys() - shapes.keys())[:_LISTED]}, "
             "of another shape "
             f"{[(path, tuple(leaves[path].shape), shapes[path]) for path in wrong[:_LISTED]]}."
+            f"{_COLLECTIONS if 'params' in params else ''}"
         )
+    for path, leaf in leaves.items():
+        if str(leaf.dtype) not in FLOATS:
+            raise ValueError(
+                f"{path} has dtype {leaf.dtype}, and no model would load it; give parameters of "
+                f"{', '.join(FLOATS)}."
+            )
     keys = family.keys(model.task, config) + family.given_keys(config, shapes)
     _check_rows(keys, shapes, family)
     tensors = {}

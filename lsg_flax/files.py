@@ -197,9 +197,8 @@ def check_output(output: str | os.PathLike, *sources: str | os.PathLike) -> None
         within = source.is_dir() and place.parent.exists() and place.parent.samefile(source)
         if within and place.suffix == ".txt":
             raise ValueError(f"{place} would be one of the texts in {source}; give another file.")
-        ends = (
-            place.with_name(f"{place.name}{end}") for end in ("", ".partial", ".partial.journal")
-        )
+        own = ("", ".partial", ".partial.journal", ".partial.ahead")
+        ends = (place.with_name(f"{place.name}{end}") for end in own)
         for taken in (*ends, _aside(place)):
             if taken.exists() and source.exists() and taken.samefile(source):
                 raise ValueError(

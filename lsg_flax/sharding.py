@@ -13,17 +13,20 @@ jitted under `jax.set_mesh(mesh)`: XLA partitions it. What each mesh axis shards
 Axes: B batch, T tokens, M microbatches.
 """
 
+import functools
 import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+_Arguments = ParamSpec("_Arguments")
+_Returned = TypeVar("_Returned")
 SEQUENCE = "sequence"
 AXES = ("data", "fsdp", "tensor", SEQUENCE)
 
@@ -122,6 +125,20 @@ def make_mesh(
         return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=types)
 
 
+def check_mesh(mesh: Mesh | AbstractMesh) -> None:
+    """Raises ValueError for a mesh with other axes than those of `make_mesh`, over which nothing
+    would be sharded, and for axes of the type Explicit, `jax.make_mesh`'s default, which Flax's
+    modules cannot follow."""
+    unknown = {name: size for name, size in mesh.shape.items() if name not in AXES and size > 1}
+    if unknown or mesh.explicit_axes:
+        shown = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+        raise ValueError(
+            f"the mesh has the axes {shown}, of the types {mesh.axis_types}; its axes must be "
+            f"among {', '.join(AXES)}, and of the type Auto. Make it with "
+            "lsg_flax.sharding.make_mesh."
+        )
+
+
 def shardings_for(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Returns the `NamedSharding` of every leaf of a tree.
 
@@ -132,8 +149,9 @@ def shardings_for(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
 
     Raises:
         ValueError: for a parameter whose path `PARAMETER_AXES` does not match, or one that the mesh
-            does not divide evenly.
+            does not divide evenly; and as `check_mesh`.
     """
+    check_mesh(mesh)
 
     def of_leaf(keys, leaf) -> NamedSharding:
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
@@ -176,8 +194,9 @@ def batch_shardings(
         microbatches: whether the arrays have a leading axis M, which is not sharded.
 
     Raises:
-        ValueError: if the mesh does not divide the rows or the tokens evenly.
+        ValueError: if the mesh does not divide the rows or the tokens evenly; and as `check_mesh`.
     """
+    check_mesh(mesh)
     tokens = batch.get("input_ids", batch.get("inputs_embeds"))
     lead = tuple(tokens.shape) if tokens is not None else ()
     lead = lead[:-1] if "input_ids" not in batch else lead
@@ -222,9 +241,10 @@ def check_batches(
 
     Raises:
         ValueError: if the mesh does not divide rows or tokens evenly, or if shards of the sequence
-            are too short for the pattern.
+            are too short for the pattern; and as `check_mesh`.
     """
-    shards = mesh.shape[SEQUENCE]
+    check_mesh(mesh)
+    shards = mesh.shape.get(SEQUENCE, 1)
     for (name, size), bucket in itertools.product(rows.items(), buckets):
         try:
             batch_shardings({"input_ids": jax.ShapeDtypeStruct((size, bucket), np.int32)}, mesh)
@@ -296,6 +316,31 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
         whole = not axes or size % math.prod(mesh.shape[axis] for axis in axes)
         spec.append(None if whole else axes)
     return jax.lax.with_sharding_constraint(x, _spec(spec)) if any(spec) else x
+
+
+def with_auto_axes(function: Callable[_Arguments, _Returned]) -> Callable[_Arguments, _Returned]:
+    """Wraps a function of a query and other arrays, whose result has the shape of the query: if the
+    query is sharded over axes of the type Explicit (`jax.make_mesh`'s default), XLA chooses the
+    shardings inside, and the result is sharded as the query."""
+
+    @functools.wraps(function)
+    def run(*arrays: _Arguments.args, **options: _Arguments.kwargs) -> _Returned:
+        query = arrays[0] if arrays else options.get("query")
+        sharding = jax.typeof(query).sharding if hasattr(query, "shape") else None
+        if sharding is None or not sharding.mesh.explicit_axes:
+            return function(*arrays, **options)
+        leaves, tree = jax.tree.flatten((arrays, options))
+        given = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array | np.ndarray)}
+
+        def inside(given):
+            filled = [given.get(i, leaf) for i, leaf in enumerate(leaves)]
+            arrays, options = jax.tree.unflatten(tree, filled)
+            return cast(Any, function)(*arrays, **options)
+
+        of_devices: Any = jax.sharding.auto_axes(inside, out_sharding=sharding)
+        return of_devices(given)
+
+    return run
 
 
 def over_rows(function: Callable) -> Callable:

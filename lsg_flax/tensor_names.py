@@ -104,7 +104,7 @@ def name_tensors(
     """Returns the tensors by the names of the family's class with a head, tied ones only once.
 
     Raises:
-        ValueError: if two tensors that differ have one name or are tied, and for quantised ones.
+        ValueError: if two different tensors map to one name or are tied, and for quantised ones.
     """
     _refuse_quantised(tensors)
     parts = {row.torch.split(".")[0] for row in (*family.encoder, *family.pooler)}
@@ -120,8 +120,8 @@ def name_tensors(
         modern = modern_name(prefix + inner if in_body else inner)
         if modern in named.tensors and not _equal(named.tensors[modern], tensors[name]):
             raise ValueError(
-                f"{named.stored[modern]} and {name} in the file are both {modern}, and differ; "
-                "keep the one that is meant."
+                f"{named.stored[modern]} and {name} in the file both map to {modern}, and differ; "
+                "remove one of them."
             )
         named.tensors[modern], named.stored[modern] = tensors[name], name
     _resolve_ties(named, family, config, task)

@@ -66,6 +66,12 @@ def pytest_runtest_logfinish():
         gc.collect()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def few_progress_lines():
+    """On a busy machine a line every ten seconds would be in outputs that tests compare."""
+    importlib.import_module("lsg_flax.progress").INTERVAL = 3600.0
+
+
 @pytest.fixture
 def script(monkeypatch):
     """A module of examples/ or benchmarks/ by its name, imported anew."""

@@ -495,3 +495,59 @@ def test_on_cpu_one_selection_sorts(kind):
     assert found == (
         {"top_k", "stablehlo.gather", "stablehlo.scatter"} if kind == "norm" else set()
     )
+
+
+@pytest.mark.parametrize("kind", ["explicit", "shard_map"])
+def test_arrays_on_a_mesh_of_yours(kind):
+    """Arrays on the axes that `jax.make_mesh` makes by default, and attention inside of a
+    `jax.shard_map`, give the context and the gradients of one device."""
+    options = {"config": LSGConfig(**SMALL), "dropout_rate": 0.1}
+    inputs = jax.random.normal(jax.random.key(0), (3, 2, 26, 4, 8))
+    key = jax.random.key(1)
+
+    def outputs(attend, inputs):
+        def run(inputs):
+            context = attend(*inputs)
+            return context.sum(), context
+
+        (_, context), gradients = jax.jit(jax.value_and_grad(run, has_aux=True))(inputs)
+        return context, gradients
+
+    if kind == "explicit":
+        attend = functools.partial(lsg_attention, dropout_key=key, **options)
+        axes = (jax.sharding.AxisType.Explicit,) * 2
+    else:
+        attend = functools.partial(lsg_attention, config=options["config"])
+        axes = (jax.sharding.AxisType.Auto,) * 2
+    wanted = outputs(attend, inputs)
+    mesh = jax.make_mesh((2, 4), ("rows", "heads"), axis_types=axes)
+    rows_and_heads = jax.P("rows", None, "heads")
+    if kind == "shard_map":
+        attend = jax.shard_map(
+            attend,
+            mesh=mesh,
+            in_specs=(rows_and_heads,) * 3,
+            out_specs=rows_and_heads,
+            check_vma=False,
+        )
+    placed = jax.device_put(inputs, jax.NamedSharding(mesh, jax.P(None, *rows_and_heads)))
+    context, gradients = outputs(attend, placed)
+    assert tuple(context.sharding.spec[:3]) == ("rows", None, "heads")
+    np.testing.assert_allclose(context, wanted[0], **TOLERANCE)
+    np.testing.assert_allclose(gradients, wanted[1], **TOLERANCE)
+
+
+def test_second_derivatives_are_those_of_the_dense_oracle():
+    config = LSGConfig(**SMALL)
+    query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 26, 2, 4))
+
+    def curvature(attend):
+        def loss(factors):
+            context = attend(query * factors[0], key * factors[1], value, config=config)
+            return (context * jnp.cos(jnp.arange(4.0))[None, None, None]).sum()
+
+        return jax.jit(jax.hessian(loss))(jnp.array([1.0, 0.5]))
+
+    np.testing.assert_allclose(
+        curvature(lsg_attention), curvature(lsg_attention_reference), rtol=1e-4, atol=1e-4
+    )

@@ -217,7 +217,7 @@ def test_an_unexpected_error_is_named(capsys, monkeypatch):
 
 
 FLAGS = [
-    ("predict", '3: [1]. Mend it, or pass broken_lines="skip".', "or pass --broken-lines skip."),
+    ("predict", '3: [1]. Mend it, or pass broken_lines="skip".', "or pass --on-error skip."),
     ("predict", 'pass unfinished="replace" to', "pass --restart to"),
     ("predict", "buckets=(16, 32) must be", "--buckets 16 32 must be"),
     ("predict", "fields=('x',) are not all", "--outputs x are not all"),
@@ -268,6 +268,18 @@ def test_messages_say_flags_where_flags_were_typed(
     files = [] if name == "train" else ["m", tmp_path / "in.txt", tmp_path / "out.jsonl"]
     code, _, err = run(capsys, name, *files, *flags)
     assert code == 2 and shown in err
+
+
+@pytest.mark.parametrize("command", ["predict", "summarize", "embed", "generate"])
+def test_an_old_flag_works_and_says_the_new_one(capsys, command):
+    given = [command, "m", "in.jsonl", "out.jsonl", "--broken-lines", "skip"]
+    arguments = cli._parser().parse_args(given)
+    assert arguments.on_error == "skip"
+    said = "lsg-flax: warning: --broken-lines is deprecated: use --on-error skip\n"
+    assert capsys.readouterr().err == said
+    shown = arguments.command.format_help()
+    assert "--on-error" in shown and "--columns" in shown
+    assert "--broken-lines" not in shown and "--text-column" not in shown
 
 
 WRITER = """

@@ -83,9 +83,13 @@ def test_a_file_is_continued_as_each_of_its_texts(capsys, writers, tmp_path, kin
     assert (code, err) == (0, "") and out == f"wrote {target}: 3 continuations\n"
     written = [json.loads(line) for line in target.read_text().splitlines()]
     expected = [by_hand(folder, text) for text in TEXTS]
-    assert written == [{"id": n, "text": t} for n, t in zip(names, expected, strict=True)]
     counts = [len(text.split()) for text in expected]
     assert counts == ([4, 2, 12] if kind == ".txt" else [12, 12, 11])  # where the texts end
+    reasons = ["length" if count == 12 else "stop" for count in counts]
+    assert written == [
+        {"id": n, "text": t, "finish_reason": r}
+        for n, t, r in zip(names, expected, reasons, strict=True)
+    ]
     assert [p.name for p in target.parent.iterdir()] == ["out.jsonl"]
     again = run(capsys, folder, source, target, *flags)
     assert again == (0, f"replaced {target}: 3 continuations\n", "")
@@ -139,15 +143,15 @@ def test_an_error_is_one_line_and_leaves_nothing(
 @pytest.mark.filterwarnings("default:1 broken lines")  # the command shows it
 def test_bad_lines_and_a_failed_write_leave_the_old_file(capsys, writers, tmp_path, monkeypatch):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    target.write_text(old := '{"id": 0, "text": "old"}\n')
+    target.write_text(old := '{"id": 0, "text": "old", "finish_reason": "stop"}\n')
     source.write_text('{"text": "w5"}\n{"text": 5}\n')
     code, _, err = run(capsys, writers["lsg"], source, target)
     assert code == 2 and "in.jsonl:2: its text must be a text, got 5" in err
     source.write_text('{"id": "long", "text": "' + "w5 " * 70 + '"}\n')
     code, _, err = run(capsys, writers["lsg"], source, target)
     assert code == 2 and "in.jsonl:1 has 71 tokens" in err
-    assert err.rstrip().endswith("Mend it, or pass --broken-lines skip.")
-    long, skip = source.read_text(), ["--broken-lines", "skip", "--max-new-tokens", 4]
+    assert err.rstrip().endswith("Mend it, or pass --on-error skip.")
+    long, skip = source.read_text(), ["--on-error", "skip", "--max-new-tokens", 4]
     code, _, err = run(capsys, writers["lsg"], source, target, *skip[:2], "--max-new-tokens", 900)
     assert code == 2 and "a prompt must have 1 to 0" in err and target.read_text() == old
     source.write_text('{"text": "w5"}\n' + long)

@@ -182,7 +182,7 @@ def test_evaluate_reads_what_train_reads(capsys, classifier, tmp_path, monkeypat
         row = [found["name"], f"{found['recall']:.4f}", f"{found['support']}"]
         assert re.search(rf"{row[0]} .*{row[1]} .*{row[2]}", out), out
     assert (tmp_path / "scores" / "confusion.png").read_bytes().startswith(PNG)
-    assert re.search(r"is \(answered: ...\) .*high .*low", out) and "evaluation.json" in out
+    assert re.search(r"true \\ predicted .*high .*low", out) and "evaluation.json" in out
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     (tmp_path / "scores" / "confusion.png").unlink()
     code, out, err = run(capsys, "evaluate", *given, *cache)
@@ -214,6 +214,25 @@ def test_an_example_says_what_stands_in_the_docs(
     if command == "data":
         arguments = ["train", "--dry-run", "--output", "none", *arguments[1:]]
         assert run(capsys, *arguments) == (0, out, err) and not pathlib.Path("none").exists()
+
+
+def test_packed_rows_say_their_length_and_how_to_change_it(
+    capsys, classifier, tmp_path, monkeypatch
+):
+    data = csv_of(tmp_path / "data.csv", ["low", "high"] * 4)
+    given = ("--model", classifier, "--task", "sequence_classification", "--train-data", data)
+    given += (*COLUMNS, "--max-length", 13, "--packing", "--cache", tmp_path / "cache")
+    block = lsg_flax.from_pretrained(classifier)[0].config.lsg.block_size
+    length = -(-13 // block) * block  # the least that holds the longest text
+    for more, tokens in ((), length), (("--buckets", 5 * block), 5 * block):
+        said = rf"  packed: \d rows of {tokens} tokens \(--buckets sets another length\); \d\d% of"
+        assert re.search(said, run(capsys, "data", *given, *more)[1])
+    stops = lambda *_, **__: 1 / 0  # noqa: E731
+    monkeypatch.setattr(sys.modules["lsg_flax.training.finetune"], "init_state", stops)
+    given += ("--output", tmp_path / "out", "--devices", 1)
+    says = f"packing: texts share rows of {length} tokens; buckets (--buckets) sets more\n"
+    assert says in run(capsys, "train", *given)[2]
+    assert "packing:" not in run(capsys, "train", *given, "--buckets", 5 * block)[2]
 
 
 def test_predict_reads_what_train_reads_at_the_length_of_training(capsys, classifier, tmp_path):
@@ -259,9 +278,10 @@ def test_a_row_without_a_text_says_the_flag_of_its_command(capsys, classifier, t
     data, out = tmp_path / "in.jsonl", tmp_path / "out.npy"
     data.write_text('{"body": "w5 w6", "id": "a longer name"}\n')
     for command, model, advice in (
-        ("embed", classifier, "pass --columns text=body. Mend it, or pass --broken-lines skip."),
-        ("summarize", GOLDEN / "bart_conditional_generation", "pass --text-column body. Mend it"),
-        ("generate", GOLDEN / "bert_causal_lm", "name it \"text\", not 'body'. Mend it, or"),
+        ("embed", classifier, "pass --columns text=body. Mend it, or pass --on-error skip."),
+        ("summarize", GOLDEN / "bart_conditional_generation", "pass --columns text=body. Mend it"),
+        ("generate", GOLDEN / "bert_causal_lm", "pass --columns text=body. Mend it, or pass --on"),
+        ("index", GOLDEN / "realm_plain_open_qa", "name it \"text\", not 'body'. Mend it."),
     ):
         target = out if command == "embed" else tmp_path / "out.jsonl"
         code, _, err = run(capsys, command, model, data, target)
@@ -494,6 +514,8 @@ def test_wrong_flags_are_named(capsys, tiny, tmp_path):
         with pytest.raises(SystemExit):
             cli.main(["train", "--config", str(file), *flags])
         assert message in capsys.readouterr().err
+    code, _, err = run(capsys, "train", "--config", file, "--mesh", "tensor=3")
+    assert code == 2 and err.endswith("To use fewer, give --devices N.\n")
     code, _, err = run(capsys, "train", "--config", file, "--distributed", "here,2")
     assert code == 2 and "is not HOST:PORT,COUNT,INDEX" in err
 

@@ -468,7 +468,7 @@ TEACHERS = {
     "wide": (
         "wide",
         {},
-        "has vectors of 20 numbers, but .* has 16; give a teacher of the same width",
+        "has embeddings of width 20, but .* has 16; give a teacher of the same width",
     ),
     "words": ("words", {}, "has another tokenizer than .*are missing or have other ids.*reads the"),
     "raw": ("raw", {"model": "dense"}, "has normalize=False, but .* has normalize=True"),
@@ -545,7 +545,7 @@ def test_a_dry_run_shows_both_sides(model, tmp_path, capsys):
     arguments += ["--train-data", settings.train_data, "--cache", str(tmp_path / "cache")]
     assert cli.main(["data", *arguments]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"tokens of the positive: shortest \d+, half \d+", out)
+    assert re.search(r"tokens of the positive: min \d+, median \d+", out)
     assert "steps: 9, 3 per epoch" in out
     arguments[arguments.index("--train-data") + 1] = lines(tmp_path, {"text": "w5", "pos": "w6"})
     assert cli.main(["data", *arguments]) == 2

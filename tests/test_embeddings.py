@@ -423,7 +423,7 @@ def test_the_command_embeds_lines_and_objects(make, tmp_path, capsys):
     assert cli.main(["embed", str(folder), str(tmp_path / "in.txt"), str(out)]) == 0
     np.testing.assert_allclose(np.load(out), expected, rtol=1e-5, atol=1e-6)
     said = " ".join(capsys.readouterr().out.split())
-    assert "3 vectors of 3 numbers (texts longer than 24 tokens are truncated)" in said
+    assert "3 embeddings of width 3 (texts longer than 24 tokens are truncated)" in said
     out = tmp_path / "out.jsonl"
     options = ["--pooling", "cls", "--normalize", "--max-length", "9", "--batch-size", "2"]
     assert cli.main(["embed", str(folder), str(tmp_path / "in.jsonl"), str(out), *options]) == 0
@@ -455,7 +455,7 @@ def test_an_interrupted_command_leaves_output_as_it_was_and_starts_over(
     assert fetched and out.read_text() == old
     assert cli.main(line) == 0
     said = capsys.readouterr().out
-    assert said.startswith("replaced") and "3 vectors" in said
+    assert said.startswith("replaced") and "3 embeddings" in said
     assert len(out.read_text().splitlines()) == 3
 
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from golden_data import GOLDEN
+from tiny_tokenizers import write_words
 
 from lsg_flax import cli
 from lsg_flax.cli.shared import check_result
@@ -179,6 +180,7 @@ FOREIGN = [
     ("predict --outputs", '{"answer": 1}', "its first line has answer"),
     ("embed --pooling mean", TEXTS, "its first line has text, positive"),
     ("generate", TEXTS, "its first line has text, positive"),
+    ("generate", '{"id": "a", "text": "b"}', "its first line has id, text"),
     ("summarize", '{"id": 1, "text": "a"}', "its first line has id, text"),
 ]
 RESULTS = [
@@ -186,7 +188,7 @@ RESULTS = [
     ("predict --outputs", '{"id": 1, "answer": []}\n{"no": 1}'),
     ("predict --outputs", '{"id": 1, "logits": [1.0], "pooler_output": [1.0]}'),
     ("embed --pooling mean", '{"id": null, "embedding": [1.0]}'),
-    ("generate", '{"id": "a", "text": "b"}'),
+    ("generate", '{"id": "a", "text": "b", "finish_reason": "stop"}'),
     ("summarize", '{"id": "a", "summary": "b"}'),
 ]
 
@@ -235,6 +237,33 @@ def test_only_an_array_of_vectors_is_replaced(tmp_path, values, says):
         return
     with pytest.raises(ValueError, match=re.escape(f"no result of lsg-flax embed: {says}. It")):
         check_result(arguments, "embedding")
+
+
+@pytest.mark.parametrize("command", ["predict", "summarize", "embed", "generate"])
+@pytest.mark.filterwarnings("always:.*has no documents")  # the command shows it
+def test_an_input_without_documents_is_said(tmp_path, capsys, command):
+    """A file may be empty, among many files; a folder or a pattern without files is a mistake."""
+    names = {"generate": "bert_causal_lm", "summarize": "bart_plain_conditional_generation"}
+    model, target = tmp_path / "m", tmp_path / "out.jsonl"
+    shutil.copytree(GOLDEN / names.get(command, "bert_to_convert_512"), model)
+    if command == "summarize":
+        write_words(model)
+    elif command == "generate":
+        for file in ("vocab.txt", "tokenizer_config.json"):
+            shutil.copy(GOLDEN / "bert_to_convert_512" / file, model)
+    more = {"predict": ["--outputs"], "embed": ["--pooling", "mean"]}.get(command, [])
+    (tmp_path / "in.jsonl").touch()
+    (tmp_path / "in.csv").write_text("id,text\n")
+    (tmp_path / "none").mkdir()
+    for source in ("in.jsonl", "in.csv", "none", "*.parquet"):
+        code = cli.main([command, *map(str, (model, tmp_path / source, target)), *more])
+        said = capsys.readouterr().err
+        if "." not in source or "*" in source:
+            assert code == 2 and f"{source} is not a file, nor a folder or pattern with f" in said
+            continue
+        assert code == 0 and target.read_bytes() == b""
+        assert f"warning: {tmp_path / source} has no documents, so the result is empty." in said
+        target.unlink()
 
 
 class Opened(NamedTuple):

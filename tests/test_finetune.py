@@ -233,10 +233,33 @@ def test_the_same_command_goes_on_bit_for_bit(tiny, tmp_path):
     again = run(settings)  # nothing left to do
     assert again.history == [] and again.scores == pytest.approx(whole.scores, abs=1e-6)
     other = dataclasses.replace(settings, learning_rate=2e-3, seed=5)
-    with pytest.raises(ValueError, match=r"learning_rate: 0.001 there, 0.002 here; seed: 0 there"):
+    with pytest.raises(ValueError, match=r"learning_rate: 0.001 then, 0.002 now; seed: 0 then"):
+        run(other)
+    other = dataclasses.replace(settings, max_length=9, lsg={"block_size": 8})
+    only = r": lsg.block_size: \(not set\) then, 8 now; max_length: null then, 9 now\. R"
+    with pytest.raises(ValueError, match=only):
         run(other)
     write(tmp_path, "single_label_classification", seed=7)
     with pytest.raises(ValueError, match="contents_of_train_data"):
+        run(settings)
+    data = r"other settings: data.contents_of_train_data: \S* then, \S* now"
+    for changed, more in ((settings, ""), (dataclasses.replace(settings, seed=5), "; seed: 0 th")):
+        with pytest.raises(ValueError, match=data + (more or r"\. Resume")):
+            run(changed)
+
+
+@pytest.mark.slow
+def test_a_run_that_an_older_version_has_begun_is_resumed(tiny, tmp_path):
+    """Its run.json has the hash of tokens, but none of the data."""
+    settings = settings_of(tiny, tmp_path)
+    run(settings)
+    file = tmp_path / "out" / "checkpoints" / "run.json"
+    stored = json.loads(file.read_text())
+    assert stored.pop("data").keys() == {"contents_of_train_data", "contents_of_eval_data"}
+    file.write_text(json.dumps(stored))
+    assert run(settings).history == []
+    write(tmp_path, "single_label_classification", seed=7)
+    with pytest.raises(ValueError, match="has other settings: contents_of_train_data: "):
         run(settings)
 
 
@@ -267,6 +290,7 @@ def test_packed_runs_go_on_bit_for_bit_and_are_scored_as_if_they_were_not(tiny, 
     shown = survey(settings, progress=False)
     assert shown.held_out is not None and shown.train.real > shown.held_out.real > 0.5
     assert list(shown.train.buckets) == list(shown.held_out.buckets) == [40]
+    assert shown.train.packed and shown.held_out.packed
     alone = {n: getattr(settings, n) for n in ("task", "problem_type", "max_length", "seed")}
     alone |= {"model": str(rest.output), "data": settings.eval_data, "pack": False, "devices": 1}
     one = evaluate_files(Settings.for_data(**alone), progress=False)
@@ -371,8 +395,8 @@ def test_yaml_and_flags_make_settings(tmp_path):
 
 YAML = {
     "learning_rat: 1": "'learning_rat' is unknown; did you mean 'learning_rate'",
-    "columns: {txt: body}": "columns: 'txt' is unknown; did you mean 'text'",
-    "mesh: {model: 2}": "mesh: 'model' is unknown; Known are data, fsdp, tensor, sequence",
+    "columns: {txt: body}": r"columns \(as in text=body\): 'txt' is unknown; did you mean 'text'",
+    "mesh: {model: 2}": "mesh: 'model' is unknown; it must be one of data, fsdp, tensor, sequence",
     "lsg: {blocksize: 2}": "did you mean 'block_size'",
     "batch_size: 8.5": "batch_size=8.5 must be a whole number",
     "batch_size: 0": "batch_size=0 must be at least 1",
@@ -407,9 +431,9 @@ YAML = {
     "learning_rate: .nan": "learning_rate=nan must be a number",
     "learning_rate: -1e-4": "learning_rate=-0.0001 must be at least 0",
     "label_smoothing: 1": "label_smoothing=1.0 must be at least 0 and below 1",
-    "max_target_length: 8": "max_target_length=8 is for tasks that write texts, .* not masked_lm",
-    "tgt_lang: en_XX": "tgt_lang='en_XX' is for tasks that write texts",
-    "generation: {num_beams: 2}": "generation=.* is for tasks that write texts, .* not masked_lm",
+    "max_target_length: 8": "max_target_length=8 is for tasks that generate text, .* not masked_lm",
+    "tgt_lang: en_XX": "tgt_lang='en_XX' is for tasks that generate text",
+    "generation: {num_beams: 2}": "generation=.* is for tasks that generate text, .* not masked_lm",
     "{eval_data: x, best: eval_rouge1}": "one of the scores of masked_lm: [^;]*eval_perplexity.$",
     "max_grad_norm: 0": "max_grad_norm=0.0 would clip|max_grad_norm=0 would clip",
     "schedule: exponential": "schedule='exponential' must be one of linear, cosine, constant",
@@ -605,9 +629,7 @@ def test_what_is_written_is_scored_and_chosen_by(writer, tmp_path):
     assert [record["step"] for record in rest.history] == [*range(9, 17)]
     assert rest.scores == whole.scores and (rest.output / hub.WEIGHTS).read_bytes() == weights
     other = dataclasses.replace(settings, label_smoothing=0.2, max_target_length=None)
-    with pytest.raises(
-        ValueError, match=r"label_smoothing: 0.1 there, 0.2 here; max_target_length"
-    ):
+    with pytest.raises(ValueError, match=r"label_smoothing: 0.1 then, 0.2 now; max_target_length"):
         run(other)
 
 
@@ -657,7 +679,7 @@ WRITER_YAML = {
     "target_buckets: [0]": r"target_buckets=\[0\] must be lengths of at least 1",
     "generation_rows: 0": "generation_rows=0 must be at least 1",
     "max_target_length: 1": "max_target_length=1 must be at least 2",
-    "columns: {summary: body}": "columns: 'summary' is unknown.*target",
+    "columns: {summary: body}": "columns .*: 'summary' is unknown.*target",
     "labels: [a, b]": "labels=.* are for sequence_classification",
 }
 

@@ -1,5 +1,6 @@
 """Files: every format and naming of checkpoints, what is refused and how, and saves that fail."""
 
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -20,6 +21,7 @@ from golden_data import GOLDEN
 import lsg_flax
 from lsg_flax import hub
 from lsg_flax.convert_from_torch import params_from_torch, params_to_torch
+from lsg_flax.hub import tokenizer_files
 from lsg_flax.models import EncoderConfig
 
 MASKED_LM = GOLDEN / "bert_masked_lm"
@@ -233,6 +235,23 @@ def test_every_key_is_written_once_and_read_back(original):
     )
     with pytest.raises(ValueError, match=r"not those of this masked_lm model.*\['head/bias'\]"):
         params_to_torch(lost, model)
+    with pytest.raises(ValueError, match=r'alone: variables\["params"\]'):
+        params_to_torch({"params": params}, model)
+    counts = jax.tree.map(lambda x: x.astype(jnp.int32), params)
+    with pytest.raises(ValueError, match="has dtype int32, and no model would load it"):
+        params_to_torch(counts, model)
+
+
+def test_parameters_of_numpy_need_no_jit(original, unchecked):
+    model, params, _, _ = original
+    ids = np.arange(1, 9)[None]
+    on_host = jax.tree.map(np.asarray, params)
+    np.testing.assert_allclose(
+        model.apply({"params": on_host}, ids).logits,
+        model.apply({"params": params}, ids).logits,
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 # ------------------------------------------------------------------------------------- mismatches
@@ -548,6 +567,18 @@ def test_a_failed_first_save_leaves_nothing(tmp_path, monkeypatch, original):
     with pytest.raises(OSError, match="No space"):
         lsg_flax.save_pretrained(tmp_path / "new", *original[:2])
     assert not (tmp_path / "new").exists()
+
+
+def test_threads_import_transformers_once(tmp_path, monkeypatch):
+    """Its module replaces itself at the end of its import, as this one does."""
+    code = "import sys, time, types; time.sleep(0.3); new = types.ModuleType(__name__)"
+    code += "; new.AutoTokenizer = 1; sys.modules[__name__] = new"
+    (tmp_path / "transformers.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "transformers", raising=False)
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: tokenizer_files._transformers(), range(4)))
+    assert all(hasattr(module, "AutoTokenizer") for module in found)
 
 
 def test_a_save_to_a_file_is_refused(tmp_path, original):

@@ -122,6 +122,13 @@ def test_evaluate_scores_the_models_own_answers():
         metrics.evaluate(model, params, [(nothing, np.arange(11))])
 
 
+def test_batches_without_the_numbers_of_their_rows_are_refused(unchecked):
+    model, params = make("sequence_classification")
+    rows = rows_of("sequence_classification", 11)
+    with pytest.raises(ValueError, match=r"must be a pair .*, got a mapping of input_ids"):
+        metrics.evaluate(model, params, [rows])
+
+
 def test_the_best_span_ends_behind_its_start_and_inside_the_text(monkeypatch):
     start = np.full((3, 40), -1.0, np.float32)
     end = start.copy()

@@ -158,6 +158,35 @@ def test_a_killed_run_continues_and_makes_the_same_bytes(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("task", ["sequence_classification", "question_answering"])
+def test_a_run_that_dies_in_its_first_window_goes_on_there(tmp_path, tokenizer, monkeypatch, task):
+    """With the batches that are left, and the same bytes; a question may have rows in several."""
+    context = "Paris is the capital of France,  a small town. "
+    asked = [{"question": "Is Paris small?", "context": n * context} for n in (1, 9, 2, 14, 1, 5)]
+    documents = asked if task == "question_answering" else ids(17)
+    source, target = write(tmp_path / "in.jsonl", documents), tmp_path / "out.jsonl"
+    options = OPTIONS | {"tokenizer": tokenizer, "answers": ANSWERS[task], "buckets": (16, LIMIT)}
+    whole, batches, start = tmp_path / "whole.jsonl", [], Program.start
+
+    def starting(self, params, batch):
+        batches.append(batch["input_ids"].tobytes())
+        return start(self, params, batch)
+
+    monkeypatch.setattr(Program, "start", starting)
+    assert predict_file(source, whole, *make(task), **options).computed == len(documents)
+    every = batches.copy()
+    monkeypatch.setattr("lsg_flax.inference.lines.KEPT_EVERY", 0.0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ResumableLines, "write", dies_behind(0))
+        predict_file(source, target, *make(task), **options)
+    batches.clear()
+    written = predict_file(source, target, *make(task), **options)
+    assert batches == [batch for batch in every if batch in batches]  # in order, and no others
+    assert 0 < len(batches) < len(every) and 0 < written.computed < written.documents
+    assert target.read_bytes() == whole.read_bytes()
+    assert {p.name for p in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl", "whole.jsonl"}
+
+
 def test_what_was_finished_belongs_to_one_model_and_source(tmp_path):
     source, target = write(tmp_path / "in.jsonl", [*ids(6), {"input_ids": [99]}]), tmp_path / "out"
     model, params = make()

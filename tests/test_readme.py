@@ -99,6 +99,8 @@ def test_every_block_of_every_page_is_run():
         languages = [block.language for block in blocks_of(page) if block.language]
         assert bool(languages) != (page in WITHOUT), page
         assert {*languages} <= {"python", "sh", "yaml", "json"}, page
+        lines = "".join(block.text for block in blocks_of(page) if block.language).splitlines()
+        assert not [line for line in lines if len(line) > 100], f"{page}: too wide for the site"
         output = [block.text for block in blocks_of(page) if not block.language]
         assert not re.search(r"^(lsg-flax|make|pip|python) ", "".join(output), re.MULTILINE), page
         left = [block for block in own_blocks(page) if block.language]

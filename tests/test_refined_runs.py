@@ -18,6 +18,7 @@ import lsg_flax
 from lsg_flax import hub, training
 from lsg_flax.training import read_settings
 from lsg_flax.training.finetune import finetune
+from lsg_flax.training.reports import open_reports
 from lsg_flax.training.survey import survey
 
 pytestmark = pytest.mark.filterwarnings("ignore:weights for task")  # heads that are drawn
@@ -104,12 +105,23 @@ def reported(monkeypatch):
     def told(name):
         return lambda *arguments, **options: calls.append((name, arguments, options))
 
+    def logged():
+        return [(o["step"], a[0]) for name, a, o in calls if name == "log_metrics"]
+
     def start_run(run_id, run_name):
         calls.append(("start_run", (run_id, run_name), {}))
-        return types.SimpleNamespace(info=types.SimpleNamespace(run_id=run_id or "theirs"))
+        found = {"info": {"run_id": run_id or "theirs"}}
+        found["data"] = {"metrics": {name: 0.0 for _, values in logged() for name in values}}
+        return types.SimpleNamespace(**{n: types.SimpleNamespace(**v) for n, v in found.items()})
+
+    class Client:
+        def get_metric_history(self, run_id, name):
+            assert run_id == "theirs"
+            return [types.SimpleNamespace(step=step) for step, values in logged() if name in values]
 
     names = ("log_params", "log_metrics", "end_run")
     mlflow = types.SimpleNamespace(start_run=start_run, **{name: told(name) for name in names})
+    mlflow.MlflowClient = Client
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
     return wandb_runs, calls
@@ -142,6 +154,21 @@ def test_a_run_is_reported_and_goes_on_as_the_same_run(reported, tmp_path):
     assert ends == [("FINISHED",), ("FAILED",), ("FINISHED",)]
     logged = [(o["step"], a[0]["loss"]) for name, a, o in calls if name == "log_metrics"]
     assert logged == [(record["step"], record["loss"]) for record in first + rest]
+
+
+def test_mlflow_gets_no_number_twice(reported, tmp_path):
+    """A run that was killed after step 3, and goes on behind its checkpoint of step 1."""
+    reporting = training.Reporting(("mlflow",))
+    for first, last in ((0, 3), (1, 4)):
+        (report,) = open_reports(reporting, tmp_path, first=first)
+        for step in range(first + 1, last + 1):
+            evaluated = {"eval_loss": 0.5} if step == 3 and first else {}  # killed while evaluating
+            report.write(step, {"loss": 9.0 - step} | evaluated)
+    logged = [(o["step"], a[0]) for name, a, o in reported[1] if name == "log_metrics"]
+    assert logged == [
+        *((step, {"loss": 9.0 - step}) for step in (1, 2, 3)),
+        *((3, {"eval_loss": 0.5}), (4, {"loss": 5.0})),
+    ]
 
 
 # ------------------------------------------------------------------------------- runs from files
@@ -200,7 +227,7 @@ def test_a_refined_run_goes_on_bit_for_bit_and_saves_what_it_evaluates(tiny, tmp
     changed = {f"{layers}/attention/query/kernel", f"{layers}/mlp_down/kernel"}
     assert moved - {"pooler/dense/bias"} == changed
     for changes in ({"ema_decay": 0.6}, {"lora_r": 3}, {"class_weights": {"low": 2.0}}):
-        with pytest.raises(ValueError, match=rf"{next(iter(changes))}.*there, .* here"):
+        with pytest.raises(ValueError, match=rf"{next(iter(changes))}.*then, .* now"):
             run(dataclasses.replace(settings, **changes))
 
 

@@ -21,8 +21,9 @@ def documents(count=10, **others):
     ]
 
 
-def run(path, docs, *, settings=SETTINGS, window=3, fail_at=None, **options):
-    """Writes each document's text in capitals; returns how many were made now."""
+def run(path, docs, *, settings=SETTINGS, window=3, fail_at=None, keeps=0, **options):
+    """Writes each document's text in capitals, from the last of a window to the first, and keeps
+    the first `keeps` lines that are finished; returns how many were made now."""
     made, left = 0, iter(docs)
     with ResumableLines(path, settings, **options) as file:
         file.skip(left)
@@ -30,8 +31,15 @@ def run(path, docs, *, settings=SETTINGS, window=3, fail_at=None, **options):
             part = [next(left) for _ in docs[start : start + window]]
             if fail_at is not None and start >= fail_at:
                 raise RuntimeError("stop")
-            file.write(part, [json.dumps({"id": d.name, "is": d.content.upper()}) for d in part])
-            made += len(part)
+            lines = file.ahead(part)
+            for place in reversed(range(len(part))):
+                if place in lines:
+                    continue
+                d, made = part[place], made + 1
+                lines[place] = json.dumps({"id": d.name, "is": d.content.upper()})
+                if len(lines) <= keeps:
+                    file.keep(part, lines)
+            file.write(part, lines)
     return made
 
 
@@ -85,7 +93,7 @@ for step in range(1, 100):
     if not child:
         os.fsync, os.replace = killing(os.fsync, True), killing(os.replace, False)
         os.unlink, os.open = killing(os.unlink, False), killing(os.open, False)
-        t.run(path, t.documents())
+        t.run(path, t.documents(), keeps={keeps})
         os._exit(0)
     killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert killed in (0, 9), killed
@@ -95,18 +103,19 @@ for step in range(1, 100):
     before = partial.read_bytes().count(b"\\n") if partial.exists() else 0
     journal = path.with_name(path.name + ".partial.journal")
     named = path.read_text() != "the file of before" and journal.exists()
-    made = t.run(path, t.documents())
+    made = t.run(path, t.documents(), keeps={keeps})
     print(step, before, named, made)
 """
 
 
 @pytest.mark.slow
-def test_killed_at_every_touch_of_the_disk(tmp_path):
+@pytest.mark.parametrize("keeps", [0, 2])
+def test_killed_at_every_touch_of_the_disk(tmp_path, keeps):
     """Each step of a run in turn is its last one, and loses what the disk need not have yet; then
     the run is started again."""
     folder = tmp_path / "killed"
     folder.mkdir()
-    code = KILLED.format(tests=str(pathlib.Path(__file__).parent), folder=str(folder))
+    code = KILLED.format(tests=str(pathlib.Path(__file__).parent), folder=str(folder), keeps=keeps)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     run(tmp_path / "whole.jsonl", documents())
@@ -117,7 +126,8 @@ def test_killed_at_every_touch_of_the_disk(tmp_path):
         assert (folder / f"{step}.jsonl").read_bytes() == whole, step
         assert int(made) <= 10 - max(int(before) - 3, 0), step  # up to a window again
         assert named == "False" or made == "0", step
-    assert {int(made) for *_, made in steps} >= {10, 7, 4, 1, 0}
+    again = {*range(11)} if keeps else {10, 7, 4, 1, 0}
+    assert {int(made) for *_, made in steps} >= again
     assert any(named == "True" for _, _, named, _ in steps)
     assert not list(folder.glob("*.partial*"))
 
@@ -144,6 +154,42 @@ def test_another_run_is_not_continued(half, docs, settings, message):
     run(half, docs, settings=settings, unfinished="replace")
     assert [line["id"] for line in lines(half)] == [d.name for d in docs]
     assert [p.name for p in half.parent.iterdir()] == ["out.jsonl"]
+
+
+def test_finished_documents_of_a_window_are_kept(tmp_path):
+    path, docs = tmp_path / "out.jsonl", documents()
+    ahead = tmp_path / "out.jsonl.partial.ahead"
+
+    def stops(settings=SETTINGS):
+        with ResumableLines(path, settings) as file:
+            file.ahead(docs[:3])
+            file.keep(docs[:3], {2: "c"})
+            file.keep(docs[:3], {2: "c", 0: "a"})
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop") as caught:
+        stops()
+    assert "2 finished documents are kept" in caught.value.__notes__[0]
+    kept = ahead.read_bytes()
+    with pytest.raises(ValueError, match=r"(?s)fields: it was None and is 1.*unfinished=.replace"):
+        run(path, docs, settings=SETTINGS | {"fields": 1})
+    with ahead.open("ab") as file:
+        file.write(b'[1, "b')  # a line that a kill cut off
+    with ResumableLines(path, SETTINGS) as file:
+        assert file.ahead(docs[:3]) == {2: "c", 0: "a"} and file.ahead(docs[3:]) == {}
+        assert file.restored == 2 and ahead.read_bytes() == kept
+        file.write(docs[:3], ["a", "b", "c"])
+        assert not ahead.exists()
+    with pytest.raises(RuntimeError, match="stop"):
+        stops()
+    others = [docs[0]._replace(raw=b"mended"), *docs[1:]]
+    assert run(path, others) == 10 and not ahead.exists()  # what the documents say has changed
+    for damaged in (b"", b"[]\n", b"{}\n", kept[:30], kept.splitlines()[0] + b'\n[0, "a'):
+        with pytest.raises(RuntimeError, match="stop"):
+            stops()
+        ahead.write_bytes(damaged)
+        assert run(path, docs) == 10, damaged
+        assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
 
 
 def test_more_documents_than_before_are_welcome(half):

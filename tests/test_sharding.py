@@ -121,6 +121,34 @@ def test_a_width_that_does_not_divide_is_named():
         sharding.shardings_for(tree, mesh)
 
 
+@pytest.mark.parametrize("names", [("data",), ("rows",)])
+def test_a_mesh_of_other_axes_is_refused(names):
+    kind = jax.sharding.AxisType.Explicit if names == ("data",) else jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((8,), names, axis_types=(kind,))
+    batch = {"input_ids": np.zeros((8, 16), np.int32)}
+    with pytest.raises(ValueError, match=rf"axes {names[0]}=8, of the types .*make_mesh"):
+        sharding.shard({"layers": {"mlp_up": {"bias": np.zeros(8)}}}, mesh)
+    with pytest.raises(ValueError, match="make_mesh"):
+        sharding.shard_batch(batch, mesh)
+    with pytest.raises(ValueError, match="make_mesh"):
+        sharding.check_batches(mesh, {"batch_size": 8}, [16], None)
+
+
+def test_a_mesh_of_one_axis_is_enough():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding.check_batches(mesh, {"batch_size": 8}, [16], None)
+    with pytest.raises(ValueError, match="data=8 cannot split evenly"):
+        sharding.check_batches(mesh, {"batch_size": 4}, [16], None)
+
+
+def test_models_refuse_inputs_on_explicit_axes():
+    mesh = jax.make_mesh((8,), ("data",))
+    ids = jax.device_put(np.ones((8, 16), np.int32), jax.NamedSharding(mesh, P("data")))
+    model = lsg_flax.Model(lsg_flax.EncoderConfig(vocab_size=9))
+    with pytest.raises(ValueError, match=r"input_ids is sharded .* type Explicit, .*'data'"):
+        jax.eval_shape(model.init, jax.random.key(0), ids)
+
+
 def test_batches():
     mesh = sharding.make_mesh(data=2, fsdp=2, sequence=2)
     batch = {"input_ids": np.zeros((8, 16), np.int32), "labels": np.zeros(8, np.int32)}

@@ -265,7 +265,7 @@ def test_a_summary_for_each_document(capsys, writers, tmp_path, kind):
     source, target, texts, flags = tmp_path / f"in.{kind}", tmp_path / "out.jsonl", TEXTS[:3], []
     names: list = [0, 1, 2]
     if kind == "jsonl":
-        names, flags = ["a", 1, 7], ["--text-column", "article"]
+        names, flags = ["a", 1, 7], ["--columns", "text=article"]
         rows = [{"id": n, "article": t, "text": 3} for n, t in zip(names, texts, strict=True)]
         source.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     elif kind == "txt":
@@ -282,6 +282,11 @@ def test_a_summary_for_each_document(capsys, writers, tmp_path, kind):
         f"wrote {target}: 3 documents\n",
         "",
     )
+    if flags:
+        old = ["--text-column", "article"]
+        code, _, err = run(capsys, "summarize", folder, source, target, *FLAGS, *old)
+        said = "warning: --text-column is deprecated: use --columns text=article"
+        assert (code, err) == (0, f"lsg-flax: {said}\n")
     expected = [by_hand(folder, text, **GIVEN, length_penalty=2.0)[0] for text in texts]
     assert lines(target) == [{"id": n, "summary": t} for n, t in zip(names, expected, strict=True)]
 
@@ -368,10 +373,10 @@ def _devices(count):
             "in.jsonl:2: it has ['id', 'text'] and must have text, or question",
         ),
         (
-            "summarize WRITER in.jsonl --text-column body",
-            "in.jsonl:1: it has ['id', 'text'] and must have 'body', a text. Mend it, or pass --br",
+            "summarize WRITER in.jsonl --columns text=body",
+            "in.jsonl:1: it has ['id', 'text'] and must have 'body', a text. Mend it, or pass --on",
         ),
-        ("summarize WRITER in.txt --text-column body", "--text-column body is for a .jsonl"),
+        ("summarize WRITER in.txt --columns text=body", "--columns text=body is for a .jsonl"),
         ("summarize WRITER empty", "empty is not a file, nor a folder or pattern with files of"),
         ("summarize WRITER no.jsonl", "no.jsonl is no file"),
         (
@@ -423,8 +428,8 @@ def test_broken_texts_are_passed_over_and_named(capsys, writers, tmp_path):
     (source / "b.txt").write_bytes(b"\xff")
     (source / "c.txt").mkdir()
     code, _, err = run(capsys, "summarize", writers["plain"], source, target, *FLAGS)
-    assert code == 2 and "b.txt: not valid UTF-8" in err and "--broken-lines skip" in err
-    flags = [*FLAGS, "--broken-lines", "skip"]
+    assert code == 2 and "b.txt: not valid UTF-8" in err and "--on-error skip" in err
+    flags = [*FLAGS, "--on-error", "skip"]
     code, _, err = run(capsys, "summarize", writers["plain"], source, target, *flags)
     assert code == 0, err
     assert [line["id"] for line in lines(target)] == ["a.txt"]

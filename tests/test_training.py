@@ -588,11 +588,14 @@ def test_settings_of_the_run_must_be_the_same(tmp_path):
     assert json.loads((tmp_path / "run.json").read_text())["buckets"] == [16, 32]
     fit(tmp_path, 3, settings=settings)
     other = settings | {"optimizer": {"learning_rate": 0.1}, "seed": 1}
-    message = (
-        r"optimizer.learning_rate: 0.01 there, 0.1 here; seed: \(not set\) there, 1 here.*new run"
-    )
+    message = r"optimizer.learning_rate: 0.01 then, 0.1 now; seed: \(not set\) then, 1 now.*new run"
     with pytest.raises(ValueError, match=message):
         fit(tmp_path, 4, settings=other)
+    more = settings | {"steps": 9, "seed": 1}
+    with pytest.raises(ValueError, match=r"other settings: seed: \(not set\) then, 1 now\. R"):
+        checkpoints.check_settings(tmp_path, more, follows=("steps",))
+    with pytest.raises(ValueError, match=r"settings: seed: .*; steps: \(not set\) then, 9 now"):
+        checkpoints.check_settings(tmp_path, more, follows=("steps", "seed"))
     (tmp_path / "new").mkdir()
     for value in (1, 2):  # nothing is saved yet, so nothing holds a run to its first settings
         checkpoints.check_settings(tmp_path / "new", {"seed": value})

@@ -30,7 +30,7 @@ def add(commands: shared.Commands) -> None:
     command.add_argument("source", metavar="SOURCE", help="folder, or id on the Hugging Face hub")
     command.add_argument("target", metavar="TARGET", help="folder for the result")
     length = _DEFAULTS.max_sequence_length
-    add_number(command, "--max-sequence-length", "most tokens that the result reads", length)
+    add_number(command, "--max-sequence-length", "maximum tokens that the result reads", length)
     add_task(command, "head of the result (default: that of SOURCE)", TASKS)
     shared.add_pattern(command)
     _add_global_options(command.add_argument_group("global tokens and positions"))

@@ -23,7 +23,7 @@ _READING = (
 
 def add(commands: shared.Commands) -> None:
     """Declares the command and its options."""
-    command = shared.add_command(commands, "data", _DESCRIPTION, run)
+    command = shared.add_command(commands, "data", _DESCRIPTION, run, shared.DEVICES_SPELLED)
     train.add_settings(command, _NEEDED, required=True)
     train.add_settings(command.add_argument_group("how data is read"), _READING)
 

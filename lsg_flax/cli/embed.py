@@ -12,11 +12,11 @@ from lsg_flax.models import Pooling
 from lsg_flax.pipelines import (
     TEXTS,
     VECTORS,
-    BrokenLines,
     Embedder,
     TextLines,
     check_suffix,
     read_texts,
+    warn_of_none,
     write_vectors,
 )
 from lsg_flax.progress import count_of
@@ -33,7 +33,7 @@ under its name once it is complete. MODEL is a sentence-transformers folder, con
 
 def add(commands: shared.Commands) -> None:
     """Declares the command and its options."""
-    command = shared.add_command(commands, "embed", _DESCRIPTION, run, shared.COLUMN_SPELLED)
+    command = shared.add_command(commands, "embed", _DESCRIPTION, run, shared.READING_SPELLED)
     command.add_argument("model", metavar="MODEL", help="folder, or id on the Hugging Face hub")
     command.add_argument("input", metavar="INPUT", help=" or ".join((*TEXTS, "a dataset")))
     command.add_argument("output", metavar="OUTPUT", help=" or ".join(VECTORS))
@@ -45,11 +45,10 @@ def add(commands: shared.Commands) -> None:
     )
     shared.add_columns(command)
     shared.add_dataset(command)
-    about = "most tokens of a text, the rest is truncated (default: as in MODEL)"
+    about = "maximum tokens of a text; longer texts are truncated (default: as in MODEL)"
     add_number(command, "--max-length", about)
     add_number(command, "--batch-size", "texts at once", 8)
-    about = "what to do with broken lines"
-    add_choice(command, "--broken-lines", about, get_args(BrokenLines), "raise")
+    shared.add_on_error(command)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -61,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
     done = shared.check_result(arguments, "embedding")
     columns = arguments.columns or {}
     source = shared.source_of(arguments)
-    lines = read_texts(source, broken_lines=arguments.broken_lines, columns=columns)
+    lines = read_texts(source, broken_lines=arguments.on_error, columns=columns)
     with locked_file(pathlib.Path(arguments.output)):
         _embed(lines, arguments, done)
 
@@ -76,8 +75,9 @@ def _embed(lines: TextLines, arguments: argparse.Namespace, done: str) -> None:
     rows = min(arguments.batch_size, max(len(lines.texts), 1))  # padding rows cost memory
     vectors = embedder.embed(lines.texts, batch_size=rows)
     write_vectors(arguments.output, lines.names, vectors)
+    warn_of_none(len(vectors), arguments.input)
     shared.console().print(
-        f"{done} {arguments.output}: {count_of(len(vectors), 'vector')} of "
-        f"{vectors.shape[1]} numbers (texts longer than {embedder.max_length:,} tokens are "
+        f"{done} {arguments.output}: {count_of(len(vectors), 'embedding')} of "
+        f"width {vectors.shape[1]} (texts longer than {embedder.max_length:,} tokens are "
         "truncated)",
     )

@@ -36,15 +36,17 @@ _MOST_CLASSES = 12  # a larger confusion matrix is not printed
 
 def add(commands: shared.Commands) -> None:
     """Declares the command and its options."""
-    command = shared.add_command(commands, "evaluate", _DESCRIPTION, run)
+    command = shared.add_command(commands, "evaluate", _DESCRIPTION, run, shared.DEVICES_SPELLED)
     command.add_argument("model", metavar="MODEL", help="folder, or id on the Hugging Face hub")
-    command.add_argument("data", metavar="DATA", nargs="+", help="data that it is scored on")
+    command.add_argument(
+        "data", metavar="DATA", nargs="+", help="held-out data, as for lsg-flax train"
+    )
     about = "folder for evaluation.json and confusion.png"
     command.add_argument("--output", metavar="FOLDER", help=about)
     shared.add_task(command, "task to score (default: MODEL's)", trained_tasks())
     train.add_settings(command.add_argument_group("how DATA is read"), _READING)
     train.add_settings(command.add_argument_group("how it is computed"), _RUNNING)
-    about = "texts of models that write, such as summaries (default: ROUGE of all rows)"
+    about = "tasks that generate text, such as summarization (default: ROUGE of all rows)"
     train.add_settings(command.add_argument_group(about), _WRITTEN)
 
 
@@ -82,7 +84,7 @@ def _show(report: EvaluationReport, folder: str | None) -> None:
     if confusion is not None and len(names) <= _MOST_CLASSES:
         counts = [map("{:,}".format, row) for row in confusion.tolist()]
         rows = [(name, *row) for name, row in zip(names, counts, strict=True)]
-        out.print(_table(("is (answered: ...)", *names), rows))
+        out.print(_table((r"true \ predicted", *names), rows))
     if folder is not None:
         written = report.save(pathlib.Path(folder))
         out.print(f"wrote {', '.join(map(str, written))}")

@@ -1,5 +1,5 @@
 """Translates error messages of the library for the command line: `broken_lines="skip"`, an argument
-in Python, becomes the flag `--broken-lines skip`."""
+in Python, becomes the flag `--on-error skip`."""
 
 import argparse
 import ast

@@ -18,26 +18,27 @@ import numpy as np
 import lsg_flax
 from lsg_flax import hub
 from lsg_flax.cli.shared import (
-    NO_COLUMN_SPELLED,
-    add_choice,
+    READING_SPELLED,
+    add_columns,
     add_command,
     add_dataset,
+    add_on_error,
     check_positive,
     check_result,
     console,
     source_of,
 )
-from lsg_flax.files import check_apart, check_output, valid_text, write_aside
+from lsg_flax.files import Json, check_apart, check_output, valid_text, write_aside
 from lsg_flax.generation import Sample
 from lsg_flax.locks import locked_file
 from lsg_flax.models import MOST_TOKENS, TASKS, Model, ModelConfig, Params
 from lsg_flax.pipelines import (
     TEXTS,
-    BrokenLines,
     TextLines,
     line_number,
     read_texts,
     unskipped,
+    warn_of_none,
     warn_of_skipped,
 )
 from lsg_flax.progress import Bar, count_of
@@ -47,10 +48,11 @@ _DESCRIPTION = """Continue texts with a decoder.
 
 With --prompt the continuation is printed. Otherwise INPUT is a .txt with one text per line, a
 .jsonl, .csv or .parquet (a file, a folder or a pattern), or a hub dataset, with "text" and
-optionally "id"; OUTPUT gets one line of JSON per text, {"id", "text"}, and appears under its name
-once it is complete. MODEL is a causal_lm with its tokenizer; generation ends at the tokenizer's
-end-of-text token. Prompts of similar length are batched and padded on the left, which shifts the
-blocks of LSG attention in a padded prompt; --batch-size 1 avoids this.
+optionally "id"; OUTPUT gets one line of JSON per text, {"id", "text", "finish_reason"}, and appears
+under its name once it is complete. MODEL is a causal_lm with its tokenizer; generation ends at the
+tokenizer's end-of-text token (finish_reason "stop") or after --max-new-tokens ("length"). Prompts
+of similar length are batched and padded on the left, which shifts the blocks of LSG attention in a
+padded prompt; --batch-size 1 avoids this.
 
   lsg-flax generate ./writer --prompt "Once upon a time" --do-sample --top-p 0.9
   lsg-flax generate ./writer prompts.jsonl continuations.jsonl --max-new-tokens 100"""
@@ -58,7 +60,7 @@ blocks of LSG attention in a padded prompt; --batch-size 1 avoids this.
 
 def add(commands: Any) -> None:
     """Declares the command and its options."""
-    command = add_command(commands, "generate", _DESCRIPTION, run, NO_COLUMN_SPELLED)
+    command = add_command(commands, "generate", _DESCRIPTION, run, READING_SPELLED)
     command.add_argument("model", metavar="MODEL", help="folder, or id on the Hugging Face hub")
     command.add_argument("input", metavar="INPUT", nargs="?", help=" or ".join(TEXTS))
     command.add_argument("output", metavar="OUTPUT", nargs="?", help="file for lines of JSON")
@@ -66,17 +68,22 @@ def add(commands: Any) -> None:
     command.add_argument("--prompt", metavar="TEXT", action="append", help=about)
     what = command.add_argument_group("what is written")
     for name, kind, about in (
-        ("--max-new-tokens", int, "most tokens to generate"),
+        ("--max-new-tokens", int, "maximum tokens to generate"),
         ("--temperature", float, "the logits are divided by it; with --do-sample"),
-        ("--top-k", int, "draw from the N likeliest tokens; with --do-sample"),
-        ("--top-p", float, "draw from the fewest tokens of this probability; with --do-sample"),
-        ("--seed", int, "seed of draws; batch number i draws with SEED + i"),
+        ("--top-k", int, "sample from the N most likely tokens; with --do-sample"),
+        (
+            "--top-p",
+            float,
+            "sample from the fewest tokens that have probability X; with --do-sample",
+        ),
+        ("--seed", int, "seed of sampling; batch number i uses N + i"),
     ):
         default = {"--max-new-tokens": 64, "--temperature": 1.0, "--seed": 0}.get(name)
         shown = "all" if default is None else default
         text = f"{about} (default: {shown})"
-        what.add_argument(name, type=kind, default=default, metavar="N", help=text)
-    about = "draw tokens instead of taking the likeliest one"
+        shown = {int: "N", float: "X"}[kind]
+        what.add_argument(name, type=kind, default=default, metavar=shown, help=text)
+    about = "sample tokens instead of taking the most likely one"
     what.add_argument("--do-sample", action="store_true", help=about)
     how = command.add_argument_group("how it is computed")
     how.add_argument(
@@ -89,9 +96,9 @@ def add(commands: Any) -> None:
         metavar="NAME",
         help=f"dtype of the computation: {', '.join(get_args(Precision))} (default: float32)",
     )
+    add_columns(how, ("id", "text"))
     add_dataset(how)
-    about = "what to do with broken lines"
-    add_choice(how, "--broken-lines", about, get_args(BrokenLines), "raise")
+    add_on_error(how)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -99,14 +106,15 @@ def run(arguments: argparse.Namespace) -> None:
     _check_numbers(arguments)
     lines = _read(arguments)
     if arguments.output is None:
-        print("\n".join(_continued(lines, arguments)[1]))  # rich's console would wrap long lines
+        for row in _continued(lines, arguments):
+            print(row["text"])  # rich's console would wrap long lines
         return
     check_apart(arguments.output, arguments.model)
-    target, done = pathlib.Path(arguments.output), check_result(arguments, "text")
+    target, done = pathlib.Path(arguments.output), check_result(arguments, "text", "finish_reason")
     with locked_file(target):
-        written = zip(*_continued(lines, arguments), strict=True)
-        rows = [json.dumps({"id": name, "text": text}) for name, text in written]
-        write_aside(target, "".join(f"{row}\n" for row in rows).encode())
+        rows = _continued(lines, arguments)
+        write_aside(target, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+    warn_of_none(len(rows), arguments.input)
     console().print(f"{done} {target}: {count_of(len(rows), 'continuation')}")
 
 
@@ -120,13 +128,13 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
     sample = Sample(arguments.temperature, arguments.top_k, arguments.top_p)
     if not arguments.do_sample and sample != Sample():
         raise ValueError(
-            "--temperature, --top-k and --top-p need --do-sample: without it the likeliest token "
+            "--temperature, --top-k and --top-p need --do-sample: without it the most likely token "
             "is always taken."
         )
 
 
-def _continued(lines: TextLines, arguments: argparse.Namespace) -> tuple[list[Any], list[str]]:
-    """Returns the ids of the prompts that are continued, and the continuation of each."""
+def _continued(lines: TextLines, arguments: argparse.Namespace) -> list[Json]:
+    """Returns a line of OUTPUT for each prompt that is continued."""
     checkpoint = hub.open_checkpoint(arguments.model)
     tokenizer, task = checkpoint.tokenizer, checkpoint.task
     if tokenizer is None:
@@ -147,8 +155,13 @@ def _continued(lines: TextLines, arguments: argparse.Namespace) -> tuple[list[An
     prompts = _encode(tokenizer, lines.texts, ends)
     fitting = _fitting(lines.places, prompts, model, arguments)
     written = _continue(model, params, [prompts[i] for i in fitting], ends, arguments)
-    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
-    return [lines.names[i] for i in fitting], texts
+    rows = []
+    for place, tokens in zip(fitting, written, strict=True):
+        ids = list(itertools.takewhile(lambda token: token not in ends, tokens))
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        reason = "stop" if len(ids) < len(tokens) else "length"  # as OpenAI's API calls them
+        rows.append({"id": lines.names[place], "text": text, "finish_reason": reason})
+    return rows
 
 
 def _read(arguments: argparse.Namespace) -> TextLines:
@@ -169,7 +182,8 @@ def _read(arguments: argparse.Namespace) -> TextLines:
             + (" and --prompt." if arguments.prompt else ".")
         )
     check_output(arguments.output, arguments.input)
-    return read_texts(source_of(arguments), broken_lines=arguments.broken_lines)
+    columns = arguments.columns or {}
+    return read_texts(source_of(arguments), broken_lines=arguments.on_error, columns=columns)
 
 
 def _ends(model: Model, tokenizer: Any) -> list[int]:
@@ -207,7 +221,7 @@ def _fitting(
         except ValueError as error:
             if arguments.input is None or arguments.max_new_tokens > limit:  # then none can fit
                 raise
-            if arguments.broken_lines == "raise":
+            if arguments.on_error == "raise":
                 raise unskipped(place, error) from error
             skipped.append(line_number(place))
         else:
@@ -234,7 +248,8 @@ def _continue(
     ends: list[int],
     arguments: argparse.Namespace,
 ) -> list[list[int]]:
-    """Returns the new tokens of each prompt, in the order of the prompts."""
+    """Returns the new tokens of each prompt, with those behind its end, in the order of the
+    prompts."""
     size, pad = arguments.batch_size, model.config.pad_token_id
     pad = (ends or [0])[0] if pad is None else pad
     names = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p")
@@ -253,7 +268,7 @@ def _continue(
             inputs = {"attention_mask": mask, "position_ids": _positions(model, mask), "key": key}
             tokens = lsg_flax.generate(model, params, ids, **inputs, **options)[:, width:]
             for place, row in zip(places, tokens.tolist(), strict=True):
-                found[place] = list(itertools.takewhile(lambda token: token not in ends, row))
+                found[place] = row
             bar.update(len(places))
     return found
 

@@ -24,7 +24,8 @@ the blocks as fixed-width bytes. --keep-embeddings copies the published embeddin
 
 def add(commands: shared.Commands) -> None:
     """Declares the command and its options."""
-    command = shared.add_command(commands, "index", _DESCRIPTION, run, shared.NO_COLUMN_SPELLED)
+    spelled = {"pass text_column=": 'name it "text", not '}
+    command = shared.add_command(commands, "index", _DESCRIPTION, run, spelled)
     command.add_argument("model", metavar="MODEL", help="folder, or id on the Hugging Face hub")
     command.add_argument("corpus", metavar="CORPUS", help=".txt, .jsonl or .npy")
     command.add_argument("folder", metavar="FOLDER", help="folder for the result")

@@ -15,7 +15,6 @@ from lsg_flax.files import check_apart, check_output
 from lsg_flax.models import TASKS, Model, ModelOutput
 from lsg_flax.pipelines import (
     ANSWERS,
-    BrokenLines,
     DocumentFile,
     PipelineTask,
     check_fields,
@@ -39,15 +38,15 @@ SPELLED = {
     'unfinished="replace"': "--restart",
     "a text needs tokenizer=": "a text needs a tokenizer in MODEL",
     "fields=": "outputs=",
+    **shared.READING_SPELLED,
 }
 _LINES = ("answer", *(field.name for field in fields(ModelOutput)))  # what they have beside "id"
-_READING = ("truncation", "batch_size", "buckets", "broken_lines")  # arguments of predict_file
+_READING = ("truncation", "batch_size", "buckets")  # arguments of predict_file
 
 
 def add(commands: shared.Commands) -> None:
     """Declares the command and its options."""
-    spelled = SPELLED | shared.COLUMN_SPELLED
-    command = shared.add_command(commands, "predict", _DESCRIPTION, run, spelled)
+    command = shared.add_command(commands, "predict", _DESCRIPTION, run, SPELLED)
     add_files(command)
     add_task(command, "head (default: that of MODEL)", TASKS)
     _add_what(command.add_argument_group("what is written"))
@@ -73,8 +72,7 @@ def add_reading(group: shared.Options) -> None:
         default=True,
         help="truncate texts that are too long and say how many, or fail (default: truncate)",
     )
-    about = "what to do with broken lines"
-    add_choice(group, "--broken-lines", about, get_args(BrokenLines), "raise")
+    shared.add_on_error(group)
     add_switch(group, "--restart", "discard a partial OUTPUT and start over")
 
 
@@ -94,7 +92,7 @@ def _add_what(group: shared.Options) -> None:
     )
     shared.add_columns(group)
     shared.add_dataset(group)
-    about = "most tokens of a text (default: the model's own limit)"
+    about = "maximum tokens of a text (default: the model's own limit)"
     add_number(group, "--max-length", about)
     add_reading(group)
 
@@ -151,7 +149,7 @@ def write_answers(
     DocumentFile(source, **named)
     check_output(arguments.output, arguments.input)
     check_apart(arguments.output, checkpoint.root)
-    done = shared.check_result(arguments, *lines)
+    done = shared.check_result(arguments, *lines, some=True)
     tokenizer = checkpoint.tokenizer
     if answers is not None and task in answers.heads:
         answers.program(Model(checkpoint.config_for(task), task), tokenizer)
@@ -165,6 +163,7 @@ def write_answers(
         tokenizer=tokenizer,
         answers=answers,
         mesh=mesh,
+        broken_lines=arguments.on_error,
         **{name: getattr(arguments, name) for name in _READING},
         **reading,
         unfinished="replace" if arguments.restart else "continue",

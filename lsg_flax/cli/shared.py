@@ -6,7 +6,7 @@ import pathlib
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from rich.console import Console
@@ -15,8 +15,8 @@ from lsg_flax.cli.flags import in_flags
 from lsg_flax.data import DatasetPart
 from lsg_flax.files import read_lines
 from lsg_flax.patterns import MAX_GLOBAL_TOKENS, SPARSITY_TYPES, LSGConfig
-from lsg_flax.pipelines import COLUMNS, head_named
-from lsg_flax.progress import say
+from lsg_flax.pipelines import COLUMNS, BrokenLines, head_named
+from lsg_flax.progress import count_of, say
 from lsg_flax.sharding import AXES
 
 # Options is a parser or a group of options, Commands its subparsers; argparse has no public types
@@ -24,9 +24,10 @@ from lsg_flax.sharding import AXES
 Options = Any
 Commands = Any
 
-# Words of messages about the text's field, for commands with --columns, and for those without.
-COLUMN_SPELLED = {"text_column='": "columns='text="}
-NO_COLUMN_SPELLED = {"pass text_column=": 'name it "text", not '}
+# Words of messages about INPUT for the commands that read documents, and about the mesh.
+READING_SPELLED = {"text_column='": "columns='text=", "broken_lines=": "on_error="}
+_FEWER_DEVICES = " To use fewer, pass devices=jax.devices()[:n]."
+DEVICES_SPELLED = {_FEWER_DEVICES: " To use fewer, give --devices N."}
 NEEDED = "(required"  # in the help of a required option that may also come from a settings file
 _PIPED_WIDTH = 120
 _NUMBERS = ("num_global_tokens", "block_size", "sparse_block_size", "sparsity_factor")
@@ -68,7 +69,7 @@ def add_command(
         name, help=about, description=about, epilog=more, formatter_class=_RequiredFirst
     )
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    command.set_defaults(run=run, command=command, spelled=spelled)
+    command.set_defaults(run=run, command=command, spelled={_FEWER_DEVICES: ""} | {**spelled})
     return command
 
 
@@ -97,7 +98,7 @@ def add_choice(
 
 def add_task(options: Options, about: str, choices: Collection[str]) -> None:
     """Declares --task, which takes the names of pipelines too."""
-    about += f": {', '.join(choices)}; or as a pipeline is called: ner, sentiment-analysis, ..."
+    about += f": {', '.join(choices)}; or a name of a pipeline: ner, sentiment-analysis, ..."
     options.add_argument("--task", type=head_named, choices=choices, metavar="NAME", help=about)
 
 
@@ -133,13 +134,14 @@ def given_pattern(arguments: argparse.Namespace) -> dict[str, Any]:
 def pattern_in_words(lsg: LSGConfig) -> str:
     """Returns a sentence that says what a token attends to."""
     sparse = (
-        f"{2 * lsg.sparse_block_size} sparse ({lsg.sparsity_type}, 1 for {lsg.sparsity_factor}), "
+        f"{2 * lsg.sparse_block_size} sparse ({lsg.sparsity_type}, factor {lsg.sparsity_factor}), "
         if lsg.is_sparse
         else ""
     )
     return (
-        f"a token attends to {3 * lsg.block_size} local, {sparse}{lsg.num_global_tokens} global "
-        f"tokens; full attention up to {2 * lsg.block_size} tokens"
+        f"a token attends to {3 * lsg.block_size} local, {sparse}"
+        f"{count_of(lsg.num_global_tokens, 'global token')}; full attention up to "
+        f"{2 * lsg.block_size} tokens"
     )
 
 
@@ -164,9 +166,40 @@ def name_values(text: str) -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
-def add_columns(options: Options) -> None:
+class _Deprecated(argparse.Action):
+    """The action of an old flag, which the help does not show: it says what to use instead."""
+
+    def __init__(self, *arguments: Any, instead: str, **options: Any):
+        super().__init__(*arguments, help=argparse.SUPPRESS, **options)
+        self._instead = instead
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        instead = self._instead.format(values)
+        say(f"warning: {self.option_strings[0]} is deprecated: use {instead}")
+        setattr(namespace, self.dest, values)
+
+
+def add_deprecated(options: Options, flag: str, instead: str, **more: Any) -> None:
+    """Declares an old flag.
+
+    Args:
+        instead: what to use, where {} is the flag's value.
+        more: further arguments of `add_argument`, such as the `dest` of the new flag.
+    """
+    options.add_argument(flag, action=_Deprecated, instead=instead, **more)
+
+
+def add_on_error(options: Options) -> None:
+    """Declares what is done with broken lines of INPUT."""
+    choices = get_args(BrokenLines)
+    add_choice(options, "--on-error", "what to do with broken lines", choices, "raise")
+    old = {"dest": "on_error", "choices": choices, "default": argparse.SUPPRESS}
+    add_deprecated(options, "--broken-lines", "--on-error {}", **old)
+
+
+def add_columns(options: Options, names: Collection[str] = COLUMNS) -> None:
     """Declares the names of the columns of INPUT."""
-    about = f"names of the columns, such as text=body (default: {', '.join(COLUMNS)})"
+    about = f"names of the columns, such as text=body (default: {', '.join(names)})"
     options.add_argument("--columns", type=name_values, metavar="NAME=VALUE,...", help=about)
 
 
@@ -179,16 +212,17 @@ def add_dataset(options: Options) -> None:
 
 
 def source_of(arguments: argparse.Namespace) -> DatasetPart:
-    """Returns INPUT as readers of documents take it."""
+    """Returns INPUT, --subset and --split as one value, for functions that read documents."""
     return DatasetPart(arguments.input, arguments.subset, arguments.split)
 
 
-def check_result(arguments: argparse.Namespace, *names: str) -> str:
+def check_result(arguments: argparse.Namespace, *names: str, some: bool = False) -> str:
     """Returns "replaced" if OUTPUT exists, else "wrote", for the line that a command ends with.
 
     Args:
         arguments: of the command; its `output` is one that `files.check_output` allows.
-        names: what its lines may have beside "id".
+        names: what its lines have beside "id".
+        some: whether a line may have only some of `names`.
 
     Raises:
         ValueError: if OUTPUT is not empty, nor a result of this command: its first line has other
@@ -197,7 +231,7 @@ def check_result(arguments: argparse.Namespace, *names: str) -> str:
     file, command = pathlib.Path(arguments.output), arguments.command.prog
     if not file.exists():
         return "wrote"
-    found = _unlike_result(file, names) if file.stat().st_size else None
+    found = _unlike_result(file, names, some) if file.stat().st_size else None
     if found is not None:
         raise ValueError(
             f"{file} exists and is no result of {command}: {found}. It is not replaced; give "
@@ -206,7 +240,7 @@ def check_result(arguments: argparse.Namespace, *names: str) -> str:
     return "replaced"
 
 
-def _unlike_result(file: pathlib.Path, names: Collection[str]) -> str | None:
+def _unlike_result(file: pathlib.Path, names: Collection[str], some: bool) -> str | None:
     """Returns how a file differs from a result, in words; None if it does not."""
     try:
         if file.suffix == ".npy":
@@ -216,8 +250,8 @@ def _unlike_result(file: pathlib.Path, names: Collection[str]) -> str | None:
         keys = next(read_lines(file)).json_object().keys()
     except (ValueError, EOFError):
         return "it is no array of numbers" if file.suffix == ".npy" else "its first line is no JSON"
-    written = keys - {"id"}
-    if "id" in keys and written and written <= set(names):
+    written, missing = keys - {"id"}, set(names) - keys
+    if "id" in keys and written and written <= set(names) and (some or not missing):
         return None
     return f"its first line has {', '.join(keys) or 'nothing'}"
 

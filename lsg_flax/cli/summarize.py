@@ -10,13 +10,13 @@ from lsg_flax.pipelines import Summarization
 _DESCRIPTION = """Write a summary of each document.
 
 INPUT is a .jsonl, .csv or .parquet (a file, a folder or a pattern) or a hub dataset (--split) with
-"text" (--text-column) and optionally "id", a folder of .txt files with one document each, or a .txt
-with one document per line. OUTPUT gets one line of JSON per document, {"id", "summary"}, and
-appears under its name once it is complete. Run a stopped command again to resume it. Defaults of
---num-beams to --no-repeat-ngram-size come from the checkpoint.
+"text" and optionally "id" (--columns gives other names), a folder of .txt files with one document
+each, or a .txt with one document per line. OUTPUT gets one line of JSON per document,
+{"id", "summary"}, and appears under its name once it is complete. Run a stopped command again to
+resume it. Defaults of --num-beams to --no-repeat-ngram-size come from the checkpoint.
 
   lsg-flax summarize ./lsg-bart-arxiv papers/ summaries.jsonl --num-beams 4"""
-_WINDOW = 4  # batches that are sorted and written together; a kill loses at most these
+_WINDOW = 4  # batches that are sorted and written together
 _WRITTEN = ("num_beams", "max_length", "min_length", "length_penalty", "no_repeat_ngram_size")
 
 
@@ -26,14 +26,14 @@ def add(commands: shared.Commands) -> None:
     predict.add_files(command)
     what = command.add_argument_group("what is written")
     add_number(what, "--num-beams", "beams of the search")
-    about = "most tokens of a summary (20 if the checkpoint does not say)"
+    about = "maximum tokens of a summary (20 if the checkpoint does not say)"
     add_number(what, "--max-length", about)
     add_number(what, "--min-length", "fewest tokens of a summary")
     about = "above 0 for longer summaries; with beams"
     what.add_argument("--length-penalty", type=float, metavar="X", help=about)
     add_number(what, "--no-repeat-ngram-size", "no sequence of N tokens occurs twice")
-    about = 'column that has the document (default: "text")'
-    what.add_argument("--text-column", metavar="NAME", help=about)
+    shared.add_columns(what, ("id", "text"))
+    shared.add_deprecated(what, "--text-column", "--columns text={}")
     shared.add_dataset(what)
     predict.add_reading(what)
     predict.add_how(command.add_argument_group("how it is computed"))
@@ -50,12 +50,15 @@ def run(arguments: argparse.Namespace) -> None:
         )
     given = {name: getattr(arguments, name) for name in _WRITTEN}
     options = {name: value for name, value in given.items() if value is not None}
+    columns = dict(arguments.columns or {})
+    text = columns.pop("text", arguments.text_column)  # then no other column is read as one
     predict.write_answers(
         arguments,
         checkpoint,
         task,
         Summarization().with_options(**options),
         lines=("summary",),
-        text_column=arguments.text_column,
+        text_column=text,
+        columns=columns,
         window=_WINDOW * max(arguments.batch_size, 1),
     )

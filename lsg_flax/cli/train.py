@@ -11,6 +11,7 @@ import jax
 from rich.table import Table
 
 from lsg_flax.cli.shared import (
+    DEVICES_SPELLED,
     NEEDED,
     add_command,
     add_pattern,
@@ -59,12 +60,13 @@ Rows of data, by task (--columns gives other names):
                            --teacher {"text": ...}"""
 _HINTS = typing.get_type_hints(Settings, include_extras=True)
 _METAVARS = {int: "N", float: "X", str: "NAME"}
-_PATHS = {"model": "PATH", "train_data": "PATH", "eval_data": "PATH", "output": "FOLDER"}
+_PATHS = {"model": "PATH", "train_data": "PATH", "eval_data": "PATH", "teacher": "PATH"}
+_PATHS |= {"output": "FOLDER", "cache": "FOLDER", "frozen": "REGEX", "push_to_hub": "REPO"}
 
 
 def add(commands: Any) -> None:
     """Declares the command and its options."""
-    command = add_command(commands, "train", _DESCRIPTION, run)
+    command = add_command(commands, "train", _DESCRIPTION, run, DEVICES_SPELLED)
     fields = [f.name for f in dataclasses.fields(Settings) if f.name != "lsg"]
     needed = [name for name in fields if name in REQUIRED]
     add_settings(command, needed)
@@ -173,7 +175,7 @@ def _join(text: str) -> None:
         jax.distributed.initialize(**options)
     except (ValueError, RuntimeError) as error:
         raise ValueError(
-            f"--distributed: {error} Give HOST:PORT,COUNT,INDEX if they cannot be detected."
+            f"--distributed: {error} If the cluster is not detected, give HOST:PORT,COUNT,INDEX."
         ) from error
 
 
@@ -192,14 +194,18 @@ def _survey_lines(name: str, part: DataSurvey) -> list[str]:
     total = max(sum(part.labels.values()), 1)
     labels = [f"{label} {n:,} ({n / total:.0%})" for label, n in part.labels.items()]
     shown = labels[:20] + [f"and {len(labels) - 20:,} more"] * (len(labels) > 20)
-    buckets = [f"{length:,}: {n:,} rows" for length, n in part.buckets.items()]
+    buckets = ", ".join(f"{length:,}: {n:,} rows" for length, n in part.buckets.items())
+    rows = f"buckets: {buckets}"
+    if part.packed:
+        ((length, n),) = part.buckets.items()
+        rows = f"packed: {n:,} rows of {length:,} tokens (--buckets sets another length)"
     return [
         f"{name}: {part.rows:,} rows{skipped}",
         f"  tokens: {_of_lengths(part.lengths)}",
         *(f"  tokens of the {of}: {_of_lengths(found)}" for of, found in part.others.items()),
         f"  truncated: {part.cut or 'nothing'}",
         *([f"  labels: {', '.join(shown)}"] if labels else []),
-        f"  buckets: {', '.join(buckets)}; {part.real:.0%} of their positions are not padding",
+        f"  {rows}; {part.real:.0%} of their positions are not padding",
     ]
 
 

@@ -67,7 +67,7 @@ def window_answers(
         places: the characters of each token, see `answer_places`.
         no_answer: whether a token counts in the softmax beside those of the context, as the first
             one of the window does, whose start and end mean "no answer".
-        longest: most tokens of an answer.
+        longest: maximum tokens of an answer.
     """
     allowed = places[:, 0] >= 0
     counted = np.where((allowed | no_answer)[:, None], logits, np.float32(_OUTSIDE))

@@ -1,7 +1,7 @@
 """Tokenized data on disk: flat arrays in a folder that is complete or not used.
 
 `index.json` describes the arrays (dtype, shape, checksum); each is one file of raw numbers, mapped
-into memory on reading. A row has tokens in one or more streams (the "input"; a text to write is
+into memory on reading. A row has tokens in one or more streams (the "input"; a target text is
 another). The sequences of a stream are stored one after the other; `STREAM_offsets` has the start
 of each. `records` are lines of JSON, one per example.
 
@@ -25,7 +25,7 @@ from lsg_flax.data.cut import Cut
 from lsg_flax.files import Json, read_json, write_json
 
 INPUT = "input"  # the first stream, which all rows have
-TARGET = "target"  # the stream of texts to write
+TARGET = "target"  # the stream of target texts
 POSITIVE, NEGATIVE = "positive", "negative"  # streams of texts that belong to the input, or do not
 # Prefix of the arrays' names, for the streams that a model reads.
 READ = {INPUT: "", POSITIVE: "positive_", NEGATIVE: "negative_"}
@@ -152,9 +152,9 @@ class Stream:
 
 
 def spread(lengths: Int[np.ndarray, "O"]) -> dict[str, int]:
-    """Returns the shortest of `lengths` in tokens, the median, the 90th percentile and the longest,
+    """Returns the minimum of `lengths` in tokens, the median, the 90th percentile and the maximum,
     by name."""
-    points = {"shortest": 0.0, "half": 0.5, "90 %": 0.9, "longest": 1.0}
+    points = {"min": 0.0, "median": 0.5, "90th percentile": 0.9, "max": 1.0}
     found = np.quantile(lengths, list(points.values()), method="nearest")
     return {name: int(length) for name, length in zip(points, found, strict=True)}
 
@@ -164,6 +164,7 @@ class TokenizedDataset:
 
     Attributes:
         fingerprint: hash of the data, the tokenizer and the options.
+        contents: start of a hash of the data alone; None if the folder was opened without it.
         options: `DataOptions` as a dict.
         labels: names of the labels in the order of their ids, if they have names.
         arrays: all arrays by name; `streams` has those of tokens, `targets` lists the names of
@@ -184,6 +185,7 @@ class TokenizedDataset:
             DamagedCacheError: if it is not complete.
         """
         self.arrays, about = read_arrays(folder)
+        self.contents: str | None = None
         try:
             self.fingerprint: str = about["fingerprint"]
             self.options: Json = about["options"]

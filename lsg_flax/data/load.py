@@ -61,7 +61,8 @@ def load_examples(
         ImportError: if a library is needed to read the data; the error says which.
     """
     source = open_source(paths, subset=subset, split=split, text_unit=options.text_unit)
-    key = _fingerprint(source, options, tokenizer)
+    contents = source.digest()
+    key = _fingerprint(contents, options, tokenizer)
     folder = (_default_cache() if cache is None else pathlib.Path(cache)).absolute()
     check_folder("cache", folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,6 +72,7 @@ def load_examples(
             shutil.rmtree(folder / key, ignore_errors=True)
             _tokenize(folder / key, key, source, options, tokenizer, progress)
             dataset = TokenizedDataset(folder / key)
+    dataset.contents = contents[:12]
     if dataset.skipped:
         warnings.warn(
             f"{dataset.skipped} broken rows of {source.name} were skipped, the first of them: "
@@ -144,8 +146,8 @@ def _open(folder: pathlib.Path) -> TokenizedDataset | None:
         return None
 
 
-def _fingerprint(source: DataSource, options: DataOptions, tokenizer: Any) -> str:
-    """Returns a hash of everything that the tokens depend on."""
+def _fingerprint(contents: str, options: DataOptions, tokenizer: Any) -> str:
+    """Returns a hash of everything that the tokens depend on; `contents` is that of the data."""
     if getattr(tokenizer, "is_fast", False):
         reads = json.loads(tokenizer.backend_tokenizer.to_str())
         reads |= {"truncation": None, "padding": None}  # may be left from the last call
@@ -163,7 +165,7 @@ def _fingerprint(source: DataSource, options: DataOptions, tokenizer: Any) -> st
         del told["lower_case"], told["columns"]["positive"], told["columns"]["negative"]
     parts = [
         _FORMAT,
-        source.digest(),
+        contents,
         told,
         reads,
         tokenizer.all_special_ids,

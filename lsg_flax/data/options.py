@@ -24,7 +24,7 @@ class Columns:
         tokens: the words of a text, for token classification; `tags` are their labels.
         answers: {"text": [...], "answer_start": [...]} as in SQuAD, both empty if the context has
             no answer.
-        target: the text to write for `text`.
+        target: the text that the model learns to generate for `text`.
         positive: a text that belongs to `text` and shall get a similar embedding.
         negative: a text that does not belong to `text`, or a list of several.
         choices: the texts to choose from, each read as a pair with `text`.
@@ -51,10 +51,10 @@ class DataOptions:
 
     Attributes:
         task: the task that the examples are for.
-        max_length: most tokens of a row; longer texts are truncated, contexts of questions are
+        max_length: maximum tokens of a row; longer texts are truncated, contexts of questions are
             split into windows, and joined texts of language models into pieces of this length.
-        max_target_length: most tokens of a text to write, longer ones are truncated; None truncates
-            none.
+        max_target_length: maximum tokens of a target text; longer ones are truncated; None
+            truncates none.
         problem_type: what `sequence_classification` predicts.
         labels: names of the labels in the order of their ids; by default the names found in the
             data, sorted, or the numbers 0 to the largest. For evaluation data give those of the
@@ -120,7 +120,7 @@ class DataOptions:
         if self.max_target_length is not None:
             if not self.has_target_texts:
                 raise ValueError(
-                    f"max_target_length={self.max_target_length} is for tasks that write texts, "
+                    f"max_target_length={self.max_target_length} is for tasks that generate text, "
                     f"not {self.task}; leave it out."
                 )
             if self.max_target_length < 2:  # room only for special tokens
@@ -157,7 +157,7 @@ class DataOptions:
 
     @property
     def has_target_texts(self) -> bool:
-        """Whether a row has a text to write."""
+        """Whether a row has a target text."""
         return TASKS[self.task].examples == "text_to_text"
 
     @property

@@ -298,8 +298,8 @@ class QuestionExampleEncoder(ExampleEncoder):
             self.problems.found(
                 example.place,
                 f"max_length={self.options.max_length} leaves {max(room, 0)} tokens for the "
-                f"context after a question of {len(ids)}; stride={self.options.stride} must be "
-                "less than that",
+                f"context beside a question of {len(ids)}, which must be more than "
+                f"stride={self.options.stride}",
             )
         return fitting
 
@@ -335,7 +335,7 @@ class ChoiceExampleEncoder(ExampleEncoder):
 
 
 class TargetTextExampleEncoder(ExampleEncoder):
-    """Reads texts with a text to write for each, whose tokens are the labels, a second stream."""
+    """Reads texts with a target text for each, whose tokens are the labels, a second stream."""
 
     def example(self, row):
         names = self.options.columns

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from lsg_flax.data.files import DataRow
+from lsg_flax.data.options import Columns
 from lsg_flax.files import is_blank, valid_text
 
 _QUANTITY = r"[+-]?(\d+\.?\d*|\.\d+)"
@@ -20,14 +21,18 @@ _LARGEST_FLOAT = float(np.finfo(np.float32).max)
 # Largest plausible number of labels without a list of names: in total, and besides 100 per label
 # that occurs.
 _MOST_LABELS, _UNSEEN = 1 << 20, 1000
+_COLUMNS = vars(Columns()).values()
 
 
 def value_in(row: DataRow, column: str) -> Any:
     """Returns the value of a column; raises ValueError with the row's columns if it is missing."""
     value = row.values.get(column)
     if value is None:
-        found = "is empty" if column in row.values else f"is missing; there are {list(row.values)}"
-        raise ValueError(f"column {column!r} {found}")
+        if column in row.values:
+            raise ValueError(f"column {column!r} is empty")
+        named = f"; if it has another name, pass columns={{{column!r}: '...'}}"
+        advice = named if column in _COLUMNS else ""
+        raise ValueError(f"column {column!r} is missing; there are {list(row.values)}{advice}")
     return value
 
 

@@ -179,8 +179,8 @@ class Reread(NamedTuple):
 
 @flax.struct.dataclass
 class RereadingDecoder:
-    """A decoder without a cache, which reads all tokens again in each step: for a model whose cache
-    is an approximation, a Reformer."""
+    """A decoder without a cache, which reads all tokens again in each step; used for a Reformer,
+    whose cache is an approximation."""
 
     decoder: ModelDecoder
 

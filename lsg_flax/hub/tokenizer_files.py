@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import shutil
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from lsg_flax.hub.weights import CONFIG
 # versions.
 Tokenizer = Any
 
+_IMPORTING = threading.Lock()
 _CONFIG = "tokenizer_config.json"
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", _CONFIG)
 # Classes that newer versions of transformers lack -> an equal class that they have.
@@ -48,8 +50,7 @@ def read_tokenizer(folder: str | os.PathLike) -> Tokenizer | None:
             f"{folder / models[0]} is a sentencepiece model without a tokenizer.json; reading it "
             f"needs {' and '.join(packages)}: pip install 'lsg-flax[sentencepiece]'."
         )
-    import transformers
-
+    transformers = _transformers()
     try:
         name = _SAME_AS.get(_settings(folder).get("tokenizer_class"), "AutoTokenizer")
         known = _config_beside(folder) if name == "AutoTokenizer" else {}
@@ -73,11 +74,19 @@ def read_tokenizer(folder: str | os.PathLike) -> Tokenizer | None:
     return tokenizer
 
 
+def _transformers() -> Any:
+    """Imports transformers, which is slow, only when it is needed. Its module replaces itself while
+    it is imported: without the lock a second thread would get the one without classes."""
+    with _IMPORTING:
+        import transformers
+    return transformers
+
+
 def _config_beside(folder: pathlib.Path) -> dict[str, Any]:
     """Returns the config to pass for a model_type that transformers does not know, with the
     tokenizer's class; otherwise transformers would read config.json as another model's, with a
     warning."""
-    import transformers
+    transformers = _transformers()
 
     file = folder / CONFIG
     values = read_json(file) if file.is_file() else {}

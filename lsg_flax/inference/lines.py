@@ -5,6 +5,10 @@ and, after each window, the number of finished documents, the number of bytes of
 digest of what was read. Lines are on the disk before the journal records them, so anything after
 the journal's last entry is removed and computed again. At the end `TARGET.partial` is renamed to
 TARGET, and the journal is deleted.
+
+A window is sorted by length, so its documents are finished in another order than that of the file.
+If it takes long, `TARGET.partial.ahead` keeps the lines of those that are finished, and is deleted
+with the end of the window.
 """
 
 import contextlib
@@ -13,6 +17,7 @@ import itertools
 import json
 import os
 import pathlib
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -23,6 +28,7 @@ from lsg_flax.locks import explained, locked_file, refusal
 from lsg_flax.progress import count_of
 
 Unfinished = Literal["continue", "replace"]
+KEPT_EVERY = 30.0  # seconds after which finished lines of an unfinished window are kept
 
 
 class Document(NamedTuple):
@@ -44,7 +50,8 @@ class ResumableLines:
 
     Attributes:
         target, partial, journal: the files.
-        finished: number of documents whose lines are on the disk.
+        finished: number of documents whose lines are on the disk, in whole windows.
+        restored: number of further lines that an earlier run has kept of an unfinished window.
     """
 
     def __init__(
@@ -70,7 +77,9 @@ class ResumableLines:
         self.target = pathlib.Path(target)
         self.partial = self.target.with_name(f"{self.target.name}.partial")
         self.journal = self.target.with_name(f"{self.target.name}.partial.journal")
-        self.finished = 0
+        self.finished = self.restored = self._begun = 0
+        self._ahead = _LinesAhead(self.target.with_name(f"{self.target.name}.partial.ahead"))
+        self._kept_at = time.monotonic()
         self._settings: dict[str, Any] = json.loads(json_line(settings))
         self._unfinished = unfinished
         self._digest = hashlib.sha256()
@@ -90,7 +99,8 @@ class ResumableLines:
             if self._unfinished == "replace":
                 self._remove()
             self._last = self._find()
-            self.finished = self._last["documents"]
+            self.finished = self._begun = self._last["documents"]
+            self._kept_at = time.monotonic()
             # Unbuffered: closing must not retry a write that failed.
             self._lines = stack.enter_context(self.partial.open("r+b", buffering=0))
             self._entries = stack.enter_context(self.journal.open("ab", buffering=0))
@@ -107,7 +117,7 @@ class ResumableLines:
                     os.replace(self.partial, self.target)
                     sync_folder(self.target.parent)
                     self.journal.unlink()
-            elif self.finished:
+            elif self.finished or self._ahead.lines:
                 error.add_note(f"{self._kept()}.")
             else:
                 self._remove()
@@ -135,14 +145,42 @@ class ResumableLines:
                 self._foreign("the ids are the same, but not what the finished documents say")
             )
 
-    def write(self, documents: Sequence[Document], lines: Sequence[str]) -> None:
+    def ahead(self, documents: Sequence[Document]) -> dict[int, str]:
+        """Returns the lines of the next window that an earlier run has kept, by place in the
+        window; it has kept none if the window's documents are others."""
+        before, self._begun = self._begun, self._begun + len(documents)
+        found = self._ahead.of(before, documents)
+        self.restored += len(found)
+        return found
+
+    def due(self) -> bool:
+        """Returns whether it is time to `keep` lines."""
+        return time.monotonic() - self._kept_at >= KEPT_EVERY
+
+    def keep(self, documents: Sequence[Document], lines: Mapping[int, str]) -> None:
+        """Keeps lines of the unfinished window, by place; they are on the disk when this returns.
+
+        Raises:
+            OSError: as `write`.
+        """
+        with self._explained():
+            self._ahead.keep(self.finished, documents, lines)
+        self._kept_at = time.monotonic()
+
+    def write(
+        self, documents: Sequence[Document], lines: Sequence[str] | Mapping[int, str]
+    ) -> None:
         """Writes a window: one line for each document, on the disk when this returns.
+
+        Args:
+            documents: of the window.
+            lines: text of each document's line, by the document's place in the window.
 
         Raises:
             OSError: if it cannot be written, for example because the disk is full; documents that
                 were finished before are kept.
         """
-        data = "".join(f"{line}\n" for _, line in zip(documents, lines, strict=True)).encode()
+        data = "".join(f"{lines[place]}\n" for place in range(len(documents))).encode()
         for document in documents:
             self._read(document)
         with self._explained():
@@ -153,7 +191,9 @@ class ResumableLines:
                 "digest": self._digest.hexdigest(),
             }
             self._append(entry)
-        self._last, self.finished = entry, entry["documents"]
+            if self._ahead.lines:
+                self._ahead.drop()
+        self._last, self.finished, self._kept_at = entry, entry["documents"], time.monotonic()
 
     def _read(self, document: Document) -> None:
         self._digest.update(len(document.raw).to_bytes(8, "little") + document.raw)
@@ -171,11 +211,13 @@ class ResumableLines:
                     f"{self.partial} has no journal beside it, so no run can continue it; remove "
                     'it, or pass unfinished="replace".'
                 )
+            self._ahead.drop()  # a kill may have left it alone
             self._begin()
             return start
         settings, *entries = self._read_journal()
         last = {**start, **(entries[-1] if entries else {})}
-        if not last["documents"]:  # nothing is lost, so other settings are allowed
+        kept = self._ahead.find(last["documents"])
+        if not last["documents"] and not kept:  # nothing is lost, so other settings are allowed
             self._remove()
             self._begin()
             return start
@@ -219,6 +261,7 @@ class ResumableLines:
     def _remove(self) -> None:
         self.partial.unlink(missing_ok=True)  # first: without a journal it could not be continued
         self.journal.unlink(missing_ok=True)
+        self._ahead.drop()
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -228,13 +271,14 @@ class ResumableLines:
         except OSError as error:
             if explained(error):
                 raise
-            kept = [self._kept()] if self.finished else []
+            kept = [self._kept()] if self.finished or self._ahead.lines else []
             raise refusal(error, self.partial, *kept) from error
 
     def _kept(self) -> str:
-        are = "is" if self.finished == 1 else "are"
+        finished = self.finished + len(self._ahead.lines)
+        are = "is" if finished == 1 else "are"
         return (
-            f"{count_of(self.finished, 'finished document')} {are} kept in {self.partial}; "
+            f"{count_of(finished, 'finished document')} {are} kept in {self.partial}; "
             "the same call or command continues with the others"
         )
 
@@ -243,6 +287,70 @@ class ResumableLines:
             f"{self.partial} cannot be continued: {reason}\nUse the settings and documents of its "
             'run, or pass unfinished="replace" to start over.'
         )
+
+
+class _LinesAhead:
+    """The file of lines that are finished before their window. It begins with the number of
+    documents before the window and a digest of the window's documents; a line [place, line] for
+    each document follows. If it is damaged, or of other documents, they are computed again."""
+
+    def __init__(self, file: pathlib.Path):
+        self.file = file
+        self.lines: dict[int, str] = {}  # those in the file
+        self._of: dict[str, Any] = {}  # the window that the file is of
+
+    def find(self, before: int) -> int:
+        """Reads the file that an earlier run left if it is of the window behind so many documents;
+        returns the number of its lines."""
+        if not self.file.exists():
+            return 0
+        data = self.file.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]  # a kill may have cut off the last line
+        try:
+            self._of, *pairs = map(json.loads, whole.splitlines())
+            self.lines = dict(pairs) if self._of["documents"] == before else {}
+        except (ValueError, TypeError, KeyError):
+            self.lines = {}
+        if self.lines:
+            os.truncate(self.file, len(whole))
+        else:
+            self.drop()
+        return len(self.lines)
+
+    def of(self, before: int, documents: Sequence[Document]) -> dict[int, str]:
+        """Returns the lines in the file if they are of this window."""
+        if self._of.get("documents") != before:
+            return {}
+        if self._of != _window_of(before, documents):
+            self.drop()
+        return dict(self.lines)
+
+    def keep(self, before: int, documents: Sequence[Document], lines: Mapping[int, str]) -> None:
+        """Adds the lines that are not in the file yet."""
+        new = {place: line for place, line in lines.items() if place not in self.lines}
+        if not new:
+            return
+        records: list[Any] = [[place, line] for place, line in new.items()]
+        if not self.lines:
+            self._of = _window_of(before, documents)
+            records.insert(0, self._of)
+        with self.file.open("ab" if self.lines else "wb", buffering=0) as opened:
+            _write(opened, "".join(f"{json_line(record)}\n" for record in records).encode())
+        if not self.lines:
+            sync_folder(self.file.parent)
+        self.lines |= new
+
+    def drop(self) -> None:
+        """Removes the file."""
+        self.file.unlink(missing_ok=True)
+        self.lines, self._of = {}, {}
+
+
+def _window_of(before: int, documents: Sequence[Document]) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(len(document.raw).to_bytes(8, "little") + document.raw)
+    return {"documents": before, "window": digest.hexdigest()}
 
 
 def json_line(values: Any) -> str:

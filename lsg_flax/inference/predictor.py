@@ -25,6 +25,13 @@ IN_FLIGHT = 2  # batches that are queued on the device while an earlier one is f
 Result = dict[str, np.ndarray]
 
 
+class DocumentWindow(NamedTuple):
+    """Documents that are sorted and held in memory together."""
+
+    encodings: Sequence[Encoding]
+    known: frozenset[int] = frozenset()  # numbers of those that need no results
+
+
 class _InFlight(NamedTuple):
     """A batch on the device, and where its outputs belong."""
 
@@ -162,27 +169,46 @@ class Predictor:
             "buckets": list(self.buckets),
         }
 
+    def batches(self, windows: Iterable[DocumentWindow]) -> Iterator[tuple[list[Result], bool]]:
+        """Yields, when a batch is finished, the results of its window so far, and whether it was
+        the window's last batch; documents that are not finished have empty results.
+
+        Args:
+            windows: read as by `stream`, but not checked; `check` allows each encoding.
+        """
+        yield from self._batches(windows, Bar("documents", shown=False))
+
     def _stream(self, windows: Iterable[Sequence[Encoding]], bar: Bar) -> Iterator[list[Result]]:
+        for results, last in self._batches((DocumentWindow(each) for each in windows), bar):
+            if last:
+                yield results
+
+    def _batches(
+        self, windows: Iterable[DocumentWindow], bar: Bar
+    ) -> Iterator[tuple[list[Result], bool]]:
         flying: collections.deque[_InFlight] = collections.deque()
         for batch in self._start(windows):
             flying.append(batch)
             if len(flying) > IN_FLIGHT:
-                yield from self._finish(flying.popleft(), bar)
+                yield self._finish(flying.popleft(), bar)
         while flying:
-            yield from self._finish(flying.popleft(), bar)
+            yield self._finish(flying.popleft(), bar)
 
-    def _start(self, windows: Iterable[Sequence[Encoding]]) -> Iterator[_InFlight]:
-        for encodings in windows:
+    def _start(self, windows: Iterable[DocumentWindow]) -> Iterator[_InFlight]:
+        for encodings, known in windows:
             results: list[Result] = [{} for _ in encodings]
-            batches = list(batches_of(encodings, self.model, self.batch_size, self.buckets))
+            every = batches_of(encodings, self.model, self.batch_size, self.buckets)
+            batches = [(bucket, places) for bucket, places in every if not known.issuperset(places)]
             for number, (bucket, places) in enumerate(batches, start=1):
                 some = [encodings[i] for i in places]
                 arrays = padded(some, self.model, self.batch_size, bucket)
                 outputs = self._program.start(self.params, arrays)
                 yield _InFlight(encodings, results, places, outputs, number == len(batches))
+            if not batches:
+                yield _InFlight(encodings, results, [], {}, True)
 
-    def _finish(self, batch: _InFlight, bar: Bar) -> Iterator[list[Result]]:
-        """Fetches a batch; yields the results of its window if it was the window's last."""
+    def _finish(self, batch: _InFlight, bar: Bar) -> tuple[list[Result], bool]:
+        """Fetches a batch; returns the results of its window, and whether it was the last one."""
         outputs, per_token = jax.device_get(batch.outputs), self.model.task_record.per_token
         for row, place in enumerate(batch.places):
             length = len(batch.encodings[place]["input_ids"])
@@ -191,8 +217,7 @@ class Predictor:
                 for name, value in outputs.items()
             }
         bar.update(len(batch.places))
-        if batch.last:
-            yield batch.results
+        return batch.results, batch.last
 
 
 def predict(

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from lsg_flax.files import id_in
 from lsg_flax.inference.encodings import Encoding
 from lsg_flax.inference.lines import Document, ResumableLines, Unfinished, json_line
-from lsg_flax.inference.predictor import Predictor, Result
+from lsg_flax.inference.predictor import DocumentWindow, Predictor, Result
 from lsg_flax.models import Model, Params
 from lsg_flax.progress import Bar
 
@@ -106,18 +106,50 @@ def predict_lines(
     if window < 1:
         raise ValueError(f"window={window} must be at least 1.")
     file.skip(documents)
-    parts, waiting = itertools.tee(
-        (part, [rows_of(document) for document in part]) for part in _windows(documents, window)
+    started, waiting = itertools.tee(
+        _WindowLines(part, [rows_of(document) for document in part], file.ahead(part), line_of)
+        for part in _windows(documents, window)
     )
-    outputs = predictor.stream([row[0] for rows in several for row in rows] for _, several in parts)
-    for (part, several), window_results in zip(waiting, outputs, strict=True):
-        results = iter(window_results)
-        lines = [
-            line_of(document, rows, list(itertools.islice(results, len(rows))))
-            for document, rows in zip(part, several, strict=True)
-        ]
-        file.write(part, lines)
-        bar.update(len(part))
+    batches = predictor.batches(each.window() for each in started)
+    for part in waiting:
+        shown = 0
+        for results, last in batches:
+            if not last and not file.due():
+                continue
+            lines = part.finished(results)
+            (file.write if last else file.keep)(part.documents, lines)
+            bar.update(len(lines) - shown)
+            shown = len(lines)
+            if last:
+                break
+
+
+class _WindowLines:
+    """The documents of a window, and the lines of those that are finished."""
+
+    def __init__(
+        self,
+        documents: Sequence[Document],
+        rows: Sequence[Sequence[tuple[Encoding, Any]]],
+        lines: dict[int, str],
+        line_of: Callable[[Document, Any, list[Result]], str],
+    ):
+        self.documents, self._rows, self._lines, self._line_of = documents, rows, lines, line_of
+        ends = itertools.accumulate(map(len, rows), initial=0)
+        self._spans = list(itertools.pairwise(ends))  # the rows of each document among all rows
+
+    def window(self) -> DocumentWindow:
+        """Returns the rows for the model; those of documents that have a line are known."""
+        known = (row for place in self._lines for row in range(*self._spans[place]))
+        return DocumentWindow([row[0] for rows in self._rows for row in rows], frozenset(known))
+
+    def finished(self, results: list[Result]) -> dict[int, str]:
+        """Returns the lines of the documents, by place, whose rows all have results."""
+        for place, (start, end) in enumerate(self._spans):
+            if place not in self._lines and all(results[start:end]):
+                given = self.documents[place], self._rows[place], results[start:end]
+                self._lines[place] = self._line_of(*given)
+        return self._lines
 
 
 def _windows(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:

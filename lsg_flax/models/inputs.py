@@ -98,6 +98,7 @@ def check_inputs(
                 f"{of}{name} is a {type(array).__name__}; give a numpy or JAX array "
                 '(tokenizer(..., return_tensors="np")).'
             )
+        _check_sharding(array, of + name)
     given = sum(array is not None for array in (inputs.input_ids, inputs.inputs_embeds))
     if given != 1:
         raise ValueError(f"give either {of}input_ids or {of}inputs_embeds, got {given} of the two.")
@@ -111,6 +112,16 @@ def check_inputs(
     for name, field in (("input_ids", "vocab_size"), ("token_type_ids", "type_vocab_size")):
         check_ids(getattr(inputs, name), of + name, config, field, getattr(config, field))
     check_ids(inputs.position_ids, f"{of}position_ids", config, *config.position_limit)
+
+
+def _check_sharding(array: Any, name: str) -> None:
+    sharding = None if array is None else jax.typeof(array).sharding
+    if sharding is not None and sharding.mesh.explicit_axes and any(sharding.spec):
+        raise ValueError(
+            f"{name} is sharded over mesh axes of the type Explicit, {sharding.spec}, which models "
+            "cannot follow; make the mesh with lsg_flax.sharding.make_mesh, or with "
+            "jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * number_of_axes)."
+        )
 
 
 def _check_shapes(inputs: Inputs, config: EncoderConfig, limit: int, rank: int, of: str) -> None:

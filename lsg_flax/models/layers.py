@@ -168,7 +168,7 @@ def rows(table: Float[Array, "V D"], ids: Integer[Array, "B T"]) -> Float[Array,
     silently take the last row or count from the end."""
     # On a mesh every device looks up its columns for all tokens; the results are then exchanged.
     ids = constrain(ids, "batch", None)
-    x = table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    x = jnp.asarray(table).at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
     return constrain(x, "batch", None, "columns")
 
 

@@ -41,7 +41,7 @@ def attend_locally(
     bias: Float[Array, "N Q W"] | None = None,
 ) -> Float[Array, "B N H T"]:
     """Returns the context of `local_attention`; `bias` is added to the scores of every window.
-    Raises ValueError for a ring on a shard of a sequence."""
+    Raises ValueError for `pattern.wraps` (windows in a ring) on a shard of a sequence."""
     length, size, run = query.shape[-1], pattern.window_size, run.on_shard()
     if pattern.wraps and length <= size:
         size, alone = length, {"window_size": length, "look_backward": 0, "look_forward": 0}

@@ -3,6 +3,7 @@
 from lsg_flax.pipelines.broken import BrokenLines as BrokenLines
 from lsg_flax.pipelines.broken import line_number as line_number
 from lsg_flax.pipelines.broken import unskipped as unskipped
+from lsg_flax.pipelines.broken import warn_of_none as warn_of_none
 from lsg_flax.pipelines.broken import warn_of_skipped as warn_of_skipped
 from lsg_flax.pipelines.documents import COLUMNS as COLUMNS
 from lsg_flax.pipelines.documents import DocumentFile as DocumentFile

@@ -1,5 +1,5 @@
-"""Broken lines of a file: they raise an error with their FILE:NUMBER, or are skipped and
-counted."""
+"""Broken lines of a file: they raise an error with their FILE:NUMBER, or are skipped and counted. A
+file without any document gets a warning: among many files one may well be empty."""
 
 import os
 import warnings
@@ -29,3 +29,9 @@ def warn_of_skipped(skipped: Sequence[int | str], source: str | os.PathLike) -> 
         warnings.warn(
             f"{len(skipped)} broken lines of {source} were skipped: {numbers}.", stacklevel=3
         )
+
+
+def warn_of_none(documents: int, source: str | os.PathLike) -> None:
+    """Warns of a source that has no documents, so that the result is empty."""
+    if not documents:
+        warnings.warn(f"{source} has no documents, so the result is empty.", stacklevel=3)

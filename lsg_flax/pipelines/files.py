@@ -29,7 +29,7 @@ from lsg_flax.inference import (
     predict_lines,
 )
 from lsg_flax.models import Model, Params
-from lsg_flax.pipelines.broken import BrokenLines, unskipped, warn_of_skipped
+from lsg_flax.pipelines.broken import BrokenLines, unskipped, warn_of_none, warn_of_skipped
 from lsg_flax.pipelines.documents import DocumentFile, Documents
 from lsg_flax.pipelines.generate import Text2TextGeneration
 from lsg_flax.pipelines.spans import QuestionAnswering, TokenClassification
@@ -114,7 +114,7 @@ def predict_file(
         batch_size, buckets, mesh: as in `Predictor`; batches are no larger than the file or a
             window.
         window: number of documents that are sorted, held in memory and written together; a kill
-            loses at most the unfinished window.
+            loses at most what the last half minute has finished of it.
         broken_lines: whether a line that is not a document, or that the model cannot read, such as
             a text that is too long, raises ("raise") or is skipped ("skip").
         unfinished: what to do with a partial file: "continue" or "replace" it.
@@ -122,7 +122,7 @@ def predict_file(
 
     Returns:
         How many documents the file has, how many of them this call computed, and which lines were
-        skipped.
+        skipped. A file may have none, which is a warning.
 
     Raises:
         FileNotFoundError: if there is no `source`.
@@ -156,9 +156,11 @@ def predict_file(
         with Bar("documents", total=total, initial=before, shown=progress) as bar:
             predict_lines(file, predictor, codec.fitting(documents), bar=bar, **how)
     warn_of_skipped(documents.skipped, documents.name)
+    warn_of_none(file.finished, documents.name)
     if progress and (words := codec.cut.words(limit)):
         say(words)
-    return Written(file.finished, file.finished - before, tuple(documents.skipped))
+    computed = file.finished - before - file.restored
+    return Written(file.finished, computed, tuple(documents.skipped))
 
 
 def _limit_for(max_length: int | None, predictor: Predictor, tokenizer: Tokenizer | None) -> int:
@@ -290,8 +292,8 @@ def _check_answers(
         raise ValueError("answers=FillMask is not possible for files; use lsg_flax.pipeline.")
     if model.task not in answers.heads:
         raise ValueError(
-            f"answers={name} needs a model of the task {' or '.join(answers.heads)}, but this "
-            f"one's is {model.task!r}."
+            f"answers={name} needs a model for {' or '.join(answers.heads)}, but this model's "
+            f"task is {model.task!r}."
         )
     if fields is not None:
         raise ValueError("answers= and fields= exclude each other; give one of them.")

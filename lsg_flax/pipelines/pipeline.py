@@ -97,7 +97,7 @@ class Pipeline:
         task = self.task.with_options(**options)
         reader = self.reader if truncation is None else replace(self.reader, truncation=truncation)
         items = task.items(inputs, question, context)
-        if isinstance(items, str | dict) or not isinstance(items, Iterable):
+        if isinstance(items, str | bytes | dict) or not isinstance(items, Iterable):
             rows = iter([(items, task.rows(reader, items))])
             (answer,) = self._answers(task, reader, rows)
             return task.alone(items, answer)

@@ -249,12 +249,14 @@ class QuestionAnswering(PipelineTask):
         stride = self.doc_stride
         if stride is None:
             stride = min(window // 2, 128, max(room - 1, 0))
-        readable = 1 <= window <= reader.max_length
-        if not readable or not 0 <= stride < room:
-            kind = ValueError if readable else PipelineError
-            raise kind(
-                f"max_seq_len={window} (1..{reader.max_length} here) leaves {room} tokens for the "
-                f"context after a question of {len(tokens)}, and doc_stride={stride} must be less."
+        if not 1 <= window <= reader.max_length:
+            raise ValueError(f"max_seq_len={window} must be in 1..{reader.max_length}.")
+        if not 0 <= stride < room:
+            raise PipelineError(
+                f"max_seq_len={window} leaves {max(room, 0)} tokens for the context beside a "
+                f"question of {len(tokens)}, which must be more than doc_stride={stride}; give a "
+                f"max_seq_len of up to {reader.max_length}, a smaller doc_stride or a shorter "
+                "question."
             )
         return window, stride
 

@@ -22,8 +22,10 @@ def check_names(where: str, names: Iterable[str], known: Sequence[str]) -> None:
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"{where}: {name!r} is unknown; {hint}Known are {', '.join(known)}.")
+            hint = f"did you mean {near[0]!r}? It" if near else "it"
+            raise ValueError(
+                f"{where}: {name!r} is unknown; {hint} must be one of {', '.join(known)}."
+            )
 
 
 def read_yaml(file: pathlib.Path) -> dict[str, Any]:

@@ -140,7 +140,7 @@ def check_teacher(
     (name, config, tokens), (own, own_config, own_tokens) = teacher, student
     if config.hidden_size != own_config.hidden_size:
         raise ValueError(
-            f"teacher={name} has vectors of {config.hidden_size} numbers, but {own} has "
+            f"teacher={name} has embeddings of width {config.hidden_size}, but {own} has "
             f"{own_config.hidden_size}; give a teacher of the same width, such as the checkpoint "
             f"that {own} was converted from."
         )

@@ -48,7 +48,7 @@ class EvaluationReport:
     Attributes:
         rows: number of scored rows; each window of a question and each piece of joined texts
             counts as one.
-        max_length: most tokens of a row.
+        max_length: maximum tokens of a row.
         cut: what was truncated of longer texts.
         scores: the loss and the task's scores, as `training.evaluate` describes them.
         by_class: scores of each class, if classes have names.

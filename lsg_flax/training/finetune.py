@@ -31,6 +31,7 @@ from lsg_flax.training.learning import learns_answers, learns_vectors
 from lsg_flax.training.log import SCORED
 from lsg_flax.training.loop import Evaluation, fit
 from lsg_flax.training.lora import add_lora
+from lsg_flax.training.packing import packing_for
 from lsg_flax.training.pictures import draw_run
 from lsg_flax.training.places import check_cache_folder, check_run_folder
 from lsg_flax.training.preparation import (
@@ -40,6 +41,7 @@ from lsg_flax.training.preparation import (
     load_data,
     mesh_of,
     options_for,
+    pattern_for,
     shapes_for,
     source_for,
     train_ladders,
@@ -53,8 +55,12 @@ from lsg_flax.training.states import (
     locked_for_run,
     restore_state,
     saved_steps,
+    stored_settings,
 )
 from lsg_flax.training.step import TrainState, init_state, trained_params
+
+# What must be the same to resume a run, but follows from its settings, its data and its model.
+_FOLLOW = ("config", "contents_of_train_data", "contents_of_eval_data")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,15 +155,16 @@ def _run(
     step_by, scores = learns(settings, source, model, held_out, sizes, tokenizer, mesh)
     when = every, settings.stopping(*settings.judged_by)
     evaluation = scores and Evaluation(lambda state: scores(trained_params(state)), *when)
-    identity = settings.identity | _contents(model, steps, train, held_out)
+    identity = settings.identity | _contents(settings, model, steps, train, held_out)
     saving = settings.saving(_checkpoints(settings), every, identity)
     flops = functools.partial(train_flops, model)
     log = settings.logging(output / "log", steps, flops=flops, progress=progress)
     step = step_by(optimizer)
     run = {"steps": steps, "mesh": mesh, "microbatches": settings.accumulate > 1}
     run |= {"evaluation": evaluation, "saving": saving, "logging": log}
-    if saved := saved_steps(saving.folder):
-        check_settings(saving.folder, identity)  # `fit` checks too, but only after `begins()`
+    if saved := saved_steps(saving.folder):  # `fit` checks too, but only after `begins()`
+        follows = _FOLLOW if settings.steps else (*_FOLLOW, "steps")
+        check_settings(saving.folder, identity, follows=follows)
     begins()
     if saved and saved[-1] >= steps and progress and jax.process_index() == 0:
         done = count_of(steps, "step")
@@ -184,7 +191,8 @@ def _load(
     data = load_data(settings, options, tokenizer, progress)
     for part in filter(None, data):
         source.check_tokens(part)
-    _say_cut(data[0], options, shown=progress)
+    if progress and jax.process_index() == 0:
+        _say_read(settings, source, data[0], options)
     dtype, head = jnp.dtype(settings.dtype).type, head_for(data[0], options)
     resumes = bool(saved_steps(_checkpoints(settings)))
     with _needed_warnings(source, resumes=resumes):
@@ -207,10 +215,15 @@ def _needed_warnings(source: SourceModel, *, resumes: bool) -> Iterator[None]:
         yield
 
 
-def _say_cut(train: TokenizedDataset, options: DataOptions, *, shown: bool) -> None:
-    words = train.cut.words(options.max_length)
-    if shown and words and jax.process_index() == 0:
+def _say_read(
+    settings: Settings, source: SourceModel, train: TokenizedDataset, options: DataOptions
+) -> None:
+    """Prints what is truncated, and the length of packed rows if no setting gives it."""
+    if words := train.cut.words(options.max_length):
         say(words)
+    if settings.packing and settings.buckets is None:
+        length = packing_for(source, pattern_for(settings, source), None).length
+        say(f"packing: texts share rows of {length:,} tokens; buckets (--buckets) sets more")
 
 
 def _result(
@@ -230,15 +243,20 @@ def _result(
 
 
 def _contents(
-    model: Model, steps: int, train: TokenizedDataset, held_out: TokenizedDataset | None
+    settings: Settings,
+    model: Model,
+    steps: int,
+    train: TokenizedDataset,
+    held_out: TokenizedDataset | None,
 ) -> dict[str, Any]:
     """Returns what, beside the settings, must be the same to resume a run."""
-    return {
-        "steps": steps,
-        "config": model.config.to_dict(),
-        "contents_of_train_data": train.fingerprint,
-        "contents_of_eval_data": None if held_out is None else held_out.fingerprint,
-    }
+    parts = {"contents_of_train_data": train, "contents_of_eval_data": held_out}
+    values = {"steps": steps, "config": model.config.to_dict()}
+    values |= {name: part and part.fingerprint for name, part in parts.items()}
+    stored = stored_settings(_checkpoints(settings))
+    if stored is not None and "data" not in stored:  # a run that 0.2.0 has begun
+        return values
+    return values | {"data": {name: part and part.contents for name, part in parts.items()}}
 
 
 def _save_best(

@@ -34,7 +34,7 @@ def learns_answers(
     tokenizer: Tokenizer,
     mesh: Mesh | None,
 ) -> tuple[MakeStep, Score | None]:
-    """Returns two functions for a task with labels or texts to write: one makes the train step of
+    """Returns two functions for a task with labels or target texts: one makes the train step of
     an optimizer; one scores parameters on held-out data, including the texts that they generate if
     that is set, or is None without data.
 

@@ -5,7 +5,7 @@ Axes: O rows of all batches, B batch, T tokens, Y labels, A answer lengths.
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -113,7 +113,14 @@ def judge(
     `scorer` replaces the task's own."""
     program, chosen = _program(model, mesh, scorer and scorer.answers), scorer
     waiting, parts = None, []
-    for batch, rows in batches:
+    for pair in batches:
+        if isinstance(pair, Mapping):
+            raise ValueError(
+                "each of the batches must be a pair of a batch and its rows' numbers, as "
+                f"data.eval_batches makes them, got a mapping of {', '.join(map(str, pair))}; pass "
+                "(batch, numpy.arange(rows))."
+            )
+        batch, rows = pair
         batch = dict(batch) | {ROWS: np.asarray(rows)}
         if mesh is None:
             out = program(params, batch)

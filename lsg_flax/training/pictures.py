@@ -112,7 +112,7 @@ def draw_confusion(
         for (row, column), count in np.ndenumerate(confusion):
             color = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, f"{count:,}", ha="center", va="center", color=color)
-    axes.set_xlabel("answered")
-    axes.set_ylabel("right")
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
     figure.savefig(file, dpi=100)
     return True

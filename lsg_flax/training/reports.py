@@ -132,16 +132,26 @@ class _WandB:
 
 
 class _MLflow:
+    """MLflow would keep both numbers of a step that is logged twice, and can delete neither: steps
+    that a resumed run computes again, and that are there, are not logged. They are the same."""
+
     def __init__(self, reporting: Reporting, ids: _Ids, first: int):
         self._package, known = _package("mlflow"), ids.get()
         run = self._package.start_run(run_id=known, run_name=None if known else reporting.run_name)
         if known is None:
             settings = {name: str(value) for name, value in reporting.settings.items()}
             self._package.log_params(settings)
+        client = self._package.MlflowClient()
+        self._logged = {
+            name: {m.step for m in client.get_metric_history(known, name) if m.step > first}
+            for name in (run.data.metrics if known else ())
+        }
         ids.keep(run.info.run_id)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._package.log_metrics(dict(values), step=step, synchronous=False)
+        new = {n: value for n, value in values.items() if step not in self._logged.get(n, ())}
+        if new:
+            self._package.log_metrics(new, step=step, synchronous=False)
 
     def close(self, *, failed: bool) -> None:
         self._package.end_run("FAILED" if failed else "FINISHED")

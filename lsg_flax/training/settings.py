@@ -40,7 +40,7 @@ _MAY_CHANGE = (
     *("predict_with_generate", "generation", "generation_rows"),
     *("early_stopping_patience", "early_stopping_threshold", "report_to", "run_name"),
 )
-# Fields of tasks that write texts. Like those below they were added later: older runs lack them.
+# Fields of tasks that generate text. Like those below they were added later: older runs lack them.
 _FOR_TARGETS = ("max_target_length", "target_buckets", "src_lang", "tgt_lang")
 _LATER = (
     *(*_FOR_TARGETS, "label_smoothing", "class_weights", "layerwise_lr_decay", "ema_decay"),
@@ -95,7 +95,11 @@ class Settings(Refinements, EmbeddingSettings):
     train_split: Annotated[str, of_data("split of a hub dataset, for training")] = "train"
     eval_split: Annotated[str, of_data("split of a hub dataset, for evaluation")] = "validation"
     columns: Annotated[
-        dict[str, str], of_data("names of the columns, such as text=body", "their usual names")
+        dict[str, str],
+        of_data(
+            "names of the columns, such as text=body",
+            "text, label, ...; the end of `lsg-flax train --help` lists them",
+        ),
     ] = dataclasses.field(default_factory=dict)
     labels: Annotated[
         tuple[str, ...] | None,
@@ -111,13 +115,13 @@ class Settings(Refinements, EmbeddingSettings):
     buckets: Annotated[
         tuple[int, ...] | None,
         of_data(
-            "lengths in tokens that rows are padded to; one with --packing",
+            "lengths in tokens that rows are padded to; with --packing exactly one",
             "powers of two from 512, then --max-length",
         ),
     ] = None
     max_target_length: Annotated[
         int | None,
-        of_data("conditional_generation: most tokens of a target", "what the decoder reads"),
+        of_data("conditional_generation: maximum tokens of a target", "what the decoder reads"),
     ] = None
     target_buckets: Annotated[
         tuple[int, ...] | None,
@@ -229,7 +233,9 @@ class Settings(Refinements, EmbeddingSettings):
         for name, value in coerced_values(vars(self)).items():
             object.__setattr__(self, name, value)
         self._check_numbers()
-        check_names("columns", self.columns, [f.name for f in dataclasses.fields(Columns)])
+        check_names(
+            "columns (as in text=body)", self.columns, [f.name for f in dataclasses.fields(Columns)]
+        )
         check_names("mesh", self.mesh, AXES)
         check_axes(self.mesh)
         self._check_pattern()
@@ -327,12 +333,12 @@ class Settings(Refinements, EmbeddingSettings):
             )
 
     def _check_targets(self) -> None:
-        """Checks what is only for tasks that write texts, how these are scored, and refinements."""
+        """Checks what is only for tasks that generate text, how that is scored, and refinements."""
         given = [name for name in _FOR_TARGETS if getattr(self, name) is not None]
         given += [name for name in _WRITTEN if getattr(self, name)]
         if given and not self.writes_targets:
             raise ValueError(
-                f"{given[0]}={getattr(self, given[0])!r} is for tasks that write texts, such as "
+                f"{given[0]}={getattr(self, given[0])!r} is for tasks that generate text, such as "
                 f"conditional_generation, not {self.task}; leave it out."
             )
         check_names("generation", self.generation, _OPTIONS)
@@ -356,7 +362,7 @@ class Settings(Refinements, EmbeddingSettings):
 
     @property
     def writes_targets(self) -> bool:
-        """Whether the task writes texts, such as summaries."""
+        """Whether the task generates text, such as summaries."""
         return TASKS[self.task].examples == "text_to_text"
 
     @property

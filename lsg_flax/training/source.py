@@ -31,7 +31,7 @@ class SourceModel:
         name: the user's name for it.
         checkpoint, tokenizer: the opened checkpoint and its tokenizer.
         task: the task that it is trained for.
-        length: most tokens of a row.
+        length: maximum tokens of a row.
         converts: whether it is first converted to LSG attention, or to more positions.
         sentences: how texts become vectors, if embeddings are trained; saved with the model.
     """
@@ -56,7 +56,7 @@ class SourceModel:
 
     @property
     def reads(self) -> int:
-        """The most tokens that the model to train can read."""
+        """The maximum number of tokens that the model to train can read."""
         config = self.checkpoint.config_for(self.model_task)
         return self.length if self.converts else Model(config, self.model_task).max_length
 
@@ -71,7 +71,7 @@ class SourceModel:
             )
 
     def check_targets(self, longest: int | None) -> None:
-        """Raises ValueError for a model that cannot write texts of `longest` tokens."""
+        """Raises ValueError for a model that cannot generate texts of `longest` tokens."""
         if longest is not None and longest > self.reads:
             raise ValueError(
                 f"max_target_length={longest}, but the decoder of {self.name} has {self.reads} "
@@ -160,9 +160,9 @@ def open_source(name: str, task: str, max_length: int | None, *, convert: bool) 
 
     Args:
         name: folder or hub id.
-        max_length: most tokens of a row; None takes the tokenizer's `model_max_length` (the length
-            that the model was trained at), at most what the model reads; with `convert`, a model
-            without LSG attention gets 4096.
+        max_length: maximum tokens of a row; None takes the tokenizer's `model_max_length` (the
+            length that the model was trained at), at most what the model reads; with `convert`, a
+            model without LSG attention gets 4096.
         convert: first convert it to LSG attention and enough positions.
 
     Raises:

@@ -11,7 +11,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Literal, get_args
 
 import jax
@@ -24,6 +24,7 @@ from lsg_flax.files import check_folder, differences, read_json, write_aside
 from lsg_flax.locks import PlaceTaken, locked
 
 BestMode = Literal["max", "min"]
+RUN = "run.json"
 
 
 class SaveError(RuntimeError):
@@ -295,39 +296,51 @@ def best_step(path: str | os.PathLike, metric: str, *, mode: BestMode = "max") -
     return max(saved, key=lambda step: (_rank(saved[step], metric, mode), step))
 
 
-def check_settings(path: str | os.PathLike, settings: dict[str, Any]) -> None:
+def stored_settings(path: str | os.PathLike) -> dict[str, Any] | None:
+    """Returns the settings in `path`/run.json; None if there is no such file, and raises ValueError
+    if it is damaged."""
+    file = pathlib.Path(path) / RUN
+    return read_json(file) if file.exists() else None
+
+
+def check_settings(
+    path: str | os.PathLike, settings: dict[str, Any], *, follows: Collection[str] = ()
+) -> None:
     """Compares the settings of a run with those in `path`/run.json. The file is written if it is
     missing, or if its run has saved no checkpoint yet.
 
     Args:
         settings: what must be the same to resume the run, such as the model's config, the task, and
             the settings of optimizer and batches, as nested dicts that JSON can represent.
+        follows: names in `settings` whose values follow from the others. The error names them only
+            if nothing else differs.
 
     Raises:
         ValueError: if they differ, with each field; or if there are checkpoints without settings.
     """
-    file, steps = pathlib.Path(path) / "run.json", saved_steps(path)
+    stored, steps = stored_settings(path), saved_steps(path)
     wanted = json.loads(json.dumps(settings))  # tuples are lists in JSON
-    if file.exists() and steps:
+    if stored is not None and steps:
         missing = "(not set)"
-        different = [
-            "{}: {} there, {} here".format(
+        different = {
+            path: "{}: {} then, {} now".format(
                 path, *(value if value is missing else json.dumps(value) for value in values)
             )
-            for path, *values in differences(read_json(file), wanted, missing)
-        ]
+            for path, *values in differences(stored, wanted, missing)
+        }
+        own = [words for path, words in different.items() if path.split(".")[0] not in follows]
         if different:
             raise ValueError(
-                f"the run in {path} has other settings: {'; '.join(different)}. Resume it with "
-                "its own settings and data, or choose another folder for a new run."
+                f"the run in {path} has other settings: {'; '.join(own or different.values())}. "
+                "Resume it with its own, or choose another folder for a new run."
             )
     elif steps:
         raise ValueError(
-            f"{path} has checkpoints of steps {steps} but no run.json, so their settings are "
+            f"{path} has checkpoints of steps {steps} but no {RUN}, so their settings are "
             "unknown; resume without settings, or choose another folder."
         )
     elif jax.process_index() == 0:
-        write_aside(file, f"{json.dumps(wanted, indent=2)}\n".encode())
+        write_aside(pathlib.Path(path) / RUN, f"{json.dumps(wanted, indent=2)}\n".encode())
 
 
 def _checkpointer(saving: Saving) -> Any:

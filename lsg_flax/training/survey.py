@@ -45,6 +45,7 @@ class DataSurvey:
         buckets: number of rows that are padded to each length in tokens; with packing rows of
             several texts.
         real: share of their positions that are not padding.
+        packed: whether several texts are packed into each row.
     """
 
     rows: int
@@ -55,6 +56,7 @@ class DataSurvey:
     labels: dict[str, int]
     buckets: dict[int, int]
     real: float
+    packed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +113,8 @@ def _packed(
     """Returns the survey with packed rows in place of buckets."""
     shared = len(pack_rows(data.lengths, packing, seed=seed))
     real = float(data.lengths.sum() / (shared * packing.length))
-    return dataclasses.replace(survey, buckets={packing.length: shared}, real=real)
+    buckets = {packing.length: shared}
+    return dataclasses.replace(survey, buckets=buckets, real=real, packed=True)
 
 
 def _ladders(

@@ -51,7 +51,7 @@ def pytest_sessionfinish():
             f"| {family} | {task} | " + " | ".join(cell(row, c) for c in COLUMNS) + " |"
             for (family, task), row in sorted(TABLE.items())
         ]
-        head = ["family", "head", *COLUMNS]
+        head = ["family", "head", *(column.replace("->", "to") for column in COLUMNS)]
         lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head))]
         path = pathlib.Path(file)
         before = path.read_text().split(MARK)[0]
