@@ -264,7 +264,7 @@ def test_the_loss_of_packed_texts_is_that_of_the_same_texts(task, problem, outpu
 
 def test_the_documented_program_runs():
     page = (pathlib.Path(__file__).parents[1] / "docs" / "training.md").read_text()
-    section = page.split("## Several texts in one row")[1].split("\n## ")[0]
+    section = page.split("\n## Packing\n")[1].split("\n## ")[0]
     (block,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
     exec(compile(block, "training.md", "exec"), {})
 

@@ -336,7 +336,11 @@ def test_what_is_wrong_for_every_row_is_not_skipped(tmp_path):
         ({"text": "Paris"}, {}, r"jsonl:1: a text needs tokenizer="),
         ({"input_ids": [[1, 2], [3]]}, {}, r"jsonl:1: input_ids are one list of numbers"),
         ({"input_ids": [1]}, {"answers": FillMask()}, "FillMask is not possible for files"),
-        ({"input_ids": [1]}, {"answers": ANSWERS["question_answering"]}, "needs a model of the"),
+        (
+            {"input_ids": [1]},
+            {"answers": ANSWERS["question_answering"]},
+            "needs a model for question_ans",
+        ),
         (
             {"input_ids": [1]},
             {"answers": TextClassification(), "fields": ("logits",)},
