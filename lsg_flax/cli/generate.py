@@ -81,8 +81,8 @@ def add(commands: Any) -> None:
         default = {"--max-new-tokens": 64, "--temperature": 1.0, "--seed": 0}.get(name)
         shown = "all" if default is None else default
         text = f"{about} (default: {shown})"
-        shown = {int: "N", float: "X"}[kind]
-        what.add_argument(name, type=kind, default=default, metavar=shown, help=text)
+        metavar = "N" if kind is int else "X"
+        what.add_argument(name, type=kind, default=default, metavar=metavar, help=text)
     about = "sample tokens instead of taking the most likely one"
     what.add_argument("--do-sample", action="store_true", help=about)
     how = command.add_argument_group("how it is computed")

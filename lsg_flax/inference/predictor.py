@@ -169,23 +169,21 @@ class Predictor:
             "buckets": list(self.buckets),
         }
 
-    def batches(self, windows: Iterable[DocumentWindow]) -> Iterator[tuple[list[Result], bool]]:
+    def _stream(self, windows: Iterable[Sequence[Encoding]], bar: Bar) -> Iterator[list[Result]]:
+        for results, last in self.batches((DocumentWindow(each) for each in windows), bar):
+            if last:
+                yield results
+
+    def batches(
+        self, windows: Iterable[DocumentWindow], bar: Bar | None = None
+    ) -> Iterator[tuple[list[Result], bool]]:
         """Yields, when a batch is finished, the results of its window so far, and whether it was
         the window's last batch; documents that are not finished have empty results.
 
         Args:
             windows: read as by `stream`, but not checked; `check` allows each encoding.
+            bar: is moved by the documents of each batch.
         """
-        yield from self._batches(windows, Bar("documents", shown=False))
-
-    def _stream(self, windows: Iterable[Sequence[Encoding]], bar: Bar) -> Iterator[list[Result]]:
-        for results, last in self._batches((DocumentWindow(each) for each in windows), bar):
-            if last:
-                yield results
-
-    def _batches(
-        self, windows: Iterable[DocumentWindow], bar: Bar
-    ) -> Iterator[tuple[list[Result], bool]]:
         flying: collections.deque[_InFlight] = collections.deque()
         for batch in self._start(windows):
             flying.append(batch)
@@ -207,7 +205,7 @@ class Predictor:
             if not batches:
                 yield _InFlight(encodings, results, [], {}, True)
 
-    def _finish(self, batch: _InFlight, bar: Bar) -> tuple[list[Result], bool]:
+    def _finish(self, batch: _InFlight, bar: Bar | None) -> tuple[list[Result], bool]:
         """Fetches a batch; returns the results of its window, and whether it was the last one."""
         outputs, per_token = jax.device_get(batch.outputs), self.model.task_record.per_token
         for row, place in enumerate(batch.places):
@@ -216,7 +214,8 @@ class Predictor:
                 name: (value[row, :length] if name in per_token else value[row]).copy()
                 for name, value in outputs.items()
             }
-        bar.update(len(batch.places))
+        if bar is not None:
+            bar.update(len(batch.places))
         return batch.results, batch.last
 
 
