@@ -14,10 +14,10 @@ NEWER := $(firstword $(wildcard $(foreach minor,15 14 13 12,$(HOME)/.pyenv/versi
 	$(foreach minor,15 14 13 12,$(shell command -v python3.$(minor))))
 PYTEST := -m pytest --numprocesses 2 --dist worksteal --quiet
 
-# All environments at once, by `make --jobs 4 environments`: pip works on one core.
-ENVIRONMENTS := .venv .venv-reference .venv-oldest $(if $(NEWER),.venv-newest) .libtpu .cuda_plugin
+# All environments at once, by `make --jobs 4 venvs`: pip works on one core.
+VENVS := .venv .venv-reference .venv-oldest $(if $(NEWER),.venv-newest) .libtpu .cuda_plugin
 
-.PHONY: help demo environments check test newest oldest parity tpu tpu-report torchax gpu-plan docs docs-serve package crash families lint format bench golden clean
+.PHONY: help demo venvs check test newest oldest parity tpu tpu-report torchax gpu-plan docs docs-serve package crash families lint format bench golden clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -37,7 +37,7 @@ help:  ## this list
 demo: .venv/installed  ## the main job on real text: convert, check, fine-tune, compare, predict
 	$(BIN)/python examples/demo.py
 
-environments: $(ENVIRONMENTS:=/installed)
+venvs: $(VENVS:=/installed)  ## what parity, tpu, gpu-plan, newest and oldest run in, too
 
 check: .venv/installed lint  ## ruff, types and the tests that are not slow
 	$(BIN)/python $(PYTEST) -m 'not slow'

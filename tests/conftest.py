@@ -23,20 +23,21 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, by 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jaxtyping.install_import_hook("lsg_flax", "beartype.beartype")
 
-# The hook would decorate inner functions anew in each call of the outer ones, which takes long.
+# Inner functions are left out: the hook would decorate them anew in each call of the outer ones.
 _jaxtyped = jaxtyping.jaxtyped
 
 
-def _jaxtyped_outside(function=None, *, typechecker):
+def _jaxtyped_where_checked(function=None, *, typechecker):
     if function is None:
-        return functools.partial(_jaxtyped_outside, typechecker=typechecker)
-    inner = inspect.isfunction(function) and "<locals>" in function.__qualname__
-    if inner or (inspect.isfunction(function) and not function.__annotations__):
-        return function
+        return functools.partial(_jaxtyped_where_checked, typechecker=typechecker)
+    if inspect.isfunction(function):
+        inner = "<locals>" in function.__qualname__
+        if inner or not function.__annotations__:
+            return function
     return _jaxtyped(function, typechecker=typechecker)
 
 
-jaxtyping.jaxtyped = _jaxtyped_outside
+jaxtyping.jaxtyped = _jaxtyped_where_checked
 
 # JAX and Flax make many objects that live as long as the process; looking through all of them again
 # and again was a tenth of the suite's time.
